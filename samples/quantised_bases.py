@@ -2,11 +2,11 @@
 
     python samples/quantised_bases.py [FOLDER]
 
-MiniLM in bfloat16 is stored in 8 bits and in 4 bits, by three schemes. An adapter that was trained beside the float
-model is merged into each, once as floats (the same as the adapter beside the quantised weights) and once with
-`--keep-quantised`, rounded to nearest and with the training texts as calibration. transformers loads every model with
-the scheme's own library. Needs the extras hf and train,
-bitsandbytes and compressed-tensors.
+MiniLM in bfloat16 is stored in 8 bits and in 4 bits, by three schemes, and as a GGUF file. An adapter that was trained
+beside the float model is merged into each, once as floats (the same as the adapter beside the quantised weights) and
+once with `--keep-quantised`, rounded to nearest and with the training texts as calibration. transformers loads every
+folder with the scheme's own library. It does not read GGUF files of BERT: the package gguf does. Needs the extras hf,
+train and gguf, bitsandbytes and compressed-tensors.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
@@ -28,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -74,6 +77,65 @@ def in_int4(base: Path, folder: Path) -> None:
         "ignore": [],
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def in_gguf(base: Path, file: Path, head: dict[str, torch.Tensor]) -> None:
+    """MiniLM with an empty head, in the types that llama.cpp's `llama-quantize` gives it for Q4_K.
+
+    Blocks of Q4_K have 256 weights. Rows of 384 are in Q5_0 there. llama.cpp has no pooler: it keeps its own name.
+    """
+    tensors = AutoModel.from_pretrained(base, dtype=torch.bfloat16).float().state_dict()
+    tensors |= {f"cls.output.{name.rpartition('.')[2]}": torch.zeros_like(one).float() for name, one in head.items()}
+    config = AutoConfig.from_pretrained(base)
+    writer = gguf.GGUFWriter(str(file), "bert")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config.num_hidden_layers)
+    for name, tensor in tensors.items():
+        values, kind = tensor.numpy(), gguf.GGMLQuantizationType.F32
+        if values.ndim == 2 and values.shape[1] % 256 == 0:
+            values, kind = q4_k(values), gguf.GGMLQuantizationType.Q4_K
+        elif values.ndim == 2 and not name.startswith("cls."):
+            kind = gguf.GGMLQuantizationType.Q5_0
+            values = gguf.quants.quantize(values, kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")) or name, values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def q4_k(values: np.ndarray) -> np.ndarray:
+    """Blocks of Q4_K: groups of 32 weights from the smallest to the largest, with scales and minima of 6 bits."""
+    groups = values.reshape(-1, 8, 32)
+    low = np.maximum(-groups.min(-1), 0)
+    steps = (groups.max(-1) + low) / 15
+    halves = [(each.max(-1, keepdims=True) / 63).astype(np.float16) for each in (steps, low)]
+    scales, minima = (
+        np.rint(each / np.maximum(half, np.float16(6e-8)).astype(np.float32)).clip(0, 63).astype(np.uint8)
+        for each, half in zip((steps, low), halves, strict=True)
+    )
+    step, offset = (half.astype(np.float32) * six for half, six in zip(halves, (scales, minima), strict=True))
+    codes = np.rint((groups + offset[..., None]) / np.where(step, step, 1)[..., None]).clip(0, 15).astype(np.uint8)
+    first = [scales[:, :4] | scales[:, 4:] >> 4 << 6, minima[:, :4] | minima[:, 4:] >> 4 << 6]
+    rest = scales[:, 4:] & 15 | (minima[:, 4:] & 15) << 4
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    blocks = [half.view(np.uint8) for half in halves] + [*first, rest, packed.reshape(-1, 128)]
+    return np.concatenate(blocks, axis=1).reshape(len(values), -1)
+
+
+def as_gguf_reads(file: Path, like: Path, folder: Path) -> Path:
+    """A folder of floats with the values of a GGUF file, as the package gguf reads them."""
+    shutil.copytree(like, folder)
+    stored = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in gguf.GGUFReader(file).tensors}
+    tensors = load_file(folder / "model.safetensors")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, 99)
+    for name, tensor in tensors.items():
+        own = name.removeprefix("bert.").replace("classifier.", "cls.output.")
+        values = stored[names.get_name(own, (".weight", ".bias")) or own]
+        tensors[name] = torch.from_numpy(values.copy()).reshape(tensor.shape).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 # The name of a scheme -> what makes such a base, and how transformers loads it
@@ -150,6 +212,23 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
                 f"{result[2]:.2f} × the base's",
                 *(f"{share:.1%}" for share in result[:2]),
             )
+    own, merged = folder / "q4_k.gguf", {"Q4_K, floats": {"dtype_of": {"*": "F32"}}, "Q4_K, nearest": {}}
+    in_gguf(base, own, {k: v for k, v in load_file(folder / "float/model.safetensors").items() if "classifier" in k})
+    shares = {}
+    for name, options in merged.items():
+        kept = folder / f"{name}.gguf"
+        report = le.merge(own, trained.adapter, kept, **options).report
+        assert report is not None and le.verify(kept, base=own, adapters=trained.adapter)
+        shares[name] = accuracy(as_gguf_reads(kept, folder / "float", folder / f"{name} read"), rows, base)
+    layers = [layer for layer in report.layers if layer.is_kept]
+    found[name] = shares["Q4_K, floats"], shares[name], kept.stat().st_size / own.stat().st_size
+    table.add_row(
+        name,
+        f"{len(layers)} of {len(report.layers)}",
+        f"{min(layer.retention for layer in layers):.0%} to {max(layer.retention for layer in layers):.0%}",
+        f"{found[name][2]:.2f} × the base's",
+        *(f"{share:.1%}" for share in found[name][:2]),
+    )
     console.print(table)
     return found
 

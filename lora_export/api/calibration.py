@@ -20,17 +20,21 @@ from lora_export.storage.store_copy import on_disk
 from lora_export.training.records.opening import ROW_READERS, open_records
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.gguf.base import GgufBase, open_base
+from lora_export.weights.gguf.floats import write_as_floats
+from lora_export.weights.gguf.merge import merge_gguf
 from lora_export.weights.merge import merge_checkpoint
 
 
-def calibrate(plan: Plan, base: Checkpoint, path: Path, on_message: OnMessage) -> Mapping[str, LayerInputs]:
+def calibrate(plan: Plan, base: Checkpoint | GgufBase, path: Path, on_message: OnMessage) -> Mapping[str, LayerInputs]:
     """The inputs of layers, by the names of their weights in the output, where the merged model runs on a file's texts.
 
     `base` has its quantised weights as floats. The merged model is one of floats, in a temporary folder. Raises
-    InputRefused where there is no model to run, and for a file without inputs; EnvironmentLacking without PyTorch.
+    InputRefused where there is no model to run, and for a file without inputs; EnvironmentLacking without PyTorch, and
+    for a GGUF file without what transformers needs to read it.
     """
     option = named("calibration", path)
-    if not (base.is_folder and base.config):
+    if isinstance(base, Checkpoint) and not (base.is_folder and base.config):
         raise InputRefused(f"{option} runs the model, and {base.path} has none: merge into its Hugging Face folder")
     arrays = read_arrays(path) if is_arrays(path) else None
     texts = _texts(path, on_message) if arrays is None else []
@@ -42,8 +46,11 @@ def calibrate(plan: Plan, base: Checkpoint, path: Path, on_message: OnMessage) -
 
     changed = [plan.output_name(step.spec.stored_name) for step in plan.steps if step.terms]
     with tempfile.TemporaryDirectory() as folder:
-        merge_checkpoint(plan, base, Path(folder), min_retention=0)
-        model = replace(load_model(folder, streamed=True), source=str(base.path))  # which has the tokenizer
+        if isinstance(base, GgufBase):
+            model = load_model(str(_merged_as_folder(plan, base, Path(folder), arrays is None)), streamed=True)
+        else:
+            merge_checkpoint(plan, base, Path(folder), min_retention=0)
+            model = replace(load_model(folder, streamed=True), source=str(base.path))  # which has the tokenizer
         cases = layer_inputs.cases_of_texts(model, texts) if arrays is None else layer_inputs.cases_of_arrays(arrays)
         found = layer_inputs.collect_inputs(model, changed, cases)
     tokens = [each.fitted.count for each in found.values()] or [0]
@@ -52,6 +59,18 @@ def calibrate(plan: Plan, base: Checkpoint, path: Path, on_message: OnMessage) -
         " each; the others are rounded to nearest"
     )
     return found
+
+
+def _merged_as_folder(plan: Plan, base: GgufBase, folder: Path, with_tokenizer: bool) -> Path:
+    """The merge of a GGUF file without rounding, as a Hugging Face folder. Raises as `save_config`."""
+    from lora_export.models.gguf_files import save_config
+
+    merged, output = folder / "merged.gguf", folder / "model"
+    merge_gguf(plan, base, merged, min_retention=0, types={"*": "F32"})
+    output.mkdir()
+    save_config(merged, output, base.names.class_name, with_tokenizer=with_tokenizer)
+    write_as_floats(open_base(merged), output)
+    return output
 
 
 def _texts(path: Path, on_message: OnMessage) -> list[str]:

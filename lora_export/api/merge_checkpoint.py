@@ -19,6 +19,7 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
+from lora_export.weights.gguf.base import GgufBase
 from lora_export.weights.merge import output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, QuantisedLayer, refuse_no_change
 from lora_export.weights.one_pass import Merging
@@ -55,15 +56,8 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     notes = request.report_notes(steps, [*([why_alone] if why_alone else ()), *more])
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
-    calibration: Mapping[str, LayerInputs] = {}
-    settings = dict(request.combined.settings)
-    if request.calibration is not None:
-        from lora_export.api.calibration import calibrate  # few merges run a model
-
-        calibration = calibrate(steps, checkpoint, request.calibration, request.on_message)
-        if request.rounding == "nearest":
-            calibration = {name: replace(one, is_fed_back=False) for name, one in calibration.items()}
-        settings |= {"calibration": file_sha256(request.calibration)}
+    calibration, of_calibration = calibration_inputs(request, steps, checkpoint)
+    settings = request.combined.settings | of_calibration
     layers: tuple[QuantisedLayer, ...] = ()
     if request.keep_quantised:
         measuring = functools.partial(in_bytes, request.on_progress, "measuring")
@@ -92,6 +86,20 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
         residual_bytes = None if request.keep_residual is None else _keep_residual(request, steps, checkpoint, folder)
     request.warn_of_rounding(report, _stricter_retention if request.keep_quantised else float32_remedy)
     return MergeResult(request.output, steps, report, notes, residual_bytes)
+
+
+def calibration_inputs(
+    request: MergeRequest, steps: Plan, base: Checkpoint | GgufBase
+) -> tuple[Mapping[str, LayerInputs], dict[str, str]]:
+    """The inputs of the layers that change, and what the record has of the file that they are from. See `calibrate`."""
+    if request.calibration is None:
+        return {}, {}
+    from lora_export.api.calibration import calibrate  # few merges run a model
+
+    inputs = calibrate(steps, base, request.calibration, request.on_message)
+    if request.rounding == "nearest":
+        inputs = {name: replace(one, is_fed_back=False) for name, one in inputs.items()}
+    return inputs, {"calibration": file_sha256(request.calibration)}
 
 
 def _stricter_retention() -> str:

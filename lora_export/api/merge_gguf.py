@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_export.api.merge_checkpoint import calibration_inputs
 from lora_export.api.merge_request import MergeRequest, MergeResult, planned
 from lora_export.callbacks import in_bytes
 from lora_export.options.spelling import named
@@ -19,6 +20,7 @@ def merge_into_gguf(request: MergeRequest) -> MergeResult:
     notes = request.report_notes(steps, [])
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
+    inputs, settings = calibration_inputs(request, steps, base)
     with request.staged(base.file.size) as folder:
         report = merge_gguf(
             steps,
@@ -26,9 +28,10 @@ def merge_into_gguf(request: MergeRequest) -> MergeResult:
             folder / request.output.name,
             min_retention=request.min_retention,
             types=request.dtype_of or {},
+            calibration=inputs,
             hashing=request.hashing,
             progress=in_bytes(request.on_progress, "merging", base.file.size),
-            more_settings=request.combined.settings,
+            more_settings={**request.combined.settings, **settings},
         )
         refuse_no_change(report)
     request.warn_of_rounding(report, lambda: f"{named('dtype_of', {'*': 'F16'})} keeps it")

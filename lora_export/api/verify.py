@@ -289,7 +289,7 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
         raise WrongUsage(
             f"{named('base')} alone judges checkpoints; what an .onnx computes is judged with {named('model')}"
         )
-    is_audit = model is None and candidate.kind.is_checkpoint
+    is_audit = model is None and (candidate.kind.is_checkpoint or candidate.kind is ArtifactKind.GGUF)
     if request.calibration is not None and not is_audit:
         raise WrongUsage(f"{named('calibration')} is for a checkpoint and {named('base')}, without {named('model')}")
     if model is None and not request.adapters:

@@ -32,6 +32,7 @@ from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.gguf.base import GgufBase
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 from lora_export.weights.quantised import LAYERS_IN_HEADER, without_layers, without_shared_parts
 from lora_export.weights.quantised.stored_parts import with_new_scales
@@ -82,7 +83,9 @@ def _judged_gguf(candidate: Artifact, request: VerifyRequest, adapters: Sequence
     stated = candidate.record.settings.get("types")
     types = stated if isinstance(stated, Mapping) else {}
     progress = in_bytes(request.on_progress, "judging", merged.file.size)
-    return Judged(steps, audit_gguf(steps, origin, merged, types, progress=progress), [candidate.path.name])
+    calibrated, not_judged = _calibrated_layers(candidate, request, steps, origin)
+    audit = audit_gguf(steps, origin, merged, types, progress=progress, calibrated=calibrated)
+    return Judged(steps, audit.with_files(not_judged), [candidate.path.name])
 
 
 def _judged(
@@ -124,7 +127,7 @@ def _judged(
 
 
 def _calibrated_layers(
-    candidate: Artifact, request: VerifyRequest, steps: Plan, base: Checkpoint
+    candidate: Artifact, request: VerifyRequest, steps: Plan, base: Checkpoint | GgufBase
 ) -> tuple[dict[str, CalibratedLayer], ComparedFiles]:
     """The layers that the record names as calibrated, with inputs where the calibration is given; what is not judged.
 

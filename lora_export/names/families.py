@@ -263,9 +263,9 @@ class LlamaCppNames:
 
     @property
     def class_name(self) -> str:
-        """The class of transformers that predicts words with such a model."""
+        """The class of transformers that computes what llama.cpp does: it predicts words, or has no head."""
         classes = read_table().modules.get(self.model_type, {})
-        return next((name for name in classes if name.endswith("ForCausalLM")), "")
+        return self._row.get("class") or next((name for name in classes if name.endswith("ForCausalLM")), "")
 
     @property
     def _row(self) -> Mapping[str, Any]:

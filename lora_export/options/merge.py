@@ -15,7 +15,6 @@ OF_ONE_MODEL = {
     "pipeline": "is not for a pipeline. Give the folder of one of its models as BASE",
     "gguf": "is not for a GGUF file: its weights keep their types, or get those of {dtype_of}",
 }
-WITHOUT_PYTORCH = OF_ONE_MODEL | {"gguf": "is not for a GGUF file: a PyTorch model has to run, and there is none"}
 
 
 def checkpoints(because: str, *more: str) -> tuple[Only, ...]:
@@ -144,7 +143,7 @@ class MergeOptions(Applied, Signed):
         often=True,
         metavar="TEXTS|FILE.npz",
         only=(
-            Only("base", ("checkpoint",), "a PyTorch model has to run", words="checkpoints", instead=WITHOUT_PYTORCH),
+            *checkpoints("a PyTorch model has to run", "gguf"),
             without("device", "cpu", "feedback is computed by the processor"),
             without("keep_residual", None, "a residual is that of weights rounded to nearest"),
         ),
@@ -153,7 +152,7 @@ class MergeOptions(Applied, Signed):
         None,
         "Rounding of what changes. calibrated needs {calibration}, and is the default with it; nearest then only "
         "measures the error of the outputs.",
-        only=checkpoints("the weights of a graph are rounded to nearest"),
+        only=checkpoints("the weights of a graph are rounded to nearest", "gguf"),
     )
     only_head: bool = option(
         False,

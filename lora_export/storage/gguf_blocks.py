@@ -86,7 +86,23 @@ class BlockCodec:
         return self._values(self.codes_of(blocks), *self.scales(blocks))
 
     def encode(self, blocks: Bytes, values: Floats) -> Bytes:
-        """Blocks with the steps and offsets of these, and the codes nearest to the finite values (blocks, elements).
+        """Blocks with the steps and offsets of these, and the codes nearest to the finite values (blocks, elements)."""
+        return self.with_codes(blocks, self.nearest(blocks, values))
+
+    def with_codes(self, blocks: Bytes, codes: Bytes) -> Bytes:
+        """Blocks with the steps and offsets of these, and other codes (blocks, elements)."""
+        result, shift = blocks.copy(), 0
+        for plane in self.planes:
+            plane.write(result, codes >> np.uint8(shift) if shift else codes)
+            shift += plane.bits
+        return result
+
+    def values_of(self, blocks: Bytes, codes: Bytes) -> Floats:
+        """The elements that other codes have on the steps and offsets of these blocks, (blocks, elements)."""
+        return self._values(codes, *self.scales(blocks))
+
+    def nearest(self, blocks: Bytes, values: Floats) -> Bytes:
+        """The codes nearest to finite values on the steps and offsets of these blocks, all (blocks, elements).
 
         Elements that did not change keep their codes, and so do those of a group whose step is zero.
         """
@@ -104,12 +120,28 @@ class BlockCodec:
         if odd.size:
             stored, own = self.codes_of(blocks[odd]), None if offsets is None else offsets[odd]
             codes[odd] = self._nearer(codes[odd], stored, values[odd], steps[odd], own)
-        result = blocks.copy()
-        shift = 0
-        for plane in self.planes:
-            plane.write(result, codes >> np.uint8(shift) if shift else codes)
-            shift += plane.bits
-        return result
+        return codes
+
+    def beyond(self, blocks: Bytes, values: Floats, nearest: Bytes) -> Bytes:
+        """The codes of the elements on the other side of the values than the nearest; these, where there is none.
+
+        A code whose element the block has already is the block's own. All are (blocks, elements).
+        """
+        steps, offsets = self.scales(blocks)
+        stored, size = self.codes_of(blocks), (len(blocks), -1)
+        near = self._values(nearest, steps, offsets)
+        is_above = ((values > near).reshape(*size, self.group) == (steps > 0)[..., None]).reshape(size)
+        found: Bytes = np.where(is_above, self._next[1].take(nearest), self._next[0].take(nearest))
+        found = np.where(values == near, nearest, found)
+        return np.where(self._values(found, steps, offsets) == self._values(stored, steps, offsets), stored, found)
+
+    @functools.cached_property
+    def _next(self) -> tuple[Bytes, Bytes]:
+        """For each code that of the next smaller number, and that of the next larger one; at an end, its own."""
+        ordered, codes = np.unique(self.numbers, return_index=True)
+        places = np.searchsorted(ordered, self.numbers)
+        below, above = (codes[np.clip(places + step, 0, len(codes) - 1)].astype(np.uint8) for step in (-1, 1))
+        return below, above
 
     def decode_finite(self, blocks: Bytes) -> tuple[Floats, int]:
         """The elements, and the number of blocks that have others than finite ones. See `decode`."""

@@ -156,10 +156,10 @@ def refuse_no_change(report: MergeReport) -> None:
 class Statistics:
     """Sums over the blocks of one weight, in fp64."""
 
-    def __init__(self, weight: str):
+    def __init__(self, weight: str, outputs: NDArray[np.float64] | None = None):
         self.weight = weight
         self.sums = np.zeros(5)  # ‖W‖², ‖ΔW‖², <W'-W, ΔW>, ‖(W'-W) - ΔW‖², entries changed
-        self.outputs = np.zeros(6)  # see `OutputResult.of`
+        self.outputs = np.zeros(6) if outputs is None else outputs  # see `OutputResult.of`
         self.elements = 0
 
     def add_block(

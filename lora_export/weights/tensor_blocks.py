@@ -331,9 +331,11 @@ class _RowChange:
         return _stored_rows(self.tensor, rows, block)
 
 
-# The packed bytes of some rows before, their sums in fp32, the bytes to fill, and whether the values are measured ->
-# the values that were stored, in fp32; None where nothing needs them. Raises InputRefused for sums beyond the scales.
-Encode = Callable[[Bytes, NDArray[np.float32], Bytes, bool], NDArray[np.float32] | None]
+# What is stored of some rows, in fp32, where something needs it; and the sums of outputs (`OutputResult`), where known
+Encoded = tuple[NDArray[np.float32] | None, NDArray[np.float64] | None]
+# The packed bytes of some rows before, their sums in fp32, the bytes to fill, and whether the values are measured.
+# Raises InputRefused for sums beyond the scales.
+Encode = Callable[[Bytes, NDArray[np.float32], Bytes, bool], Encoded]
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,16 +375,16 @@ class EncodedTensor(OutputTensor):
         """Store what `change` makes of some rows. Returns the statistics of what was stored."""
         total = np.empty(self.shape_of(rows), np.float32)
         change(source, total.reshape(-1).view(np.uint8), scratch)
-        stored = self.encode(source, total, target, measured)
+        stored, outputs = self.encode(source, total, target, measured)
         if stored is None or not measured:
-            return []
+            return [] if outputs is None else [Statistics(self.name, outputs)]
         before, after = _stored_rows(self, rows, source), stored.reshape(total.shape)
         parts: list[tuple[str, Any]] = [(self.name, ...)] if self.is_one else []
         for patch in () if self.is_one else self.patches:
             if (own := patch.within(rows)) is not None:
                 first = patch.rows.start - rows.start
                 parts.append((patch.step.weight, (slice(own.start + first, own.stop + first), patch.columns)))
-        found = [Statistics(name) for name, _ in parts]
+        found = [Statistics(name, outputs) for name, _ in parts]
         for statistics, (_, here) in zip(found, parts, strict=True):
             statistics.add_block(before[here], total[here] - before[here], after[here])
         return found

@@ -18,6 +18,8 @@ from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, WrongUsage
 from support.cli import answer, call
 from support.folder_contents import folder_contents
+from support.gguf_files import Kind, llama, runnable, with_words, write_llama
+from support.peft_models import trained
 from support.small_models import WORDS, small_adapter, small_model, words_tokenizer
 
 if TYPE_CHECKING:
@@ -99,6 +101,23 @@ def test_arrays_calibrate_and_nearest_measures(folder: Path) -> None:
     pairs = list(zip(found["nearest"], found["calibrated"], strict=True))
     assert pairs and all(one.error == one.nearest_error > other.error for one, other in pairs)
     assert lora_export.verify(folder / "nearest", base=folder / "base", adapters=[folder / "adapter"], weights=[WEIGHT])
+
+
+def test_a_gguf_file_has_its_own_config_and_tokenizer(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", Kind.Q4_0, fields=with_words)
+    trained(llama(), r=4, lora_alpha=0.1, target_modules=["q_proj", "o_proj"]).save_pretrained(tmp_path / "a")
+    texts = tmp_path / "texts.txt"
+    rng = np.random.default_rng(0)
+    texts.write_text("\n".join("".join(rng.choice(list("abcdefghijklmnop"), 16)) for _ in range(60)))
+    report = lora_export.merge(base, tmp_path / "a", tmp_path / "out", calibration=texts).report
+    assert report is not None and all(one.outputs and one.outputs.is_calibrated for one in report.layers)
+    bare = write_llama(tmp_path / "bare.gguf", Kind.Q4_0, fields=runnable)
+    with pytest.raises(InputRefused, match=r"does not read the tokenizer of this GGUF file\. Give arrays"):
+        lora_export.merge(bare, tmp_path / "a", tmp_path / "bad", calibration=texts)
+    unknown = write_llama(tmp_path / "unknown.gguf", Kind.Q4_0)
+    with pytest.raises(InputRefused, match="does not read"):
+        lora_export.merge(unknown, tmp_path / "a", tmp_path / "bad", calibration=texts)
+    assert not (tmp_path / "bad.gguf").exists()
 
 
 def test_what_cannot_calibrate_is_refused(folder: Path, tmp_path: Path) -> None:

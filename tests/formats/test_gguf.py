@@ -172,7 +172,7 @@ def an_adapter(path: Path, *, kind: str = "lora", alpha: float | None = 4.0, arc
         ({"alora": True}, {}, "is an adapter of the kind 'aLoRA', no LoRA"),
         ({"alpha": -1.0}, {}, "adapter.lora.alpha is -1.0; it must be a number"),
         ({"alpha": float("nan")}, {}, "adapter.lora.alpha is nan; it must be a number"),
-        ({"architecture": "bert"}, {}, "architecture 'bert' are not supported"),
+        ({"architecture": "mamba"}, {}, "architecture 'mamba' are not supported"),
         ({}, {}, "contains no tensor"),
         ({}, {"blk.0.attn_q.weight": (2, 4)}, "how its rows are ordered depends on the base. State it"),
         ({}, {"blk.0.ssm_x.weight": (2, 4)}, "no tensor of this name is known in models of the type llama"),

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.storage.gguf_blocks import CODECS, BlockCodec, as_tensor_file, codec_of, decoded, new_q8_0
+from lora_export.storage.gguf_blocks import CODECS, RESOLVED, BlockCodec, as_tensor_file, codec_of, decoded, new_q8_0
 from lora_export.storage.gguf_file import BY_NAME, open_gguf
 from support.gguf_files import Kind, values_of, write_llama
 
@@ -67,6 +67,31 @@ def test_codes_are_the_nearest_on_scales_that_stay(codec: BlockCodec) -> None:
     distance = np.abs(codec.decode(found).reshape(target.shape) - target)
     scale = np.abs(target) + codec.largest(*codec.scales(blocks))[:, None, None]
     assert (distance - least <= 2.0**-21 * scale).all()
+
+
+@EVERY
+def test_the_other_code_has_the_next_value_beyond(codec: BlockCodec) -> None:
+    blocks, rng = some_blocks(codec, 60), np.random.default_rng(1)
+    blocks = blocks[codec.largest(*codec.scales(blocks)) < 1e30]
+    old = codec.decode(blocks)
+    wanted = old + np.float32(0.3) * np.abs(old).mean(axis=1, keepdims=True) * rng.standard_normal(old.shape)
+    wanted = wanted.astype(np.float32)
+    wanted[::2, ::3] = old[::2, ::3]  # these have no choice
+    nearest = codec.nearest(blocks, wanted)
+    other = codec.beyond(blocks, wanted, nearest)
+    near, far = (codec.values_of(blocks, codes) for codes in (nearest, other))
+    steps, offsets = codec.scales(blocks)
+    is_odd = np.abs(0 if offsets is None else offsets) > RESOLVED * np.abs(steps)  # fp32 has one value for many codes
+    has_choice = (near != far) & ~np.repeat(is_odd, codec.group, axis=1)
+    assert has_choice.any() and not has_choice[::2, ::3].any()
+    values = np.repeat(grid(codec, blocks)[:, :, 0], codec.group, axis=1)
+    low, high = (each(near, far).astype(np.float64) for each in (np.minimum, np.maximum))
+    slack = 2.0**-20 * codec.largest(*codec.scales(blocks))[:, None]
+    assert ((low - slack <= wanted) & (wanted <= high + slack))[has_choice].all()
+    is_between = (values > (low + slack)[..., None]) & (values < (high - slack)[..., None])
+    assert not is_between[has_choice].any()
+    same = codec.values_of(blocks, other) == old
+    assert np.array_equal(other[same], codec.codes_of(blocks)[same])  # 0 and -0
 
 
 def test_an_offset_beside_which_steps_vanish_keeps_its_codes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,21 @@ def runnable(writer: gguf.GGUFWriter) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(SIZES["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
+
+
+def with_words(writer: gguf.GGUFWriter) -> None:
+    """As `runnable`, with a tokenizer as Llama has it, whose words are letters and numbers."""
+    runnable(writer)
+    writer.add_tokenizer_model("llama")
+    letters = ["<unk>", "<s>", "</s>", "\u2581", *string.ascii_letters, *string.digits]
+    writer.add_token_list(letters[: SIZES["vocab_size"]])
+    writer.add_token_types([2, 3, 3, *[1] * (SIZES["vocab_size"] - 3)])
+
+
+def calibration_of(path: Path) -> Path:
+    """Rows of words for the model, as arrays."""
+    np.savez(path, input_ids=np.random.default_rng(0).integers(0, SIZES["vocab_size"], (60, 16)))
+    return path
 
 
 def written(writer: gguf.GGUFWriter, path: Path) -> Path:

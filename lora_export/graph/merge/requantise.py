@@ -42,7 +42,7 @@ from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepRes
 from lora_export.weights.quantised import QuantisedTensor
 from lora_export.weights.quantised.packed_numbers import pack
 from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, worst_result
-from lora_export.weights.tensor_blocks import EncodedTensor, OutputTensor, Patch, run_in_memory
+from lora_export.weights.tensor_blocks import Encoded, EncodedTensor, OutputTensor, Patch, run_in_memory
 
 PACKED_BYTE = DTYPES["U8"]
 WIDEST = 8  # the most that MatMulNBits has
@@ -158,7 +158,7 @@ def _encode(
     total: NDArray[np.float32],
     target: Bytes,
     measured: bool,
-) -> NDArray[np.float32] | None:
+) -> Encoded:
     """Store the integers of some rows (rows, in), in blocks of these, or their scales."""
     count, columns = total.shape
     padded = np.pad(total, [(0, 0), (0, -columns % block_size)]).reshape(count, -1, block_size)
@@ -167,12 +167,12 @@ def _encode(
     refuse_overflow(name, total, stored)
     if is_scales:
         target[:] = stored.reshape(-1).view(np.uint8)
-        return None
+        return None, None
     scales = stored.astype(np.float32)[..., None]
     padded /= np.where(scales, scales, 1)
     levels = np.clip(np.rint(padded, out=padded), -half, half - 1, out=padded)
     pack((levels + half).astype(np.uint8).reshape(count, -1), bits, target.reshape(count, -1))
-    return (levels * scales).reshape(count, -1)[:, :columns] if measured else None
+    return (levels * scales).reshape(count, -1)[:, :columns] if measured else None, None
 
 
 ChangeNodes = Callable[[ir.Model, QuantisedChange], list[NewTensor]]  # changes the nodes

@@ -5,13 +5,9 @@
     kept      A tensor that no adapter changes has the type and the bytes of the base's.
     changed   A tensor has its type of the base, or the one that the record of the file names. In blocks of the base's
               type, all but the codes has the base's bytes. Each value is the nearest to V = W + Σ s·BA that its scale
-              allows. In new blocks of Q8_0 the largest number is 127. Floats are judged as in a
+              allows (`block_values`). In new blocks of Q8_0 the largest number is 127. Floats are judged as in a
               checkpoint.
     controls  As in a checkpoint.
-
-M is the nearest value that its code can have where V is within half the distance to the neighbour on its side, but for
-the error bound of a sum in fp32, and what computing codes and values in fp32 rounds. Beyond the last code there is no
-neighbour. In blocks with new scales V is nowhere beyond it: the largest number of a block has the last code.
 
 The rows of q and k are put into llama.cpp's order by a formula of this file.
 """
@@ -21,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,10 +27,8 @@ from lora_export import provenance
 from lora_export.errors import InputRefused
 from lora_export.names.row_orders import RowOrder
 from lora_export.plan import Layout, Plan, Step
-from lora_export.storage import block_copy
-from lora_export.storage.block_copy import Bytes
 from lora_export.storage.gguf_blocks import CODECS, FLAT
-from lora_export.storage.gguf_file import GgufFile, GgufTensor
+from lora_export.storage.gguf_file import GgufTensor
 from lora_export.verification.against_checkpoint.audit_checkpoint import (
     Judgement,
     audit_of,
@@ -41,19 +36,18 @@ from lora_export.verification.against_checkpoint.audit_checkpoint import (
     judge_rounded,
     replacement_rows,
 )
-from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight, WeightRows
-from lora_export.verification.against_checkpoint.fp64_sums import FP32_ROUNDOFF
+from lora_export.verification.against_checkpoint.block_values import ChangedBlocks, StoredBlocks, bytes_at
+from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer
 from lora_export.verification.against_checkpoint.judge_changed import (
     judge_changed,
     judge_unknown_layout,
     judge_weight,
 )
-from lora_export.verification.against_checkpoint.kept_numbers import half_distances
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor, have_equal_bytes
 from lora_export.verification.companion_files import ComparedFiles
-from lora_export.verification.parity import Outcome, Wide
+from lora_export.verification.parity import Outcome
 from lora_export.weights.gguf.base import GgufBase
 
 PIECE = 1 << 22  # bytes that are compared at once
@@ -66,10 +60,12 @@ def audit_gguf(
     types: Mapping[str, Any],
     *,
     progress: Callable[[int], None] = lambda _: None,
+    calibrated: Mapping[str, CalibratedLayer] = MappingProxyType({}),
 ) -> Audit:
     """Judge every field and tensor of `merged`, which should be what a merge makes of `base` by this plan.
 
     The plan has the rows of transformers. `types` are those of promoted tensors, as the record of `merged` names them.
+    The weights in `calibrated` need not be rounded to nearest.
     Raises InputRefused where a file becomes shorter meanwhile, and for heads that are not those of the rows.
     """
     layouts = StoredLayouts.of(plan, base.checkpoint, {})
@@ -82,7 +78,7 @@ def audit_gguf(
         if candidate is None:
             missing = AuditedWeight(name, Fate.KEPT, Outcome.DIFFERENT, "is missing")
             return [Judgement(0, lambda: missing)]
-        pair = _Pair(name, tensor, candidate, base, merged)
+        pair = _Pair(name, tensor, candidate, base, merged, calibrated.get(name))
         if name not in steps:
             return [Judgement(candidate.stop - candidate.start, pair.judge_kept)]
         wanted = str(types.get(candidate.name, tensor.type.name))
@@ -146,6 +142,7 @@ class _Pair:
     candidate: GgufTensor
     of_base: GgufBase
     of_candidate: GgufBase
+    calibrated: CalibratedLayer | None = None
 
     def judge_kept(self) -> AuditedWeight:
         one, other = self.base, self.candidate
@@ -186,7 +183,7 @@ class _Pair:
     def _judge_step(
         self, name: str, step: Step, before: StoredTensor, after: StoredTensor, first: int
     ) -> AuditedWeight:
-        blocks = self._blocks(first)
+        blocks, calibrated = self._blocks(first), self.calibrated
         if step.is_replacement:
             if blocks is None:
                 return judge_rounded(name, step, before, after)
@@ -194,8 +191,9 @@ class _Pair:
 
         def judge(one: Step) -> AuditedWeight:
             if blocks is None:
-                return judge_changed(name, one, before, after)
-            return judge_weight(name, ChangedBlocks(one, before, after, list(after.pieces()), stored_blocks=blocks))
+                return judge_changed(name, one, before, after, calibrated)
+            pieces = list(after.pieces())
+            return judge_weight(name, ChangedBlocks(one, before, after, pieces, calibrated, stored_blocks=blocks))
 
         return judge_unknown_layout(step, judge) if step.spec.layout is Layout.UNKNOWN and step.terms else judge(step)
 
@@ -268,95 +266,3 @@ def _stored(file: GgufBase, name: str) -> StoredTensor:
     (shard,) = file.checkpoint.shards.values()
     entry = file.checkpoint.entries(file.file.path.name)[name]
     return StoredTensor(shard, entry, quantised=file.checkpoint.quantised.get(name))
-
-
-# --- the values of blocks ---
-
-SUM_ROUNDINGS = 8  # in fp32 between a sum and its code, and between the code and its value
-SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)  # below it, fp16 numbers have fewer bits
-LAST_CODE = 127  # of Q8_0, in each block with a new scale
-
-
-@dataclass(frozen=True, eq=False)
-class StoredBlocks:
-    """A tensor in blocks, or its rows from `first` on, in the base and in the candidate."""
-
-    base_file: GgufFile
-    base: GgufTensor
-    candidate_file: GgufFile
-    candidate: GgufTensor
-    first: int = 0
-
-    @property
-    def has_new_scales(self) -> bool:
-        return self.candidate.type != self.base.type
-
-    def gaps(self, rows: slice, columns: int) -> tuple[Wide, Wide]:
-        """Half the distance from each value of the candidate to the next smaller and to the next larger one.
-
-        Both are (rows, columns). NaN: no sum has this value here.
-        """
-        codec, blocks = CODECS[self.candidate.type], self._blocks(self.candidate_file, self.candidate, rows, columns)
-        codes, numbers = codec.codes_of(blocks), codec.numbers.astype(np.float64)
-        steps, offsets = (
-            None if each is None else np.repeat(each.astype(np.float64), codec.type.elements // each.shape[1], axis=1)
-            for each in codec.scales(blocks)
-        )
-        assert steps is not None
-        halves = half_distances(numbers)
-        size, slack = np.abs(steps), np.abs(numbers[codes] * steps)
-        slack += 0 if offsets is None else np.abs(offsets)
-        below, above = (
-            np.where(steps < 0, other[codes], own[codes]) * np.where(size, size, np.inf)
-            for own, other in (halves, halves[::-1])
-        )
-        slack *= SUM_ROUNDINGS * FP32_ROUNDOFF
-        if self.has_new_scales:
-            below, above, more = self._of_new_scales(codes, size)
-            slack += more
-        else:
-            old = codec.codes_of(self._blocks(self.base_file, self.base, rows, columns))
-            is_same_value = (codes != old) & ((numbers[codes] == numbers[old]) | (size == 0))
-            slack[is_same_value] = np.nan  # another code of the value that the base has there is no change of the sum
-        shape = (rows.stop - rows.start, columns)
-        return (below + slack).reshape(shape), (above + slack).reshape(shape)
-
-    @staticmethod
-    def _of_new_scales(codes: NDArray[np.uint8], size: Wide) -> tuple[Wide, Wide, Wide]:
-        """The gaps in blocks of Q8_0 with scales of their own, and what a scale below the normal numbers adds."""
-        largest = np.abs(codes.astype(np.int16) - 128).max(axis=1, keepdims=True)
-        is_small = size < SMALLEST_HALF
-        half = np.where(is_small | (largest == LAST_CODE), size / 2, np.nan)
-        return half, half, np.where(is_small, LAST_CODE * np.finfo(np.float16).smallest_subnormal, 0.0)
-
-    def _blocks(self, file: GgufFile, tensor: GgufTensor, rows: slice, columns: int) -> Bytes:
-        row_bytes = columns // tensor.type.elements * tensor.type.nbytes
-        start = tensor.start + (self.first + rows.start) * row_bytes
-        return bytes_at(file, start, (rows.stop - rows.start) * row_bytes).reshape(-1, tensor.type.nbytes)
-
-
-def bytes_at(file: GgufFile, start: int, size: int) -> Bytes:
-    """Some bytes of a file. Raises InputRefused where it became shorter."""
-    found = np.empty(size, np.uint8)
-    with file.path.open("rb") as opened:
-        block_copy.read(file.path, opened.fileno(), found, start)
-    return found
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ChangedBlocks(ChangedWeight):
-    """A weight that a step changes, whose candidate is in blocks."""
-
-    stored_blocks: StoredBlocks
-
-    @property
-    def stored_as(self) -> str:
-        return self.stored_blocks.candidate.type.name
-
-    def blocks(self) -> Iterator[WeightRows]:
-        """All rows, with the gaps around each value."""
-        for one in super().blocks():
-            columns = one.after.shape[-1]
-            below, above = self.stored_blocks.gaps(one.rows, columns)
-            gaps: tuple[Any, Any] = below.reshape(one.after.shape), above.reshape(one.after.shape)
-            yield WeightRows(one.rows, one.before, one.after, one.stored, gaps)

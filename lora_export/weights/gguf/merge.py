@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
@@ -28,12 +29,13 @@ from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy, gguf_file
 from lora_export.storage.block_copy import Block, Bytes
-from lora_export.storage.gguf_blocks import FLAT, Floats, codec_of, decoded, new_q8_0
+from lora_export.storage.gguf_blocks import FLAT, BlockCodec, Floats, codec_of, decoded, new_q8_0
 from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufTensor
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
+from lora_export.weights.calibrated_rounding import LayerInputs, calibrated
 from lora_export.weights.gguf.base import GgufBase
 from lora_export.weights.merge import refuse_before_merge
 from lora_export.weights.merge_report import (
@@ -46,7 +48,7 @@ from lora_export.weights.merge_report import (
     refuse_below_rounding,
 )
 from lora_export.weights.quantised_layers import why_promoted
-from lora_export.weights.tensor_blocks import EncodedTensor, OutputTensor, Patch
+from lora_export.weights.tensor_blocks import Encoded, EncodedTensor, OutputTensor, Patch
 
 FLOAT = np.dtype(np.float32)
 Q8_0, F16, F32 = BY_NAME["Q8_0"], BY_NAME["F16"], BY_NAME["F32"]
@@ -70,6 +72,7 @@ def merge_gguf(
     *,
     min_retention: float = MIN_RETENTION,
     types: Mapping[str, str] = MappingProxyType({}),
+    calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
     hashing: str = FAST,
     progress: OnBytesWritten = lambda _: None,
     backend: Backend | None = None,
@@ -78,7 +81,8 @@ def merge_gguf(
     """Carry out a plan over a GGUF file, into the new file `path`. The plan has the rows of transformers.
 
     `types` are those that the user chose: a name or glob of tensors -> a key of STATED; the last that matches counts.
-    Peak memory is a few blocks, and the header.
+    `calibration` has the inputs of layers, by the names that transformers has for their weights. Peak memory is a few
+    blocks, and the header.
 
     Raises InputRefused as `merge_checkpoint` does, for tensors that would be added, for types that cannot be read, and
     for a pattern that fits no weight that changes.
@@ -90,9 +94,11 @@ def merge_gguf(
     plan = base.in_stored_rows(plan)
     chosen = _stated_types(plan, base, types)
     with threadpool_limits(1, user_api="blas"):
-        stored, layers = _decide(plan, base, chosen, min_retention, backend)
+        stored, layers = _decide(plan, base, chosen, min_retention, backend, calibration)
         promoted = {one.tensor.name: one.type.name for one in stored if one.type != one.tensor.type}
         settings = {"min_retention": min_retention, "types": promoted, **backend.settings, **more_settings}
+        if named_layers := [one.change.name for one in stored if one.change is not None and _is_fed_back(one.change)]:
+            settings |= {"calibrated": sorted(named_layers)}
 
         def record(source_hash: str) -> dict[str, str]:
             files = {base.file.path.name: {hashing: source_hash}}
@@ -148,7 +154,12 @@ def _stated_types(plan: Plan, base: GgufBase, types: Mapping[str, str]) -> dict[
 
 
 def _decide(
-    plan: Plan, base: GgufBase, chosen: Mapping[str, BlockType | None], min_retention: float, backend: Backend
+    plan: Plan,
+    base: GgufBase,
+    chosen: Mapping[str, BlockType | None],
+    min_retention: float,
+    backend: Backend,
+    calibration: Mapping[str, LayerInputs],
 ) -> tuple[list[_Stored], tuple[QuantisedLayer, ...]]:
     """Every tensor in the order of the base's bytes, in the narrowest type that can hold its change; and why."""
 
@@ -156,24 +167,49 @@ def _decide(
         tensor, change = base.tensors[name], _changed(plan, base, name)
         if change is None:
             return _Stored(tensor, tensor.type), None
+        change = change.with_inputs(name, calibration)
+        trial = functools.cache(lambda kind: _trial(base, _stored_as(kind, tensor, change), backend))
         own, *wider = _types_for(tensor.type)
-        result = _trial(base, _Stored(tensor, own, change), backend)
-        why = why_promoted(result, min_retention) if result is not None else "its values do not fit"
+        result = trial(own)
+        why = _why_promoted(result, min_retention)
         if name in chosen:
             kind = chosen[name] or own
             why = "" if kind == own else f"stated by {named('dtype_of')}"
         else:
-            kind = own if not why else next((each for each in wider if fits(tensor, each, change)), F32)
-        figures = (None, None) if result is None else (result.retention, result.noise)
-        return _Stored(tensor, kind, change), QuantisedLayer(name, own.name, kind.name, why, *figures)
+            kind = own if not why else next((one for one in wider if not _why_promoted(trial(one), min_retention)), F32)
+        stored = _stored_as(kind, tensor, change)
+        if _is_fed_back(change) and not _is_calibrated(trial(kind)):  # the record names it before it is written
+            stored = replace(stored, change=replace(change, inputs=_measured_alone(change.inputs)))
+        figures = (None, None, None) if result is None else (result.retention, result.noise, result.outputs)
+        return stored, QuantisedLayer(name, own.name, kind.name, why, *figures)
 
-    def fits(tensor: GgufTensor, kind: BlockType, change: OutputTensor) -> bool:
-        result = _trial(base, _Stored(tensor, kind, change), backend)
-        return result is not None and not why_promoted(result, min_retention)
-
-    with ThreadPoolExecutor(block_copy.default_threads()) as pool:
+    # The matrices of a layer's inputs are large: with these, one layer at a time
+    with ThreadPoolExecutor(1 if calibration else block_copy.default_threads()) as pool:
         found = list(pool.map(of, base.tensors))
     return [stored for stored, _ in found], tuple(layer for _, layer in found if layer is not None)
+
+
+def _why_promoted(result: StepResult | None, min_retention: float) -> str:
+    return "its values do not fit" if result is None else why_promoted(result, min_retention)
+
+
+def _stored_as(kind: BlockType, tensor: GgufTensor, change: OutputTensor) -> _Stored:
+    """A changed tensor in a type. In blocks with new scales, the last code of each belongs to the largest value."""
+    own_grid = kind in FLAT or kind == tensor.type
+    return _Stored(tensor, kind, change if own_grid else replace(change, inputs=_measured_alone(change.inputs)))
+
+
+def _measured_alone(inputs: LayerInputs | None) -> LayerInputs | None:
+    """The inputs of a layer that is rounded to nearest."""
+    return None if inputs is None else replace(inputs, is_fed_back=False)
+
+
+def _is_fed_back(change: OutputTensor) -> bool:
+    return change.inputs is not None and change.inputs.is_fed_back
+
+
+def _is_calibrated(result: StepResult | None) -> bool:
+    return result is not None and result.outputs is not None and result.outputs.is_calibrated
 
 
 def _types_for(own: BlockType) -> list[BlockType]:
@@ -299,7 +335,7 @@ def _changed_blocks(
         own = change.source, change.step, change.name, FLOAT, change.patches, change.quantised
         made = EncodedTensor(
             *own, encode=encode, place=lambda row: row * per_row // kind.elements * kind.nbytes, is_one=True
-        )
+        )  # without inputs: the feedback is that of `encode`
         yield from made.blocks(path, read_fd, start, backend)
         return
     change = replace(change, dtype=FLAT[kind])
@@ -309,11 +345,26 @@ def _changed_blocks(
     yield from zip(blocks, tensor_blocks.blocks_to_measure(change.step, rows), strict=True)
 
 
-def _encode(stored: _Stored, source: Bytes, total: Floats, target: Bytes, measured: bool) -> Floats | None:
+def _encode(stored: _Stored, source: Bytes, total: Floats, target: Bytes, measured: bool) -> Encoded:
     """Store sums as blocks. Raises InputRefused where a value is beyond what the type can hold."""
     name, own, kind = stored.tensor.name, stored.tensor.type, stored.type
-    codec, values = codec_of(name, kind), total.reshape(-1, kind.elements)
-    blocks = codec.encode(source.reshape(-1, own.nbytes), values) if kind == own else new_q8_0(values)
+    codec, values, before = codec_of(name, kind), total.reshape(-1, kind.elements), source.reshape(-1, own.nbytes)
+    blocks = codec.encode(before, values) if kind == own else new_q8_0(values)
+    outputs = None
+    if stored.change is not None and stored.change.inputs is not None:
+        change = total - decoded(name, codec_of(name, own), before).reshape(total.shape)
+        start = before if kind == own else blocks
+        blocks, outputs = _fed_back(stored.change.inputs, codec, start, codec.codes_of(blocks), total, change)
     target[:] = blocks.reshape(-1)
     # `decoded` refuses new scales that are too large
-    return None if kind == own and not measured else decoded(name, codec, blocks)
+    return None if kind == own and not measured else decoded(name, codec, blocks), outputs
+
+
+def _fed_back(
+    inputs: LayerInputs, codec: BlockCodec, blocks: Bytes, nearest: Bytes, total: Floats, change: Floats
+) -> tuple[Bytes, NDArray[np.float64]]:
+    """Blocks with the nearest codes, or those on the other side of some sums; and the sums of their outputs."""
+    other = codec.beyond(blocks, total.reshape(nearest.shape), nearest)
+    values = (codec.values_of(blocks, codes).reshape(total.shape) for codes in (nearest, other))
+    takes_other, outputs = calibrated(inputs, total, change, *values, is_transposed=False)
+    return codec.with_codes(blocks, np.where(takes_other.reshape(nearest.shape), other, nearest)), outputs

@@ -15,7 +15,7 @@ from lora_export import provenance
 from lora_export.errors import InputRefused
 from lora_export.storage.gguf_blocks import CODECS
 from lora_export.storage.gguf_file import GgufTensor, gguf_layout, open_gguf
-from support.gguf_files import Kind, llama, write_llama
+from support.gguf_files import Kind, calibration_of, llama, runnable, write_llama
 from support.peft_models import trained
 
 Q, DOWN, UP = "blk.0.attn_q.weight", "blk.0.ffn_down.weight", "blk.0.ffn_up.weight"
@@ -180,6 +180,25 @@ def test_new_scales_are_judged(tmp_path: Path) -> None:
     assert proof.verdict.outcome == "different"
     # Not only those that are off by a step
     assert "down_proj.weight: different, 65,536 of 65,536 entries" in str(proof)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_K, Kind.MXFP4, Kind.BF16], ids=str)
+def test_calibrated_numbers_are_judged_by_the_inputs(tmp_path: Path, kind: Kind) -> None:
+    base, adapter = write_llama(tmp_path / "base.gguf", kind, fields=runnable), an_adapter(tmp_path / "a")
+    texts, options = calibration_of(tmp_path / "inputs.npz"), {"dtype_of": {"*": "keep"}, "min_retention": 0.1}
+    out = lora_export.merge(base, [adapter], tmp_path / "out.gguf", calibration=texts, **options).output
+    own = {"base": base, "adapters": [adapter]}
+    right = lora_export.verify(out, calibration=texts, **own).verdict
+    assert (right.outcome, right.not_judged) == ("same", ())
+    assert all(one.output_error < one.nearest_output_error for one in right.weights if one.fate == "changed")
+    assert "which of the two values" in lora_export.verify(out, **own).verdict.not_judged[0]
+    assert lora_export.verify(out, calibration=texts, weights=[1.1], **own).verdict.outcome == "different"
+    nearest = lora_export.merge(base, [adapter], tmp_path / "nearest.gguf", **options).output
+    data, place, source = bytearray(out.read_bytes()), tensor_of(out, Q), tensor_of(nearest, Q)
+    data[place.start : place.stop] = nearest.read_bytes()[source.start : source.stop]
+    out.write_bytes(data)
+    broken = lora_export.verify(out, calibration=texts, **own)
+    assert broken.verdict.outcome == "different" and "its numbers are rounded to nearest" in str(broken)
 
 
 def test_heads_that_are_not_those_of_the_rows_are_refused(tmp_path: Path) -> None:

@@ -25,8 +25,10 @@ from support.gguf_files import (
     HEADS,
     KEY_HEADS,
     Kind,
+    calibration_of,
     llama,
     llama_rows,
+    runnable,
     types_of,
     values_of,
     write_llama,
@@ -92,6 +94,31 @@ def test_blocks_have_the_nearest_codes_on_the_scales_of_the_base(tmp_path: Path,
         assert np.array_equal(least, distance_to_grid(tmp_path / "out.gguf", name, wanted))  # the scales stayed
         assert (np.abs(value - wanted) <= least + 1e-5 * np.abs(wanted).max()).all()
         assert np.abs(value - before[name]).max() > 0
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q5_1, Kind.Q4_K, Kind.Q6_K, Kind.MXFP4, Kind.F16], ids=str)
+def test_calibrated_numbers_are_one_of_two_and_nearer_in_the_outputs(tmp_path: Path, kind: Kind) -> None:
+    base, (adapter, changes) = write_llama(tmp_path / "base.gguf", kind, fields=runnable), an_adapter(tmp_path / "a")
+    found = {}
+    for rounding in ("nearest", "calibrated"):
+        report = lora_export.merge(
+            base, [adapter], tmp_path / f"{rounding}.gguf", calibration=calibration_of(tmp_path / "inputs.npz"),
+            rounding=rounding, dtype_of={"*": "keep"}, min_retention=0.1,
+        ).report  # fmt: skip
+        assert report is not None
+        found[rounding] = {layer.weight: layer.outputs for layer in report.layers}
+    for name, own in found["calibrated"].items():
+        assert own.is_calibrated and own.error < own.nearest_error == found["nearest"][name].error
+    before, near, own = (values_of(tmp_path / f"{name}.gguf") for name in ("base", "nearest", "calibrated"))
+    assert types_of(tmp_path / "calibrated.gguf") == types_of(base)
+    for name, change in changes.items():
+        wanted = before[name].astype(np.float64) + change
+        other = own[name] != near[name]
+        far_enough = other & (np.abs(near[name] - wanted) > 1e-6 * np.abs(wanted).max())
+        on_other_side = np.sign(own[name] - wanted) == -np.sign(near[name] - wanted)
+        assert far_enough.any() and on_other_side[far_enough].all()
+        if kind.name in {one.name for one in CODECS}:
+            assert (distance_to_grid(base, name, own[name]) <= 1e-5 * np.abs(wanted).max()).all()
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16])

@@ -1,0 +1,46 @@
+"""The tensors of a GGUF file as transformers has them: names, order of rows, a tensor for each expert."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.names.families import EXPERT
+from lora_export.storage import safetensors_file
+from lora_export.weights.gguf.base import GgufBase
+
+
+def write_as_floats(base: GgufBase, folder: Path) -> None:
+    """Write the weights of a model into a folder, a file for each tensor, with an index. Blocks become fp32.
+
+    Tensors that transformers does not have are left out. Peak memory is the largest tensor in fp32.
+    """
+    places: dict[str, str] = {}
+    for number, name in enumerate(base.tensors):
+        tensors = dict(_of_transformers(base, name))
+        if tensors:
+            safetensors_file.write(folder / f"{number}.safetensors", tensors, {"format": "pt"})
+        places |= dict.fromkeys(tensors, f"{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _of_transformers(base: GgufBase, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
+    if base.names.of_transformers(base.tensors[name].name) != name:
+        return
+    (shard,) = base.checkpoint.shards.values()
+    values = shard.read(name)
+    order = base.names.row_order(name)
+    if order is not None:
+        stored, values = values, np.empty_like(values)
+        values[order.indices(len(values), base.names.heads)] = stored
+    if base.names.shifts_norms and name.endswith("norm.weight"):
+        values = values - 1
+    if EXPERT in name:
+        yield from ((name.replace(EXPERT, str(number)), one) for number, one in enumerate(values))
+    else:
+        yield name, values
