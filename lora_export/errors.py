@@ -54,6 +54,12 @@ def count(number: SupportsIndex, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def duration(seconds: float) -> str:
+    """`40 s`, `5 min`, `3 h 20 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{rest} s"
+
+
 def count_that_are(number: SupportsIndex, what: str) -> str:
     """`1 value that is`, `2 values that are`."""
     return f"{count(number, what)} that {'is' if number == 1 else 'are'}"

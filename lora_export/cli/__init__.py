@@ -25,7 +25,7 @@ import click
 
 from lora_export.cli import failures, startup
 from lora_export.cli.failures import Invocation, Terminated
-from lora_export.cli.parameters import command_line_spelling
+from lora_export.cli.parameters import command_line_spelling, other_tools
 from lora_export.version import __version__
 
 # Job -> command -> its help in one line, so that `lora-export --help` imports no command.
@@ -88,8 +88,6 @@ class LazyGroup(click.Group):
         """As click does; an unknown command ends with the commands that may be meant."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            from lora_export.cli.arguments import other_tools
-
             meant = other_tools()["commands"].get(name) or difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
             ctx.fail(f"No such command '{name}'.{hint}")

@@ -20,21 +20,13 @@ from click.core import ParameterSource
 from lora_export.cli import failures, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
-from lora_export.cli.parameters import EVERY_OPTION, parameters_of, values_for, write_options
+from lora_export.cli.parameters import EVERY_OPTION, other_tools, parameters_of, values_for, write_options
 from lora_export.errors import WrongUsage, one_line
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.declaring import Options
 from lora_export.storage import input_files
 
 # --- Options of other tools ---
-
-
-@functools.cache
-def other_tools() -> Mapping[str, Any]:
-    """What other tools call the commands and options here."""
-    import tomllib
-
-    return tomllib.loads((Path(__file__).parent / "other_tools.toml").read_text(encoding="utf-8"))
 
 
 def renamed(error: click.NoSuchOption, ctx: click.Context) -> click.UsageError:

@@ -1,7 +1,8 @@
-"""The parameters of a command, made from the record of its options."""
+"""The parameters of a command, made from the record of its options; and what other tools call these."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -64,6 +65,14 @@ class SectionedOption(click.Option):
     def __init__(self, *args: Any, section: Section = Section.OPTIONS, often: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.section, self.often = section, often
+
+
+@functools.cache
+def other_tools() -> Mapping[str, Any]:
+    """What other tools call the commands and options here."""
+    import tomllib
+
+    return tomllib.loads((Path(__file__).parent / "other_tools.toml").read_text(encoding="utf-8"))
 
 
 def command_line_spelling() -> AbstractContextManager[None]:

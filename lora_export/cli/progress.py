@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 from lora_export.callbacks import OnProgress, Progress, ignore
 from lora_export.cli.verbosity import Verbosity, verbosity
-from lora_export.errors import one_line
+from lora_export.errors import duration, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,9 +37,9 @@ class CurrentStage:
     def __str__(self) -> str:
         """How much is done, and how long the rest will take at the speed until now, else how long it has taken."""
         event, taken = self.event, time.monotonic() - self.begun
-        clock = _duration(taken)
+        clock = duration(taken)
         if event.total and event.done:
-            clock = f"{_duration(taken * (event.total - event.done) / event.done)} left"
+            clock = f"{duration(taken * (event.total - event.done) / event.done)} left"
         return ", ".join(filter(None, (_amount(event), clock, event.detail)))
 
 
@@ -52,11 +52,6 @@ def _amount(event: Progress) -> str:
     from rich.filesize import decimal
 
     return f"{decimal(event.done)} of {decimal(event.total)}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{rest} s"
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 from rich.filesize import decimal
 
-from lora_export.errors import InputRefused, count, one_line
-from lora_export.report.files import is_report, replace_report
+from lora_export.errors import InputRefused, count, duration, one_line
+from lora_export.report.files import refuse_other_file, replace_report
 from lora_export.report.files.junit_xml import finished_suite, new_suite, xml_text
 from lora_export.report.files.page import MARKS, render, require_jinja2
 
@@ -77,12 +77,6 @@ def plan_lines(document: FleetDocument, *, every: bool) -> Iterator[str]:
             yield f"    and {count(len(lines) - SHOWN_PROBLEM_LINES, 'more line')} (-v)"
 
 
-def duration(seconds: float) -> str:
-    """`40 s`, `5 min`, `3 h 20 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{rest} s"
-
-
 # --- files ---
 
 
@@ -134,8 +128,7 @@ def check_fleet_report(path: Path) -> None:
     make = FLEET_REPORTS.get(path.suffix)
     if make is None:
         raise InputRefused(f"{path}: unknown report of a fleet. Name it {', '.join(FLEET_REPORTS)}")
-    if path.is_file() and path.stat().st_size and not is_report(path):
-        raise InputRefused(f"{path} exists and is no report")
+    refuse_other_file(path)
     if make is _as_page:
         require_jinja2()
 

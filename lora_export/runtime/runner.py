@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ class PlainRunner:
         """Nothing is held beyond the object."""
 
 
-class AdaptersByInput(PlainRunner):
+class AdaptersByInput(PlainRunner, ABC):
     """A runner of a graph whose inputs may be an adapter, or choose one for each row of a batch."""
 
     path: Path
@@ -133,9 +134,9 @@ class AdaptersByInput(PlainRunner):
     _adapter_scales: NDArray[np.float32] | None = None  # [rows, adapters of a row]
 
     @property
+    @abstractmethod
     def metadata(self) -> Mapping[str, str]:
         """Those of the graph."""
-        raise NotImplementedError
 
     @property
     def takes_rows(self) -> bool:

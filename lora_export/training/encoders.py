@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -316,7 +317,7 @@ class SoundReader:
 
 
 @dataclass(frozen=True, eq=False)
-class SpeechEncoder:
+class SpeechEncoder(ABC):
     """`audio`, and the tokens of `text`."""
 
     sounds: SoundReader
@@ -330,9 +331,9 @@ class SpeechEncoder:
     def encode(self, row: Row) -> Encoded:
         return self.sounds.samples(row), self.tokens(row)
 
+    @abstractmethod
     def tokens(self, row: Row) -> list[int]:
         """The tokens of the transcript. Raises InputRefused for one that cannot be trained on."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from lora_export.cli import COMMANDS, cli, command_named
-from lora_export.cli.arguments import Command, command_line, options_by_name, other_tools, wrote
+from lora_export.cli.arguments import Command, command_line, options_by_name, wrote
+from lora_export.cli.parameters import other_tools
 from lora_export.errors import WrongUsage
 from lora_export.options.common import LORA_MODES
 from support.cli import call

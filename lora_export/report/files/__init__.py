@@ -59,8 +59,7 @@ def check_report_path(path: Path, inputs: Iterable[Path] = ()) -> None:
         is_inside = path.exists() and path.resolve().is_relative_to(source.resolve())
         if is_inside and not (source.is_dir() and is_report(path)):
             raise InputRefused(f"{path} is an input, or a file of {source}. Write the report elsewhere")
-    if path.is_file() and path.stat().st_size and not is_report(path):
-        raise InputRefused(f"{path} exists and is no report")
+    refuse_other_file(path)
     getattr(kind, "require", lambda: None)()
 
 
@@ -87,6 +86,12 @@ def is_report(path: Path) -> bool:
     with input_files.open_regular(path) as file:
         beginning = file.read(4096)
     return path.name != MANIFEST and b"lora-export" in beginning
+
+
+def refuse_other_file(path: Path) -> None:
+    """Raise InputRefused for an existing file that is no report of this program, and not empty."""
+    if path.is_file() and path.stat().st_size and not is_report(path):
+        raise InputRefused(f"{path} exists and is no report")
 
 
 def write_report(path: Path, proof: AnyProof) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import tempfile
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ from lora_export.storage.json_files import checked_objects, refuse_flood
 Row = Mapping[str, Any]  # column -> value
 
 
-class Records:
+class Records(ABC):
     """The rows of a data set. They stay on the disk: memory grows by a few bytes for each row."""
 
     path: Path
@@ -35,12 +36,12 @@ class Records:
     has_types = True  # otherwise every value is a text
     names: Mapping[str, str] = MappingProxyType({})  # name of a column here -> its name in the data, where it differs
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, row: int) -> Row:
         """Read one row. Raises InputRefused, with the place, where it cannot be read."""
-        raise NotImplementedError
 
     def where(self, row: int) -> str:
         """Where a row is in its file: `line 7`."""
