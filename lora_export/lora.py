@@ -293,33 +293,24 @@ def new_pair(
     scale: float,
     rng: np.random.Generator,
     magnitude: NDArray[np.float32] | None = None,
+    embedding: bool = False,
 ) -> LoraPair:
     """A new pair for a weight of this (out, in, ...) shape: A Kaiming-uniform with a = √5, B zero.
 
     Kaiming-uniform with negative slope √5 is U(-1/√in, 1/√in), where a kernel counts among the inputs (He et al. 2015,
-    eq. 10, and the initialisation of Hu et al. 2021). With B zero the pair is the identity, and so is one with the
-    magnitude of the weight.
+    eq. 10, and the initialisation of Hu et al. 2021). For a table (rows, width) of an `embedding`, A is zero and B
+    normal, as in Hu et al.'s own code and in PEFT. The pair is the identity, and so is one with the magnitude of the
+    weight.
     """
-    out_features, in_features, *kernel = shape
-    bound = 1 / math.sqrt(in_features * math.prod(kernel))
-    a = rng.uniform(-bound, bound, size=(rank, in_features, *kernel)).astype(np.float32)
-    b = np.zeros((out_features, rank, *[1] * len(kernel)), np.float32)
-    return LoraPair(a=a, b=b, scale=scale, magnitude=magnitude)
-
-
-def new_embedding_pair(
-    shape: tuple[int, ...],
-    *,
-    rank: int,
-    scale: float,
-    rng: np.random.Generator,
-    magnitude: NDArray[np.float32] | None = None,
-) -> LoraPair:
-    """A new pair for a table of this (rows, width) shape: A zero, B normal, as in Hu et al.'s own code and in PEFT."""
-    rows, width = shape
-    b = rng.standard_normal((width, rank)).astype(np.float32)
-    a = np.zeros((rank, rows), np.float32)
-    return LoraPair(a=a, b=b, scale=scale, magnitude=magnitude, embedding=True)
+    if embedding:
+        rows, width = shape
+        a, b = np.zeros((rank, rows), np.float32), rng.standard_normal((width, rank)).astype(np.float32)
+    else:
+        out_features, in_features, *kernel = shape
+        bound = 1 / math.sqrt(in_features * math.prod(kernel))
+        a = rng.uniform(-bound, bound, size=(rank, in_features, *kernel)).astype(np.float32)
+        b = np.zeros((out_features, rank, *[1] * len(kernel)), np.float32)
+    return LoraPair(a=a, b=b, scale=scale, magnitude=magnitude, embedding=embedding)
 
 
 PerName = TypeVar("PerName")

@@ -184,7 +184,6 @@ def _report_of_all(reports: Mapping[str, MergeReport]) -> MergeReport:
         ),
         copied=sum(report.copied for report in reports.values()),
         bytes=sum(report.bytes for report in reports.values()),
-        replaced=sum(report.replaced for report in reports.values()),
         replaced_weights=tuple(
             f"{folder}/{name}" for folder, report in reports.items() for name in report.replaced_weights
         ),

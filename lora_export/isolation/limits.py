@@ -1,7 +1,7 @@
 """How much memory and time a file may take that is read or judged: each limit, stated once.
 
-Readers take their limits from here, and `lora-export guide limits` shows the table. Models that are trained or exported
-are the user's own: `require_memory` compares them with the memory that is available.
+Readers take their limits from here, and the guide shows LIMITS as a table. Models that are trained or exported are the
+user's own: `require_memory` compares them with the memory that is available.
 """
 
 from __future__ import annotations
@@ -82,17 +82,3 @@ def memory_for(nbytes: int) -> int:
     """The bytes of memory that a file of so many bytes may take where it is run."""
     stated = _stated.get()
     return MEMORY + MEMORY_OF_FILE * nbytes if stated is None else int(stated * GIB)
-
-
-def table_lines() -> list[str]:
-    """The limits as a table in Markdown."""
-    rows = (f"| {of} | {_shown(most, unit)} |" for of, most, unit in LIMITS)
-    return ["| what | at most |", "|---|---|", *rows]
-
-
-def _shown(most: int, unit: str) -> str:
-    if unit == "bytes":
-        for size, name in ((GIB, "GiB"), (MIB, "MiB")):
-            if most % size == 0:
-                return f"{most // size} {name}"
-    return f"{most:,} {unit}"

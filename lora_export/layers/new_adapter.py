@@ -23,7 +23,7 @@ from lora_export.formats.patterns import Patterns
 from lora_export.layers.adapter_targets import AdaptableWeight, AdaptableWeights, matches_ending, nearest
 from lora_export.layers.frozen_linear import is_4bit
 from lora_export.layers.module_tensors import as_array, named_tensors, oriented
-from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, new_embedding_pair, new_pair
+from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, new_pair
 from lora_export.options.spelling import named
 from lora_export.options.train import AdapterChoice, Init, TrainedBiases
 from lora_export.plan import Layout
@@ -176,11 +176,9 @@ def _new_pairs(
             for expert in range(one.spec.shape[0]):
                 yield expert_name(path, expert), _expert_pair(one, options)
             continue
-        lengths = one.lengths if dora else None
-        if one.spec.layout is Layout.EMBEDDING:
-            yield path, new_embedding_pair(one.spec.shape, **options, magnitude=lengths)
-        else:
-            yield path, new_pair(one.spec.matrix, **options, magnitude=lengths)
+        is_table = one.spec.layout is Layout.EMBEDDING
+        shape, lengths = one.spec.shape if is_table else one.spec.matrix, one.lengths if dora else None
+        yield path, new_pair(shape, **options, magnitude=lengths, embedding=is_table)
 
 
 def _expert_pair(one: AdaptableWeight, options: Mapping[str, Any]) -> LoraPair:

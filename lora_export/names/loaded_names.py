@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lora_export.names.architecture import ArchitectureRules, RenameRule, loading_order
-from lora_export.names.tensor_parts import AssembledTensor, NotExpressible, converted
+from lora_export.names.tensor_parts import AssembledTensor, converted
 
 ShapeOf = Callable[[str], tuple[int, ...]]
 LoadedShapeOf = Callable[[str], tuple[int, ...] | None]
@@ -134,6 +134,3 @@ def _loaded(rules: ArchitectureRules, stored: Iterable[str]) -> Iterator[LoadedT
         conversion = Conversion(converter, collected, before, after, rules)
         for name in conversion.names:
             yield LoadedTensor(name, conversion=conversion)
-
-
-__all__ = ["Conversion", "LoadedNames", "LoadedTensor", "NotExpressible", "ShapeOf"]

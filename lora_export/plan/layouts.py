@@ -50,7 +50,8 @@ def settle_layouts(
         return evidence.of(weight) | dict.fromkeys(recorded.get(weight, ()), LayoutSource.ADAPTER)
 
     settled = {
-        weight: _settled(base[weight], pair, _stated_for(weight, stated), of_weight) for weight, pair in linear.items()
+        weight: _settled(base[weight], pair, stated_layout(weight, stated), of_weight)
+        for weight, pair in linear.items()
     }
     return BaseTensors(settled.get(name, spec) for name, spec in base.items())
 
@@ -164,14 +165,14 @@ def _recorded(
             if weight is None or module not in adapter.pairs or len(base[weight].shape) != 2:
                 continue
             own[weight] = Layout(layout)
-            known = _own_layout(base[weight], adapter.pairs[module]) or _stated_for(weight, stated)
+            known = _own_layout(base[weight], adapter.pairs[module]) or stated_layout(weight, stated)
             contradicted = contradicted or known not in (None, own[weight])
         for weight, recorded in () if contradicted else own.items():
             by_weight.setdefault(weight, set()).add(recorded)
     return by_weight
 
 
-def _stated_for(weight: str, stated: Mapping[str, str]) -> Layout | None:
+def stated_layout(weight: str, stated: Mapping[str, str]) -> Layout | None:
     """The last layout that the user stated for this weight."""
     matching = [layout for pattern, layout in stated.items() if _names(pattern, weight)]
     return Layout(matching[-1]) if matching else None

@@ -263,6 +263,11 @@ class Plan:
         """The steps that add a low-rank change."""
         return tuple(step for step in self.steps if step.terms)
 
+    @property
+    def replaced_weights(self) -> tuple[str, ...]:
+        """The tensors that adapters replace, whole or in some rows."""
+        return tuple(step.weight for step in self.steps if step.is_replacement)
+
     def changes_tied(self, weight: str) -> bool:
         """Whether every adapter on this weight was trained on it as a tied tensor, so that all its names change."""
         tied = {adapter.name: set(adapter.tied.values()) for adapter in self.adapters}

@@ -12,13 +12,12 @@ import contextlib
 import ctypes
 import errno
 import filecmp
-import functools
 import hashlib
 import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Required, TypedDict, Unpack
@@ -120,6 +119,7 @@ def _stage(
     sign: str | Path | None = None,
     streamed: bool = False,
 ) -> Iterator[Path]:
+    """Check the target, take its lock, remove what dead runs left, yield an empty stage, and publish it."""
     if isinstance(target, StorePath):
         if sign is not None:
             raise OutputFailed(f"{target}: {named('sign', sign)} signs files on the disk. Write there, sign, and copy")
@@ -134,26 +134,43 @@ def _stage(
             yield stage
         published.append(target)
         return
-    publish = _publish_folder if is_folder else functools.partial(_publish_files, on_message, overwrite)
-    with _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage:
-        if is_folder:
-            _refuse_foreign_files(_absolute(target))
-        elif _absolute(target).is_dir():
-            raise OutputFailed(f"{target} is a folder; name a file")
-        sign_files = None if sign is None else signer(sign, target)
-        yield stage
-        if sign_files is not None:
-            sign_files(stage, stage / (SIGNATURE if is_folder else f"{target.name}{SUFFIX}"))
+    with _file_errors(target), contextlib.ExitStack() as to_the_end:
+        given, target = target, _absolute(target)
+        _check_target(target, inputs, required_bytes)
+        _refuse_taken(target, overwrite=overwrite)
+        with _folder(target.parent), output_lock(target.parent / _hidden_name(target, "lock"), target):
+            _remove_orphans(target, on_message)
+            _refuse_taken(target, overwrite=overwrite)  # again: an output that was set aside may be back
+            stage = target.parent / _hidden_name(target, f"{os.getpid()}.partial")
+            try:
+                stage.mkdir()
+                _expected[stage] = required_bytes
+                if is_folder:
+                    _refuse_foreign_files(target)
+                elif target.is_dir():
+                    raise OutputFailed(f"{given} is a folder; name a file")
+                sign_files = None if sign is None else signer(sign, given)
+                yield stage
+                if sign_files is not None:
+                    sign_files(stage, stage / (SIGNATURE if is_folder else f"{target.name}{SUFFIX}"))
+                _flush(stage)
+                to_the_end.enter_context(deferred_signals())
+                announce({target: stage} if is_folder else staged_files(stage, target.parent))
+                _refuse_taken(target, overwrite=overwrite)  # again: another process may have created it meanwhile
+                if is_folder:
+                    _refuse_foreign_files(target)
+                    _swap_in(stage, target)
+                else:
+                    _publish_files(stage, target, on_message, overwrite=overwrite)
+                published.append(target)
+            finally:
+                _expected.pop(stage, None)
+                with deferred_signals():
+                    shutil.rmtree(stage, ignore_errors=True)
 
 
-def _publish_folder(stage: Path, target: Path) -> None:
-    announce({target: stage})
-    _refuse_foreign_files(target)
-    _swap_in(stage, target)
-
-
-def _publish_files(on_message: OnMessage, overwrite: bool, stage: Path, target: Path) -> None:
-    announce(staged_files(stage, target.parent))
+def _publish_files(stage: Path, target: Path, on_message: OnMessage, *, overwrite: bool) -> None:
+    """Move the files of a stage beside the target, and remove the data files that it no longer uses."""
     companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
     stems = "|".join(re.escape(_stem(name)) for name in (target.name, *companions))
     data = re.compile(rf"({stems})\.[0-9a-f]{{{DIGITS}}}\.data")
@@ -219,39 +236,6 @@ def _absolute(target: Path) -> Path:
         raise OutputFailed(f"{target} cannot be written to: name a file or folder in it")
     # Path.resolve raises RuntimeError for links that form a circle.
     return Path(os.path.realpath(target.parent), target.name)
-
-
-@contextlib.contextmanager
-def _staged(
-    target: Path,
-    inputs: Iterable[Path],
-    overwrite: bool,
-    required_bytes: int,
-    on_message: OnMessage,
-    publish: Callable[[Path, Path], None],
-) -> Iterator[Path]:
-    """Check the target, take its lock, remove what dead runs left, yield an empty stage, and publish it."""
-    with _file_errors(target), contextlib.ExitStack() as to_the_end:
-        target = _absolute(target)
-        _check_target(target, inputs, required_bytes)
-        _refuse_taken(target, overwrite=overwrite)
-        with _folder(target.parent), output_lock(target.parent / _hidden_name(target, "lock"), target):
-            _remove_orphans(target, on_message)
-            _refuse_taken(target, overwrite=overwrite)  # again: an output that was set aside may be back
-            stage = target.parent / _hidden_name(target, f"{os.getpid()}.partial")
-            try:
-                stage.mkdir()
-                _expected[stage] = required_bytes
-                yield stage
-                _flush(stage)
-                to_the_end.enter_context(deferred_signals())
-                _refuse_taken(target, overwrite=overwrite)  # again: another process may have created it meanwhile
-                publish(stage, target)
-                published.append(target)
-            finally:
-                _expected.pop(stage, None)
-                with deferred_signals():
-                    shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextlib.contextmanager

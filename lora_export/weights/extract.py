@@ -22,7 +22,7 @@ from lora_export.names.loaded_names import LoadedNames
 from lora_export.names.table import is_embedding
 from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
-from lora_export.plan.layouts import LayoutEvidence, check_stated
+from lora_export.plan.layouts import LayoutEvidence, check_stated, stated_layout
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import Checkpoint
@@ -162,25 +162,23 @@ def extract_adapter(
     return _Extraction(base, tuned, truncation, layout or {}, exclude, progress).result(name)
 
 
+@dataclass(eq=False)
 class _Extraction:
     """Tensors have their names in the loaded model, those of TUNED: where it has a head, the others have a prefix."""
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        tuned: Checkpoint,
-        truncation: Truncation,
-        layout: Mapping[str, str],
-        exclude: Sequence[str],
-        progress: OnBytesWritten,
-    ):
-        self.base, self.tuned, self.truncation, self.layout = base, tuned, truncation, layout
-        self.exclude, self.progress = exclude, progress
-        self.new, self.converted = _tensors(tuned)
-        old, _ = _tensors(base)
+    base: Checkpoint
+    tuned: Checkpoint
+    truncation: Truncation
+    layout: Mapping[str, str]
+    exclude: Sequence[str]
+    progress: OnBytesWritten
+
+    def __post_init__(self) -> None:
+        self.new, self.converted = _tensors(self.tuned)
+        old, _ = _tensors(self.base)
         prefix = _prefix(old, self.new)
         self.old = {prefix + name: tensor for name, tensor in old.items()}
-        self.specs = {spec.name: spec for spec in base.specs}
+        self.specs = {spec.name: spec for spec in self.base.specs}
         self.evidence = LayoutEvidence(self.specs, {})
         self.pairs: dict[str, LoraPair] = {}
         self.layouts: dict[str, str] = {}
@@ -280,10 +278,9 @@ class _Extraction:
             return Layout.OUT_IN
         if is_embedding(spec.name.removesuffix(".weight")):
             return Layout.EMBEDDING
-        names = (spec.name, spec.name.removesuffix(".weight"))
         if spec.layout is Layout.UNKNOWN:
-            matching = [each for glob, each in self.layout.items() if any(fnmatch.fnmatchcase(n, glob) for n in names)]
-            found = [Layout(matching[-1])] if matching else list(self.evidence.of(spec.name))
+            stated = stated_layout(spec.name, self.layout)
+            found = list(self.evidence.of(spec.name)) if stated is None else [stated]
             return found[0] if len(found) == 1 else Layout.UNKNOWN
         return Layout.IN_OUT if spec.layout is Layout.IN_OUT else Layout.OUT_IN
 

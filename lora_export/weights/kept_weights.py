@@ -27,7 +27,7 @@ from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import refuse_overflow, scratch_arrays, squared_column_norms
 from lora_export.weights.calibrated_rounding import calibrated
-from lora_export.weights.merge_report import Statistics, StepResult, results_of
+from lora_export.weights.merge_report import Statistics, StatisticsByWeight, StepResult
 from lora_export.weights.quantised.codes import Grid, StoredCodes, read_numbers
 from lora_export.weights.quantised.new_grid import MOST_SCALES, NewGrid, NewPart, ScaleRule
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
@@ -266,7 +266,7 @@ def measured_results(kept: KeptTensor, path: Path, fd: int) -> list[StepResult]:
     """Quantise the rows of a weight again that are measured, in memory: what is left of each change."""
     blocks = zip(kept_blocks(path, fd, kept, kept.source), kept.pieces, strict=True)
     measured = (block for block, (_, is_measured) in blocks if is_measured)
-    return results_of(run_in_memory(path, fd, kept, measured))
+    return list(StatisticsByWeight(run_in_memory(path, fd, kept, measured)).results)
 
 
 # --- New scales: a pass over the weight finds them before it is written. Scales whose numbers do not change stay ---

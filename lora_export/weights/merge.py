@@ -39,6 +39,7 @@ from lora_export.weights.merge_report import (
     MergeReport,
     OnBytesWritten,
     Statistics,
+    StatisticsByWeight,
     refuse_below_rounding,
 )
 from lora_export.weights.one_pass import FileCopy, Merging, alone
@@ -135,13 +136,11 @@ class CheckpointMerge:
             write_other_files(plan, base, stage, {name: shard.file for name, shard in written.items()}, self.dtype)
             hashes = {name: {self.hashing: shard.target_hash} for name, shard in written.items()}
             write_manifest(stage, origin, hashes)
-        replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
         return MergeReport(
             results=results,
             copied=sum(tensor.nbytes for own in self._tensors.values() for tensor in own if tensor.is_copy),
             bytes=sum(shard.file.size for shard in written.values()),
-            replaced=len(replaced),
-            replaced_weights=replaced,
+            replaced_weights=plan.replaced_weights,
             seconds=time.perf_counter() - begun,
             spellings={one.name: spelling for one, spelling in zip(plan.adapters, plan.spellings, strict=False)},
         )
@@ -173,11 +172,10 @@ class CheckpointMerge:
             hashes.target.update(header)
             hashes.source.update(reader.read(source.data_start))
             blocks = _blocks(source, reader.fileno(), writer.fileno(), tensors, entries, backend)
-            by_weight: dict[str, Statistics] = {}
+            by_weight = StatisticsByWeight()
 
             def add(block: Block, found: list[Statistics] | None) -> None:
-                for statistics in found or ():
-                    by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+                by_weight.add(found)
                 progress(block.target_stop - block.target_start)
 
             size, number = tensor_blocks.block_size(tensors), list(self.base.shards).index(name)
@@ -187,9 +185,8 @@ class CheckpointMerge:
                 header, _ = self._layout(name, hashes.source.hexdigest())  # as long as the first: all hashes are
                 block_copy.write(writer.fileno(), memoryview(header), 0)
         progress(len(header))
-        results = tuple(statistics.result() for statistics in by_weight.values())
-        own_hashes = hashes.source.hexdigest(), hashes.target.hexdigest()
-        return record_made(path, digest, WrittenFile(safetensors_file.open_file(path), results, *own_hashes))
+        written, own_hashes = safetensors_file.open_file(path), (hashes.source.hexdigest(), hashes.target.hexdigest())
+        return record_made(path, digest, WrittenFile(written, by_weight.results, *own_hashes))
 
     def _layout(self, name: str, source_hash: str = "") -> tuple[bytes, list[Entry]]:
         """The header of a file of the output, and where its tensors will be."""

@@ -106,13 +106,16 @@ class MergeReport:
     results: tuple[StepResult, ...]
     copied: int  # bytes that were copied unchanged
     bytes: int  # bytes of weights written in all
-    replaced: int  # tensors that adapters replaced, whole or in some rows
+    replaced: int = field(init=False)  # tensors that adapters replaced, whole or in some rows
     replaced_weights: tuple[str, ...]  # the names of these
     seconds: float
     spellings: Mapping[str, str] = field(default_factory=dict)  # adapter -> how its names relate to the base's
     quantisation: tuple[QuantisationLoss, ...] = ()  # of each quantised weight, where the float base was given
     layers: tuple[QuantisedLayer, ...] = ()  # changed or promoted, where a quantised base stays quantised
     base_bytes: int = 0  # of weights of the base, there
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replaced", len(self.replaced_weights))
 
     def __repr__(self) -> str:
         return brief(self, f"{count(len(self.results), 'weight')} merged", f"{self.bytes:,} bytes written")
@@ -208,12 +211,22 @@ class Statistics:
         )
 
 
-def results_of(found: Iterable[Statistics]) -> list[StepResult]:
-    """The figures of each weight, from statistics of its blocks."""
-    by_weight: dict[str, Statistics] = {}
-    for statistics in found:
-        by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
-    return [statistics.result() for statistics in by_weight.values()]
+class StatisticsByWeight:
+    """Statistics of blocks, summed by their weights."""
+
+    def __init__(self, found: Iterable[Statistics] = ()) -> None:
+        self._sums: dict[str, Statistics] = {}
+        self.add(found)
+
+    def add(self, found: Iterable[Statistics] | None) -> None:
+        """Add statistics to those of their weights."""
+        for each in found or ():
+            self._sums.setdefault(each.weight, Statistics(each.weight)).merge(each)
+
+    @property
+    def results(self) -> tuple[StepResult, ...]:
+        """The figures of each weight."""
+        return tuple(each.result() for each in self._sums.values())
 
 
 def is_in_range(squares: NDArray[np.float64]) -> bool:

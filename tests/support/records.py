@@ -36,7 +36,6 @@ def a_merge_report(*results: StepResult, replaced: tuple[str, ...] = ()) -> Merg
         results,
         copied=80_200_000,
         bytes=88_100_000,
-        replaced=len(replaced),
         replaced_weights=replaced,
         seconds=0.25,
     )

@@ -30,7 +30,6 @@ from lora_export.graph.insert.adapter_names import (
     LORA_A,
     LORA_B,
     SCALE,
-    Convention,
     dotted,
     module_of,
 )
@@ -83,19 +82,13 @@ def insert_inputs(
         )
     if CONTRACT_KEY in model.metadata_props:
         raise InputRefused("the graph has inputs for adapters already: start from the graph without them")
-    digests, with_dora, with_scale = weight_digests(sites), set(dora), set(scaled)
-    inserter, places = Inserter(model), []
-    if strength_input and (factors_of := sorted(with_dora | with_scale)):
+    digests, inserter = weight_digests(sites), Inserter(model)
+    if strength_input and (factors_of := sorted({*dora, *scaled})):
         raise refused_strength("DoRA and IA3 have factors that no strength multiplies", factors_of)
     strengths = StrengthInput(model, inserter.factory, [ACTIVE_ADAPTER]) if strength_input else None
-    for weight in weights:
-        readers = sites.by_name.get(weight, ())  # none for a part of a weight, which `sites_of` refuses
-        is_embedding = bool(readers) and all(site.layout is Layout.EMBEDDING for site in readers)
-        own_sites = inserter.sites_of(weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
-        has_dora, name_of = weight in with_dora, CONVENTIONS[names]
-        place = place_of(weight, own_sites, name_of, digests[weight], embedding=is_embedding, dora=has_dora)
-        scale = name_of(module_of(weight), SCALE, is_embedding) if weight in with_scale else ""
-        place = replace(place, max_rank=max_rank, scale=scale)
+    own: dict[str, Any] = {"names": names, "dora": dora, "scaled": scaled, "max_rank": max_rank}
+    places = []
+    for place, own_sites in places_of(inserter, sites, weights, digests, **own, allow_changed_weight=True):
         factors = _add_inputs(inserter.factory, place)
         b = strengths.times(factors[LORA_B], ACTIVE_ADAPTER) if strengths else factors[LORA_B]
         for site in own_sites:
@@ -113,24 +106,41 @@ def insert_inputs(
     return contract
 
 
-def place_of(
-    weight: str, sites: Sequence[Site], name_of: Convention, digest: str, *, embedding: bool, dora: bool
-) -> AdapterPlace:
-    """The place of an adapter beside a weight, its inputs named by a convention."""
-    site, module = sites[0], module_of(weight)
-    return AdapterPlace(
-        weight,
-        a=name_of(module, LORA_A, embedding),
-        b=name_of(module, LORA_B, embedding),
-        shape=site.shape[::-1] if embedding or site.layout is Layout.IN_OUT else site.shape,
-        dtype=common_dtype(sites),
-        digest=digest,
-        factor=name_of(module, DORA_FACTOR, embedding) if dora else "",
-        embedding=embedding,
-        value=site.value.name or "",
-        block=(site.block.start, site.block.stop) if site.block is not None else None,
-        quantised=quantisation_of(site),
-    )
+def places_of(
+    inserter: Inserter,
+    sites: Sites,
+    weights: Iterable[str],
+    digests: Mapping[str, str],
+    *,
+    names: str,
+    dora: Iterable[str],
+    scaled: Iterable[str],
+    max_rank: int,
+    **options: bool,
+) -> Iterator[tuple[AdapterPlace, tuple[Site, ...]]]:
+    """The places of an adapter beside weights, and the weights' sites. `options` are those of `Inserter.sites_of`."""
+    with_dora, with_scale, name_of = set(dora), set(scaled), CONVENTIONS[names]
+    for weight in weights:
+        readers = sites.by_name.get(weight, ())  # none for a part of a weight, which `sites_of` refuses
+        embedding = bool(readers) and all(site.layout is Layout.EMBEDDING for site in readers)
+        own_sites = inserter.sites_of(weight, sites, is_embedding=embedding, **options)
+        site, module = own_sites[0], module_of(weight)
+        place = AdapterPlace(
+            weight,
+            a=name_of(module, LORA_A, embedding),
+            b=name_of(module, LORA_B, embedding),
+            shape=site.shape[::-1] if embedding or site.layout is Layout.IN_OUT else site.shape,
+            dtype=common_dtype(own_sites),
+            digest=digests[weight],
+            factor=name_of(module, DORA_FACTOR, embedding) if weight in with_dora else "",
+            embedding=embedding,
+            value=site.value.name or "",
+            block=(site.block.start, site.block.stop) if site.block is not None else None,
+            quantised=quantisation_of(site),
+            max_rank=max_rank,
+            scale=name_of(module, SCALE, embedding) if weight in with_scale else "",
+        )
+        yield place, own_sites
 
 
 def _add_inputs(factory: NodeFactory, place: AdapterPlace) -> dict[str, Factor]:

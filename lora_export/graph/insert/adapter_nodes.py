@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
@@ -50,7 +52,7 @@ def kronecker_branch(factory: NodeFactory, site: Site, w1: Factor, w2: Factor) -
     kept = [0] * len(others)  # for Reshape: as in x
 
     def shape(name: str, *last: int) -> ir.Value:
-        return factory.constant(nodes.path, name, np.array([*kept, *last], np.int64))
+        return nodes.constant(name, np.array([*kept, *last], np.int64))
 
     split = nodes.add("Reshape", [x, shape("split", b, d)], [*others, b, d])
     half = nodes.add("MatMul", [split, w2.value], [*others, b, c])
@@ -108,91 +110,87 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan, *, strength_input: b
     for step in plan.low_rank:
         if step.replace is not None:
             change_weight(model, sites, replace(step, terms=()))
-    inserter = Inserter(model)
-    names = [adapter.name for adapter in plan.adapters]
+    inserter, names = Inserter(model), [adapter.name for adapter in plan.adapters]
     strengths = StrengthInput(model, inserter.factory, names) if strength_input else None
-    labels = {adapter.name: f".{adapter.name}" if len(plan.adapters) > 1 else "" for adapter in plan.adapters}
     for step in (step for step in plan.low_rank if not step.is_vector):
-        if step.scaling is not None:
-            _scale(inserter, step, step.scaling, sites, labels[step.terms[0].adapter], strengths)
-            continue
-        is_embedding = step.terms[0].pair.embedding
-        products = [term for term in step.terms if isinstance(term.pair, KroneckerPair) and term.pair.is_cheap]
-        own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=not products)
-        for term in products:
-            _insert_kronecker(inserter, step, term, own_sites, labels[term.adapter], strengths)
-        if products and len(products) == len(step.terms):
-            continue
-        terms = [term for term in step.terms if term not in products]
-        pairs = [_pair(inserter.factory, step, term, own_sites, labels[term.adapter], strengths) for term in terms]
-        factors = _DoraFactors(inserter.factory, step, common_dtype(own_sites), labels[step.terms[0].adapter])
-        for site in own_sites:
-            inserter.insert(site, pairs, factors.rescaling(site))
+        _NodesOfStep(inserter, step, strengths, is_alone=len(names) == 1).insert(sites)
     inserter.finish()
     return [result for result in merged if result is not None]
 
 
-def _scale(
-    inserter: Inserter, step: Step, scaling: Scaling, sites: Sites, label: str, strengths: StrengthInput | None
-) -> None:
-    """Multiply the inputs or the products of a layer by factors."""
-    own_sites = inserter.sites_of(step.weight, sites)
-    kernel = [1] * (len(own_sites[0].shape) - 2)
-    array = scaling.factors.reshape(-1, *kernel).astype(common_dtype(own_sites))
-    factor = inserter.factory.factor(module_of(step.weight), f"{SCALE}{label}", array)
-    factor = strengths.blended(factor, step.terms[0].adapter) if strengths else factor
-    for site in own_sites:
-        if scaling.of_inputs:
-            inserter.scale_input(site, *scaled_input(inserter.factory, site, factor))
-        else:
-            inserter.insert_beside(site, None, common_rescaling(inserter.factory, site, factor))
+class _NodesOfStep:
+    """The nodes of one step: its pairs, or the factors of its inputs or outputs."""
 
+    def __init__(self, inserter: Inserter, step: Step, strengths: StrengthInput | None, *, is_alone: bool):
+        self.inserter, self.step, self.strengths, self.is_alone = inserter, step, strengths, is_alone
+        self.factory, self.module = inserter.factory, module_of(step.weight)
+        self.dora_by_content: dict[bytes, Factor] = {}
+        self.dora_by_holder: dict[tuple[ir.Value | ir.Node, range | None], Factor] = {}
 
-def _insert_kronecker(
-    inserter: Inserter, step: Step, term: Term, sites: Sequence[Site], label: str, strengths: StrengthInput | None
-) -> None:
-    """Insert the two factors of LoKr, the scale in the second one, which is stored transposed."""
-    pair, dtype = term.pair, np.dtype(common_dtype(sites))
-    assert isinstance(pair, KroneckerPair)
-    with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
-        arrays = {LOKR_W1: pair.w1.astype(dtype), LOKR_W2: (pair.w2.T * np.float32(term.scale)).astype(dtype)}
-    module = module_of(step.weight)
-    w1, w2 = (inserter.factory.factor(module, f"{name}{label}", array) for name, array in arrays.items())
-    w2 = strengths.times(w2, term.adapter) if strengths else w2
-    for site in sites:
-        branch = kronecker_branch(inserter.factory, site, w1, w2)
-        inserter.insert_beside(site, lambda _, branch=branch: branch)  # type: ignore[misc]
+    def insert(self, sites: Sites) -> None:
+        step = self.step
+        if step.scaling is not None:
+            self._scale(step.scaling, self.inserter.sites_of(step.weight, sites))
+            return
+        is_embedding = step.terms[0].pair.embedding
+        products = [term for term in step.terms if isinstance(term.pair, KroneckerPair) and term.pair.is_cheap]
+        own_sites = self.inserter.sites_of(
+            step.weight, sites, is_embedding=is_embedding, allow_changed_weight=not products
+        )
+        for term in products:
+            self._insert_kronecker(term, own_sites)
+        terms = [term for term in step.terms if term not in products]
+        dtype = common_dtype(own_sites)
+        pairs = [self._pair(term, dtype) for term in terms]
+        for site in own_sites if terms else ():
+            self.inserter.insert(site, pairs, self._rescaling(site, dtype))
 
+    def _factor(self, part: str, adapter: str, array: NDArray[Any]) -> Factor:
+        """A factor as an initializer, with the name of its adapter where there are several."""
+        label = "" if self.is_alone else f".{adapter}"
+        return self.factory.factor(self.module, f"{part}{label}", array)
 
-def _pair(
-    factory: NodeFactory, step: Step, term: Term, sites: Sequence[Site], label: str, strengths: StrengthInput | None
-) -> tuple[Factor, Factor]:
-    """A and s·B as initializers, in the common dtype of the weight's readers; B times its strength, if it has one."""
-    module, dtype = module_of(step.weight), np.dtype(common_dtype(sites))
-    with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
-        a, b = (factor.astype(dtype) for factor in term.factors)
-    pair = factory.factor(module, f"{LORA_A}{label}", a), factory.factor(module, f"{LORA_B}{label}", b)
-    return (pair[0], strengths.times(pair[1], term.adapter)) if strengths else pair
+    def _scale(self, scaling: Scaling, sites: Sequence[Site]) -> None:
+        """Multiply the inputs or the products of a layer by factors."""
+        kernel, adapter = [1] * (len(sites[0].shape) - 2), self.step.terms[0].adapter
+        factor = self._factor(SCALE, adapter, scaling.factors.reshape(-1, *kernel).astype(common_dtype(sites)))
+        factor = self.strengths.blended(factor, adapter) if self.strengths else factor
+        for site in sites:
+            if scaling.of_inputs:
+                self.inserter.scale_input(site, *scaled_input(self.factory, site, factor))
+            else:
+                self.inserter.insert_beside(site, None, common_rescaling(self.factory, site, factor))
 
+    def _insert_kronecker(self, term: Term, sites: Sequence[Site]) -> None:
+        """Insert the two factors of LoKr, the scale in the second one, which is stored transposed."""
+        pair, dtype = term.pair, np.dtype(common_dtype(sites))
+        assert isinstance(pair, KroneckerPair)
+        with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
+            arrays = {LOKR_W1: pair.w1.astype(dtype), LOKR_W2: (pair.w2.T * np.float32(term.scale)).astype(dtype)}
+        w1, w2 = (self._factor(name, term.adapter, array) for name, array in arrays.items())
+        w2 = self.strengths.times(w2, term.adapter) if self.strengths else w2
+        for site in sites:
+            branch = kronecker_branch(self.factory, site, w1, w2)
+            self.inserter.insert_beside(site, lambda _, branch=branch: branch)  # type: ignore[misc]
 
-class _DoraFactors:
-    """The factors of DoRA for one step, as initializers: one for each stored weight that differs."""
+    def _pair(self, term: Term, dtype: str) -> tuple[Factor, Factor]:
+        """A and s·B as initializers, in the common dtype of the weight's readers; B times its strength, if any."""
+        with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
+            arrays = [factor.astype(dtype) for factor in term.factors]
+        parts = zip((LORA_A, LORA_B), arrays, strict=True)
+        a, b = (self._factor(part, term.adapter, array) for part, array in parts)
+        return a, self.strengths.times(b, term.adapter) if self.strengths else b
 
-    def __init__(self, factory: NodeFactory, step: Step, dtype: str, label: str):
-        self.factory, self.step, self.dtype, self.label = factory, step, dtype, label
-        self.by_content: dict[bytes, Factor] = {}
-        self.by_holder: dict[tuple[ir.Value | ir.Node, range | None], Factor] = {}
-
-    def rescaling(self, site: Site) -> Rescaling | None:
-        """The multiplication by m / ‖W + sBA‖ of the site's weight. None without DoRA."""
+    def _rescaling(self, site: Site, dtype: str) -> Rescaling | None:
+        """The multiplication by m / ‖W + sBA‖ of the site's weight, one factor for each that differs. None without."""
         if self.step.magnitude is None:
             return None
         holder = site.holder, site.block
-        if holder not in self.by_holder:
+        if holder not in self.dora_by_holder:
             with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
-                array = site_dora_factors(self.step, site).astype(self.dtype)
-            if (content := array.tobytes()) not in self.by_content:
-                name = f"{DORA_FACTOR}{self.label}"
-                self.by_content[content] = self.factory.factor(module_of(self.step.weight), name, array)
-            self.by_holder[holder] = self.by_content[content]
-        return common_rescaling(self.factory, site, self.by_holder[holder])
+                array = site_dora_factors(self.step, site).astype(dtype)
+            if (content := array.tobytes()) not in self.dora_by_content:
+                adapter = self.step.terms[0].adapter
+                self.dora_by_content[content] = self._factor(DORA_FACTOR, adapter, array)
+            self.dora_by_holder[holder] = self.dora_by_content[content]
+        return common_rescaling(self.factory, site, self.dora_by_holder[holder])

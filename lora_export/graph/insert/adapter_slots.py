@@ -7,7 +7,6 @@ the base's: zeros, and ones for factors. Nothing in the graph depends on how man
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from lora_export.errors import InputRefused, listed
 from lora_export.formats.contract import SLOTS_KEY, AdapterPlace, Contract, HeadPlace
 from lora_export.formats.onnx_adapter import cast_factor
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.insert.adapter_inputs import fingerprint, names_digest, place_of, weight_digests
-from lora_export.graph.insert.adapter_names import CONVENTIONS, DORA_FACTOR, LORA_A, LORA_B, SCALE, dotted, module_of
+from lora_export.graph.insert.adapter_inputs import fingerprint, names_digest, places_of, weight_digests
+from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, SCALE, dotted, module_of
 from lora_export.graph.insert.adapter_rows import RowInsertion, inserter_of_rows, refuse_without_rows
 from lora_export.graph.insert.node_factory import Factor, NodeFactory, NodeList, sizes_of
 from lora_export.graph.insert.row_heads import SAVED_WHOLE, HeadLayer, HeadOutputs, HeadStacks, head_layers
@@ -27,7 +26,7 @@ from lora_export.graph.site import common_dtype
 from lora_export.graph.values import unused_name
 from lora_export.options.export import OnnxOptions
 from lora_export.options.spelling import named
-from lora_export.plan import Layout, Plan
+from lora_export.plan import Plan
 from lora_export.plan.own_heads import Head
 
 
@@ -60,16 +59,11 @@ def insert_slots(
     inserter = inserter_of_rows(model, "slots", per_row)
     if plan is not None:
         refuse_without_rows(plan, heads, per_row)
-    digests, with_dora, with_scale, name_of = weight_digests(sites), set(dora), set(scaled), CONVENTIONS[names]
+    digests = weight_digests(sites)
+    own: dict[str, Any] = {"names": names, "dora": dora, "scaled": scaled, "max_rank": max_rank}
     places, sites_by_weight = {}, {}
-    for weight in weights:
-        readers = sites.by_name.get(weight, ())
-        embedding = bool(readers) and all(site.layout is Layout.EMBEDDING for site in readers)
-        own_sites = sites_by_weight[weight] = inserter.sites_of(weight, sites, is_embedding=embedding, apart=True)
-        has_dora = weight in with_dora
-        place = place_of(weight, own_sites, name_of, digests[weight], embedding=embedding, dora=has_dora)
-        scale = name_of(module_of(weight), SCALE, embedding) if weight in with_scale else ""
-        places[weight] = replace(place, max_rank=max_rank, scale=scale)
+    for place, own_sites in places_of(inserter, sites, weights, digests, **own, apart=True):
+        places[place.weight], sites_by_weight[place.weight] = place, own_sites
     insertion = RowInsertion(inserter, sites_by_weight, head_layers(inserter, sites, heads), batch)
     base, name_hash = fingerprint(digests), names_digest(sites)
     outputs = insertion.insert(

@@ -117,6 +117,10 @@ class NodeList:
         self.nodes.append(node)
         return node.outputs[0]
 
+    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """A new initializer, whose name begins with the path."""
+        return self.factory.constant(self.path, name, array)
+
     def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
         """The value in this dtype. Adds no node where it has it."""
         assert dtype is not None
@@ -166,10 +170,10 @@ class NodeList:
         assert dtype is not None
         # onnxruntime has no Pad in bfloat16.
         value = self.cast(value, ir.DataType.FLOAT) if dtype == ir.DataType.BFLOAT16 else value
-        inputs = [value, self.factory.constant(self.path, names[0], np.array(sizes, np.int64))]
+        inputs = [value, self.constant(names[0], np.array(sizes, np.int64))]
         if number:
             assert value.dtype is not None
-            inputs.append(self.factory.constant(self.path, names[1], np.array(number, value.dtype.numpy())))
+            inputs.append(self.constant(names[1], np.array(number, value.dtype.numpy())))
         return self.cast(self.add("Pad", inputs, shape), dtype)
 
     def insert_behind(self, value: ir.Value) -> None:

@@ -27,7 +27,13 @@ from lora_export.storage.hashes import FAST
 from lora_export.storage.safetensors_file import PAGE, Entry
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.merge_report import MIN_RETENTION, OnBytesWritten, QuantisedLayer, Statistics, StepResult
+from lora_export.weights.merge_report import (
+    MIN_RETENTION,
+    OnBytesWritten,
+    QuantisedLayer,
+    Statistics,
+    StatisticsByWeight,
+)
 from lora_export.weights.tensor_blocks import OutputTensor
 
 
@@ -122,14 +128,9 @@ class MergeRun:
     backend: Backend = field(default_factory=Backend)  # changes float weights in files
     shared: SharedWeights | None = None  # of another graph, which are not written
     external_data: bool = False  # weights inside the old graph are written beside the new one
-    statistics: dict[str, Statistics] = field(default_factory=dict)  # by weight
+    statistics: StatisticsByWeight = field(default_factory=StatisticsByWeight)
     sources: dict[Path, str] = field(default_factory=dict)  # hashes of the old files
     copied: int = 0  # bytes
-
-    def add(self, found: Iterable[Statistics]) -> None:
-        """Add statistics to those of their weights."""
-        for statistics in found:
-            self.statistics.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
 
     def takes_out(self, tensor: MovedTensor) -> bool:
         """Whether a tensor inside the old graph is written beside the new one."""
@@ -139,11 +140,6 @@ class MergeRun:
         """The files of the new graph in its stage, without those of weights that it shares."""
         copies = self.shared.files if self.shared else ()
         return [path for path in stage.iterdir() if path.is_file() and path.name not in copies]
-
-    @property
-    def results(self) -> tuple[StepResult, ...]:
-        """What the merge did to each weight."""
-        return tuple(statistics.result() for statistics in self.statistics.values())
 
     @property
     def hashes(self) -> dict[str, dict[str, str]]:
@@ -175,7 +171,7 @@ def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes
         tensors = [part.tensor for part in parts if part.tensor is not None]
         size = tensor_blocks.block_size(tensor.output for tensor in tensors)
         for block, found in run.backend.transfer(source, target.fileno(), blocks, hashes, buffer_bytes=size):
-            run.add(found or ())
+            run.statistics.add(found)
             run.progress(block.target_stop - block.target_start)
     return hashes.source.hexdigest()
 
@@ -193,10 +189,10 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[FilePart]
         if start < read_to:  # these bytes were read before, for example for another reader of one tensor
             blocks = map(functools.partial(_with_own_read, source, read_fd, read_to), blocks)
         else:
-            yield from _skipped_blocks(read_to, start, first.start)
+            yield from tensor_blocks.skipped_blocks(read_to, first.start, start - read_to)
             read_to = start + written_to - first.start if first.tensor.is_copy else first.tensor.old.stop
         yield from blocks
-    yield from _skipped_blocks(read_to, os.fstat(read_fd).st_size, written_to)
+    yield from tensor_blocks.skipped_blocks(read_to, written_to, os.fstat(read_fd).st_size - read_to)
 
 
 def _tensor_blocks(
@@ -226,13 +222,6 @@ def _are_neighbours(one: FilePart, other: FilePart) -> bool:
     if one.tensor is None or other.tensor is None or one.stop != other.start:
         return False
     return one.tensor.is_copy and other.tensor.is_copy and one.tensor.old.stop == other.tensor.old.start
-
-
-def _skipped_blocks(start: int, stop: int, position: int) -> Iterator[Block]:
-    """Bytes of the source that the target lacks. They are read for the hash of the source."""
-    for first in range(start, stop, block_copy.BLOCK):
-        # Their target is empty: the work has nothing to write.
-        yield Block(first, min(first + block_copy.BLOCK, stop), position, position, work=lambda *_: None)
 
 
 def _literal_blocks(part: FilePart, position: int) -> Iterator[Block]:

@@ -73,13 +73,11 @@ def merge_graph(
 
 def merge_report(plan: Plan, graph: GraphFile, stage: Path, run: MergeRun, seconds: float) -> MergeReport:
     """What a merge did, once its files are in the folder `stage`."""
-    replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
-        results=run.results,
+        results=run.statistics.results,
         copied=run.copied,
         bytes=sum(path.stat().st_size for path in run.written(stage)),
-        replaced=len(replaced),
-        replaced_weights=replaced,
+        replaced_weights=plan.replaced_weights,
         seconds=seconds,
         layers=run.layers,
         base_bytes=graph.nbytes if run.layers else 0,
@@ -104,7 +102,7 @@ def write_merged(plan: Plan, graph: GraphFile, sites: Sites, stage: Path, run: M
         with (stage / run.file_name).open("xb") as target:
             run.sources[own_file] = copy_parts(own_file, target, parts, RunningHashes(run.hashing), run)
     run.copied = sum(tensor.old.nbytes for tensor in tensors if tensor.is_copy)
-    refuse_below_rounding(run.results, run.min_retention, graph_remedy())
+    refuse_below_rounding(run.statistics.results, run.min_retention, graph_remedy())
 
 
 def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, requantise: bool = False) -> None:
@@ -154,7 +152,7 @@ def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -
                 deferred.floats.setdefault(change.value, []).append(change)
             else:
                 statistics = change_in_memory(change)
-                run.add(() if step.is_replacement else (statistics,))
+                run.statistics.add(() if step.is_replacement else (statistics,))
     weights = [quantised_change(value, changes) for value, changes in quantised.items()]
     layers, made = requantise(model, weights, run.min_retention, run.backend)
     run.layers = tuple(layers)
@@ -163,7 +161,7 @@ def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -
         if found is None:
             deferred.quantised[tensor.value] = tensor.output
         else:
-            run.add(found)
+            run.statistics.add(found)
     return deferred
 
 

@@ -38,7 +38,7 @@ from lora_export.storage.safetensors_file import DTYPES, Entry
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend, refuse_overflow
 from lora_export.weights.kept_weights import KeptTensor, kept_blocks, measured_results
-from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepResult, results_of
+from lora_export.weights.merge_report import QuantisedLayer, Statistics, StatisticsByWeight, StepResult
 from lora_export.weights.quantised import QuantisedTensor
 from lora_export.weights.quantised.packed_numbers import pack
 from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, worst_result
@@ -252,7 +252,7 @@ def _trial(tensor: OutputTensor, path: Path, fd: int, backend: Backend) -> list[
         blocks = [block for block, is_measured in tensor.blocks(path, fd, 0, backend) if is_measured]
     else:
         blocks = list(blocks_of(path, fd, tensor, 0, backend))
-    return results_of(run_in_memory(path, fd, tensor, blocks))
+    return list(StatisticsByWeight(run_in_memory(path, fd, tensor, blocks)).results)
 
 
 def blocks_of(source: Path, read_fd: int, tensor: OutputTensor, start: int, backend: Backend) -> Iterator[Block]:

@@ -44,6 +44,7 @@ from lora_export.weights.merge_report import (
     OnBytesWritten,
     QuantisedLayer,
     Statistics,
+    StatisticsByWeight,
     StepResult,
     refuse_below_rounding,
 )
@@ -110,13 +111,11 @@ def merge_gguf(
         results = _write(path, base, stored, record, progress, backend, hashing)
     refuse_below_rounding(results, min_retention)
     base.checkpoint.refuse_changed_files("merged")
-    replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
         results=results,
         copied=sum(one.tensor.stop - one.tensor.start for one in stored if one.change is None),
         bytes=path.stat().st_size,
-        replaced=len(replaced),
-        replaced_weights=replaced,
+        replaced_weights=plan.replaced_weights,
         seconds=time.perf_counter() - begun,
         spellings={one.name: spelling for one, spelling in zip(plan.adapters, plan.spellings, strict=False)},
         layers=layers,
@@ -277,7 +276,7 @@ def _write(
         return gguf_file.gguf_layout(base.file, described, record(source_hash))
 
     header, targets = layout(hashes.source.hexdigest())
-    total: dict[str, Statistics] = {}
+    total = StatisticsByWeight()
     with base.file.path.open("rb") as reader, path.open("xb") as writer:
         if not writer.seekable():  # the header goes first, and has the source's hash: the source is read twice
             header, _ = layout(file_hash(base.file.path, hashing))
@@ -285,14 +284,13 @@ def _write(
         blocks = _blocks(base, stored, targets, reader.fileno(), writer.fileno(), backend)
         size = tensor_blocks.block_size(one.change for one in stored if one.change is not None)
         for block, found in backend.transfer(base.file.path, writer.fileno(), blocks, hashes, buffer_bytes=size):
-            for statistics in found or ():
-                total.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+            total.add(found)
             progress(block.target_stop - block.target_start)
         if writer.seekable():
             header, _ = layout(hashes.source.hexdigest())  # as long as the first one: all hashes have one length
             block_copy.write(writer.fileno(), memoryview(header), 0)
     progress(len(header))
-    return tuple(statistics.result() for statistics in total.values())
+    return total.results
 
 
 def _blocks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,12 @@ def restore_base(
     would differ from the base's own, by their hashes. Files that are in `stage` then stay there.
     """
     plan = plan or Plan((), (), (), (), name_prefix=str(residual.facts.get("name_prefix", "")))
-    hashing = residual.facts["hashing"]
+    hashing, is_folder = residual.facts["hashing"], residual.facts.get("is_folder")
     with threadpool_limits(1, user_api="blas"):
         for name, facts in _shards(residual).items():
-            source = merged / name if residual.facts.get("is_folder") else merged
-            target = stage / (name if residual.facts.get("is_folder") else file_name)
-            _restore_shard(residual, plan, base.shards[name], source, target, facts, hashing, progress)
+            opened = safetensors_file.open_file(merged / name if is_folder else merged)
+            target = stage / (name if is_folder else file_name)
+            _RestoredShard(residual, plan, base.shards[name], opened, facts).write(target, progress)
     for name, facts in residual.facts["files"].items():
         _refuse_path(residual, name)
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
@@ -96,66 +97,82 @@ def _refuse_path(residual: Residual, name: str) -> None:
         raise InputRefused(f"{residual.path} names the file {name!r}, which is outside the model")
 
 
-def _restore_shard(
-    residual: Residual,
-    plan: Plan,
-    base: TensorFile,
-    source: Path,
-    target: Path,
-    facts: Mapping[str, Any],
-    hashing: str,
-    progress: OnBytesWritten,
-) -> None:
-    merged = safetensors_file.open_file(source)
-    not_merged = f"{source} is not what the merge wrote: the residual belongs to other weights. Nothing was written."
-    if merged.size != facts["merged"]["bytes"] or any(plan.output_name(n) not in merged.entries for n in base.entries):
-        raise InputRefused(not_merged)
-    by_plan = {tensor.base.name: tensor for tensor in changed_tensors(plan, base, merged)}
-    changed = {
-        name: _cut_as_written(residual, by_plan.get(name), name, rows, base, merged, plan)
-        for name, rows in facts["changed"].items()
-    }
-    hashes = block_copy.RunningHashes(hashing)
-    header = residual.header(facts["number"])
-    hashes.target.update(header)
-    with (
-        merged.path.open("rb") as reader,
-        target.open("xb") as writer,
-        residual.stream(f"data/{facts['number']}") as read,
-    ):
-        hashes.source.update(reader.read(merged.data_start))
-        block_copy.write(writer.fileno(), memoryview(header), 0)
-        blocks = _blocks(plan, base, merged, reader.fileno(), writer.fileno(), changed, _exactly(residual, read))
-        size = max((_block_bytes(tensor) for tensor in changed.values()), default=0)
-        for block, _ in block_copy.transfer(
-            merged.path, writer.fileno(), blocks, hashes, buffer_bytes=max(block_copy.BLOCK, size)
-        ):
-            progress(block.target_stop - block.target_start)
-    if hashes.source.hexdigest() != facts["merged"]["hash"]:
-        raise InputRefused(not_merged)
-    if hashes.target.hexdigest() != facts["base"]["hash"]:
-        raise InputRefused(
-            f"{source}: the result would not be the base. The adapters or the options are others than those of the "
-            "merge, or the residual is damaged. Nothing was written."
+@dataclass(frozen=True, eq=False)
+class _RestoredShard:
+    """A weight file of the base, from the merged one and the facts on it in the residual."""
+
+    residual: Residual
+    plan: Plan
+    base: TensorFile
+    merged: TensorFile
+    facts: Mapping[str, Any]
+
+    def write(self, target: Path, progress: OnBytesWritten) -> None:
+        """Write the file. Raises InputRefused as `restore_base` does."""
+        merged, source = self.merged, self.merged.path
+        not_merged = (
+            f"{source} is not what the merge wrote: the residual belongs to other weights. Nothing was written."
         )
+        lacks = any(self.plan.output_name(name) not in merged.entries for name in self.base.entries)
+        if merged.size != self.facts["merged"]["bytes"] or lacks:
+            raise InputRefused(not_merged)
+        changed = self._changed()
+        hashes = block_copy.RunningHashes(self.residual.facts["hashing"])
+        header = self.residual.header(self.facts["number"])
+        hashes.target.update(header)
+        with (
+            source.open("rb") as reader,
+            target.open("xb") as writer,
+            self.residual.stream(f"data/{self.facts['number']}") as read,
+        ):
+            hashes.source.update(reader.read(merged.data_start))
+            block_copy.write(writer.fileno(), memoryview(header), 0)
+            blocks = self._blocks(reader.fileno(), writer.fileno(), changed, _exactly(self.residual, read))
+            size = max([block_copy.BLOCK, *map(_block_bytes, changed.values())])
+            for block, _ in block_copy.transfer(source, writer.fileno(), blocks, hashes, buffer_bytes=size):
+                progress(block.target_stop - block.target_start)
+        if hashes.source.hexdigest() != self.facts["merged"]["hash"]:
+            raise InputRefused(not_merged)
+        if hashes.target.hexdigest() != self.facts["base"]["hash"]:
+            raise InputRefused(
+                f"{source}: the result would not be the base. The adapters or the options are others than those of the "
+                "merge, or the residual is damaged. Nothing was written."
+            )
 
+    def _changed(self) -> dict[str, ChangedTensor]:
+        """The tensors in as many rows as the merge cut them in; without their steps where the plan is another one."""
+        by_plan = {tensor.base.name: tensor for tensor in changed_tensors(self.plan, self.base, self.merged)}
+        changed = {}
+        for name, rows in self.facts["changed"].items():
+            entry, tensor = self.base.entries.get(name), by_plan.get(name)
+            if tensor is not None and tensor.rows == rows:
+                changed[name] = tensor
+                continue
+            if entry is None or type(rows) is not int or rows < 0 or (rows and math.prod(entry.shape) % rows):
+                raise InputRefused(
+                    f"{self.residual.path} is damaged: it has differences of {name}, which the base has not"
+                )
+            changed[name] = ChangedTensor(entry, self.merged.entries[self.plan.output_name(name)], (), rows)
+        return changed
 
-def _cut_as_written(
-    residual: Residual,
-    tensor: ChangedTensor | None,
-    name: str,
-    rows: Any,
-    base: TensorFile,
-    merged: TensorFile,
-    plan: Plan,
-) -> ChangedTensor:
-    """The tensor in as many rows as the merge cut it in; without its steps where the plan is another one."""
-    entry = base.entries.get(name)
-    if tensor is not None and tensor.rows == rows:
-        return tensor
-    if entry is None or type(rows) is not int or rows < 0 or (rows and math.prod(entry.shape) % rows):
-        raise InputRefused(f"{residual.path} is damaged: it has differences of {name}, which the base has not")
-    return ChangedTensor(entry, merged.entries[plan.output_name(name)], (), rows)
+    def _blocks(
+        self, read_fd: int, write_fd: int, changed: Mapping[str, ChangedTensor], read: Callable[[int], bytes]
+    ) -> Iterator[Block]:
+        """All data of the merged file, in its order; what it has more than the base is read for its hash."""
+        position = self.merged.data_start
+        for entry in self.base.entries.values():
+            source = self.merged.entries[self.plan.output_name(entry.name)]
+            if source.start < position:
+                raise InputRefused(f"{self.merged.path} has its tensors in another order than the merge wrote them")
+            yield from tensor_blocks.skipped_blocks(position, entry.start, source.start - position)
+            position = source.stop
+            if entry.name in changed:
+                yield from _changed_blocks(changed[entry.name], read)
+            elif source.nbytes != entry.nbytes:
+                raise InputRefused(f"{self.merged.path}: {source.name} has another size than in the base")
+            else:
+                yield from tensor_blocks.copied_blocks(read_fd, write_fd, source.start, entry.start, source.nbytes)
+        yield from tensor_blocks.skipped_blocks(position, self.base.size, self.merged.size - position)
 
 
 def _exactly(residual: Residual, read: Callable[[int], bytes]) -> Callable[[int], bytes]:
@@ -166,32 +183,6 @@ def _exactly(residual: Residual, read: Callable[[int], bytes]) -> Callable[[int]
         return data
 
     return read_exactly
-
-
-def _blocks(
-    plan: Plan,
-    base: TensorFile,
-    merged: TensorFile,
-    read_fd: int,
-    write_fd: int,
-    changed: Mapping[str, ChangedTensor],
-    read: Callable[[int], bytes],
-) -> Iterator[Block]:
-    """All data of the merged file, in its order; what it has more than the base is read for its hash."""
-    position = merged.data_start
-    for entry in base.entries.values():
-        source = merged.entries[plan.output_name(entry.name)]
-        if source.start < position:
-            raise InputRefused(f"{merged.path} has its tensors in another order than the merge wrote them")
-        yield from tensor_blocks.skipped_blocks(position, entry.start, source.start - position)
-        position = source.stop
-        if entry.name in changed:
-            yield from _changed_blocks(changed[entry.name], read)
-        elif source.nbytes != entry.nbytes:
-            raise InputRefused(f"{merged.path}: {source.name} has another size than in the base")
-        else:
-            yield from tensor_blocks.copied_blocks(read_fd, write_fd, source.start, entry.start, source.nbytes)
-    yield from tensor_blocks.skipped_blocks(position, base.size, merged.size - position)
 
 
 def _changed_blocks(tensor: ChangedTensor, read: Callable[[int], bytes]) -> Iterator[Block]:
