@@ -142,4 +142,6 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
             names = open_checkpoint(locate(options.checkpoint, ignore, options.download))
         model = load_graph(artifact.path)
         return Inspection(path, graph=find_sites(model, names), interface=read_interface(model), record=artifact.record)
+    if artifact.kind is ArtifactKind.OTHER and path.is_file():
+        raise InputRefused(f"{path} is no adapter, checkpoint or graph in a known format")
     return Inspection(path, checkpoint=artifact.checkpoint, record=artifact.record)
