@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
 from lora_export.artifacts.artifact import ArtifactKind, WrittenRecord, open_artifact
 from lora_export.callbacks import ignore
-from lora_export.errors import InputRefused, WrongUsage, listed
+from lora_export.errors import InputRefused, WrongUsage, brief, listed
 from lora_export.formats import task_adapters
 from lora_export.lora import Adapter
 from lora_export.options.adapters import InspectOptions
@@ -52,6 +52,12 @@ class Inspection:
     onnx_adapter: OnnxAdapter | None = None
     interface: Interface | None = None  # of a graph: inputs, outputs and operator sets
     record: WrittenRecord = field(default_factory=WrittenRecord)  # how the file was made; False where that is unknown
+
+    def __repr__(self) -> str:
+        parts = {one.name: getattr(self, one.name) for one in fields(self)[1:]} | {"record": self.record or None}
+        return brief(
+            self, repr(str(self.path)), *(f"{name}={value!r}" for name, value in parts.items() if value is not None)
+        )
 
     @property
     def adapter_bytes(self) -> int:

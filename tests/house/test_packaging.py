@@ -295,6 +295,15 @@ def test_a_release_is_built_and_checked(release, tmp_path, monkeypatch, capfd):
     assert release.holds(stray, b"OWNER/lora-export") and not release.holds(wheel, b"OWNER/lora-export")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("uvx") is None, reason="there is no uvx: pip install uv")
+def test_uvx_merges_without_an_installation(release, tmp_path):
+    run_well(sys.executable, "-c", release.SMOKE, tmp_path)
+    merge = ["lora-export-core", "merge", "base.safetensors", "adapter", "-o", "merged.safetensors"]
+    run_well("uvx", "--python", sys.executable, "--from", ROOT / "core", *merge, cwd=tmp_path)
+    assert load_file(tmp_path / "merged.safetensors")["up.weight"].tolist() == [[1, 3, 5], [13, 24, 35]]
+
+
 # --- the project file ---
 
 
