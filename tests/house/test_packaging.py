@@ -251,7 +251,11 @@ def test_what_is_published_names_its_owner_and_no_path_of_a_clone(release, tmp_p
         line for name in ("README.md", "install.md") for line in pages[name].splitlines() if "install '" in line
     ]
     assert len(commands) > 3 and [line for line in commands if "'." in line] == []
-    assert release.DOCUMENTS["FOR_A_CLONE"] in (ROOT / "lora_export/guide/install.md").read_text()
+    tracked = (ROOT / "lora_export/guide/install.md").read_text() + (ROOT / "README.md").read_text()
+    assert [words for words in release.DOCUMENTS["FOR_A_CLONE"] if words not in tracked] == []
+    assert (
+        "from a clone," not in pages["README.md"] and "[the repository](https://github.com/acme/" in pages["README.md"]
+    )
     assert (
         "acme/lora-export@v" in pages["gate.md"] and "(https://github.com/acme/lora-export/blob/v" in pages["README.md"]
     )
