@@ -100,10 +100,12 @@ bench: $(VENV)/dev.stamp $(VENV)/kernel.stamp ## measure, and hold the promised 
 # SITE=a folder that has older versions: they stay. The tools are installed once; then it needs no network.
 SITE := build/site
 site: $(VENV)/site.stamp ## build the guide, the reference and the samples as a site, and check every link
-	$(BIN)/python release/site --out $(SITE)
+	$(BIN)/python release/site --out $(SITE) --owner "$(OWNER)"
 
-release: $(VENV)/release.stamp ## build what is uploaded, check it, and stop before the upload
-	$(BIN)/python release/build.py
+# OWNER publishes it: the documents say OWNER/lora-export, and what is released has the name. A job of GitHub knows it.
+OWNER ?= $(GITHUB_REPOSITORY_OWNER)
+release: $(VENV)/release.stamp ## build what is uploaded (OWNER=name), check it, and stop before the upload
+	$(BIN)/python release/build.py --owner "$(OWNER)"
 
 clean: ## remove .venv and all that was built
 	rm -rf $(VENV) build dist demo-output samples-output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -29,6 +29,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 CORE, FULL = "lora-export-core", "lora-export"
 LARGEST_WHEEL = 3_000_000  # bytes
+DOCUMENTS = runpy.run_path(str(ROOT / "release/site/published.py"))  # how they are published
 SMOKE = """
 import sys, numpy as np
 from pathlib import Path
@@ -47,17 +48,23 @@ save_file({f"base_model.model.up.{k}.weight": v for k, v in pair.items()}, folde
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--out", type=Path, default=ROOT / "dist")
+    options.add_argument("--owner", default="", help="who publishes https://github.com/OWNER/lora-export")
     options.add_argument("--no-smoke", action="store_true", help="do not install the wheels in a fresh environment")
     options.add_argument("--only-smoke", action="store_true", help="install wheels that were built already")
     chosen = options.parse_args()
     if chosen.only_smoke:
         smoke_test(chosen.out)
         return
+    if not chosen.owner:
+        raise SystemExit(
+            "Who publishes it? The documents and the page on PyPI name the repository: make release OWNER=NAME"
+        )
     shutil.rmtree(chosen.out, ignore_errors=True)
     chosen.out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as place:
         for name, table in ((CORE, core_project()), (FULL, full_project())):
-            build(source_of(name, table, Path(place) / name), chosen.out)
+            table |= {"urls": urls(chosen.owner)}
+            build(source_of(name, table, Path(place) / name, chosen.owner), chosen.out)
     for platform in platforms_of_kernel():
         build(ROOT / "kernel", chosen.out, "--wheel", LORA_EXPORT_KERNEL_PLATFORM=platform)
     files = sorted(chosen.out.iterdir())
@@ -95,6 +102,17 @@ def full_project() -> dict[str, Any]:
     return full | {"optional-dependencies": extras, "scripts": {}}
 
 
+def urls(owner: str) -> dict[str, str]:
+    """The links of the page on PyPI."""
+    address = DOCUMENTS["repository"](owner)
+    return {
+        "Documentation": f"https://{owner}.github.io/lora-export/",
+        "Source": address,
+        "Issues": f"{address}/issues",
+        "Changelog": f"{address}/blob/v{version()}/CHANGELOG.md",
+    }
+
+
 def _project(path: str) -> dict[str, Any]:
     table: dict[str, Any] = tomllib.loads((ROOT / path).read_text(encoding="utf-8"))["project"]
     return {key: value for key, value in table.items() if key != "dynamic"}
@@ -112,7 +130,7 @@ def as_toml(table: Mapping[str, Any], name: str) -> str:
     return "\n".join([*lines, *inner]) + "\n"
 
 
-def source_of(name: str, table: Mapping[str, Any], folder: Path) -> Path:
+def source_of(name: str, table: Mapping[str, Any], folder: Path, owner: str) -> Path:
     """A folder from which the distribution is built: tracked files alone, and a pyproject.toml of its own."""
     has_code = name == CORE
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -121,6 +139,11 @@ def source_of(name: str, table: Mapping[str, Any], folder: Path) -> Path:
         if path in wanted or (has_code and path.startswith("lora_export/")):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / path, folder / path)
+    tree = f"{DOCUMENTS['repository'](owner)}/blob/v{version()}"
+    for page in folder.rglob("*.md"):
+        links = "" if page.parent.name == "guide" else tree  # its pages link to each other
+        text = DOCUMENTS["published"](page.read_text(encoding="utf-8"), owner, links)
+        page.write_text(text, encoding="utf-8", newline="\n")
     wheel = 'packages = ["lora_export"]' if has_code else "bypass-selection = true"
     text = '[build-system]\nrequires = ["hatchling>=1.25"]\nbuild-backend = "hatchling.build"\n\n'
     text += f"{as_toml(table, 'project')}\n[tool.hatch.build.targets.wheel]\n{wheel}\n"
@@ -159,6 +182,8 @@ def check(files: list[Path]) -> None:
         inside = {name for name in names if name.startswith("lora_export/")}
         if inside != (set(tracked) if has_code else set()):
             raise SystemExit(f"{path.name} differs from the tracked files: {sorted(inside ^ set(tracked))[:5]}")
+        if holds(path, DOCUMENTS["REPOSITORY"].encode()):
+            raise SystemExit(f"{path.name} has the placeholder {DOCUMENTS['REPOSITORY']}")
         if not any(name.endswith("LICENSE") for name in names):
             raise SystemExit(f"{path.name} has no licence")
         if path.suffix == ".whl" and path.stat().st_size > LARGEST_WHEEL:
@@ -172,6 +197,16 @@ def _names_in(path: Path) -> set[str]:
             return set(archive.namelist())
     with tarfile.open(path) as archive:
         return {name.partition("/")[2] for name in archive.getnames()}
+
+
+def holds(path: Path, words: bytes) -> bool:
+    """Whether a file of an archive has these bytes."""
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as archive:
+            return any(words in archive.read(name) for name in archive.namelist())
+    with tarfile.open(path) as archive:
+        opened = (archive.extractfile(member) for member in archive.getmembers())
+        return any(words in file.read() for file in opened if file)
 
 
 def smoke_test(out: Path) -> None:

@@ -3,7 +3,7 @@
 FROM python:3.12-slim
 COPY . /src
 RUN pip install --no-cache-dir "/src/core[cpu,report,gguf]" && rm -rf /src
-RUN useradd --create-home lora
-USER lora
+RUN useradd --create-home --uid 1000 lora
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["lora-export"]

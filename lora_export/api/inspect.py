@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
 from lora_export.artifacts.artifact import ArtifactKind, WrittenRecord, open_artifact
 from lora_export.callbacks import ignore
-from lora_export.errors import InputRefused, WrongUsage, listed
+from lora_export.errors import InputRefused, WrongUsage, brief, listed
 from lora_export.formats import task_adapters
 from lora_export.lora import Adapter
 from lora_export.options.adapters import InspectOptions
@@ -52,6 +52,12 @@ class Inspection:
     onnx_adapter: OnnxAdapter | None = None
     interface: Interface | None = None  # of a graph: inputs, outputs and operator sets
     record: WrittenRecord = field(default_factory=WrittenRecord)  # how the file was made; False where that is unknown
+
+    def __repr__(self) -> str:
+        parts = {one.name: getattr(self, one.name) for one in fields(self)[1:]} | {"record": self.record or None}
+        return brief(
+            self, repr(str(self.path)), *(f"{name}={value!r}" for name, value in parts.items() if value is not None)
+        )
 
     @property
     def adapter_bytes(self) -> int:
@@ -143,4 +149,6 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
             names = open_checkpoint(locate(options.checkpoint, ignore, options.download))
         model = load_graph(artifact.path)
         return Inspection(path, graph=find_sites(model, names), interface=read_interface(model), record=artifact.record)
+    if artifact.kind is ArtifactKind.OTHER and path.is_file():
+        raise InputRefused(f"{path} is no adapter, checkpoint or graph in a known format")
     return Inspection(path, checkpoint=artifact.checkpoint, record=artifact.record)

@@ -111,6 +111,9 @@ class ComparedWith:
 
 def explain_by_record(record: WrittenRecord, given: ComparedWith) -> tuple[str, ...]:
     """Sentences on where the record of a candidate and what it was compared with disagree; none where they agree."""
+    in_base = {adapter.get("sha256") for adapter in given.base_record.adapters}
+    if twice := [adapter for adapter in given.records if adapter["sha256"] in in_base - {None, ""}]:
+        return (f"The model that it was compared with contains {_names(twice)} already. Did you swap the two?",)
     if not record:
         return ()
     contained = active_adapters(record, given)

@@ -27,7 +27,7 @@ from lora_export.artifacts.files import (
     graphs_in,
     hashes_of,
 )
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, brief
 from lora_export.formats.contract import ROW_ADAPTERS_KEY, SLOTS_KEY, read_contract, read_row_adapters
 from lora_export.options.common import is_address
 from lora_export.options.spelling import command
@@ -54,6 +54,9 @@ class WrittenRecord:
     content: Mapping[str, Any] = field(default_factory=dict)
     adapters: History = ()  # all of them, those of earlier merges first
     by_row: Sequence[str] | None = None  # the names that rows may choose from, from id 1 on; None: not by row
+
+    def __repr__(self) -> str:
+        return brief(self, *map(str, (adapter.get("name") for adapter in self.adapters)))
 
     def __bool__(self) -> bool:
         return bool(self.content)

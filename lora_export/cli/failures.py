@@ -119,7 +119,7 @@ def failure_of(error: BaseException) -> Failure | None:
         # click turns Ctrl-C and Terminated into Abort where it catches them.
         return _stopped(terminated=isinstance(error, Terminated) or isinstance(error.__cause__, Terminated))
     if isinstance(error, click.ClickException):
-        return Failure(error.format_message(), error.exit_code, _usage(error))
+        return Failure(_in_one_line(error.format_message()), error.exit_code, _usage(error))
     if isinstance(error, LoraExportError):
         return Failure(str(error), error.exit_code, f"Error: {error}", _facts(error), _details(error))
     known = _known(error)
@@ -154,7 +154,12 @@ def _usage(error: click.ClickException) -> str:
 
     text = io.StringIO()
     error.show(text)
-    return text.getvalue()
+    return _in_one_line(text.getvalue())
+
+
+def _in_one_line(text: str) -> str:
+    """With the choices that click lists below each other."""
+    return text.replace("\n\t", " ")
 
 
 def _stopped(*, terminated: bool) -> Failure:

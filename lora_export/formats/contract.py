@@ -296,6 +296,11 @@ class Contract:
 def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
     """Read the contract in a graph's metadata. Raises InputRefused where there is none, or where it is damaged."""
     key = SLOTS_KEY if SLOTS_KEY in metadata else CONTRACT_KEY
+    if ROW_ADAPTERS_KEY in metadata:
+        raise InputRefused(
+            f"{source} takes no adapters' files: its rows choose among the adapters in it. Give all of them to "
+            f"`{command('onnx', lora='rows')}`, with the graph that it was made from"
+        )
     if key not in metadata:
         raise InputRefused(
             f"{source} does not record where it takes adapters: it was not made by `{command('onnx', lora='inputs')}`, "

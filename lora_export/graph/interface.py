@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lora_export.errors import brief
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.site import Site
 from lora_export.graph.values import stored_dtype
@@ -42,6 +43,9 @@ class Interface:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     opsets: Mapping[str, int]  # domain -> version; the domain of ONNX itself is empty
+
+    def __repr__(self) -> str:
+        return brief(self, f"inputs={len(self.inputs)}", f"outputs={len(self.outputs)}")
 
 
 def read_interface(model: ir.Model) -> Interface:

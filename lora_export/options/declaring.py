@@ -305,7 +305,12 @@ def takes(record: Callable[_P, _R]) -> Callable[[Callable[[_R], _T]], Callable[_
     def decorate(function: Callable[[_R], _T]) -> Callable[_P, _T]:
         @functools.wraps(function)
         def call(*arguments: _P.args, **keywords: _P.kwargs) -> _T:
-            return function(record(*arguments, **keywords))
+            try:
+                options = record(*arguments, **keywords)
+            except TypeError as error:  # of Python names the record, which a caller has not seen
+                message = re.sub(r"^\w+\.__init__\(\)", f"{function.__name__}()", str(error))
+                raise TypeError(message) from error
+            return function(options)
 
         call.__signature__ = inspect.signature(record)  # type: ignore[attr-defined]
         call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{documentation(record)}"  # type: ignore[arg-type]

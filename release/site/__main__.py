@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -21,6 +22,7 @@ from packaging.version import Version
 
 import links
 import pages
+import published
 from lora_export.version import __version__
 
 HERE = Path(__file__).parent
@@ -30,11 +32,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=pages.ROOT / "build/site")
     options.add_argument("--version", default=__version__)
+    options.add_argument("--owner", default="", help="who publishes https://github.com/OWNER/lora-export")
     chosen = options.parse_args()
-    found = pages.pages()
+    found = as_published(pages.pages(), chosen.owner)
     with tempfile.TemporaryDirectory() as place:
         source = Path(place).resolve()
-        stage(found, source)
+        stage(found, source, chosen.owner)
         built = build(source)
         if wrong := links.problems(built):
             raise SystemExit("\n".join([*wrong, f"{len(wrong)} links are wrong. Nothing was written."]))
@@ -43,7 +46,12 @@ def main() -> None:
     print(f"To read them: {sys.executable} -m http.server --directory {chosen.out}")
 
 
-def stage(found: list[pages.Page], folder: Path) -> None:
+def as_published(found: list[pages.Page], owner: str) -> list[pages.Page]:
+    """The pages for those who have no clone. Without an owner they stay those of the clone."""
+    return [replace(page, text=published.published(page.text, owner)) for page in found] if owner else found
+
+
+def stage(found: list[pages.Page], folder: Path, owner: str = "") -> None:
     """Write what zensical reads: `docs`, and the configuration with the navigation."""
     for page in found:
         _write(folder / "docs" / page.path, page.text)
@@ -54,6 +62,8 @@ def stage(found: list[pages.Page], folder: Path) -> None:
     navigation = [{group: [page.path for page in found if page.group == group]} for group in groups if group]
     own = [page.path for page in found if not page.group]
     config = yaml.safe_load((HERE / "mkdocs.yml").read_text(encoding="utf-8"))
+    if owner:
+        config["extra"]["social"] = [{"icon": "fontawesome/brands/github", "link": published.repository(owner)}]
     _write(folder / "mkdocs.yml", yaml.safe_dump(config | {"nav": [*own, *navigation]}))
 
 

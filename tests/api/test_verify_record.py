@@ -134,6 +134,12 @@ INPUTS = record(entry("fr", FR), entry("de", DE), mode="inputs")
         ),
         # an adapter that the base had already
         (BOTH, given(adapter("de", DE), base_record=record(entry("fr", FR))), ()),
+        # the model and the file to judge, swapped
+        (
+            WrittenRecord(),
+            given(adapter("fr", FR), base_record=record(entry("fr", FR))),
+            ("The model that it was compared with contains `fr` already. Did you swap the two?",),
+        ),
         # by row
         (ROWS, given(adapter("fr", FR), adapter("de", DE)), ()),
         (ROWS, given(adapter("de", DE), adapter("fr", FR)), ("You gave `de` and `fr`; this file contains them in",)),

@@ -27,6 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base_file(tmp_path / "tuned.safetensors", {"fc.weight": np.diag([3, 2, 1]), "norm.weight": [2]})
     diagonal = np.diag([3.0, 2.0, 1.0])  # shares of ‖·‖²: 9, 4 and 1 of 14
     peft_adapter(tmp_path / "big", {"fc": (np.eye(3), diagonal), "up": (np.eye(3), 2 * diagonal)})
+    (tmp_path / "text.txt").write_text("a text")
     return tmp_path
 
 
@@ -45,6 +46,8 @@ RESIZE = ("resize", "big", "-o", "small")
         (("combine", "one", "-o", "x", "--method", "svd"), 3, "combines several adapters, and there is one"),
         (("combine", "one", "two=one", "-o", "x"), 3, "two is the same adapter as one"),
         (("combine", "-o", "x"), 2, "Missing argument"),
+        (("fleet",), 2, "Missing argument 'plan|run|status'. Choose from: plan, run, status\n"),
+        (("inspect", "text.txt"), 3, "text.txt is no adapter, checkpoint or graph in a known format"),
         (("combine", "one", "nowhere", "-o", "x"), 3, "nowhere"),
         ((*MERGE, "x.safetensors", "--combine-seed", "1"), 2, "does not use it"),
         ((*MERGE, "x.safetensors", "--combine", "mean"), 2, "mean"),

@@ -59,12 +59,20 @@ def test_quantised_weight_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert folder_contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("key", ["lora_export.inputs", "lora_export.rows"])
-def test_graph_with_adapter_inputs_is_refused(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("lora_export.inputs", "the files of its adapters contain fingerprints of its weights"),
+        ("lora_export.rows", "its rows choose among the adapters in it"),
+    ],
+)
+def test_graph_with_adapter_inputs_is_refused(
+    tmp_path: Path, key: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, **{key: "{}"})
     peft_adapter(tmp_path / "ad", {"up": (A, B)})
     assert cli.run(["merge", str(path), str(tmp_path / "ad"), "-o", str(tmp_path / "out.onnx"), "--dry-run"]) == 3
-    assert "m.onnx takes adapters as inputs" in capsys.readouterr().err
+    assert f"m.onnx takes adapters: {reason}. Merge into the graph" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,10 +218,61 @@ def test_the_full_distribution_requires_the_core_and_what_it_lacks(release, tmp_
     assert names == {"torch", "onnxscript", "onnxruntime", ONNXRUNTIME}
     assert "dev" not in full["optional-dependencies"] and full["scripts"] == {}
     for project, has_code in ((release.core_project(), True), (release.full_project(), False)):
-        folder = release.source_of(project["name"], project, tmp_path / project["name"])
+        folder = release.source_of(project["name"], project, tmp_path / project["name"], "acme")
         assert (folder / "lora_export" / "version.py").exists() is has_code and (folder / "LICENSE").exists()
         written = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
         assert (written["name"], written["version"]) == (project["name"], __version__)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("pip install '.[hf,train]'  # all", "pip install 'lora-export[hf,train]'  # all"),
+        ("pip install .              # models", "pip install lora-export              # models"),
+        ("`pip install './core[cpu]'`, then", "`pip install 'lora-export-core[cpu]'`, then"),
+        ("uvx --from './core' lora-export-core merge", "uvx --from 'lora-export-core' lora-export-core merge"),
+        ("- uses: OWNER/lora-export@v0.1.0", "- uses: acme/lora-export@v0.1.0"),
+        ("[tests](tests/README.md) [up](#top) [uv](https://uv.org)", "[tests](T/tests/README.md) [up](#top) [uv](https://uv.org)"),
+        ("pip install ./kernel, `OWNER/NAME`", "pip install ./kernel, `OWNER/NAME`"),
+    ],
+)  # fmt: skip
+def test_a_document_is_published_for_those_without_a_clone(release, text, shown):
+    assert release.DOCUMENTS["published"](text, "acme", "T") == shown
+
+
+def test_what_is_published_names_its_owner_and_no_path_of_a_clone(release, tmp_path):
+    folder = release.source_of("lora-export-core", release.core_project(), tmp_path, "acme")
+    pages = {path.name: path.read_text() for path in folder.rglob("*.md")}
+    assert len(pages) == len(TOPICS) + 2
+    placeholder = release.DOCUMENTS["REPOSITORY"]
+    sources = [path for path in folder.rglob("*") if path.is_file() and placeholder in path.read_text(errors="ignore")]
+    assert sources == []
+    commands = [
+        line for name in ("README.md", "install.md") for line in pages[name].splitlines() if "install '" in line
+    ]
+    assert len(commands) > 3 and [line for line in commands if "'." in line] == []
+    tracked = (ROOT / "lora_export/guide/install.md").read_text() + (ROOT / "README.md").read_text()
+    assert [words for words in release.DOCUMENTS["FOR_A_CLONE"] if words not in tracked] == []
+    assert (
+        "from a clone," not in pages["README.md"] and "[the repository](https://github.com/acme/" in pages["README.md"]
+    )
+    assert (
+        "acme/lora-export@v" in pages["gate.md"] and "(https://github.com/acme/lora-export/blob/v" in pages["README.md"]
+    )
+    assert set(release.urls("acme")) == {"Documentation", "Source", "Issues", "Changelog"}
+
+
+def test_the_guide_names_the_tag_of_this_version():
+    text = "".join((ROOT / f"lora_export/guide/{page}.md").read_text() for page in ("ci", "gate"))
+    tags = re.findall(r"lora-export@(\S+)|rev: (\S+)", text)
+    assert {one or other for one, other in tags} == {f"v{__version__}"} and len(tags) == 3
+
+
+def test_a_release_without_an_owner_asks_for_one(release, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path / "dist")])
+    with pytest.raises(SystemExit, match="make release OWNER=NAME"):
+        release.main()
+    assert not (tmp_path / "dist").exists()
 
 
 def test_the_notes_are_those_of_this_version(release, monkeypatch):
@@ -232,7 +284,7 @@ def test_the_notes_are_those_of_this_version(release, monkeypatch):
 
 @pytest.mark.slow
 def test_a_release_is_built_and_checked(release, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path / "dist")])
+    monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path / "dist"), "--owner", "acme"])
     release.main()
     assert len(list((tmp_path / "dist").glob("*.whl"))) == len(list((tmp_path / "dist").glob("*.tar.gz"))) == 2
     assert "Nothing was uploaded" in capfd.readouterr().out
@@ -241,6 +293,19 @@ def test_a_release_is_built_and_checked(release, tmp_path, monkeypatch, capfd):
         archive.writestr("lora_export/stray.py", "")
     with pytest.raises(SystemExit, match=r"differs from the tracked files: \['lora_export/stray.py'\]"):
         release.check([wheel])
+    stray = tmp_path / "dist" / "lora_export_core-0.whl"
+    with zipfile.ZipFile(stray, "w") as archive:
+        archive.writestr("page.md", "uses: OWNER/lora-export@v1")
+    assert release.holds(stray, b"OWNER/lora-export") and not release.holds(wheel, b"OWNER/lora-export")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("uvx") is None, reason="there is no uvx: pip install uv")
+def test_uvx_merges_without_an_installation(release, tmp_path):
+    run_well(sys.executable, "-c", release.SMOKE, tmp_path)
+    merge = ["lora-export-core", "merge", "base.safetensors", "adapter", "-o", "merged.safetensors"]
+    run_well("uvx", "--python", sys.executable, "--from", ROOT / "core", *merge, cwd=tmp_path)
+    assert load_file(tmp_path / "merged.safetensors")["up.weight"].tolist() == [[1, 3, 5], [13, 24, 35]]
 
 
 # --- the project file ---

@@ -124,7 +124,9 @@ def test_an_image_installs_what_exists_and_runs_as_a_user(name: str) -> None:
     table = (ROOT / f".{path}" / "pyproject.toml").read_text(encoding="utf-8")
     assert all(re.search(rf"^{extra} = \[", table, re.M) for extra in extras.split(","))
     assert "--no-cache-dir" in install and json.loads(words[-1][1]) == ["lora-export"]
-    assert "useradd" in words[3][1] and words[4][1] != "root"
+    assert (
+        words[3][1] == f"useradd --create-home --uid {words[4][1]} lora"
+    )  # Kubernetes asks for a number that is not 0
 
 
 @pytest.mark.slow

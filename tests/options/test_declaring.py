@@ -117,8 +117,10 @@ def test_a_function_of_a_record_has_its_keywords():
     parameters = inspect.signature(merged).parameters
     assert list(parameters)[:3] == ["base", "adapters", "output"] and parameters["dtype"].default == "keep"
     assert merged.__doc__.startswith("Merge it.\n\nOptions:") and "    dtype: Type in which" in merged.__doc__
-    with pytest.raises(TypeError, match="dtpye"):
+    with pytest.raises(TypeError, match=r"^merged\(\) got an unexpected keyword argument 'dtpye'"):
         merged("base", ["a"], "out", dtpye="float16")
+    with pytest.raises(TypeError, match=r"^merged\(\) got multiple values for argument 'adapters'"):
+        merged("base", "out", adapters=["a"])
 
 
 def test_help_names_options_as_each_door_spells_them():

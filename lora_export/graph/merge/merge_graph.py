@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused
+from lora_export.formats.contract import ROW_ADAPTERS_KEY
 from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.merge.copy_parts import MergeRun, MovedTensor, copy_parts, graph_file_parts, write_data_file
@@ -108,10 +109,12 @@ def write_merged(plan: Plan, graph: GraphFile, sites: Sites, stage: Path, run: M
 def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, requantise: bool = False) -> None:
     """Raise InputRefused for a merge that cannot succeed. Reads no weight."""
     if graph.takes_adapters:
-        raise InputRefused(
-            f"{graph.path} takes adapters as inputs, whose files contain fingerprints of its weights. Merge into the "
-            "graph from which it was made"
+        reason = (
+            "its rows choose among the adapters in it"
+            if ROW_ADAPTERS_KEY in graph.model.metadata_props
+            else "the files of its adapters contain fingerprints of its weights"
         )
+        raise InputRefused(f"{graph.path} takes adapters: {reason}. Merge into the graph from which it was made")
     provenance.refuse_second_merge(plan.adapters, graph.path, graph.history)
     refuse_unsupported_steps(plan)
     refuse_lost_biases(plan, sites)

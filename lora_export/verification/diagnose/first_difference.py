@@ -320,4 +320,4 @@ def _about_other_calls(
         return f"{checked} none is wrong"
     causes = [find_root_cause(layer) for layer in wrong]
     alike = sum(other is not None and cause is not None and other.kind == cause.kind for other in causes)
-    return f"{checked} {len(wrong)} are wrong, {alike} in the same way"
+    return f"{checked} {len(wrong)} {'is' if len(wrong) == 1 else 'are'} wrong, {alike} in the same way"

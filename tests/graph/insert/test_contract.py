@@ -12,7 +12,7 @@ import pytest
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, read_contract
+from lora_export.formats.contract import CONTRACT_KEY, ROW_ADAPTERS_KEY, read_contract
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors, insert_inputs
 from lora_export.graph.onnx_file.reading import load_graph
@@ -75,6 +75,8 @@ def test_missing_and_damaged_contracts_are_refused(saved: Path) -> None:
     good = model.metadata_props.pop(CONTRACT_KEY)
     with pytest.raises(InputRefused, match="does not record where it takes adapters"):
         checked_contract(model, saved)
+    with pytest.raises(InputRefused, match="its rows choose among the adapters in it"):
+        read_contract({ROW_ADAPTERS_KEY: "[]"}, "rows.onnx")
     for bad in (
         "",
         "{",
