@@ -287,6 +287,12 @@ def read(source: Path, fd: int, buffer: Bytes, position: int) -> None:
         rest, position = rest[count:], position + count
 
 
+def read_piece(source: Path, buffer: Bytes, position: int) -> None:
+    """As `read`, of a file that is not open."""
+    with source.open("rb") as file:
+        read(source, file.fileno(), buffer, position)
+
+
 def write(fd: int, data: memoryview, position: int) -> None:
     """Write all of `data` at a position of the file."""
     while data:  # a nearly full disk takes a part, and reports an error for the rest
