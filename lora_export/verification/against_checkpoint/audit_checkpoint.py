@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +17,7 @@ from lora_export.plan import FLOATS, Layout, Plan, Step
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer
-from lora_export.verification.against_checkpoint.in_step import AuditInStep
+from lora_export.verification.against_checkpoint.in_step import AuditInStep, Judgement
 from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
 from lora_export.verification.against_checkpoint.kept_numbers import KeptWeight, judges_of_kept
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
@@ -98,14 +97,6 @@ def audit_of(weights: Sequence[AuditedWeight]) -> Audit:
     outcomes = {weight.outcome for weight in weights}
     outcome = next(one for one in (Outcome.DIFFERENT, Outcome.UNDECIDED, Outcome.SAME) if one in outcomes)
     return Audit(outcome, tuple(weights))
-
-
-@dataclass(frozen=True, eq=False)
-class Judgement:
-    """What one thread does at a time: a tensor, or a part of one. It returns None where there is nothing to judge."""
-
-    nbytes: int
-    judge: Callable[[], AuditedWeight | None]
 
 
 def judge_all(by_tensor: Sequence[Sequence[Judgement]], progress: Callable[[int], None]) -> list[AuditedWeight | None]:

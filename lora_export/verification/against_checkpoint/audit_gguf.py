@@ -29,13 +29,13 @@ from lora_export.plan import Layout, Plan, Step
 from lora_export.storage.gguf_blocks import CODECS, FLAT
 from lora_export.storage.gguf_file import GgufTensor
 from lora_export.verification.against_checkpoint.audit_checkpoint import (
-    Judgement,
     audit_of,
     judge_all,
     judge_rounded,
     replacement_rows,
 )
 from lora_export.verification.against_checkpoint.block_values import ChangedBlocks, StoredBlocks, bytes_at
+from lora_export.verification.against_checkpoint.in_step import Judgement
 from lora_export.verification.against_checkpoint.judge_changed import (
     judge_changed,
     judge_unknown_layout,

@@ -12,17 +12,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from threadpoolctl import threadpool_limits
 
 from lora_export.storage import block_copy
-
-if TYPE_CHECKING:
-    from lora_export.verification.against_checkpoint.audit_checkpoint import Judgement
+from lora_export.verification.against_checkpoint.result import AuditedWeight
 
 _T = TypeVar("_T")
 OnJudged = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What one thread does at a time: a tensor, or a part of one. It returns None where there is nothing to judge."""
+
+    nbytes: int
+    judge: Callable[[], AuditedWeight | None]
 
 
 @dataclass(eq=False)
