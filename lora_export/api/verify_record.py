@@ -23,6 +23,7 @@ from lora_export.storage.hashes import ALGORITHMS, SHORT_HASH, file_hash
 from lora_export.verification.against_checkpoint import Audit
 
 if TYPE_CHECKING:
+    from lora_export.verification.against_checkpoint.in_step import AuditInStep
     from lora_export.verification.parity import Verdict
     from lora_export.verification.proof_session import ProofSession
 
@@ -46,6 +47,7 @@ class VerifyRequest(VerifyOptions):
     fixed: Mapping[str, int] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)
     session: ProofSession | None = None
+    in_step: AuditInStep[Any] | None = None  # this audit among others of the same base
 
     @property
     def checkpoint(self) -> Artifact:

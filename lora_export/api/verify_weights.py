@@ -118,7 +118,13 @@ def _judged(
     calibrated, not_judged = _calibrated_layers(candidate, request, steps, origin)
     progress = in_bytes(request.on_progress, "judging", merged.nbytes)
     audit = against_checkpoint.audit(
-        steps, replace(origin, grids=grids), merged, layout=layout, progress=progress, calibrated=calibrated
+        steps,
+        replace(origin, grids=grids),
+        merged,
+        layout=layout,
+        progress=progress,
+        calibrated=calibrated,
+        in_step=request.in_step,
     ).with_files(not_judged)
     beside = compare_files(origin.path, candidate.path, adapters, dtypes, floats if kept and any(floats[::2]) else ())
     for found in (beside, files.others, record, header):

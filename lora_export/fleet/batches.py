@@ -1,4 +1,4 @@
-"""Which jobs one worker does together: merges into one checkpoint, which it then reads once for all of them."""
+"""Which jobs one worker does together: merges into one checkpoint or their proofs, for which it reads this once."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def batches(
 
 
 def _may_share(job: FleetJob) -> bool:
-    """Whether a job merges on the processor, and runs no model for it."""
-    return job.step == "merge" and job.values.get("device", "cpu") == "cpu" and "calibration" not in job.values
+    """Whether a job merges or proves weights on the processor, and runs no model for it."""
+    alone = {"calibration", "memory", "base", "watch"} & job.values.keys()
+    return bool(job.kind.together) and job.values.get("device", "cpu") == "cpu" and not alone
 
 
 def _is_read_in_blocks(job: FleetJob, needs: NeedsOfJobs) -> bool:

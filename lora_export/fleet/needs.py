@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.api.memory_needs import (
+    OF_AUDIT,
     PROGRAM,
     STREAMED,
     count_floats,
@@ -108,6 +109,7 @@ class NeedsOfJobs:
         first, *others = jobs
         uploads = sum(isinstance(place(job.output), StorePath) for job in others if job.output is not None)
         beside = memory_beside(self._size(job.adapter_path)[0] for job in others)
+        beside += len(others) * OF_AUDIT if first.step == VERIFY_WEIGHTS else 0
         kept = 0 if first.kind.has_session else self._kept  # its own proof replaces what is kept
         return self.of(first).memory + kept + beside + uploads * OF_UPLOAD
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class StepKind:
     adapter: str  # the field that takes the adapter
     endings: tuple[str, ...] = ()  # that the command may add to the name of its output
     writes_model: bool = False  # what a later proof judges
+    together: str = ""  # the home of the function that does several jobs of one base in one pass over it
     has_session: bool = False  # what its proofs of one base have in common stays in the worker
 
     @property
@@ -33,10 +34,23 @@ class StepKind:
         function: Callable[..., Any] = pkgutil.resolve_name(f"lora_export.api.{self.home}")
         return function
 
+    def done_together(self, every: Sequence[Options]) -> list[Any]:
+        """What the function returns for each of these options, or the error that it raises."""
+        results: list[Any] = pkgutil.resolve_name(f"lora_export.api.{self.together}")(every)
+        return results
+
 
 GRAPHS_AND_WEIGHTS = (".safetensors", ".gguf", ".onnx")
 FLEET_STEPS: Mapping[str, StepKind] = {
-    "merge": StepKind(MergeOptions, "merge:merge", "base", "adapters", GRAPHS_AND_WEIGHTS, writes_model=True),
+    "merge": StepKind(
+        MergeOptions,
+        "merge:merge",
+        "base",
+        "adapters",
+        GRAPHS_AND_WEIGHTS,
+        writes_model=True,
+        together="merge:merge_together",
+    ),
     "onnx": StepKind(
         OnnxOptions, "onnx:export_onnx", "model", "adapters", (".onnx",), writes_model=True, has_session=True
     ),
@@ -45,7 +59,7 @@ FLEET_STEPS: Mapping[str, StepKind] = {
     ),
     "convert": StepKind(ConvertOptions, "convert:convert", "", "adapter", (".safetensors", ".gguf", ".onnx_adapter")),
     "verify": StepKind(VerifyOptions, "verify:verify", "model", "adapters", has_session=True),
-    VERIFY_WEIGHTS: StepKind(VerifyOptions, "verify:verify", "base", "adapters"),
+    VERIFY_WEIGHTS: StepKind(VerifyOptions, "verify:verify", "base", "adapters", together="verify:verify_together"),
 }
 # Fields that have no meaning in a fleet, which has its own plan and workers, and names the adapters itself
 NOT_IN_STEPS = {"adapters", "adapter", "dry_run", "watch", "jobs", "ray"}

@@ -138,9 +138,7 @@ def _results(requests: Sequence[JobRequest], notes: Sequence[list[str]]) -> list
     if len(requests) == 1:
         function = requests[0].job.kind.function
         return [_attempted(function, **vars(one)) for one in good] or options
-    from lora_export.api.merge import merge_together
-
-    made = _attempted(merge_together, good)
+    made = _attempted(requests[0].job.kind.done_together, good)
     results = iter([made] * len(good) if isinstance(made, Exception) else made)
     return [one if isinstance(one, Exception) else next(results) for one in options]
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.callbacks import OnMessage
-from lora_export.errors import EnvironmentLacking, OutputFailed
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 from lora_export.storage.manifest import MANIFEST
@@ -33,6 +33,7 @@ from lora_export.storage.publication import announce, staged_files
 from lora_export.storage.store_path import StorePath, is_begun, marker_of
 from lora_export.storage.system_calls import deferred_signals
 
+READS = 5  # of an object that changes meanwhile
 RENEWED, LEASE = 30, timedelta(minutes=5)  # seconds between signs of life; how long the last one counts
 # Seconds for which the last one is proof enough: a request that begins then ends, by its deadline, within the lease
 TRUSTED = 2 * RENEWED
@@ -49,8 +50,7 @@ class Begun:
         self.used: set[str] = set()  # the whole files that belong to this output
         self.streamed, self.uploaded = streamed, list[StorePath]()
         self._lock, self._ended, self._lost, self._renewed = threading.RLock(), threading.Event(), False, 0.0
-        info = _info(self._object)
-        stated = json_files.read_json(self._object) if info and info.size else {}
+        info, stated = _stated(self._object)
         if info and _is_alive(stated, datetime.now(UTC) - info.modified):
             raise self._taken(stated)
         self._version: dict[str, str] = {}
@@ -262,7 +262,7 @@ def written_by_worker(target: StorePath, name: str, run: str) -> Iterator[StoreP
     path = target / name
 
     def refuse_late() -> None:
-        stated = json_files.read_json(marker_of(target)) if is_begun(target) else {}
+        _, stated = _stated(marker_of(target))
         if stated.get("run") != run or name in stated.get("finished", {}):
             raise OutputFailed(f"{path}: this worker was taken for dead, and another one has made the file")
 
@@ -284,6 +284,18 @@ def _upload(stage: Path, begun: Begun, *, overwrite: bool) -> None:
         begun.refuse_overdue()
         goal.bucket.upload(goal.key, path)
         begun.uploaded.append(goal)
+
+
+def _stated(mark: StorePath) -> tuple[ObjectInfo | None, dict[str, Any]]:
+    """What the object beside an output states. Its run may put it again between the two requests."""
+    for more in reversed(range(READS)):
+        info = _info(mark.newly())
+        try:
+            return info, json_files.read_json(mark) if info and info.size else {}
+        except InputRefused:
+            if not more:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def _info(path: StorePath) -> ObjectInfo | None:

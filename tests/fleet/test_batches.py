@@ -17,7 +17,7 @@ from lora_export.fleet.batches import MOST_TOGETHER, batches
 from lora_export.fleet.description import read_fleet
 from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.worker import JobBatch, perform
-from support.fleets import BASES, JOBS, MERGE, Here, run_here, small_fleet
+from support.fleets import BASES, JOBS, MERGE, VERIFY, Here, run_here, small_fleet
 from support.folder_contents import folder_contents
 from support.handmade import peft_adapter
 
@@ -42,6 +42,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (BASES + MERGE.replace('"release', '"s3://bucket/release'), 5, 1, 320 << 20, [1] * 5),  # parts of each upload
         (BASES + MERGE + 'calibration = "texts.txt"\n', 5, 1, None, [1] * 5),
         (BASES + MERGE + 'device = "cuda"\n', 5, 1, None, [1] * 5),
+        (BASES + VERIFY + 'candidate = "m/{adapter}"\n', 40, 1, None, [16, 16, 8]),
+        (BASES + VERIFY + 'candidate = "m/{adapter}"\n', 5, 1, 350 << 20, [2, 2, 1]),  # blocks of each proof
+        (BASES + VERIFY + 'candidate = "m/{adapter}"\ncalibration = "texts.txt"\n', 5, 1, None, [1] * 5),
         (BASES + CONVERT, 5, 1, None, [1] * 5),
         (BASES + MERGE + MERGE.replace("release", "other"), 3, 1, None, [3, 3]),
         (BASES.replace('"base"', '"base.gguf"') + MERGE, 3, 1, None, [1] * 3),
@@ -66,7 +69,7 @@ def test_a_batch_writes_what_single_jobs_write(place: Path, monkeypatch: pytest.
         (place / name).rename(place / f"former {name}")
     engine = Here(workers=1)
     status, ran = run_here(monkeypatch, engine)
-    assert ran == MERGES + PROOFS and engine.sizes == [2, 1, 1] and status.counts == {"done": 2, "same": 2}
+    assert ran == MERGES + PROOFS and engine.sizes == [2, 2] and status.counts == {"done": 2, "same": 2}
     assert folder_contents(place / "release") == alone and recorded(place) == records
     assert run_here(monkeypatch, Here(workers=1))[1] == []
 
@@ -81,7 +84,7 @@ def test_one_of_a_batch_that_is_refused_ends_no_other(place: Path, monkeypatch: 
     peft_adapter(place / "adapters" / "dd", {"up": ([[1, 2, 3, 4]], [[1], [10]])})
     engine = Here(workers=1)
     status, ran = run_here(monkeypatch, engine)
-    assert ran == ["base/dd/1-merge", *MERGES, *PROOFS] and engine.sizes == [3, 1, 1] and status.exit_code == 3
+    assert ran == ["base/dd/1-merge", *MERGES, *PROOFS] and engine.sizes == [3, 2] and status.exit_code == 3
     assert [job.outcome for job in status.jobs] == ["refused", "not run", "done", "same", "done", "same"]
     assert "(2, 3), the adapter was trained on (2, 4)" in status.jobs[0].message
 
@@ -143,4 +146,4 @@ def test_jobs_that_are_done_are_not_in_a_batch(place: Path, monkeypatch: pytest.
     assert le.run_fleet("status", "fleet.toml").counts["not done"] == 4
     engine = Here(workers=1)
     _, ran = run_here(monkeypatch, engine)
-    assert engine.sizes == [2, 1, 1] and {name.split("/")[1] for name in ran} == {"it", "es"}
+    assert engine.sizes == [2, 2] and {name.split("/")[1] for name in ran} == {"it", "es"}

@@ -22,7 +22,7 @@ from lora_export.storage import store_output
 from lora_export.storage.atomic_output import stage_file, stage_folder
 from lora_export.storage.manifest import MANIFEST, write_manifest
 from lora_export.storage.object_store import Bucket
-from lora_export.storage.store_output import begun_at
+from lora_export.storage.store_output import begun_at, written_by_worker
 from lora_export.storage.store_path import copy_in_store, newly_opened
 
 if TYPE_CHECKING:
@@ -114,6 +114,30 @@ def test_a_run_on_another_machine_is_alive_until_its_lease_ends(
     with stage_folder(stored / "out/m", inputs=[]) as stage:
         fill(stage)
     assert MARK not in stored.objects()
+
+
+@pytest.mark.parametrize("by_worker", [True, False])
+def test_what_is_put_again_while_it_is_read_is_read_again(
+    by_worker: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, changes = Bucket.read, list[str]()
+
+    def renewed(bucket: Bucket, key: str, start: int, stop: int) -> memoryview:
+        if key == MARK and not changes:
+            changes.append(key)
+            stored.put(MARK, begun(process=1, host="elsewhere", run="r", finished={"c": {}}))
+        return read(bucket, key, start, stop)
+
+    monkeypatch.setattr(Bucket, "read", renewed)
+    stored.put(MARK, begun(process=1, host="elsewhere", run="r"))
+    if by_worker:
+        with written_by_worker(stored / "out/m", "b", "r") as path:
+            path.write_bytes(b"1")
+        assert stored.get("out/m/b") == b"1"
+    else:
+        with pytest.raises(OutputFailed, match="process 1 on elsewhere"), stage_folder(stored / "out/m", inputs=[]):
+            pass
+    assert changes == [MARK]
 
 
 def test_a_run_that_lost_its_output_publishes_nothing(stored: Stored) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +17,7 @@ from lora_export.plan import FLOATS, Layout, Plan, Step
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer
+from lora_export.verification.against_checkpoint.in_step import AuditInStep, Judgement
 from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
 from lora_export.verification.against_checkpoint.kept_numbers import KeptWeight, judges_of_kept
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
@@ -37,15 +37,16 @@ def audit(
     layout: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda _: None,
     calibrated: Mapping[str, CalibratedLayer] = MappingProxyType({}),
+    in_step: AuditInStep[Any] | None = None,
 ) -> Audit:
     """Judge every tensor of `merged`, which should be what a merge makes of `base` by this plan.
 
     The layouts in the plan are not used: they are decided again. `layout` has those that the user stated. The weights
-    in `calibrated` need not be rounded to nearest.
+    in `calibrated` need not be rounded to nearest. `in_step` is this audit among others of the same base.
     Reads both checkpoints in pieces, in several threads. `progress` receives the bytes judged since the last call.
     Raises InputRefused where a file becomes shorter meanwhile.
     """
-    before, after = _tensors(base), _tensors(merged)
+    before, after = _tensors(base, in_step), _tensors(merged)
     before |= {name: before[source] for name, source in plan.untied.items()}
     expected: dict[str, tuple[str, Step | None]] = {plan.output_name(name): (name, None) for name in before}
     layouts = StoredLayouts.of(plan, base, layout or {})
@@ -74,7 +75,10 @@ def audit(
         judge = functools.partial(_judge, name, step, before.get(base_name), candidate, dtype, calibrated.get(name))
         return [Judgement(candidate.entry.nbytes, judge)]
 
-    weights = [weight for weight in judge_all(list(map(judgements, expected)), progress) if weight is not None]
+    every = list(map(judgements, expected))
+    tensors = [base_name for base_name, _ in expected.values()]
+    found = judge_all(every, progress) if in_step is None else in_step.judge_all(tensors, every, progress)
+    weights = [weight for weight in found if weight is not None]
     weights += [
         AuditedWeight(name, Fate.NONE, Outcome.DIFFERENT, "is in neither the base nor the adapters")
         for name in after
@@ -93,14 +97,6 @@ def audit_of(weights: Sequence[AuditedWeight]) -> Audit:
     outcomes = {weight.outcome for weight in weights}
     outcome = next(one for one in (Outcome.DIFFERENT, Outcome.UNDECIDED, Outcome.SAME) if one in outcomes)
     return Audit(outcome, tuple(weights))
-
-
-@dataclass(frozen=True, eq=False)
-class Judgement:
-    """What one thread does at a time: a tensor, or a part of one. It returns None where there is nothing to judge."""
-
-    nbytes: int
-    judge: Callable[[], AuditedWeight | None]
 
 
 def judge_all(by_tensor: Sequence[Sequence[Judgement]], progress: Callable[[int], None]) -> list[AuditedWeight | None]:
@@ -144,9 +140,9 @@ def _judge_parts(
     return [*parts, Judgement(candidate.entry.nbytes - share * len(regions), of_rest)]
 
 
-def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+def _tensors(checkpoint: Checkpoint, in_step: AuditInStep[Any] | None = None) -> dict[str, StoredTensor]:
     return {
-        name: StoredTensor(shard, entry, quantised=checkpoint.quantised.get(name))
+        name: StoredTensor(shard, entry, quantised=checkpoint.quantised.get(name), in_step=in_step)
         for file, shard in checkpoint.shards.items()
         for name, entry in checkpoint.entries(file).items()
     }

@@ -30,7 +30,6 @@ from lora_export.plan import Layout, Plan, Step
 from lora_export.storage.gguf_blocks import CODECS, FLAT
 from lora_export.storage.gguf_file import GgufTensor
 from lora_export.verification.against_checkpoint.audit_checkpoint import (
-    Judgement,
     audit_of,
     judge_all,
     judge_rounded,
@@ -38,6 +37,7 @@ from lora_export.verification.against_checkpoint.audit_checkpoint import (
 )
 from lora_export.verification.against_checkpoint.block_values import ChangedBlocks, StoredBlocks, bytes_at
 from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer
+from lora_export.verification.against_checkpoint.in_step import Judgement
 from lora_export.verification.against_checkpoint.judge_changed import (
     judge_changed,
     judge_unknown_layout,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
+from lora_export.verification.against_checkpoint.in_step import AuditInStep
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
 
@@ -57,6 +58,7 @@ class StoredTensor:
     entry: Entry
     region: StoredRegion | None = None
     quantised: QuantisedTensor | None = None  # `entry` has its packed bytes, its shape and float dtype
+    in_step: AuditInStep[Any] | None = None  # reads it, where other audits may need the same bytes
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -82,15 +84,18 @@ class StoredTensor:
         return () if len(self.region.shape) == 1 else (self.region.columns,)
 
     def _read(self, rows: slice, shape: Sequence[int], scratch: Scratch, name: str) -> NDArray[Any]:
-        with self.file.path.open("rb") as file:
-            if self.quantised is not None:
-                own = self.quantised.rows_in(shape or (1,), rows)
-                entry, fd = self.entry, file.fileno()
-                packed = self.quantised.read(self.file.path, fd, entry.start, entry.nbytes, own)
-                return packed.reshape(rows.stop - rows.start, *shape[1:])
-            row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
-            found = scratch.array(name, [(rows.stop - rows.start) * row_bytes], np.uint8)
-            block_copy.read(self.file.path, file.fileno(), found, self.entry.start + rows.start * row_bytes)
+        if self.quantised is not None:
+            own = self.quantised.rows_in(shape or (1,), rows)
+            with self.file.path.open("rb") as file:
+                packed = self.quantised.read(self.file.path, file.fileno(), self.entry.start, self.entry.nbytes, own)
+            return packed.reshape(rows.stop - rows.start, *shape[1:])
+        row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        found = scratch.array(name, [(rows.stop - rows.start) * row_bytes], np.uint8)
+        position = self.entry.start + rows.start * row_bytes
+        if self.in_step is not None:
+            self.in_step.read(self.file.path, found, position)
+        else:
+            block_copy.read_piece(self.file.path, found, position)
         return found.view(self.dtype).reshape(rows.stop - rows.start, *shape[1:])
 
     @property
