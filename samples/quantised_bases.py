@@ -130,7 +130,7 @@ def as_gguf_reads(file: Path, like: Path, folder: Path) -> Path:
     stored = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in gguf.GGUFReader(file).tensors}
     tensors = load_file(folder / "model.safetensors")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, 99)
-    for name, tensor in tensors.items():
+    for name, tensor in ((name, one) for name, one in list(tensors.items()) if one.is_floating_point()):
         own = name.removeprefix("bert.").replace("classifier.", "cls.output.")
         values = stored[names.get_name(own, (".weight", ".bias")) or own]
         tensors[name] = torch.from_numpy(values.copy()).reshape(tensor.shape).to(tensor.dtype)

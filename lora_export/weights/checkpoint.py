@@ -257,7 +257,7 @@ def _read_quantised(
 
 def _not_silently(folder: Path, quantization: Any) -> InputRefused:
     method = method_of(quantization)
-    shown = "8 bits, as for ComfyUI" if method == COMFYUI else method
+    shown = "in a form for ComfyUI" if method == COMFYUI else method
     kept = f". {named('keep_quantised', True)} merges and keeps it quantised" if method in SCHEMES else ""
     return InputRefused(
         f"{folder} is quantised ({shown}): its weights are never merged or quantised again silently. "

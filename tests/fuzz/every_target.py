@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuzz import gguf_targets, library_targets, targets
+from fuzz import comfyui_targets, gguf_targets, library_targets, targets
 
-TARGETS = targets.TARGETS | library_targets.TARGETS | gguf_targets.TARGETS
-GOOD = targets.GOOD | library_targets.GOOD | gguf_targets.GOOD
+TARGETS = targets.TARGETS | library_targets.TARGETS | gguf_targets.TARGETS | comfyui_targets.TARGETS
+GOOD = targets.GOOD | library_targets.GOOD | gguf_targets.GOOD | comfyui_targets.GOOD

@@ -233,12 +233,12 @@ def fields() -> SearchStrategy[bytes]:
     return st.lists(line, max_size=3).map(lambda lines: "\n".join(lines).encode())
 
 
-HEADERS = ("adapter_header", "base_header")
+HEADERS = ("adapter_header", "base_header", "comfyui_header")
 JSON_FILES = (
     *("mlx_config", "pipeline_index"),
     *("adapter_config", "adapter_model_config", "base_index", "base_config", "manifest", "contract"),
     *("exported_graph", "exported_weights", "tokenizer", "tokenizer_config", "generation_config", "image_processor"),
-    *("extractor", "gguf_config"),
+    *("extractor", "gguf_config", "comfyui_layers"),
 )
 
 

@@ -324,7 +324,7 @@ def test_a_base_whose_weights_are_quantised_without_a_word(place, dtype):
     safetensors_file.write(place.base / "model.safetensors", {"dense.weight": np.ones((8, 8), dtype)})
     is_float = np.dtype(dtype).name.startswith("float8")
     message = f"dense.weight is {np.dtype(dtype)}: a quantised weight is never merged silently. Use the"
-    place.merge_refuses("base is quantised (8 bits, as for ComfyUI): its weights are never" if is_float else message)
+    place.merge_refuses("base is quantised (in a form for ComfyUI): its weights are never" if is_float else message)
 
 
 @pytest.mark.fault(12)

@@ -166,7 +166,7 @@ SCHEMES: dict[str, _Scheme] = {
     # All scales that are known: of none is it known that a float8 beside it is its own value.
     COMFYUI: _Scheme(
         comfyui_weights,
-        "8 bits in files for ComfyUI",
+        "8 and 4 bits in files for ComfyUI",
         (".scale_weight", ".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".weight_s_rel", ".weight_zeros"),
         lambda stated, *_: dict(stated),
     ),

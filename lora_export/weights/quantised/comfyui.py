@@ -1,8 +1,9 @@
-"""Weights in 8 bits without a config, as single files for ComfyUI have them: with one scale each, or with none.
+"""Weights in 8 and 4 bits without a config, as single files for ComfyUI have them: with one scale each, or with none.
 
     X.weight        float8_e4m3fn or float8_e5m2, or int8
     X.scale_weight  its factor, where a tensor `scaled_fp8` is before it in the file (fp8_scaled)
     X.weight_scale  its factor, where `X.comfy_quant` (JSON in bytes) or the header's `_quantization_metadata` names X
+                    (nvfp4 and mxfp8 have scales of groups: see `comfyui_groups`)
     X.scale_input, X.input_scale  of the inputs of the layer: a float model has no use for them
 
 A float8 without a scale is its own value. A float layer in such a file is one that nothing of this names. The product
@@ -26,6 +27,7 @@ from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import FLOAT8_KINDS, INT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.comfyui_groups import GROUP_FORMATS, weight_in_groups
 from lora_export.weights.quantised.new_grid import ScaleRule
 from lora_export.weights.quantised.stored_parts import FLOAT_SCALES, Decode, QuantisedTensor, StoredParts
 
@@ -34,7 +36,12 @@ MARKER, LAYERS_IN_HEADER, STATED_FORMAT = "scaled_fp8", "_quantization_metadata"
 FIRST_SCALE, STATED_SCALE = "scale_weight", "weight_scale"
 SCALES_OF_INPUTS = ("scale_input", "input_scale")
 VALUES_OF_FORMATS = {**{name: values for name, (_, values) in FLOAT8_KINDS.items()}, "int8_tensorwise": INT8_VALUES}
-STORED_AS = {"int8_tensorwise": "int8"}  # format -> dtype; others are the dtype
+# Format -> dtype of the numbers
+STORED_AS = {
+    **{name: name for name in FLOAT8_KINDS},
+    "int8_tensorwise": "int8",
+    **{name: one.dtype for name, one in GROUP_FORMATS.items()},
+}
 MOST_STATED_BYTES = 1 << 16
 
 
@@ -79,16 +86,22 @@ def comfyui_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype: 
     for module in {**layers, **dict.fromkeys(sorted(scaled))}:
         entry = parts.expect(f"{module}.weight", f"{module}.weight")
         kind = _format(module, layers[module]) if module in layers else str(entry.dtype)
-        if kind not in VALUES_OF_FORMATS or str(entry.dtype) != STORED_AS.get(kind, kind):
+        if str(entry.dtype) != STORED_AS.get(kind):
             raise InputRefused(
                 f"{entry.name} is {entry.dtype}, and the file states {kind} for it: lora-export reads "
-                f"{', '.join(VALUES_OF_FORMATS)} of such files. Merge into the original float model"
+                f"{', '.join(STORED_AS)} of such files. Merge into the original float model"
             )
+        if kind in GROUP_FORMATS:
+            others = tuple(_present(parts, module, entry.name))
+            of_file = (f"{COMFYUI} {kind}", np.dtype(dtype), others)
+            found[entry.name] = weight_in_groups(parts, entry, module, kind, *of_file)
+            continue
         scale = f"{module}.{STATED_SCALE if module in layers else FIRST_SCALE}"
         found[entry.name] = _quantised(parts, entry, module, kind, scale, dtype)
+    known = {*found, *(part for tensor in found.values() for part in tensor.parts)}
     for name in parts.names():
         plain = parts.find(name)
-        if plain is not None and str(plain.dtype) in FLOAT8_KINDS and name not in found and not _is_marker(name):
+        if plain is not None and str(plain.dtype) in FLOAT8_KINDS and name not in known and not _is_marker(name):
             found[name] = _quantised(parts, plain, name.rpartition(".")[0], str(plain.dtype), "", dtype)
     return _with_markers(parts, found)
 

@@ -11,7 +11,9 @@ import gguf
 import numpy as np
 import peft
 import pytest
+import torch
 from numpy.typing import NDArray
+from transformers import BertConfig, BertForSequenceClassification
 
 import lora_export
 from lora_export import formats, plan, provenance
@@ -277,6 +279,31 @@ def test_one_expert_of_a_stack_changes(tmp_path: Path, types: dict[str, str], st
     assert types_of(tmp_path / "out.gguf")[name] == stored
     proof = lora_export.verify(tmp_path / "out.gguf", base=base, adapters=[adapter])
     assert proof.verdict.outcome == "same"
+
+
+def test_bert_and_its_classifier(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=32, max_position_embeddings=16, num_labels=3))
+    names, writer = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, 1), gguf.GGUFWriter(str(tmp_path / "b.gguf"), "bert")
+
+    def own(name: str) -> str:
+        plain = name.removeprefix("bert.").replace("classifier.", "cls.output.")
+        return names.get_name(plain, (".weight", ".bias")) or plain  # llama.cpp has no pooler
+
+    for name, value in model.state_dict().items():
+        writer.add_tensor(own(name), value.numpy())
+    base = written(writer, tmp_path / "b.gguf")
+    adapted = trained(model, r=2, target_modules=["query", "dense"], task_type="SEQ_CLS")
+    torch.nn.init.normal_(adapted.base_model.model.classifier.modules_to_save["default"].weight)
+    adapted.save_pretrained(tmp_path / "a")
+    lora_export.merge(base, [tmp_path / "a"], output=tmp_path / "out.gguf")
+    found, changed = values_of(tmp_path / "out.gguf"), 0
+    for name, wanted in adapted.merge_and_unload().state_dict().items():
+        assert np.allclose(found[own(name)], wanted.numpy(), atol=1e-6), name
+        changed += not np.array_equal(found[own(name)], values_of(base)[own(name)])
+    assert changed == 7  # five layers, and the classifier with its bias
+    assert lora_export.verify(tmp_path / "out.gguf", base=base, adapters=[tmp_path / "a"]).verdict.outcome == "same"
 
 
 def damage(path: Path, name: str) -> None:

@@ -94,7 +94,7 @@ def adapters_for(model: str, weights: Mapping[str, torch.Tensor], folder: Path) 
 def test_adapters_of_every_dialect_are_merged(model: str, form: str, tmp_path: Path) -> None:
     weights = original_weights(model)
     base, out = in_8_bits(weights, form, tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
-    with pytest.raises(InputRefused, match=r"is quantised \(8 bits, as for ComfyUI\).*keep_quantised=True"):
+    with pytest.raises(InputRefused, match=r"is quantised \(in a form for ComfyUI\).*keep_quantised=True"):
         merge(base, [], out)
     for adapter in adapters_for(model, weights, tmp_path).values():
         result = merge(base, [adapter], out, keep_quantised=True, overwrite=True)
@@ -173,6 +173,79 @@ def test_numbers_are_those_of_pytorch(tmp_path: Path) -> None:
         assert tensor.decode(slice(0, 2), packed).tobytes() == expected.view(torch.uint8).numpy().tobytes()
 
 
+SHAPE = (130, 96)  # more than a tile of rows, and no whole tiles of groups
+POSITIVE = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+FLOAT4 = torch.cat([POSITIVE, -POSITIVE])
+
+
+def in_groups(kind: str, path: Path) -> tuple[Path, torch.Tensor]:
+    """A file with one weight in groups, and what it is: the scales are put one by one where cuBLAS has them."""
+    torch.manual_seed(0)
+    rows, columns, size = *SHAPE, {"nvfp4": 16, "mxfp8": 32}[kind]
+    groups, tiles = columns // size, -(-columns // size // 4)
+    stored = torch.zeros(256 * tiles * 4, dtype=torch.uint8)
+    scales = torch.randint(118, 122, (rows, groups), dtype=torch.uint8)
+    if kind == "nvfp4":
+        scales = (torch.rand(rows, groups) + 0.5).to(FLOAT8).view(torch.uint8)
+    for row in range(rows):
+        for group in range(groups):
+            tile = row // 128 * tiles + group // 4
+            stored[512 * tile + 16 * (row % 32) + 4 * (row % 128 // 32) + group % 4] = scales[row, group]
+    stored = stored.reshape(256, tiles * 4)
+    tensors = {
+        "x.comfy_quant": stated(format=kind),
+        "x.bias": torch.zeros(rows),
+        "y.weight": torch.ones(4, 4).bfloat16(),
+    }
+    if kind == "nvfp4":
+        codes = torch.randint(0, 16, SHAPE, dtype=torch.uint8)
+        tensors |= {"x.weight": codes[:, ::2] << 4 | codes[:, 1::2], "x.weight_scale": stored.view(FLOAT8)}
+        tensors["x.weight_scale_2"] = torch.tensor(0.01)
+        values, factors = FLOAT4[codes.long()], scales.view(FLOAT8).float() * 0.01
+    else:
+        tensors |= {"x.weight": torch.randn(SHAPE).to(FLOAT8), "x.weight_scale": stored}
+        values, factors = tensors["x.weight"].float(), torch.exp2(scales.float() - 127)
+    save_file(tensors, path)
+    return path, (values.reshape(rows, groups, size) * factors[..., None]).reshape(SHAPE)
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
+def test_weights_in_groups_are_kept_promoted_and_made_floats(kind: str, tmp_path: Path) -> None:
+    base, wanted = in_groups(kind, tmp_path / "base.safetensors")
+    tensor, packed = open_checkpoint(base, dequantise=True).quantised["x.weight"], bytes_of(load_file(base)["x.weight"])
+    for rows in (slice(0, 100), slice(100, 130)):
+        found = tensor.decode(rows, packed.reshape(SHAPE[0], -1)[rows].reshape(-1))
+        assert found.tobytes() == wanted[rows].bfloat16().view(torch.uint8).numpy().tobytes()
+    a, b = (torch.randn(size).numpy() for size in ((2, SHAPE[1]), (SHAPE[0], 2)))
+    adapter = adapter_file(tmp_path / "a.safetensors", {"x": (a, b * np.float32(0.01))}, prefix="diffusion_model.")
+    change, out = torch.from_numpy(b @ a) * np.float32(0.01), tmp_path / "out.safetensors"
+    for strength, rescale, is_kept in ((1.0, False, True), (4.0, True, True), (3e-3, False, False)):
+        options: dict[str, Any] = {"keep_quantised": True, "rescale": rescale, "overwrite": True}
+        result = merge(base, [adapter], out, weights=[strength], **options)
+        assert result.report is not None and [layer.is_kept for layer in result.report.layers] == [is_kept]
+        before, after = load_file(base), load_file(out)
+        changed = {
+            name for name, one in after.items() if not np.array_equal(bytes_of(one), bytes_of(before.get(name, one)))
+        }
+        assert changed == {"x.weight", *(["x.weight_scale"] if rescale else [])}
+        assert ("x.comfy_quant" in after) is is_kept
+        codes = tensor.codes
+        if is_kept and not rescale and codes is not None:
+            grid = codes.values[np.isfinite(codes.values)].astype(np.float64)
+            scales = codes.load()(slice(0, SHAPE[0]))[0]
+            target = (wanted + strength * change).numpy().astype(np.float64)
+            least = np.abs(target[..., None] - grid * scales[..., None].astype(np.float64)).min(-1)
+            numbers = codes.layout.unpack(slice(0, SHAPE[0]), bytes_of(after["x.weight"]))
+            distance = np.abs(codes.weight(numbers, scales, None) - target)
+            assert (distance <= least + 1e-5 * np.abs(target).max()).all()
+        assert str(verify(out, base=base, adapters=[adapter], weights=[strength])).startswith("same")
+        assert str(verify(out, base=base, adapters=[adapter], weights=[1.5 * strength])).startswith("different")
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
 def test_float16_files_become_float16(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x.weight": torch.ones(2, 2).to(FLOAT8), "norm.weight": torch.ones(2).half()}, path)
@@ -197,6 +270,20 @@ WEIGHT = torch.ones(2, 4).to(FLOAT8)
             {"x.comfy_quant": stated(format="nvfp4")},
             "x.weight is float8_e4m3fn, and the file states nvfp4 for it: lora-",
         ),
+        ({"x.comfy_quant": stated(format="mxfp8")}, r"the shape \[2, 4\] has no whole groups of 32 columns"),
+        (
+            {"x.comfy_quant": stated(format="mxfp8"), "x.weight": torch.ones(2, 32).to(FLOAT8)},
+            "x.weight_scale, which belongs to it, is missing",
+        ),
+        (
+            {
+                "x.comfy_quant": stated(format="nvfp4"),
+                "x.weight": torch.zeros(2, 8, dtype=torch.uint8),
+                "x.weight_scale": torch.ones(2, 1).to(FLOAT8),
+            },
+            "x.weight_scale: 2 elements, and x.weight needs 512",
+        ),
+        ({"x.comfy_quant": stated(format="convrot_w4a4")}, "the file states convrot_w4a4"),
         ({"x.comfy_quant": stated(format="float8_e5m2")}, "the file states float8_e5m2"),
         ({"x.comfy_quant": stated(format="int8_tensorwise", convrot=True)}, "x.weight: its inputs are rotated"),
         ({"x.comfy_quant": stated(format="int8_tensorwise", params={"convrot": True})}, "its inputs are rotated"),
