@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging.handlers
 import os
 import signal
 import sys
@@ -93,7 +94,23 @@ def keep_exports(item: pytest.Item) -> None:
     from support import kept_exports
 
     kept_exports.install()
-    kept_exports.use.folder = None if item.get_closest_marker("exports") else kept_exports.folder(item.config)
+    kept_exports.use.place = kept_exports.folder(item.config)
+    kept_exports.use.folder = None if item.get_closest_marker("exports") else kept_exports.use.place
+
+
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What is logged. pytest's own plugin visits all loggers six times a test, and has PyTorch write its traces."""
+    handler, level = logging.handlers.BufferingHandler(sys.maxsize), logging.root.level
+    known = (each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger))
+    loggers = [logging.root, *(each for each in known if not each.propagate)]
+    logging.root.setLevel(logging.INFO)
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield handler.buffer
+    for logger in loggers:
+        logger.removeHandler(handler)
+    logging.root.setLevel(level)
 
 
 @pytest.fixture

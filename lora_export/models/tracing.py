@@ -97,6 +97,20 @@ REGISTRIES = ("_parameters", "_buffers", "_modules")  # of an nn.Module, which a
 
 
 @contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Show no warning of transformers. `logging.disable` visits all loggers, longer than a small model runs."""
+    handlers = [*logging.root.handlers, *logging.getLogger("transformers").handlers]
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(max(handler.level, logging.ERROR))
+    try:
+        yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
+
+
+@contextlib.contextmanager
 def same_state(module: nn.Module) -> Iterator[None]:
     """A model of transformers has the attributes and children afterwards that it has now; its tensors are not copied.
 
@@ -105,13 +119,10 @@ def same_state(module: nn.Module) -> Iterator[None]:
     """
     parts = list(module.modules()) if is_hugging_face(module) else []
     before = [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]
-    disabled = logging.root.manager.disable
-    if parts:
-        logging.disable(max(disabled, logging.WARNING))  # they tell of such a choice, now in each run
     try:
-        yield
+        with _no_warnings() if parts else contextlib.nullcontext():  # they tell of such a choice, now in each run
+            yield
     finally:
-        logging.disable(disabled)
         for part, attributes in zip(parts, before, strict=True):
             for name in vars(part).keys() - attributes:
                 del vars(part)[name]

@@ -50,14 +50,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def alone(place: Path, **options: Any) -> tuple[dict[str, bytes], Any]:
     report = le.merge(place / "base", place / "adapter", place / "alone", **options).report
     assert report is not None
-    return files(place / "alone"), replace(report, seconds=0)
+    return folder_contents(place / "alone"), replace(report, seconds=0)
 
 
 def hidden(folder: Path) -> list[str]:
@@ -71,7 +67,7 @@ def test_the_files_and_figures_are_those_of_one_process(place: Path, engine: dic
     report = le.merge("base", "fr=adapter", "out", **options, **engine, on_progress=told.append).report
     expected, figures = alone(place, **options)
     assert report is not None and replace(report, seconds=0, spellings={}) == replace(figures, spellings={})
-    written = files(place / "out")
+    written = folder_contents(place / "out")
     assert written.keys() == expected.keys() and all(written[name] == expected[name] for name in SHARDS)
     assert b'"fr"' in written["lora_export.json"] and hidden(place) == []
     assert told[-1].done == told[-1].total > 0
@@ -114,7 +110,7 @@ def test_the_shard_of_a_dead_worker_is_made_again(
     faults_in(place, monkeypatch, OF_SHARDS, **{SHARDS[1]: fault})
     ran = subprocess.run(command(*engine), capture_output=True, text=True, check=False)
     assert ran.returncode == code, ran.stderr
-    assert (files(place / "out") == alone(place)[0]) if code == 0 else "(3 times)" in ran.stderr
+    assert (folder_contents(place / "out") == alone(place)[0]) if code == 0 else "(3 times)" in ran.stderr
     assert (place / "out").exists() == (code == 0) and hidden(place) == []
 
 
@@ -136,7 +132,7 @@ def test_no_worker_outlives_the_process_that_began(
     assert bool(hidden(place)) == (number is signal.SIGKILL)
     (faults / SHARDS[1]).unlink()
     le.merge("base", "adapter", "out", jobs=2)
-    assert files(place / "out") == alone(place)[0] and hidden(place) == []
+    assert folder_contents(place / "out") == alone(place)[0] and hidden(place) == []
 
 
 def _is_alive(process: int) -> bool:
@@ -261,12 +257,12 @@ def test_a_worker_that_was_taken_for_dead_changes_nothing(
     is_on_disk = owner is CheckpointMerge
     le.merge("base", "adapter", "out" if is_on_disk else str(stored / "out/m"), jobs=2)
     answers += [late.wake()] if is_published else []
-    assert (files(place / "out") if is_on_disk else stored.files("out/m")) == alone(place)[0]
+    assert (folder_contents(place / "out") if is_on_disk else stored.files("out/m")) == alone(place)[0]
     if is_on_disk:
         assert hidden(place) == [] and (is_published == isinstance(answers[0], OSError))
     else:
         assert "was taken for dead, and another one has made the file" in str(answers[0])
-        assert stored.objects().keys() == {f"out/m/{name}" for name in files(place / "alone")}
+        assert stored.objects().keys() == {f"out/m/{name}" for name in folder_contents(place / "alone")}
 
 
 def test_the_time_is_that_of_the_workers_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +277,8 @@ def test_a_residual_is_kept_of_a_shared_merge(place: Path, monkeypatch: pytest.M
     in_this_process(monkeypatch, lambda one: one)
     le.merge("base", "adapter", "out", jobs=2, keep_residual="out.residual")
     le.unmerge("out", "adapter", "again", base_from="out.residual")
-    restored = files(place / "again")
-    assert all(restored[name] == content for name, content in files(place / "base").items() if name in SHARDS)
+    restored = folder_contents(place / "again")
+    assert all(restored[name] == content for name, content in folder_contents(place / "base").items() if name in SHARDS)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[LoraExportError], str]] = {

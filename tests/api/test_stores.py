@@ -44,10 +44,6 @@ def merge(stored: Stored, **options: Any) -> Any:
     return le.merge(str(stored / "base"), str(stored / "adapter"), str(stored / "out/m"), **options)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_a_merge_in_a_store_has_the_same_bytes(local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[str] = []
     copy = Bucket.copy
@@ -56,7 +52,7 @@ def test_a_merge_in_a_store_has_the_same_bytes(local: Path, stored: Stored, monk
     monkeypatch.chdir(local / "merged")
     before = sorted(local.rglob("*"))
     report = merge(stored).report
-    assert stored.files("out/m") == files(local / "merged") and sorted(local.rglob("*")) == before
+    assert stored.files("out/m") == folder_contents(local / "merged") and sorted(local.rglob("*")) == before
     assert copied == [f"out/m/{SHARDS[2]}", "out/m/config.json"] and {result.weight for result in report.results} == {
         "up.weight",
         "down.weight",
@@ -69,7 +65,9 @@ def test_one_end_may_be_on_the_disk(local: Path, stored: Stored, ends: str) -> N
     if ends == "base":
         base, output = str(local / "base"), str(stored / "out/m")
     le.merge(base, str(stored / "adapter"), output)
-    assert (files(local / "out") if ends == "output" else stored.files("out/m")) == files(local / "merged")
+    assert (folder_contents(local / "out") if ends == "output" else stored.files("out/m")) == folder_contents(
+        local / "merged"
+    )
 
 
 def test_one_file_has_the_hash_of_its_base_in_its_header(local: Path, stored: Stored) -> None:
@@ -99,7 +97,7 @@ def test_a_stopped_merge_goes_on_with_its_whole_shards(local: Path, stored: Stor
     lines: list[str] = []
     report = merge(stored, on_message=lines.append).report
     assert f"{stored / 'out/m'}: 1 files are whole, from a run that was stopped" in lines
-    assert stored.files("out/m") == files(local / "merged") and len(report.results) == 2
+    assert stored.files("out/m") == folder_contents(local / "merged") and len(report.results) == 2
     assert stored.objects("out/m/")[f"out/m/{SHARDS[0]}"]["LastModified"] == first[f"out/m/{SHARDS[0]}"]["LastModified"]
 
 
@@ -123,7 +121,7 @@ def test_a_stopped_merge_of_another_strength_is_made_anew(local: Path, stored: S
     with pytest.raises(KeyboardInterrupt):
         merge(stored, on_progress=stop_after_one(stored), weights=[2.0])
     merge(stored)
-    assert stored.files("out/m") == files(local / "merged")
+    assert stored.files("out/m") == folder_contents(local / "merged")
 
 
 def test_a_base_that_changes_during_the_merge_is_refused(local: Path, stored: Stored) -> None:

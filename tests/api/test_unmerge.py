@@ -24,6 +24,7 @@ from support import experts
 from support.api import Recorder
 from support.combined import LAYERS, LAYOUT, adapted
 from support.fine_tuned import MODELS, made
+from support.folder_contents import folder_contents
 from support.handmade import base_file, graph_file, peft_adapter
 
 RNG = np.random.default_rng(12)
@@ -34,10 +35,6 @@ BF16 = ml_dtypes.bfloat16
 def pair(seed: int, size: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
     own = np.random.default_rng(seed)
     return size * own.normal(size=(2, 30)), own.normal(size=(40, 2))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -60,12 +57,12 @@ def round_trip(
     """Merge, move the base away, and make it again."""
     paths = [place / name for name in adapters]
     result = le.merge(place / "base", paths, place / "out", keep_residual=place / "residual", **options)
-    before = files_of(place / "base")
+    before = folder_contents(place / "base")
     (place / "base").rename(place / "away")
     restored = [place / name for name in (adapters if given is None else given)]
     le.unmerge(place / "out", restored, place / "again", base_from=place / "residual")
-    assert files_of(place / "again") == before
-    assert files_of(place / "out") != before
+    assert folder_contents(place / "again") == before
+    assert folder_contents(place / "out") != before
     return result
 
 
@@ -153,8 +150,10 @@ def test_experts_come_back_in_both_spellings(tmp_path: Path, model: str) -> None
         out, residual, again = (tmp_path / f"{spelling} {name}" for name in ("out", "residual", "again"))
         le.merge(saved[spelling], saved["adapter"], out, keep_residual=residual)
         le.unmerge(out, saved["adapter"], again, base_from=residual)
-        assert files_of(again) == files_of(saved[spelling])
-        assert residual.stat().st_size < 0.3 * sum(map(len, files_of(again).values()))  # every change is subtracted
+        assert folder_contents(again) == folder_contents(saved[spelling])
+        assert residual.stat().st_size < 0.3 * sum(
+            map(len, folder_contents(again).values())
+        )  # every change is subtracted
 
 
 def test_the_residual_is_small_and_its_size_is_reported(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from lora_export import cli
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import read_manifest
+from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
 
 W = np.arange(6).reshape(2, 3)
@@ -43,10 +44,6 @@ def run(place: Path, *arguments: object) -> int:
 
 def result(folder: Path) -> list[list[float]]:
     return load_file(folder / "model.safetensors")["fc.weight"].tolist()
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # --- The layout of square matrices ---
@@ -105,10 +102,10 @@ def test_a_wrong_layout_option_is_refused(bare, capsys, text, code, message):
 
 
 def test_a_merge_writes_the_model_and_says_so(place, capsys):
-    before = everything(place)
+    before = folder_contents(place)
     assert run(place, "base", "adapter", "-o", "out", "-v") == 0
     assert result(place / "out") == (W + BA).tolist()
-    assert {name: content for name, content in everything(place).items() if not name.startswith("out/")} == before
+    assert {name: content for name, content in folder_contents(place).items() if not name.startswith("out/")} == before
     told = capsys.readouterr()
     assert told.err == ""
     summary, _, row = told.out.splitlines()
@@ -169,7 +166,7 @@ def test_a_conversion_is_stored_as_asked(place):
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
-    before = everything(place)
+    before = folder_contents(place)
     assert run(place, "base", "adapter", "--dry-run", "-o", "out") == 0
     assert capsys.readouterr().out.splitlines() == [
         "1 weight changed, 1 kept as it is",
@@ -179,7 +176,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "lora-export/plan/1"
     assert document["steps"][0]["spec"]["name"] == "fc.weight"
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 def test_a_dry_run_tells_each_note_once(place, capsys):
@@ -233,11 +230,11 @@ def test_wrong_usage_ends_with_2(place, capsys, arguments, message):
 
 
 def refused(place: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    before = everything(place)
+    before = folder_contents(place)
     assert run(place, *arguments, "-o", "out") == 3
     told = capsys.readouterr()
     assert told.out == ""
-    assert everything(place) == before and not (place / "out").exists()
+    assert folder_contents(place) == before and not (place / "out").exists()
     return told.err
 
 
@@ -303,10 +300,10 @@ def test_a_second_merge_of_the_same_adapter_is_refused(place, capsys, more):
 @pytest.mark.fault(34)
 def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(place, capsys):
     assert run(place, "base", "adapter", "-o", "out") == 0
-    old = everything(place / "out")
+    old = folder_contents(place / "out")
     assert run(place, "base", "adapter", "--weight", "2", "-o", "out") == 7
     assert capsys.readouterr().err == f"Error: {place / 'out'} exists already; add --overwrite to replace it\n"
-    assert everything(place / "out") == old
+    assert folder_contents(place / "out") == old
     assert run(place, "base", "adapter", "--weight", "2", "--overwrite", "-o", "out") == 0
     assert result(place / "out") == (W + 2 * BA).tolist()
 
@@ -322,10 +319,10 @@ def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(place, capsy
     ],
 )
 def test_an_output_in_the_wrong_place_ends_with_7(place, capsys, output, message):
-    before = everything(place)
+    before = folder_contents(place)
     assert run(place, "base", f"named={place / 'adapter'}", "--overwrite", "-o", place / output) == 7
     assert capsys.readouterr().err == f"Error: {message.format(place=place)}\n"
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 @pytest.mark.fault(33)
@@ -341,7 +338,7 @@ def test_a_full_disk_ends_with_7_and_keeps_old_output(place):
     # The limit on a file's size stands for the disk: the write fails in the middle.
     base_file(place / "base/model.safetensors", {"fc.weight": W, "large.weight": np.ones((100, 100))})
     assert run(place, "base", "adapter", "-o", "out") == 0
-    before = everything(place)
+    before = folder_contents(place)
     done = subprocess.run(
         [sys.executable, "-m", "lora_export", "merge", "base", "adapter", "--overwrite", "-o", "out"],
         cwd=place,
@@ -352,7 +349,7 @@ def test_a_full_disk_ends_with_7_and_keeps_old_output(place):
     )
     assert (done.returncode, done.stdout) == (7, "")
     assert done.stderr == "Error: out could not be written: File too large\n"
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 # --- Signals and strange names ---

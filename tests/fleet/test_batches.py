@@ -17,18 +17,12 @@ from lora_export.fleet.batches import MOST_TOGETHER, batches
 from lora_export.fleet.description import read_fleet
 from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.worker import JobBatch, perform
-from support.fleets import BASES, JOBS, MERGE, VERIFY, Here, run_here, small_fleet
+from support.fleets import BASES, JOBS, MERGE, VERIFY, Here, run_here
 from support.folder_contents import folder_contents
 from support.handmade import peft_adapter
 
 CONVERT = '[[steps]]\nstep = "convert"\nto = "mlx"\noutput = "mlx/{adapter}"\n'
 MERGES, PROOFS = JOBS[::2], JOBS[1::2]
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return small_fleet(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,12 @@ import pytest
 
 from lora_export.errors import LoraExportError
 from lora_export.fleet.description import read_fleet
-from support.fleets import BASES, FLEET, JOBS, MERGE, VERIFY, small_fleet
+from support.fleets import BASES, FLEET, JOBS, MERGE, VERIFY
 
 
 def described(folder: Path, text: str = FLEET) -> list[object]:
     (folder / "fleet.toml").write_text(text)
     return list(read_fleet(Path("fleet.toml")).jobs)
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return small_fleet(tmp_path)
 
 
 def test_each_adapter_goes_through_the_steps(place: Path) -> None:

@@ -16,17 +16,11 @@ from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.plan import FleetPlan
 from lora_export.formats import adapter_files
 from lora_export.storage.safetensors_file import TensorFile
-from support.fleets import BASES, FLEET, MERGE, VERIFY, Here, run_here, small_fleet
+from support.fleets import BASES, FLEET, MERGE, VERIFY, Here, run_here
 from support.handmade import base_file, peft_adapter
 from support.hub_server import ask, hub_server
 
 ONNX = '[[steps]]\nstep = "onnx"\noutput = "graphs/{adapter}.onnx"\n[[steps]]\nstep = "verify"\n'
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return small_fleet(tmp_path)
 
 
 def planned() -> FleetPlan:

@@ -23,18 +23,12 @@ from lora_export.fleet import records, run, worker
 from lora_export.fleet.worker import JobBatch, perform, session_of_process
 from lora_export.storage.output_lock import output_lock
 from support.endpoints import save_adapter, save_base
-from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here, small_fleet
+from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here
 from support.handmade import peft_adapter
 from support.stores import Stored
 
 FR = JOBS[2:]
 ONNX = '[[steps]]\nstep = "onnx"\noutput = "graphs/{adapter}.onnx"\n'
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return small_fleet(tmp_path)
 
 
 def record(job: str) -> tuple[Path, dict[str, object]]:

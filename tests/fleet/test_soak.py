@@ -19,6 +19,7 @@ import pytest
 import lora_export as le
 from lora_export.storage.manifest import MANIFEST
 from support import stores
+from support.folder_contents import folder_contents
 from support.handmade import peft_adapter
 
 if TYPE_CHECKING:
@@ -157,10 +158,6 @@ def is_whole(stored: Stored, key: str, expected: dict[str, bytes]) -> None:
     assert le.inspect(str(stored / key), check=True)
 
 
-def local(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.soak
 def test_a_fleet_whose_workers_are_killed_publishes_each_output_once(
     place: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch, workers: Workers, kills: int
@@ -173,7 +170,7 @@ def test_a_fleet_whose_workers_are_killed_publishes_each_output_once(
         folder = peft_adapter(place / "adapters" / f"a{number}", pairs)
         stored.put(f"adapters/a{number}", folder)
         le.merge(base, folder, place / "alone" / f"a{number}")
-        expected[f"a{number}"] = local(place / "alone" / f"a{number}")
+        expected[f"a{number}"] = folder_contents(place / "alone" / f"a{number}")
     failing, bucket = stores.Failing(monkeypatch, REFUSED, seed=3), f"s3://{stored.name}"
 
     def one_round(number: int) -> list[str]:
@@ -201,7 +198,7 @@ def test_a_merge_whose_workers_and_caller_are_killed_is_whole(
     base, adapter = stores.model(place, SHARDS, ROWS)
     le.merge(base, adapter, place / "alone")
     stored.put("base", base)
-    failing, expected = stores.Failing(monkeypatch, REFUSED, seed=5), local(place / "alone")
+    failing, expected = stores.Failing(monkeypatch, REFUSED, seed=5), folder_contents(place / "alone")
 
     def one_round(number: int) -> list[str]:
         return [

@@ -30,7 +30,6 @@ from fuzz.targets import (
     an_adapter,
     as_json,
     command,
-    everything,
     refused,
     write,
 )
@@ -46,6 +45,7 @@ from lora_export.models.processors import (
     render_chat,
     tokenised,
 )
+from support.folder_contents import folder_contents
 from support.small_models import words_tokenizer
 
 RATE = 640  # samples a second
@@ -65,7 +65,7 @@ TEMPLATE = b"{% for m in messages %}{{ m['role'] | trim }}: {{ m.content }}{% if
 @functools.cache
 def tokenizer_files() -> dict[str, bytes]:
     with a_place() as place:
-        return everything(words_tokenizer(place))
+        return folder_contents(words_tokenizer(place))
 
 
 def beside(name: str, files: Callable[[], dict[str, bytes]], read: Callable[[Path], object]) -> Target:
@@ -75,7 +75,7 @@ def beside(name: str, files: Callable[[], dict[str, bytes]], read: Callable[[Pat
         with a_place() as place:
             write(place / "model", {**files(), name: data})
             accepted = not refused(lambda: read(place / "model"))
-            assert set(everything(place)) == {f"model/{each}" for each in {*files(), name}}
+            assert set(folder_contents(place)) == {f"model/{each}" for each in {*files(), name}}
             return accepted
 
     return target
@@ -189,7 +189,7 @@ def merged_with_residual() -> dict[str, bytes]:
         an_adapter(place)
         made = ("-o", place / "out", "--keep-residual", place / "residual")
         assert command("merge", place / "base", place / "adapter", *made) == 0
-        return everything(place)
+        return folder_contents(place)
 
 
 def residual(data: bytes) -> bool:
@@ -199,12 +199,12 @@ def residual(data: bytes) -> bool:
             (place / name).parent.mkdir(exist_ok=True)
             (place / name).write_bytes(content)
         (place / "residual").write_bytes(data)
-        before = everything(place)
+        before = folder_contents(place)
         back = ("-o", place / "again", "--base-from", place / "residual")
         code = command("unmerge", place / "out", place / "adapter", *back)
         assert (place / "again").exists() is (code == 0)
         shutil.rmtree(place / "again", ignore_errors=True)
-        assert everything(place) == before
+        assert folder_contents(place) == before
         return code == 0
 
 
@@ -214,7 +214,7 @@ def project_table(data: bytes) -> bool:
         (place / "pyproject.toml").write_bytes(data)
         (place / "m.safetensors").write_bytes(GOOD_BASE)
         code = command("inspect", place / "m.safetensors", usage=True)
-        assert set(everything(place)) == {"pyproject.toml", "m.safetensors"}
+        assert set(folder_contents(place)) == {"pyproject.toml", "m.safetensors"}
         return code == 0
 
 

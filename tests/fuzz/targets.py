@@ -53,6 +53,7 @@ from lora_export.training.records.opening import open_records, read_labelled_arr
 from lora_export.training.row_forms import form_of, survey
 from lora_export.weights.checkpoint import open_checkpoint
 from support.distributed import save_whole
+from support.folder_contents import folder_contents
 
 Target = Callable[[bytes], bool]  # whether the input was accepted
 
@@ -194,10 +195,6 @@ def refused(read: Callable[[], object]) -> bool:
     return False
 
 
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 @contextlib.contextmanager
 def a_place() -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="fuzz-", dir=ROOM))
@@ -209,9 +206,9 @@ def a_place() -> Iterator[Path]:
 
 def merge_is_all_or_nothing(place: Path, *options: str, adapter: str = "adapter") -> bool:
     """Merge `adapter` into `base`: `out` is whole or as it was, and nothing else changes. Whether it was merged."""
-    before = everything(place)
+    before = folder_contents(place)
     code = command("merge", place / "base", place / adapter, "-o", place / "out", *options)
-    after = everything(place)
+    after = folder_contents(place)
     if code == 0:
         assert open_checkpoint(place / "out").specs, "it said that it had succeeded"
         before, after = ({k: v for k, v in there.items() if not k.startswith("out/")} for there in (before, after))
@@ -461,9 +458,9 @@ def pipeline_index(data: bytes) -> bool:
             write(place / "base" / name, {"model.safetensors": save(BASE_TENSORS), "config.json": b"{}"})
         pairs = {f"unet.fc.lora_{side}.weight": value for side, value in (("A", A), ("B", B))}
         (place / "a.safetensors").write_bytes(save(pairs))
-        before = everything(place)
+        before = folder_contents(place)
         code = command("merge", place / "base", place / "a.safetensors", "-o", place / "out")
-        after = {name: value for name, value in everything(place).items() if not name.startswith("out/")}
+        after = {name: value for name, value in folder_contents(place).items() if not name.startswith("out/")}
         assert after == before and (place / "out").exists() is (code == 0)
         return code == 0
 
@@ -516,11 +513,11 @@ def graph(data: bytes) -> bool:
         write(place / "model", {"weights.data": bytes(8 + TENSOR_BYTES)})
         path = place / "model/model.onnx"
         path.write_bytes(data)
-        before = everything(place)
+        before = folder_contents(place)
         command("inspect", path)
         accepted = not refused(lambda: fold_into(path, place / "out"))
         shutil.rmtree(place / "out", ignore_errors=True)
-        assert everything(place) == before
+        assert folder_contents(place) == before
         return accepted
 
 
@@ -579,7 +576,7 @@ def quantised_graph(data: bytes) -> bool:
         write(place / "model", {"base.onnx": data})
         config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["fc", "up"]}
         an_adapter(place, as_json(config), save(BOTH))
-        before = everything(place)
+        before = folder_contents(place)
         command("inspect", place / "model/base.onnx")
         out = place / "out.onnx"
         code = command("merge", place / "model/base.onnx", place / "adapter", "-o", out, "--requantize")
@@ -587,7 +584,7 @@ def quantised_graph(data: bytes) -> bool:
             assert find_sites(load_graph(out)).by_name, "it said that it had succeeded"
             for path in place.glob("out.onnx*"):
                 path.unlink()
-        assert everything(place) == before
+        assert folder_contents(place) == before
         return code == 0
 
 
@@ -651,7 +648,7 @@ def contract(data: bytes) -> bool:
         write(place / "model", {"base.onnx": open_graph_of(data)})
         config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["fc"]}
         an_adapter(place, as_json(config), save({name: array for name, array in BOTH.items() if ".fc." in name}))
-        before = everything(place)
+        before = folder_contents(place)
         out = place / "out.onnx_adapter"
         code = command(
             "convert", place / "adapter", "-o", out, "--to", "onnx_adapter", "--for", place / "model/base.onnx"
@@ -659,7 +656,7 @@ def contract(data: bytes) -> bool:
         session_refused = refused(lambda: a_session(place / "model/base.onnx", {"a": out} if code == 0 else {}))
         assert code or not session_refused, "what was written for a graph is not taken by it"
         out.unlink(missing_ok=True)
-        assert everything(place) == before
+        assert folder_contents(place) == before
         return code == 0
 
 
@@ -815,7 +812,7 @@ def exported_archive(data: bytes) -> bool:
     with a_place() as place:
         (place / "model.pt2").write_bytes(data)
         accepted = not refused(lambda: run_program(place / "model.pt2"))
-        assert everything(place) == {"model.pt2": data}
+        assert folder_contents(place) == {"model.pt2": data}
         return accepted
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from lora_export.graph.exporter_names import FOLDED_FROM, INPUT_KIND
@@ -12,8 +13,9 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.site import NameSource
+from lora_export.models.export import to_onnx
 from lora_export.plan import Layout
-from support.exported_models import EVERY_MODEL, exported, inputs
+from support.exported_models import EVERY_MODEL, Mlp, exported, inputs
 from support.found_sites import layouts, named_by
 from support.graphs import a_graph, run
 from support.one_weight_graphs import graph_reading
@@ -177,6 +179,15 @@ def test_saved_export_contains_names_and_no_machine_paths(tmp_path: Path, name: 
     again = load_graph(path)
     assert find_sites(again).specs == before
     assert all(np.array_equal(value, expected[key]) for key, value in run(again, **feeds).items())
+
+
+@pytest.mark.exports
+def test_a_file_of_an_export_has_no_stack_traces(tmp_path: Path) -> None:
+    graph = to_onnx(Mlp().eval(), inputs("mlp"), axes={})
+    before = ir.to_proto(graph).SerializeToString()
+    (path,) = save_graph(graph, tmp_path, "model.onnx")
+    for trace in (b'File "', b"exported_models.py", b"torch/nn"):
+        assert trace in before and trace not in path.read_bytes()
 
 
 def test_other_notes_stay_except_stack_traces(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_a_kept_graph_has_the_weights_of_the_module(tmp_path: Path, monkeypatch:
     kept = ir.to_proto(export.to_onnx(trained, X, axes=AXES)).SerializeToString()
     assert len(list(tmp_path.glob("*.onnx"))) == 1
     monkeypatch.setattr(kept_exports.use, "folder", None)
+    monkeypatch.setattr(torch.fx.config, "do_not_emit_stack_traces", True)
     assert kept == ir.to_proto(export.to_onnx(trained, X, axes=AXES)).SerializeToString()
 
 
@@ -104,3 +105,14 @@ def test_a_graph_with_other_weights_than_the_modules_is_not_kept(tmp_path: Path)
     trained.one.bias.data += 1
     with pytest.raises(AssertionError, match=r"one\.bias"):
         kept_exports.save(graph, tmp_path / "m.onnx", trained)
+
+
+def test_operators_get_their_objects_again_where_there_are_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    present, calls = ["aten::one"], list[str]()
+    monkeypatch.setattr(torch._C, "_dispatch_get_registrations_for_dispatch_key", lambda key: list(present))
+    register = kept_exports.when_operators_changed(lambda: calls.extend(present))
+    register()
+    register()
+    present.append("own::two")
+    register()
+    assert calls == ["aten::one", "aten::one", "own::two"]

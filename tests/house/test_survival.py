@@ -31,6 +31,7 @@ from lora_export.storage.manifest import MANIFEST, damage, read_manifest
 from lora_export.weights import merge
 from support import FACTORIES, ROOT, fault_injector
 from support.fault_injector import Ended
+from support.folder_contents import folder_contents
 from support.handmade import base_file, graph_file, peft_adapter
 from support.slow import slow, slow_but
 
@@ -38,10 +39,6 @@ W = np.arange(6).reshape(2, 3)
 A, B = [[1, 2, 3]], [[1], [10]]
 Contents = dict[str, bytes]
 PROGRAM = [sys.executable, "-m", "lora_export"]
-
-
-def everything(folder: Path) -> Contents:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -78,7 +75,7 @@ class Output:
         """The output as its readers find it; a folder must be what its manifest says, to the byte."""
         if self.target.is_dir():
             assert_whole(self.target)
-            return everything(self.target)
+            return folder_contents(self.target)
         parts = {self.target.name: self.target.read_bytes()}
         if self.target.suffix == ".onnx":
             graph = onnx.load_from_string(parts[self.target.name])
@@ -106,7 +103,7 @@ class Output:
 
 
 def assert_whole(folder: Path) -> None:
-    assert set(everything(folder)) == {*read_manifest(folder)["files"], MANIFEST}
+    assert set(folder_contents(folder)) == {*read_manifest(folder)["files"], MANIFEST}
     assert damage(folder) == []
 
 
@@ -168,7 +165,6 @@ def outputs(place: Path) -> dict[str, Output]:
 
 
 OUTPUTS = ["folder", "file", "folder without exchange", "graph", "merged graph"]
-EVERY_OUTPUT = pytest.mark.parametrize("kind", OUTPUTS)
 
 
 # --- SIGKILL ---
@@ -202,7 +198,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new_output(place, kind):
         if not output.target.exists():  # between two renames, where names cannot be exchanged
             assert kind == "folder without exchange"
             (aside,) = output.target.parent.glob(".out.*.old")
-            assert everything(aside) in known
+            assert folder_contents(aside) in known
         else:
             assert output.written() in known
         is_cleaned_by_the_next_run(output, version, known)
@@ -482,11 +478,11 @@ def crowded(*_: object, **__: object) -> None:
 def test_too_little_memory_is_told_and_leaves_the_old_output(place, where, fault, told, monkeypatch, capsys):
     line = merge_line(place, "base", "out", 0)
     assert cli.run(line) == 0
-    before = everything(place)
+    before = folder_contents(place)
     monkeypatch.setattr(where, fault)
     assert cli.run(line) == 6
     assert capsys.readouterr().err.startswith(f"Error: there is not enough memory{told}")
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 @pytest.mark.slow
@@ -529,7 +525,7 @@ def positions(sizes: list[int]) -> list[int]:
 def test_a_disk_full_at_any_byte_keeps_the_old_output(place, kind):
     output = outputs(place)[kind]
     new, old = output.versions()[::-1]
-    before = everything(place)
+    before = folder_contents(place)
     before.pop("log")
     for limit in positions([len(content) for content in new.values()]):
         ended = output.child(1, limit=limit)
@@ -537,7 +533,7 @@ def test_a_disk_full_at_any_byte_keeps_the_old_output(place, kind):
         assert re.fullmatch(
             r"Error: .* could not be written: (File too large|.*requested and \d+ written).*\n", ended.told
         )
-        now = everything(place)
+        now = folder_contents(place)
         now.pop("log")
         assert now == before, limit
     assert output.written() == old
@@ -548,11 +544,11 @@ def test_a_disk_full_at_any_byte_keeps_the_old_output(place, kind):
 @pytest.mark.fault(27)
 @EVERY_OTHER
 def test_a_full_disk_ends_other_commands_with_7(others, command):
-    before = everything(others)
+    before = folder_contents(others)
     ended = fault_injector.run(fault_injector.command, *OTHERS[command], log=others / "log", limit=64)
     (others / "log").unlink()
     assert ended.code == 7 and re.fullmatch("Error: .* could not be written: .*\n", ended.told), ended.told
-    assert everything(others) == before
+    assert folder_contents(others) == before
     assert cli.run(OTHERS[command]) == 0
 
 
@@ -583,7 +579,7 @@ FULL = """
 def test_a_small_disk_that_is_really_full_leaves_the_old_output(place):
     (place / "full").mkdir()
     assert cli.run(["merge", str(place / "base"), str(place / "first"), "-o", str(place / "old")]) == 0
-    size = sum(-len(content) // 4096 * -4096 for content in everything(place / "old").values())
+    size = sum(-len(content) // 4096 * -4096 for content in folder_contents(place / "old").values())
     script = [sys.executable, "-c", textwrap.dedent(FULL), str(size), "base", "second"]
     mounting = f"mount -t tmpfs -o size={2 * size + 8192} none full && cp -r old full/out"
     done = alone(place, mounting, *script)
@@ -608,7 +604,7 @@ def test_a_full_disk_during_an_export_ends_with_7(tmp_path, command):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
     )
     assert (done.returncode, done.stderr) == (7, "Error: out could not be written: File too large\n")
-    assert everything(tmp_path) == {"out": b"old"}
+    assert folder_contents(tmp_path) == {"out": b"old"}
 
 
 @pytest.mark.fault(27)
@@ -726,7 +722,7 @@ def test_a_place_that_cannot_be_written_to_is_told_before_any_work(others, comma
     bad = {"merge": ["merge", "bad.safetensors", "first"], "factory": ["onnx", "factory.py:make"]}
     what = bad[command] if command in bad else OTHERS[command][:-2]
     line = [*PROGRAM, *what, "-o", spot]
-    before = everything(place)
+    before = folder_contents(place)
     if os.geteuid() == 0:  # root ignores mode bits
         done = alone(place, "mount --bind locked locked && mount -o remount,bind,ro locked", *line)
     else:
@@ -734,14 +730,14 @@ def test_a_place_that_cannot_be_written_to_is_told_before_any_work(others, comma
     (place / "locked").chmod(0o700)
     assert (done.returncode, done.stdout) == (7, "")
     assert re.fullmatch(f"Error: .*{message}\n", done.stderr), done.stderr
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 @pytest.mark.fault(31)
 def test_an_output_inside_an_input_is_detected_under_any_name(place):
     # As on a file system that takes BASE for base: the same folder under another name, without any link.
     (place / "BASE").mkdir()
-    before = everything(place)
+    before = folder_contents(place)
     for out, message in [
         ("BASE/out", f"Error: the output {place}/BASE/out is inside the input {place}/base\n"),
         ("BASE", f"Error: the output {place}/BASE is the input {place}/base\n"),
@@ -754,7 +750,7 @@ def test_an_output_inside_an_input_is_detected_under_any_name(place):
     )
     assert (done.returncode, done.stderr) == (7, f"Error: the output {place}/out is the input {place}/BASE\n")
     shutil.rmtree(place / "out")
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 @pytest.mark.fault(31)
@@ -767,10 +763,10 @@ def test_an_output_that_holds_what_an_input_links_to_is_not_replaced(place, caps
             (linked / path.name).symlink_to(f"../out/{path.name}")
         elif path.name != MANIFEST:
             shutil.copy(path, linked)
-    before = everything(place)
+    before = folder_contents(place)
     assert cli.run(["merge", str(linked), str(place / "second"), "-o", str(place / "out"), "--overwrite"]) == 7
     assert re.search(r"the input .*/out/.* is inside the output .*/out, which would be", capsys.readouterr().err)
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 @pytest.mark.fault(31)
@@ -778,11 +774,11 @@ def test_an_output_that_holds_what_an_input_links_to_is_not_replaced(place, caps
 def test_an_output_that_is_an_input_by_whatever_name_is_refused(place, capsys, out):
     (place / "link").symlink_to("bare.safetensors")
     (place / "hard").hardlink_to(place / "bare.safetensors")
-    before = everything(place)
+    before = folder_contents(place)
     line = ["merge", str(place / "bare.safetensors"), str(place / "first"), "-o", str(place / out), "--overwrite"]
     assert cli.run(line) == 7
     assert re.search("is the input|is inside the input", capsys.readouterr().err)
-    assert everything(place) == before and (place / "link").is_symlink()
+    assert folder_contents(place) == before and (place / "link").is_symlink()
 
 
 @pytest.mark.fault(32)
@@ -830,10 +826,10 @@ def test_a_second_run_of_other_commands_ends_at_once(others, command, capsys):
     *_, name = OTHERS[command]
     stage = atomic_output.stage_file if "." in name else atomic_output.stage_folder
     with stage(others / name, inputs=()) as work:
-        before = everything(others)
+        before = folder_contents(others)
         assert cli.run(OTHERS[command]) == 7
         assert f"another run (process {os.getpid()}) is writing " in capsys.readouterr().err
-        assert everything(others) == before
+        assert folder_contents(others) == before
         (work / (name if "." in name else "whole")).touch()
 
 
@@ -848,12 +844,12 @@ def test_sources_that_change_while_they_are_read_are_refused(others, command, mo
         return file
 
     monkeypatch.setattr(safetensors_file, "open_file", then_changed)
-    before = everything(others)
+    before = folder_contents(others)
     assert cli.run(OTHERS.get(command, ["inspect", "first"])) == 3
     assert re.fullmatch(
         r"Error: .* changed while it was being \w+(\. Nothing was written\.)?\n", capsys.readouterr().err
     )
-    assert everything(others) == before
+    assert folder_contents(others) == before
 
 
 @pytest.mark.fault(34)
@@ -868,7 +864,7 @@ def test_shards_of_an_old_count_go_and_foreign_files_stay(place, capsys):
     assert "contains files that lora-export did not write and does not delete: link" in capsys.readouterr().err
     (place / "out/link").unlink()
     assert cli.run(merge_line(place, "single", "out", 1)) == 0
-    assert set(everything(place / "out")) == {"model.safetensors", MANIFEST}
+    assert set(folder_contents(place / "out")) == {"model.safetensors", MANIFEST}
 
 
 @pytest.mark.fault(35)
@@ -932,10 +928,10 @@ def in_a_cache(folder: Path, cache: Path) -> Path:
 def test_a_hugging_face_snapshot_is_a_base_and_an_adapter(place):
     assert cli.run(merge_line(place, "base", "out", 0)) == 0
     base, adapter = in_a_cache(place / "base", place / "hub"), in_a_cache(place / "first", place / "hub2")
-    before = everything(place)
+    before = folder_contents(place)
     assert cli.run(["merge", str(base), str(adapter), "-o", str(place / "again")]) == 0
-    after = everything(place)
-    weights = {name for name in everything(place / "out") if name.endswith((".safetensors", "index.json"))}
+    after = folder_contents(place)
+    weights = {name for name in folder_contents(place / "out") if name.endswith((".safetensors", "index.json"))}
     assert all(after[f"again/{name}"] == after[f"out/{name}"] for name in weights)
     assert not any(path.is_symlink() for path in (place / "again").rglob("*"))
     assert {name: content for name, content in after.items() if not name.startswith("again/")} == before
@@ -1100,11 +1096,11 @@ def test_names_that_are_too_long_are_one_clear_error(place, monkeypatch, capsys,
         "verify": ["verify", name, "--model", "x:y"],
         "onnx output": ["onnx", "x:y", "-o", name],
     }[command]
-    before = everything(place)
+    before = folder_contents(place)
     assert cli.run(line) in (3, 7)
     told = capsys.readouterr().err
     assert re.search("too long|longer than 255 bytes", told) and told.count("\n") == 1
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 @pytest.mark.fault(40)

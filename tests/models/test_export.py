@@ -148,7 +148,7 @@ def test_outputs_are_named_by_keys_and_positions() -> None:
 
 
 def test_nothing_is_printed_warned_or_logged(
-    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    capfd: pytest.CaptureFixture[str], logged: list[logging.LogRecord]
 ) -> None:
     class Noisy(Linear):
         def forward(self, x: Tensor) -> Any:
@@ -164,7 +164,7 @@ def test_nothing_is_printed_warned_or_logged(
         export_program.to_torchscript(Noisy(), ones(2, 2))
     assert capfd.readouterr() == ("", "")
     assert not caught
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [record for record in logged if record.levelno >= logging.WARNING]
     assert logging.root.manager.disable == logging.NOTSET
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_too_long_a_way_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_long_texts_are_computed_alike_after_short_ones(tmp_path: Path) -> None:
+def test_long_texts_are_computed_alike_after_short_ones(tmp_path: Path, logged: list[logging.LogRecord]) -> None:
     model = load_model(saved(big_bird(), tmp_path))
     long, short = (
         {name: value.numpy() for name, value in model.inputs({"batch": 1, "sequence": size}, seed=1).items()}
@@ -93,6 +94,7 @@ def test_long_texts_are_computed_alike_after_short_ones(tmp_path: Path) -> None:
         after = runner.run(long)
         assert all((before[name] == value).all() for name, value in after.items())
     assert model.module.attention_type == "block_sparse"
+    assert not [text for record in logged if "attention type" in (text := record.getMessage())]
 
 
 def verdict_of(path: Path, model: Model) -> parity.Verdict:

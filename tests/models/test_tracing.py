@@ -29,6 +29,8 @@ from lora_export.models.tracing import (
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from support.graphs import run
 
+pytestmark = pytest.mark.exports
+
 transformers = pytest.importorskip("transformers")
 
 TEXT = {"vocab_size": 100, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48}

@@ -11,6 +11,7 @@ import pytest
 
 from lora_export import cli
 from support import ROOT
+from support.folder_contents import folder_contents
 from support.handmade import base_file, graph_file, peft_adapter
 from support.other_systems import python_without_linux
 
@@ -59,10 +60,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_every_module_imports_without_linux():
     child = python_without_linux("-c", IMPORT_ALL)
     assert child.returncode == 0, child.stderr
@@ -82,7 +79,10 @@ def test_an_output_without_linux_has_the_same_bytes(inputs, elsewhere, monkeypat
     line, output = LINES[number]
     (inputs / "linux" / str(number)).mkdir(parents=True)
     assert cli.run([*line, "-o", f"linux/{number}/{output}"]) == 0
-    written, written_elsewhere = contents(inputs / "linux" / str(number)), contents(elsewhere / str(number))
+    written, written_elsewhere = (
+        folder_contents(inputs / "linux" / str(number)),
+        folder_contents(elsewhere / str(number)),
+    )
     assert written_elsewhere == written and output in {Path(name).parts[0] for name in written}
 
 

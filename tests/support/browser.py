@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from support.local_server import Silent
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt install chromium")
 
@@ -33,16 +35,13 @@ class _Server(http.server.ThreadingHTTPServer):
         self.reports: queue.Queue[Any] = queue.Queue()
 
 
-class _Handler(http.server.SimpleHTTPRequestHandler):
+class _Handler(Silent, http.server.SimpleHTTPRequestHandler):
     server: _Server
 
     def do_POST(self) -> None:
         self.server.reports.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(204)
         self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        """Print nothing."""
 
 
 def shown(folder: Path, page: str, home: Path, limit: float = 600) -> Any:

@@ -12,14 +12,17 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import lora_export as le
+from support.local_server import Silent, local_server
 
 WORDS = 60
 READY = 900  # seconds
@@ -69,8 +72,30 @@ def with_peft(base: Path, adapter: Path | None = None, *, factor: float = 1.0, *
     return lambda ids: model(input_ids=ids).logits[0].float()
 
 
+class Folders(NamedTuple):
+    """A base, and adapters: that which is judged, and another tenant's."""
+
+    base: Path
+    adapter: Path
+    other: Path
+
+
+@dataclass(eq=False, kw_only=True)
+class Server:
+    """What a server has beside its answers, and what it was sent."""
+
+    models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": "a", "parent": "base"}, {"id": "base"}])
+    paths: tuple[str, ...] = ("/v1/completions",)
+    busy: int = 0  # requests that are refused with 429 first
+    requests: list[dict[str, Any]] = field(default_factory=list)
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request. Raises ValueError for what the server does not take."""
+        raise NotImplementedError
+
+
 @dataclass(eq=False)
-class Served:
+class Served(Server):
     """A model at a server, and what the server does wrong."""
 
     logits: Logits
@@ -80,12 +105,8 @@ class Served:
     values: Callable[[list[float]], list[Any]] = list  # what it gives in place of the values
     counts: bool = True  # whether it states how many tokens it read
     shift: int = 0  # by how many positions its `echo` is off
-    models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": "a", "parent": "base"}, {"id": "base"}])
-    busy: int = 0  # requests that are refused with 429 first
-    requests: list[dict[str, Any]] = field(default_factory=list)
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer of /completions. Raises ValueError for what the protocol does not take."""
         sent = body["prompt"]
         takes_ids = self.protocol == "prompt_logprobs"
         if isinstance(sent, list) and not takes_ids:
@@ -129,7 +150,7 @@ def _entry(token: int, value: Any) -> dict[str, Any]:
 def running(handle: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
     """The address of a server on the loopback that handles each request so."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Silent, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             handle(self)
 
@@ -137,17 +158,8 @@ def running(handle: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
             self.body = self.rfile.read(int(self.headers["Content-Length"]))  # unread, it would end the connection
             handle(self)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with local_server(Handler) as address:
+        yield f"{address}/v1"
 
 
 @contextlib.contextmanager
@@ -176,12 +188,14 @@ def started(command: Sequence[str | Path], log: Path, **environment: str) -> Ite
 
 
 @contextlib.contextmanager
-def serving(model: Served) -> Iterator[str]:
+def serving(model: Server) -> Iterator[str]:
     """The address of a server of this model."""
 
     def handle(request: Any) -> None:
         if request.command == "GET":
             return reply(request, {"object": "list", "data": model.models})
+        if request.path not in model.paths:
+            return reply(request, {"detail": "Not Found"}, 404)
         body = json.loads(request.body)
         model.requests.append({**body, "key": request.headers.get("Authorization")})
         if model.busy:
@@ -194,6 +208,11 @@ def serving(model: Served) -> Iterator[str]:
 
     with running(handle) as address:
         yield address
+
+
+def verified(folders: Folders, model: Server, **options: Any) -> le.Verification:
+    with serving(model) as address:
+        return le.verify(address, folders.base, adapters=folders.adapter, **options)
 
 
 def reply(request: BaseHTTPRequestHandler, content: Any, status: int = 200, **headers: str) -> None:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +21,7 @@ from lora_export import layers, plan
 from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.model import Axes
+from support import kept_exports
 from support.graphs import Arrays, run
 
 
@@ -108,7 +110,8 @@ def inputs(name: str, batch: int = 2, length: int = 7, *, seed: int = 0) -> dict
 def _exported(name: str) -> ExportedModel:
     torch.manual_seed(0)
     module = MODEL_BUILDERS[name]().eval()
-    return ExportedModel(module, export.to_onnx(module, inputs(name), axes=AXES[name]), AXES[name])
+    with mock.patch.object(kept_exports.use, "folder", kept_exports.use.place):  # also for a test of exporters
+        return ExportedModel(module, export.to_onnx(module, inputs(name), axes=AXES[name]), AXES[name])
 
 
 def exported(name: str) -> ExportedModel:

@@ -8,6 +8,8 @@ pickled is exported anew. A test that is about the exporters themselves is marke
 
 What the package's `simplify` makes of a kept graph is kept beside it: that depends on no weight's numbers either. Each
 export of torch.onnx would parse its 500 operators again. They are parsed once a process.
+
+A kept graph has no stack traces: to find them took a tenth of an export, and no file of the package contains them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import onnx_ir as ir
 import pytest
@@ -36,7 +39,7 @@ from lora_export.models import export as package_export
 MOST_NUMBERS = 2_000_000  # of a model that is kept
 LIBRARIES = ("site-packages", sys.base_prefix)
 OF_LOADING = ("model_type", "_original_object_hash")  # in a config: from its class, and a number of this process
-use = SimpleNamespace(folder=None)  # where graphs are kept; None for a test that is to get none
+use = SimpleNamespace(folder=None, place=None)  # where graphs are kept; the first is None for a test that gets none
 
 
 class NotKeptError(Exception):
@@ -190,7 +193,8 @@ def keeping(export: Callable[..., Any], attribute: str, arguments: int) -> Calla
         path = use.folder / f"{name}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                save(getattr(export(*args, **options), attribute), path, module)
+                with mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True):  # no file has them
+                    save(getattr(export(*args, **options), attribute), path, module)
         return SimpleNamespace(**{attribute: load(path, module)})
 
     return exported
@@ -224,11 +228,28 @@ def folder(config: pytest.Config) -> Path:
     return place
 
 
+def when_operators_changed(register: Callable[[], None]) -> Callable[[], None]:
+    """`register`, which gives each of PyTorch's operators a Python object, and is called 20 times an export."""
+    known: list[str] = []
+
+    @functools.wraps(register)
+    def registered() -> None:
+        present = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+        if present != known:
+            known[:] = present
+            register()
+
+    return registered
+
+
 @functools.cache
 def install() -> None:
-    """Exports of this process are kept from now on."""
+    """Exports of this process are kept from now on. What each of them would compute again is kept too."""
     registration: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
     registration.onnxscript_apis.get_torchlib_ops = functools.cache(registration.onnxscript_apis.get_torchlib_ops)
+    registration._schemas.op_signature_from_function = functools.cache(registration._schemas.op_signature_from_function)
+    operators: Any = importlib.import_module("torch._export.utils")
+    operators._materialize_cpp_cia_ops = when_operators_changed(operators._materialize_cpp_cia_ops)
     torch.onnx.export = keeping(torch.onnx.export, "model", 1)
     package_export.simplify = keeping_simplified(package_export.simplify)
     with contextlib.suppress(ImportError):

@@ -70,11 +70,6 @@ def not_a_number(path: str) -> Run:
     return lambda inputs: {name: value * np.nan for name, value in run(inputs).items()}
 
 
-def a_row_less(path: str) -> Run:
-    run = by_name(path)
-    return lambda inputs: {name: value[:-1] for name, value in run(inputs).items()}
-
-
 def rounds(path: str) -> Run:
     run = by_name(path)
     return lambda inputs: {name: value.round(3) for name, value in run(inputs).items()}

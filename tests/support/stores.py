@@ -10,7 +10,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from lora_export.storage.store_path import StorePath, place
+from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
+from support.local_server import Silent, local_server
 
 SECRET = "wJalrXUtnFEMIbPxRfiCYEXAMPLEKEY"
 _numbers = itertools.count()
@@ -59,7 +61,7 @@ class Stored:
 
     def put(self, key: str, content: bytes | Path) -> None:
         """Put an object, or all files of a folder below a key."""
-        files = {"": content} if isinstance(content, bytes) else _files(content)
+        files = {"": content} if isinstance(content, bytes) else folder_contents(content)
         for name, each in files.items():
             self.client.put_object(Bucket=self.name, Key=f"{key}/{name}".strip("/"), Body=each)
 
@@ -78,10 +80,6 @@ class Stored:
 
     def files(self, key: str) -> dict[str, bytes]:
         return {name.removeprefix(f"{key}/"): self.get(name) for name in self.objects(f"{key}/")}
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def model(folder: Path, shards: int = 3, rows: int = 96) -> tuple[Path, Path]:
@@ -147,7 +145,7 @@ def answering(
     """A server that gives each request one answer, after some seconds; its address."""
     released = threading.Event()
 
-    class Answer(BaseHTTPRequestHandler):
+    class Answer(Silent, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             released.wait(wait)
@@ -159,14 +157,6 @@ def answering(
 
         do_HEAD = do_PUT = do_POST = do_GET  # noqa: N815 - the names of http.server
 
-        def log_message(self, *_: Any) -> None:
-            """Be silent."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
+    with local_server(Answer) as address:
+        yield address
         released.set()
-        server.shutdown()
-        server.server_close()

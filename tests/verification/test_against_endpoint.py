@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,29 +15,17 @@ import transformers as hf
 import lora_export as le
 from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
 from support.cli import answer
-from support.endpoints import Logits, Served, save_adapter, save_base, served, serving, with_peft
+from support.endpoints import Folders, Logits, Served, save_adapter, save_base, served, serving, verified, with_peft
 
 PROTOCOLS = ("prompt_logprobs", "echo", "next tokens")
 
 
-class Folders(NamedTuple):
-    """A base, whose tokenizer puts no token before a text, and adapters: that which is judged, and another tenant's."""
-
-    base: Path
-    adapter: Path
-    other: Path
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The tokenizer puts no token before a text."""
     folder = tmp_path_factory.mktemp("served")
     base = save_base(folder / "base")
     return Folders(base, save_adapter(base, folder / "a"), save_adapter(base, folder / "b", seed=5))
-
-
-def verified(folders: Folders, model: Served, **options: Any) -> le.Verification:
-    with serving(model) as address:
-        return le.verify(address, folders.base, adapters=folders.adapter, **options)
 
 
 def in_eighths(folders: Folders) -> Logits:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import pytest
@@ -19,22 +17,13 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-import lora_export as le
 from lora_export.errors import RuntimeRefused
-from support.endpoints import LOCK, reply, running
+from support.endpoints import LOCK, Folders, Server, verified
 
 WORDS, HIDDEN = 60, 32
 FIRST, LAST = 0, 1  # [CLS] and [SEP]
 
 Compute = Callable[[torch.Tensor], torch.Tensor]  # ids (1, n) -> a vector
-
-
-class Folders(NamedTuple):
-    """A base of one kind, and adapters: that which is judged, and another tenant's."""
-
-    base: Path
-    adapter: Path
-    other: Path
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -121,18 +110,17 @@ def with_factor(model: Any, factor: float) -> Any:
 
 
 @dataclass(eq=False)
-class Served:
+class Served(Server):
     """A server of vectors, and what it does wrong."""
 
     compute: Compute
     tokenizer: Any
-    paths: tuple[str, ...] = ("/v1/embeddings",)
+    paths: tuple[str, ...] = field(default=("/v1/embeddings",), kw_only=True)
     key: str = "embedding"
     takes_ids: bool = True
     prompt: Callable[[list[int]], list[int]] = list
     change: Callable[[list[Any]], Any] = list  # of the entries of an answer
     counts: bool = True
-    requests: list[dict[str, Any]] = field(default_factory=list)
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self.takes_ids and not all(isinstance(one, str) for one in body["input"]):
@@ -146,35 +134,13 @@ class Served:
         return {"object": "list", "model": body["model"], "data": self.change(entries), "usage": usage}
 
 
-@contextlib.contextmanager
-def serving(model: Served) -> Iterator[str]:
-    def handle(request: Any) -> None:
-        if request.command == "GET":
-            return reply(request, {"data": [{"id": "a", "parent": "base", "max_model_len": 64}, {"id": "base"}]})
-        body = json.loads(request.body)
-        if request.path not in model.paths:
-            return reply(request, {"detail": "Not Found"}, 404)
-        model.requests.append(body)
-        try:
-            return reply(request, model.answer(body))
-        except ValueError as error:
-            return reply(request, {"error": {"message": str(error)}}, 400)
-
-    with running(handle) as address:
-        yield address
-
-
 def served(folders: Folders, adapter: Path | None, *, factor: float = 1.0, **wrong: Any) -> Served:
     is_classifier = (folders.base / "config.json").read_text().count("ForSequenceClassification")
     made = labels if is_classifier else embedding
-    fields = {"paths": ("/classify",), "key": "probs"} if is_classifier else {}
+    fields: dict[str, Any] = {"models": [{"id": "a", "parent": "base", "max_model_len": 64}, {"id": "base"}]}
+    fields |= {"paths": ("/classify",), "key": "probs"} if is_classifier else {}
     tokenizer = hf.AutoTokenizer.from_pretrained(folders.base)
     return Served(made(folders.base, adapter, factor), tokenizer, **{**fields, **wrong})
-
-
-def verified(folders: Folders, model: Served, **options: Any) -> le.Verification:
-    with serving(model) as address:
-        return le.verify(address, folders.base, adapters=folders.adapter, **options)
 
 
 @pytest.fixture(params=["embedder", "classifier"])

@@ -25,7 +25,6 @@ MAP = {"a.weight": FIRST, "b.weight": SECOND, "b.bias": SECOND}
 
 
 # Two parts with modules of the same names: nn.Linear in one, Conv1D in the other
-TWO_PARTS = {"model_type": "encoder-decoder", "encoder": {"model_type": "gpt_neo"}, "decoder": {"model_type": "gpt2"}}
 
 
 def write_json(path: Path, content: Any) -> None:
