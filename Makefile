@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-vllm test-node soak defects mutants names check bench site release clean
+.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-node soak defects mutants names check bench site release clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,9 @@ test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optim
 
 test-llama-cpp: $(VENV)/dev.stamp $(VENV)/llama-cpp/done.stamp ## GGUF files, and what check says of adapters, in llama.cpp, which needs no compiler
 	LLAMA_CPP_PYTHON=$(CURDIR)/$(VENV)/llama-cpp/bin/python $(BIN)/python -m pytest -s -rs tests/weights/gguf/test_llama_cpp.py tests/preflight/test_llama_cpp.py
+
+test-executorch: $(VENV)/dev.stamp $(VENV)/executorch/done.stamp ## export to ExecuTorch and prove what it runs; takes 2 GB
+	EXECUTORCH_PYTHON=$(CURDIR)/$(VENV)/executorch/bin/python $(BIN)/python -m pytest -rs tests/runtime/registered/test_executorch.py
 
 test-vllm: $(VENV)/dev.stamp $(VENV)/vllm/done.stamp ## a model that vLLM serves on the CPU; takes 3.4 GB
 	VLLM_PYTHON=$(CURDIR)/$(VENV)/vllm/bin/python $(BIN)/python -m pytest -s -rs -k vllm tests/runtime/endpoint/test_real_servers.py
@@ -124,6 +127,12 @@ $(VENV)/optimum/done.stamp: | $(VENV)/venv.stamp
 $(VENV)/llama-cpp/done.stamp: | $(VENV)/venv.stamp
 	$(BIN)/python -m venv $(VENV)/llama-cpp
 	$(VENV)/llama-cpp/bin/python -m pip install --disable-pip-version-check 'llama-cpp-py-sync>=0.11739' numpy
+	@touch $@
+
+# It takes one version of mpmath and of torchao alone.
+$(VENV)/executorch/done.stamp: pyproject.toml | $(VENV)/venv.stamp
+	$(BIN)/python -m venv $(VENV)/executorch
+	$(VENV)/executorch/bin/python -m pip install --disable-pip-version-check -e '.[executorch,hf]'
 	@touch $@
 
 # Not among the packages of the environment: without it, tests merge by NumPy, as most users do.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, LoraExportError
 from lora_export.storage import input_files
 
 
@@ -30,10 +30,10 @@ def find_function(location: str, name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def failures_of_user_code(source: str) -> Iterator[None]:
-    """Turn any exception into InputRefused, with the file and line that raised it."""
+    """Turn any exception but our own errors into InputRefused, with the file and line that raised it."""
     try:
         yield
-    except InputRefused:
+    except LoraExportError:
         raise
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]

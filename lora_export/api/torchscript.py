@@ -1,11 +1,11 @@
-"""`lora_export.export_torchscript`: a model with its adapters into one TorchScript file, or a .pt2 of torch.export."""
+"""`lora_export.export_torchscript`: a model with its adapters into one file of PyTorch, or a .pte of ExecuTorch."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,17 +16,19 @@ from lora_export import layers, plan
 from lora_export.api import load
 from lora_export.api.adapted_model import adapted_model
 from lora_export.api.publish import prove_trace, record_of_model, recorded_verdict, require_same, stage_of_proof
-from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
+from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind
 from lora_export.artifacts.files import with_suffix
 from lora_export.callbacks import OnMessage, in_stages, note_each
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.refusals import refuse_transforms
-from lora_export.models import export_program
+from lora_export.models import executorch, export_program
 from lora_export.models.model import Model
 from lora_export.models.tracing import cache_setting, named_outputs
 from lora_export.notebook import html_table
 from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
+from lora_export.options.spelling import named
+from lora_export.runtime.registered.executorch import open_executorch
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
@@ -35,7 +37,12 @@ from lora_export.storage.store_path import place
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
 
-PT2 = "pt2"
+FORMATS = {"torchscript": ArtifactKind.SCRIPT, "pt2": ArtifactKind.PROGRAM, "pte": ArtifactKind.EXECUTORCH}
+SUFFIXES = {
+    ArtifactKind.SCRIPT: (".pt", ".ts", ".pth"),
+    ArtifactKind.PROGRAM: (".pt2",),
+    ArtifactKind.EXECUTORCH: (".pte",),
+}
 TRACE_TOLERANCE = 1e-2  # the proof decides; this finds a trace that repeats the layout of its example
 
 
@@ -53,16 +60,18 @@ class TorchScriptResult:
 
 @takes(TorchScriptOptions)
 def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
-    """Export a model with its adapters to TorchScript or to a .pt2, prove the file, and only then publish it.
+    """Export a model with its adapters to TorchScript, a .pt2 or a .pte, prove the file, and only then publish it.
 
     A TorchScript file is a trace. A .pt2 is a program of torch.export, with dynamic batch and sequence, which
-    `torch.export.load` reads. The names of the inputs and the record of where the file comes from are stored in its
-    extra file `lora_export.json`. `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or
+    `torch.export.load` reads. A .pte is the same program for ExecuTorch, with sizes up to `max_size`. The names of the
+    inputs and the record of where the file comes from are stored in its extra file `lora_export.json`; of a .pte, in
+    an archive behind the program. `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or
     `(module, example_inputs)`.
 
-    Raises InputRefused for what does not fit; Different or Undecided, with `.proof`, where the proof fails;
-    RuntimeRefused where the model cannot be traced; OutputFailed where the file cannot be written. Nothing is published
-    then, and an existing output is unchanged.
+    Raises InputRefused for what does not fit; EnvironmentLacking for a .pte without ExecuTorch; Different or Undecided,
+    with `.proof`, where the proof fails; RuntimeRefused where the model cannot be traced; OutputFailed where the file
+    cannot be written; WrongUsage for `max_size` of another file. Nothing is published then, and an existing output is
+    unchanged.
     """
     load.refuse_pt2(options.model)
     load.refuse_weights_alone(options.adapters, options.weights)
@@ -70,11 +79,11 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     model = load.locate_model(options.model, on_message, options.download)
     load.refuse_no_source(model)
     adapters = load.locate_adapters(options.adapters, on_message, options.download)
-    is_program = options.format == PT2 or (
-        options.format is None and artifact_kind(place(options.output)) is ArtifactKind.PROGRAM
-    )
-    suffixes = (".pt2",) if is_program else (".pt", ".ts", ".pth")
-    output, stage = with_suffix(options.output, *suffixes), in_stages(options.on_progress)
+    kind = _kind(options)
+    options.check_usage(format=next(name for name, one in FORMATS.items() if one is kind))
+    if kind is ArtifactKind.EXECUTORCH:
+        executorch.import_executorch()  # before anything that takes long
+    output, stage = with_suffix(options.output, *SUFFIXES[kind]), in_stages(options.on_progress)
     with load.no_adapter_as_model(model, adapters):
         loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
     sources = [*load.model_paths(model), *load.adapter_paths(adapters)]
@@ -91,8 +100,8 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
             if options.lora != "merged":
                 refuse_transforms(steps)
             (layers.fold if options.lora == "merged" else layers.attach)(module, steps)
-        stage("exporting" if is_program else "tracing")
-        base, save = _made(base, module, on_message, is_program=is_program)
+        stage("tracing" if kind is ArtifactKind.SCRIPT else "exporting")
+        base, save = _made(base, module, kind, options.max_size or {}, on_message)
         record = record_of_model(base, loaded, weights, {"lora": options.lora, **options.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
@@ -101,21 +110,29 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
 
         def prove_file() -> Proof:
             save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
-            candidate = _candidate(folder / output.name, base, is_program=is_program)
+            candidate = _candidate(folder / output.name, base, kind)
             return require_same(prove(candidate, references, step=stage_of_proof(stage)))
 
         # A program has the sizes that it takes, and refuses others.
-        model = replace(references.model, traced={}) if is_program else references.model
+        model = references.model if kind is ArtifactKind.SCRIPT else replace(references.model, traced={})
         proof = prove_trace(model, prove_file if options.verify else None, record.update, on_message)
         record["verdict"] = recorded_verdict(proof)
         save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
     return TorchScriptResult(output, proof, tuple(notes))
 
 
-def _candidate(path: Path, base: Model, *, is_program: bool) -> Runner:
+def _kind(options: TorchScriptOptions) -> ArtifactKind:
+    """What to write: TorchScript, where neither the format nor the suffix of the output names another kind."""
+    claimed = artifact_kind(place(options.output))
+    return FORMATS[options.format] if options.format else claimed if claimed in SUFFIXES else ArtifactKind.SCRIPT
+
+
+def _candidate(path: Path, base: Model, kind: ArtifactKind) -> Runner:
     """The file that was written, as its users load it."""
-    if not is_program:
+    if kind is ArtifactKind.SCRIPT:
         return ScriptRunner(path, base.input_names)
+    if kind is ArtifactKind.EXECUTORCH:
+        return open_executorch(Artifact(path, kind), base.input_names)
     axes = {
         name: tuple(None if axis in base.axes[name] else size for axis, size in enumerate(value.shape))
         for name, value in base.example_inputs().items()
@@ -125,14 +142,16 @@ def _candidate(path: Path, base: Model, *, is_program: bool) -> Runner:
 
 
 def _made(
-    base: Model, module: nn.Module, on_message: OnMessage, *, is_program: bool
+    base: Model, module: nn.Module, kind: ArtifactKind, max_size: Mapping[str, int], on_message: OnMessage
 ) -> tuple[Model, Callable[..., None]]:
     """The model with its inputs, and how to write its file: without the images of its texts where they are refused,
     or where a trace fixes their number.
     """
 
     def save(base: Model) -> Callable[..., None]:
-        if is_program:
+        if kind is ArtifactKind.EXECUTORCH:
+            return _lowered(base, module, max_size, on_message)
+        if kind is ArtifactKind.PROGRAM:
             program = export_program.to_program(module, base.example_inputs(), axes=base.axes)
             return functools.partial(export_program.save_program, program)
         script = export_program.to_torchscript(module, base.example_inputs())
@@ -149,6 +168,17 @@ def _made(
     on_message(f"note: the file takes texts without images. With images, {why}")
     base = base.without_images(why)
     return base, save(base)
+
+
+def _lowered(base: Model, module: nn.Module, max_size: Mapping[str, int], on_message: OnMessage) -> Callable[..., None]:
+    """How to write the .pte of a module. An axis whose greatest size is 1 does not vary."""
+    most = executorch.planned_sizes(base, max_size)
+    inputs = base.inputs({symbol: min(size, base.traced_sizes[symbol]) for symbol, size in most.items()}, seed=0)
+    axes = {name: {axis: symbol for axis, symbol in own.items() if most[symbol] > 1} for name, own in base.axes.items()}
+    program = executorch.lowered(module, export_program.to_program(module, inputs, axes=axes, most=most))
+    sizes = ", ".join(f"{symbol} {size}" for symbol, size in most.items())
+    on_message(f"note: the file takes sizes of up to {sizes}, for which it reserves memory ({named('max_size')})")
+    return functools.partial(executorch.save_executorch, program)
 
 
 def _follows(script: torch.jit.ScriptModule, module: nn.Module, base: Model) -> bool:

@@ -77,7 +77,7 @@ class WrittenRecord:
 
 
 def _text_in_archive(path: Path) -> str | None:
-    """The record in a TorchScript file or a program; None where it has none, and for what is no archive."""
+    """The record in the archive that a file is, or that is behind a program of ExecuTorch; None without one."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
@@ -109,6 +109,7 @@ class ArtifactKind(StrEnum):
     GRAPH = "graph"
     SCRIPT = "TorchScript"
     PROGRAM = "program of torch.export"
+    EXECUTORCH = "program of ExecuTorch"
     OPENVINO = "model of OpenVINO"
     ADAPTER = "adapter for a graph"
     ENDPOINT = "endpoint"
@@ -134,6 +135,7 @@ CLAIMED: Mapping[str, ArtifactKind] = {
     ".pth": ArtifactKind.SCRIPT,
     ".ts": ArtifactKind.SCRIPT,
     ".pt2": ArtifactKind.PROGRAM,
+    ".pte": ArtifactKind.EXECUTORCH,
     ".xml": ArtifactKind.OPENVINO,
 }
 # A member of each kind of archive, in the archive's one folder

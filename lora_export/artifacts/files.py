@@ -70,7 +70,10 @@ def _external_data(path: Path) -> list[Path]:
 
 # Suffixes of other files: such a name is a mistake, and no name with a dot in it
 KINDS = frozenset(
-    {".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".ts", ".safetensors", ".gguf", ".bin", ".json", ".npz"}
+    {
+        *(".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pte", ".pth", ".ts"),
+        *(".safetensors", ".gguf", ".bin", ".json", ".npz"),
+    }
 )
 
 

@@ -58,10 +58,11 @@ def onnx_command(as_json: bool, **options: Any) -> None:
     TorchScriptOptions,
     "torchscript base -a adapter -o model.pt",
     "torchscript base -a adapter -o model.pt2",
+    "torchscript base -a adapter -o model.pte",
     cls=TakesAdapters,
 )
 def torchscript_command(as_json: bool, **options: Any) -> None:
-    """Export MODEL with its adapters to TorchScript or a .pt2, prove the file, and only then publish it.
+    """Export MODEL with its adapters to TorchScript, a .pt2 or a .pte, prove the file, and only then publish it.
 
     MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The extra file `lora_export.json` in
     the output has the names of the inputs.

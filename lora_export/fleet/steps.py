@@ -55,7 +55,12 @@ FLEET_STEPS: Mapping[str, StepKind] = {
         OnnxOptions, "onnx:export_onnx", "model", "adapters", (".onnx",), writes_model=True, has_session=True
     ),
     "torchscript": StepKind(
-        TorchScriptOptions, "torchscript:export_torchscript", "model", "adapters", (".pt", ".pt2"), writes_model=True
+        TorchScriptOptions,
+        "torchscript:export_torchscript",
+        "model",
+        "adapters",
+        (".pt", ".pt2", ".pte"),
+        writes_model=True,
     ),
     "convert": StepKind(ConvertOptions, "convert:convert", "", "adapter", (".safetensors", ".gguf", ".onnx_adapter")),
     "verify": StepKind(VerifyOptions, "verify:verify", "model", "adapters", has_session=True),

@@ -41,16 +41,21 @@ FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # of every member: a zip's first
 MACHINES_OWN = ("stack_trace", "from_node", "custom")  # what a node records of the code that was traced, and where
 
 
-def to_program(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes) -> ExportedProgram:
+def to_program(
+    module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes, most: Mapping[str, int] | None = None
+) -> ExportedProgram:
     """Export a copy of a module, in eval mode and without gradients, as called with `inputs` by keyword.
 
-    Only the listed axes vary. The program takes the same keywords. It returns what the module does, a dictionary of
-    Python for a mapping.
+    Only the listed axes vary, up to the size that `most` has of each symbol. The program takes the same keywords. It
+    returns what the module does, a dictionary of Python for a mapping.
 
     Raises RuntimeRefused when the exporter refuses the module, or fixes an axis that should vary.
     """
     check_axes(inputs, axes)
-    dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
+    dims = {symbol: Dim.DYNAMIC(max=size) for symbol, size in (most or {}).items()}
+    dynamic = {
+        name: {axis: dims.get(symbol, Dim.DYNAMIC) for axis, symbol in axes.get(name, {}).items()} for name in inputs
+    }
     with exporter_refusals(module):
         copied = copy.deepcopy(module).requires_grad_(False)
     # A file cannot name the classes of other packages.

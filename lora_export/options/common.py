@@ -59,6 +59,13 @@ RAY_ADDRESS = Option(
 )
 
 
+def size_of(text: str) -> int:
+    """A size from 1 on. Raises ValueError for another text."""
+    if not text.isdecimal() or not int(text):
+        raise ValueError(text)
+    return int(text)
+
+
 def written(text: str, metavar: str = "") -> Mapping[str, Any]:
     """The option that names the output, as the metadata of a field. `text` is its help."""
     output = Option(text, section=Section.OPTIONS, flags=("-o", "--output"), metavar=metavar, kind="path", often=True)

@@ -1,6 +1,6 @@
 """The options of `onnx`, `torchscript` and `generate`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
@@ -15,9 +15,10 @@ from lora_export.options.common import (
     Published,
     Running,
     modes,
+    size_of,
     written,
 )
-from lora_export.options.declaring import Only, Option, Options, Positional, Section, declares, means, option
+from lora_export.options.declaring import Only, Option, Options, Positional, Section, declares, means, option, table_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -185,12 +186,21 @@ class TorchScriptOptions(GivenAdapters, Published):
     output: str | Path = field(
         kw_only=False,
         metadata=written(
-            "File to publish after its proof: TorchScript, or with .pt2 a program of torch.export with dynamic sizes.",
-            "OUT.pt|OUT.pt2",
+            "File to publish after its proof: TorchScript, with .pt2 a program of torch.export with dynamic sizes, or "
+            "with .pte one of ExecuTorch, lowered for XNNPACK.",
+            "OUT.pt|OUT.pt2|OUT.pte",
         ),
     )
     lora: Literal["merged", "nodes"] = option("merged", modes("merged", "nodes"), often=True)
-    format: Literal["torchscript", "pt2"] | None = option(
+    max_size: Mapping[str, int] | None = option(
+        None,
+        "Greatest size of an axis, such as `sequence`, for which a .pte reserves memory. Default: 4 of `batch`, 128 of "
+        "others. May be repeated.",
+        metavar="AXIS=SIZE",
+        read=table_of("AXIS=SIZE, such as sequence=512", size_of),
+        only=(Only("format", ("pte",), "other files take any size", words="an output that ends in .pte"),),
+    )
+    format: Literal["torchscript", "pt2", "pte"] | None = option(
         None, "What to write, whatever the suffix of the output is.", python_only=True
     )
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSources, GivenAdapters
-from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running
+from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running, size_of
 from lora_export.options.declaring import (
     Option,
     Options,
@@ -31,12 +31,6 @@ SHA256_DIGITS = re.compile("[0-9a-f]{64}")
 def runs_in_ci() -> bool:
     """Whether this is a job of CI, by the environment: GitHub, GitLab, CircleCI and others set CI=true."""
     return os.environ.get("CI", "").lower() in ("true", "1")
-
-
-def _size(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise ValueError(text)
-    return int(text)
 
 
 def seconds_of(duration: str) -> float:
@@ -160,7 +154,7 @@ class Judging(Running):
         "An axis, such as `sequence`, that CANDIDATE has in one size on purpose. Without it, an axis that "
         "CANDIDATE fixes and MODEL does not makes the verdict `undecided`. May be repeated.",
         metavar="AXIS=SIZE",
-        read=table_of("AXIS=SIZE, such as sequence=128", _size),
+        read=table_of("AXIS=SIZE, such as sequence=128", size_of),
     )
 
 

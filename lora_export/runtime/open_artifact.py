@@ -29,6 +29,7 @@ from lora_export.runtime.endpoint.tensors import is_of_tensors, open_tensors_of
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.registered import OPENVINO
+from lora_export.runtime.registered.executorch import open_executorch
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import TIMEOUT, CandidateRunner
 from lora_export.runtime.three_graphs import runner_of
@@ -53,8 +54,8 @@ class HowToOpen:
 
 
 def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
-    """A runner of a candidate: an .onnx, a folder with the three graphs of a model, a .pt or .pt2, a Hugging
-    Face folder, or weights (.safetensors) of the base.
+    """A runner of a candidate: an .onnx, a folder with the three graphs of a model, a .pt, .pt2 or .pte, a
+    Hugging Face folder, or weights (.safetensors) of the base.
 
     Raises InputRefused for another kind of file, and EnvironmentLacking where the provider does not load.
     """
@@ -63,7 +64,7 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
         if candidate.kind is ArtifactKind.GGUF:
             way = named("base", "BASE.gguf")
             raise InputRefused(f"{candidate.path} is verified by its weights: {way}, and no model")
-        kinds = "an .onnx, .pt, .pt2, .safetensors or .xml file, or a Hugging Face folder"
+        kinds = "an .onnx, .pt, .pt2, .pte, .safetensors or .xml file, or a Hugging Face folder"
         raise InputRefused(f"{candidate.path}: a candidate is {kinds}, or what your own {named('runner')} runs")
     return opener(candidate, how)
 
@@ -145,6 +146,7 @@ RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]]
     ArtifactKind.WEIGHTS: lambda one, how: _module(one, module_with_weights(how.base, one.path), how),
     ArtifactKind.SCRIPT: lambda one, how: ScriptRunner(one.path, how.base.input_names, timeout=how.timeout),
     ArtifactKind.PROGRAM: _program,
+    ArtifactKind.EXECUTORCH: lambda one, how: open_executorch(one, how.base.input_names, how.timeout),
     ArtifactKind.OPENVINO: _registered,
     ArtifactKind.ENDPOINT: _endpoint,
 }

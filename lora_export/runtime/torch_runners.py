@@ -92,7 +92,7 @@ class ModuleRunner(PlainRunner):
 
     def _run(self, inputs: Arrays, meet: Meet, timeout: float) -> Arrays:
         dtype = self.dtype
-        tensors = {name: _tensor(value).to(self.device) for name, value in inputs.items()}
+        tensors = {name: to_tensor(value).to(self.device) for name, value in inputs.items()}
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
         limit = contextlib.nullcontext() if math.isinf(timeout) else _TimeLimit(self.path, timeout)
         shared = contextlib.nullcontext() if meet is by_itself else _SharedWeights(meet)
@@ -184,7 +184,7 @@ class Fp64Runner:
         meet: Meet | None = None,
     ) -> NamedTensors:
         """What `call` returns for the module's forward pass. With `meet`, other runs have its state in common."""
-        wide = {name: _tensor(value) for name, value in inputs.items()}
+        wide = {name: to_tensor(value) for name, value in inputs.items()}
         wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
         module = self.module  # before the modes are active: a lazy reference makes it now, from one in fp32
         narrow = NarrowOperators(self.narrow_operators)
@@ -251,7 +251,8 @@ def _tf32_off() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
-def _tensor(array: NDArray[Any]) -> torch.Tensor:
+def to_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """The array as a tensor of its own dtype."""
     array = np.ascontiguousarray(array)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)

@@ -33,7 +33,8 @@ HUB_ADDRESS = re.compile(
     rf"hf://(?P<name>{HUB_NAME.pattern})(@(?P<revision>refs/[\w-]+/[\w.-]+|(?:[\w.-]|%2F)+))?(/(?P<path>.*))?", re.ASCII
 )
 # A missing file of these kinds is a missing file.
-FILES = {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".py", ".safetensors", ".ts"}
+FILES = {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pte", ".pth", ".py"}
+FILES |= {".safetensors", ".ts"}
 OFFLINE = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. To download it, unset the variable"
 CACHED = "models--"  # a model's folder in the cache: models--owner--name
 SNAPSHOTS = "snapshots"  # the folder in it that has one for each commit

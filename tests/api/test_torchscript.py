@@ -13,10 +13,13 @@ from torch import nn
 
 import lora_export as le
 from lora_export.api import torchscript
+from lora_export.artifacts.artifact import ArtifactKind
 from lora_export.errors import Different
 from lora_export.models.model import Model
 from support.api import MODEL, A, B, Recorder, an_adapter
 from support.small_models import small_adapter, small_model
+
+SCRIPT = ArtifactKind.SCRIPT
 
 
 @pytest.mark.parametrize("lora", ["merged", "nodes"])
@@ -79,10 +82,10 @@ def test_a_trace_that_repeats_its_example_leaves_out_the_images() -> None:
 
     texts = Model("counting", nn.Identity(), {"x": {0: "batch"}}, make, {"batch": 2}, not_judged=("images",))
     messages: list[str] = []
-    taken, _ = torchscript._made(replace(texts, text_only=texts), Counting(), messages.append, is_program=False)
+    taken, _ = torchscript._made(replace(texts, text_only=texts), Counting(), SCRIPT, {}, messages.append)
     assert taken.not_judged == ("images (the trace is right for one number and one size of images alone)",)
     assert messages and "takes texts without images" in messages[0]
-    assert torchscript._made(texts, Counting(), messages.append, is_program=False)[0] is texts and len(messages) == 1
+    assert torchscript._made(texts, Counting(), SCRIPT, {}, messages.append)[0] is texts and len(messages) == 1
 
 
 class Named(nn.Module):

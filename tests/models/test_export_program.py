@@ -159,10 +159,13 @@ def test_a_merged_program_is_proven(llama: Path, tmp_path: Path) -> None:
 
 
 def test_formats_and_suffixes_that_do_not_fit_are_refused(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(WrongUsage, match="format= is 'onnx'; it must be torchscript or pt2"):
+    with pytest.raises(WrongUsage, match="format= is 'onnx'; it must be torchscript, pt2 or pte"):
         le.export_torchscript(llama / "base", tmp_path / "m", format="onnx")
     with pytest.raises(WrongUsage, match=r"the output is a \.pt2 file"):
         le.export_torchscript(llama / "base", tmp_path / "m.pt", format="pt2")
     with pytest.raises(WrongUsage, match=r"the output is a \.pt file"):
         le.export_torchscript(llama / "base", tmp_path / "m.pt2", format="torchscript")
+    for output, format_ in (("m.pt", None), ("m.pte", "pt2")):
+        with pytest.raises(WrongUsage, match=r"max_size= is for an output that ends in \.pte: other files take any"):
+            le.export_torchscript(llama / "base", tmp_path / output, format=format_, max_size={"batch": 1})
     assert list(tmp_path.iterdir()) == []

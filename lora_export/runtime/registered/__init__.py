@@ -4,14 +4,15 @@ A runner is a function that takes the candidate's path and returns a function fr
 
     def open_model(path: str) -> Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]: ...
 
-What it returns may state more: `axes` (input -> sizes, None where they vary), `notes` (where and how it runs) and
-`cannot_give` (what of the model's outputs it lacks). It is opened and called in a process of its own.
+What it returns may state more: `axes` (input -> sizes, None where they vary), `limits` (input -> the least and the
+greatest of each size), `notes` (where and how it runs) and `cannot_give` (what of the model's outputs it lacks). It is
+opened and called in a process of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from lora_export.errors import InputRefused
 from lora_export.user_code import failures_of_user_code, find_function
@@ -40,17 +41,22 @@ def find_runner(name: str) -> Callable[[str], Any]:
     return find_function(location, function)
 
 
-def open_with(name: str, path: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Open a candidate: the function that computes its outputs, and what the runner states of itself.
+def open_with(name: str, path: str) -> Callable[..., Any]:
+    """Open a candidate: the function that computes its outputs.
 
     Raises InputRefused where the runner fails, or returns something else, and what it raises of our own errors.
     """
     opener = find_runner(name)
     with failures_of_user_code(name):
-        opened = opener(path)
+        opened: Any = opener(path)
         if not callable(opened):
             kind = type(opened).__name__
             raise InputRefused(f"{name} returned {kind}; a runner returns a function from inputs to outputs")
-        axes = {str(key): list(sizes) for key, sizes in dict(getattr(opened, "axes", {})).items()}
-        stated = {key: [str(line) for line in getattr(opened, key, ())] for key in ("notes", "cannot_give")}
-    return opened, {"axes": axes, **stated}
+    return cast(Callable[..., Any], opened)
+
+
+def stated_by(opened: Callable[..., Any]) -> dict[str, Any]:
+    """What an opened candidate states of itself, for a message."""
+    sizes = {key: dict(getattr(opened, key, {})) for key in ("axes", "limits")}
+    lines = {key: [str(line) for line in getattr(opened, key, ())] for key in ("notes", "cannot_give")}
+    return {key: {str(name): list(own) for name, own in table.items()} for key, table in sizes.items()} | lines

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,23 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.isolation.process import private_streams, read_request, write_message
-from lora_export.runtime.registered import open_with
+from lora_export.runtime.registered import open_with, stated_by
 from lora_export.user_code import failures_of_user_code
 
 
 def main() -> None:
-    """Open the candidate, state what the runner states, and answer requests until stdin ends."""
+    """Serve what a runner opens."""
     name, path = sys.argv[1:3]
+    serve(name, lambda: open_with(name, path))
+
+
+def serve(name: str, opened: Callable[[], Callable[..., Any]]) -> None:
+    """Open the candidate, state what its runner states, and answer requests until stdin ends."""
     requests, answers = private_streams()
     try:
-        run, stated = open_with(name, path)
+        with failures_of_user_code(name):
+            run = opened()
+            stated = stated_by(run)
     except LoraExportError as error:
         write_message(answers, {"refused": str(error), "kind": type(error).__name__}, {})
         return

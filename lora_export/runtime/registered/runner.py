@@ -19,21 +19,30 @@ class RegisteredRunner(AdaptersByInput):
     """A candidate of any kind, opened and run by a function of a package or of the user.
 
     What it returns is judged, and not trusted. Each run ends within `timeout` seconds. `adapter` is a file for a graph
-    that takes adapters as inputs.
+    that takes adapters as inputs. `process` is that of a runner which needs one of its own.
 
     Raises InputRefused where there is no such runner or it fails, and as the runner itself. `run` raises RuntimeRefused
     where the runner fails, ends its process or takes longer, and for inputs that the candidate does not have.
     """
 
-    def __init__(self, name: str, candidate: Artifact, *, adapter: Path | None = None, timeout: float = TIMEOUT):
+    def __init__(
+        self,
+        name: str,
+        candidate: Artifact,
+        *,
+        adapter: Path | None = None,
+        timeout: float = TIMEOUT,
+        process: IsolatedProcess | None = None,
+    ):
         self.name, self.path, self.timeout = name, candidate.path, timeout
         self.names_known = True
-        self._process = IsolatedProcess.start(RUNNING_CHILD, name, self.path.absolute(), memory=None)
+        self._process = process or IsolatedProcess.start(RUNNING_CHILD, name, self.path.absolute(), memory=None)
         header, _ = self._exchanged(None, {})
         if refusal := header.get("refused"):
             kind = getattr(errors, str(header.get("kind")), errors.InputRefused)
             raise kind(str(refusal))
         self.axes: Mapping[str, tuple[int | None, ...]] = {name: tuple(sizes) for name, sizes in header["axes"].items()}
+        self.limits: Mapping[str, list[tuple[int, int | None]]] = header["limits"]
         self.notes: Sequence[str] = header["notes"] or [f"run by the runner {name}"]
         self.cannot_give: Sequence[str] = header["cannot_give"]
         is_graph = candidate.kind is ArtifactKind.GRAPH
