@@ -55,7 +55,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     facts: dict[str, Any] = {} if request.runner is None else {"runner": request.runner}
     try:
         require_provider(request.provider)
-        loaded = load_adapters(request.adapters)
+        loaded = load_adapters(request.adapters, activated=True)
         printed = {note: None for adapter in loaded for note in adapter.notes}
         for note in printed:
             on_message(f"note: {note}")

@@ -5,6 +5,7 @@ LoKr's two factors, and factors of a layer's inputs, are branches of their own f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
+from lora_export.graph.insert.activation import ActiveTokens
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LOKR_W1, LOKR_W2, LORA_A, LORA_B, SCALE, module_of
 from lora_export.graph.insert.adapter_strengths import StrengthInput, refuse_steps_without_strength
 from lora_export.graph.insert.branches import (
@@ -21,6 +23,7 @@ from lora_export.graph.insert.branches import (
     Rescaling,
     common_rescaling,
     gemm_attributes,
+    low_rank_branch,
     site_dora_factors,
 )
 from lora_export.graph.insert.node_factory import Factor, NodeFactory, NodeList, fixed_sizes, layer_input, sizes_of
@@ -92,6 +95,7 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan, *, strength_input: b
       `X.ia3_l.weight`, (out,) or (in,).
     - LoKr's kron(w1, w2) is a product by w2ᵀ and one by w1, where these cost less than the weight: `X.lokr_w1.weight`
       (a, b) and `X.lokr_w2.weight` (d, c).
+    - x·A of an adapter that acts on some tokens only (aLoRA) is multiplied by 0 at all others: see `ActiveTokens`.
     - The base's weights keep their bytes, quantised ones too. Whole tensors and bias changes are merged.
     - With `strength_input`, each change is multiplied by the strength of its adapter, which is an input of the graph
       (see `StrengthInput`).
@@ -112,18 +116,25 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan, *, strength_input: b
     names = [adapter.name for adapter in plan.adapters]
     strengths = StrengthInput(model, inserter.factory, names) if strength_input else None
     labels = {adapter.name: f".{adapter.name}" if len(plan.adapters) > 1 else "" for adapter in plan.adapters}
+    active = ActiveTokens(inserter.factory, plan)
     for step in (step for step in plan.low_rank if not step.is_vector):
         if step.scaling is not None:
             _scale(inserter, step, step.scaling, sites, labels[step.terms[0].adapter], strengths)
             continue
         is_embedding = step.terms[0].pair.embedding
         products = [term for term in step.terms if isinstance(term.pair, KroneckerPair) and term.pair.is_cheap]
-        own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=not products)
+        is_beside = bool(products) or any(active.acts_on_some(term.adapter) for term in step.terms)
+        own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=not is_beside)
         for term in products:
             _insert_kronecker(inserter, step, term, own_sites, labels[term.adapter], strengths)
         if products and len(products) == len(step.terms):
             continue
-        terms = [term for term in step.terms if term not in products]
+        for term in step.terms:
+            if active.acts_on_some(term.adapter):
+                _insert_activated(inserter, step, term, own_sites, labels[term.adapter], strengths, active)
+        terms = [term for term in step.terms if term not in products and not active.acts_on_some(term.adapter)]
+        if not terms:
+            continue
         pairs = [_pair(inserter.factory, step, term, own_sites, labels[term.adapter], strengths) for term in terms]
         factors = _DoraFactors(inserter.factory, step, common_dtype(own_sites), labels[step.terms[0].adapter])
         for site in own_sites:
@@ -162,6 +173,28 @@ def _insert_kronecker(
     for site in sites:
         branch = kronecker_branch(inserter.factory, site, w1, w2)
         inserter.insert_beside(site, lambda _, branch=branch: branch)  # type: ignore[misc]
+
+
+def _insert_activated(
+    inserter: Inserter,
+    step: Step,
+    term: Term,
+    sites: Sequence[Site],
+    label: str,
+    strengths: StrengthInput | None,
+    active: ActiveTokens,
+) -> None:
+    """Insert a pair that acts on some tokens only."""
+    pair = _pair(inserter.factory, step, term, sites, label, strengths)
+    for site in sites:
+        if site.block is not None and len(step.terms) > 1:
+            raise InputRefused(
+                f"{site.name} is stored beside other weights in one matrix, and an activated LoRA is the only adapter "
+                "that such a weight can have"
+            )
+        gate = active.gate(site, term.adapter)
+        branch = functools.partial(low_rank_branch, inserter.factory, site, [pair], gate=gate)
+        inserter.insert_beside(site, branch)
 
 
 def _pair(
