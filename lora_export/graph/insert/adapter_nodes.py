@@ -26,7 +26,15 @@ from lora_export.graph.insert.branches import (
     low_rank_branch,
     site_dora_factors,
 )
-from lora_export.graph.insert.node_factory import Factor, NodeFactory, NodeList, fixed_sizes, layer_input, sizes_of
+from lora_export.graph.insert.node_factory import (
+    MIN_OPSET,
+    Factor,
+    NodeFactory,
+    NodeList,
+    fixed_sizes,
+    layer_input,
+    sizes_of,
+)
 from lora_export.graph.merge.fold import change_weight
 from lora_export.graph.refusals import refuse_steps_without_branch
 from lora_export.graph.site import Site, common_dtype
@@ -67,6 +75,41 @@ def kronecker_branch(factory: NodeFactory, site: Site, w1: Factor, w2: Factor) -
     return BranchNodes(nodes.nodes, joined, w1.path)
 
 
+def kronecker_convolution(factory: NodeFactory, site: Site, w1: Factor, w2: Factor) -> BranchNodes:
+    """A convolution by kron(w1, w2), for w1 (a, b) and w2 (c, d, kernel).
+
+    x (batch, b d, ...) is (batch b, d, ...) for w2, and what comes of it (batch, b, c ...) for w1.
+    """
+    factory.require_opset(MIN_OPSET, "LoKr beside a convolution")
+    nodes, x = NodeList(factory, w2.path), layer_input(site)
+    w1, w2 = (nodes.cast_to_site(site, each) for each in (w1, w2))
+    (a, b), (c, d) = (fixed_sizes(each.value, 0, 1) for each in (w1, w2))
+    dimensions = len(site.shape)
+
+    def reshaped(value: ir.Value, name: str, *sizes: int | ir.Value) -> ir.Value:
+        parts = [
+            factory.constant(nodes.path, name, np.array([size], np.int64)) if isinstance(size, int) else size
+            for size in sizes
+        ]
+        return nodes.add("Reshape", [value, nodes.add("Concat", parts, None, ir.DataType.INT64, axis=0)], None)
+
+    def sizes_from(value: ir.Value, first: int, last: int) -> ir.Value:
+        shape = nodes.add("Shape", [value], [dimensions], ir.DataType.INT64)
+        ends = (factory.constant(nodes.path, "sizes", np.array([end], np.int64)) for end in (first, last))
+        return nodes.add("Slice", [shape, *ends], [last - first])
+
+    batch, places = sizes_from(x, 0, 1), sizes_from(x, 2, dimensions)
+    split = reshaped(x, "split", -1, d, places)
+    half = nodes.add("Conv", [split, w2.value], None, None, site.node.attributes)
+    new_places = sizes_from(half, 2, dimensions)
+    grouped = reshaped(half, "grouped", batch, b, -1)
+    nodes.path = w1.path
+    whole = nodes.add("MatMul", [w1.value, grouped], None)
+    joined = reshaped(whole, "joined", batch, a * c, new_places)
+    joined.shape = site.node.outputs[0].shape
+    return BranchNodes(nodes.nodes, joined, w1.path)
+
+
 def scaled_input(factory: NodeFactory, site: Site, factor: Factor) -> tuple[NodeList, ir.Value]:
     """x times one factor (in,) of all rows; of a convolution, (in, 1...)."""
     nodes = NodeList(factory, factor.path)
@@ -94,7 +137,7 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan, *, strength_input: b
     - A change that only scales the layer's outputs or inputs (IA3) multiplies the product or the input by
       `X.ia3_l.weight`, (out,) or (in,).
     - LoKr's kron(w1, w2) is a product by w2ᵀ and one by w1, where these cost less than the weight: `X.lokr_w1.weight`
-      (a, b) and `X.lokr_w2.weight` (d, c).
+      (a, b) and `X.lokr_w2.weight` (d, c); of a convolution (c, d, kernel).
     - x·A of an adapter that acts on some tokens only (aLoRA) is multiplied by 0 at all others: see `ActiveTokens`.
     - The base's weights keep their bytes, quantised ones too. Whole tensors and bias changes are merged.
     - With `strength_input`, each change is multiplied by the strength of its adapter, which is an input of the graph
@@ -162,16 +205,19 @@ def _scale(
 def _insert_kronecker(
     inserter: Inserter, step: Step, term: Term, sites: Sequence[Site], label: str, strengths: StrengthInput | None
 ) -> None:
-    """Insert the two factors of LoKr, the scale in the second one, which is stored transposed."""
+    """Insert the two factors of LoKr, the scale in the second one, which is stored transposed beside a matrix."""
     pair, dtype = term.pair, np.dtype(common_dtype(sites))
     assert isinstance(pair, KroneckerPair)
+    kernel = pair.shape[2:]
+    own = pair.w2.reshape(len(pair.w2), -1, *kernel) if kernel else pair.w2.T
     with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
-        arrays = {LOKR_W1: pair.w1.astype(dtype), LOKR_W2: (pair.w2.T * np.float32(term.scale)).astype(dtype)}
+        arrays = {LOKR_W1: pair.w1.astype(dtype), LOKR_W2: (own * np.float32(term.scale)).astype(dtype)}
     module = module_of(step.weight)
     w1, w2 = (inserter.factory.factor(module, f"{name}{label}", array) for name, array in arrays.items())
     w2 = strengths.times(w2, term.adapter) if strengths else w2
     for site in sites:
-        branch = kronecker_branch(inserter.factory, site, w1, w2)
+        inserted = kronecker_convolution if site.is_convolution else kronecker_branch
+        branch = inserted(inserter.factory, site, w1, w2)
         inserter.insert_beside(site, lambda _, branch=branch: branch)  # type: ignore[misc]
 
 
