@@ -172,7 +172,7 @@ class _MegatronModel:
     def _layer(
         self, prefix: str, layers: Mapping[str, str], part: str, a: NDArray[Any], b: NDArray[Any], rank: int
     ) -> dict[str, LoraPair]:
-        if (a.ndim, b.ndim) != (2, 2) or (a.shape[0], b.shape[1]) != (rank, rank):
+        if not rank or (a.ndim, b.ndim) != (2, 2) or (a.shape[0], b.shape[1]) != (rank, rank):
             raise InputRefused(f"linear_in {a.shape} and linear_out {b.shape} do not have the rank {rank}")
         scale = adapter_scale(rank, self.alpha, {})
         rows = {f"{prefix}{other}": own for other, own in self._rows(layers, part, len(b)).items()}

@@ -174,6 +174,10 @@ def test_a_smaller_rank_of_experts_has_a_scale_of_its_own(tmp_path: Path):
     pairs = formats.load(path, options=reading).pairs
     for name, change in changes_of_experts(state, 1, scale=6).items():
         np.testing.assert_array_equal(pairs[name].delta(), change)
+    path, reading = saved(tmp_path / "none", experts(*(EXPERTS,) * 4, rank=0), normalize_moe_lora=True)
+    (tmp_path / "none/base/config.json").write_text(json.dumps(WITH_EXPERTS))
+    with pytest.raises(InputRefused, match="do not have the rank 0"):
+        formats.load(path, options=reading)
     path, reading = saved(tmp_path / "other", state)
     (tmp_path / "other/base/config.json").write_text(json.dumps(WITH_EXPERTS))
     with pytest.raises(InputRefused, match="do not have the rank 2"):

@@ -66,6 +66,7 @@ def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
         ),
         ({"alora_invocation_tokens": "ab"}, "alora_invocation_tokens is 'ab'; its type must be list"),
         ({"alora_invocation_tokens": [1, -1]}, "alora_invocation_tokens is [1, -1]; it must have the ids of tokens"),
+        ({"alora_invocation_tokens": [1] * 513}, "alora_invocation_tokens has 513 tokens; up to 512 are supported"),
         ({"alora_invocation_tokens": [True]}, "alora_invocation_tokens is [True]; it must have the ids of tokens"),
         ({"alora_invocation_tokens": [1], "lora_bias": True}, "alora_invocation_tokens and lora_bias: not supported"),
         ({"alora_invocation_tokens": [1], "use_dora": True}, "alora_invocation_tokens and use_dora: not supported"),
