@@ -374,6 +374,8 @@ class Adapter:
     experts: Mapping[str, ExpertAxes] = field(default_factory=dict)  # stacked parameter -> axes; absent: STORED
     tied: Mapping[str, str] = field(default_factory=dict)  # module -> the module of which it repeats pair and table
     targets: tuple[str, ...] = ()  # module name endings that the trainer targeted; empty where not fully known
+    # Token ids: pairs act from the last occurrence of these on alone (aLoRA). Empty: on every token.
+    invocation_tokens: tuple[int, ...] = ()
     flattened: bool = False  # whether `_` stands for the dots in the names of modules
     spelling: Mapping[str, str] = field(default_factory=dict)  # any name above -> the key in the file
     scale_source: str = ""  # where the scales come from, in words
@@ -435,6 +437,7 @@ class Adapter:
         return {
             "magnitude": [module for module, pair in self.pairs.items() if pair.magnitude is not None],
             "transforms": [module for module, pair in self.pairs.items() if pair.needs_weight],
+            "invocation_tokens": list(self.pairs) if self.invocation_tokens else [],
             "as_stored": [module for module, pair in self.pairs.items() if pair.as_stored],
             **{table: list(getattr(self, table)) for table in ("replaced", "biases", "added", "token_rows", "tied")},
         }

@@ -162,6 +162,7 @@ def pair_of(old: LoraPair, found: SingularValues, rank: int) -> LoraPair:
 WHY = {  # what no pair of plain LoRA expresses
     "magnitude": "has DoRA's magnitude, which rescales the whole weight",
     "transforms": "has a change that follows from the weight",
+    "invocation_tokens": "acts on some tokens only (alora_invocation_tokens)",
     "as_stored": "is a bare parameter (target_parameters), which has no layer of LoRA",
     "replaced": "is saved whole",
     "biases": "has a bias of B",

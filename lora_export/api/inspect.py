@@ -134,7 +134,7 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         raise InputRefused(f"{path} is not what was written:", listed(damaged))
     is_model = artifact.kind.is_checkpoint and not options.reading.stored_adapter and task_adapters.recognises(path)
     if formats.recognised(own := formats.located(path)) and not is_model:
-        return Inspection(own, adapter=formats.load(path, options=options.reading))
+        return Inspection(own, adapter=formats.load(path, options=options.reading, activated=True))
     if artifact.kind is ArtifactKind.ADAPTER:
         from lora_export.formats import onnx_adapter
 

@@ -71,22 +71,27 @@ def load_adapters(
     *,
     reading: ReadOptions = DEFAULTS,
     of_models: bool = False,
+    activated: bool = False,
 ) -> list[Adapter]:
     """Return the adapters in the order of their sources, with other prefixes in their names (FROM -> TO).
 
     `reading` is about those that are paths; its component is about all. Unless the adapters are for several models of
-    a diffusion pipeline (`of_models`), each may change one model only. Raises InputRefused where one cannot be read,
-    and as `with_prefixes`.
+    a diffusion pipeline (`of_models`), each may change one model only. One that acts on some tokens only is refused,
+    unless the caller can have it (`activated`). Raises InputRefused where one cannot be read, and as `with_prefixes`.
     """
-    loaded = [source if isinstance(source, Adapter) else _load_adapter(source, reading) for source in _as_list(sources)]
+    loaded = [
+        source if isinstance(source, Adapter) else _load_adapter(source, reading, activated=activated)
+        for source in _as_list(sources)
+    ]
+    formats.refuse_activated(() if activated else loaded)
     loaded = [chosen_component(adapter, reading.component) for adapter in loaded]
     loaded = loaded if of_models else [only_component(adapter) for adapter in loaded]
     return with_prefixes(loaded, prefixes or {})
 
 
-def _load_adapter(source: str | Path, options: ReadOptions) -> Adapter:
+def _load_adapter(source: str | Path, options: ReadOptions, *, activated: bool) -> Adapter:
     name, path = split_name(source)
-    return formats.load(path, name=name, options=options)
+    return formats.load(path, name=name, options=options, activated=activated)
 
 
 @contextlib.contextmanager

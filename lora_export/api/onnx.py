@@ -18,7 +18,7 @@ from lora_export.api.onnx_request import OnnxRequest, OnnxResult, check_adapters
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import ArtifactKind
 from lora_export.artifacts.files import names_file, with_suffix
-from lora_export.errors import WrongUsage
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IMAGE_INPUTS
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource
@@ -95,7 +95,7 @@ def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
         OnnxRequest,
         model=model,
         output=first_file(place(options.output), task) if task else with_suffix(options.output, ".onnx"),
-        adapters=load_adapters(sources, options.prefixes, reading=reading),
+        adapters=load_adapters(sources, options.prefixes, reading=reading, activated=options.lora == "nodes"),
         sources=adapter_paths(sources),
         task=task,
         checkpoint=None if options.checkpoint is None else locate(options.checkpoint, on_message, download),
@@ -139,6 +139,8 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(
             f"{named('lora', lora)} is not for {options.task}: its vision encoder takes images, and no rows"
         )
+    if any(adapter.invocation_tokens for adapter in adapters):
+        _refuse_activated(options, is_graph=is_graph)
     if options.dora and options.per_row > 1:
         raise WrongUsage(f"{named('dora')} and {named('per_row')} exclude each other: DoRA has no sum")
     if options.has_parts and options.strength_input:
@@ -158,3 +160,16 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         )
     if options.reference is not None and names_kind(options.reference, ArtifactKind.GRAPH):
         raise WrongUsage(f"{named('reference')} names a PyTorch model; without it the graph is compared with itself")
+
+
+def _refuse_activated(options: OnnxRequest, *, is_graph: bool) -> None:
+    """Raise InputRefused for an activated LoRA where its tokens, or what it computes, are not known."""
+    if options.task:
+        raise InputRefused(
+            "an activated LoRA needs whole texts, and a graph with a cache does not get the earlier tokens, which show "
+            f"whether it acts. Leave out {named('with_cache')} and {named('task')}"
+        )
+    if is_graph and options.verify and options.reference is None:
+        raise InputRefused(
+            f"a graph alone cannot be the reference of an activated LoRA: name its PyTorch model ({named('reference')})"
+        )

@@ -232,7 +232,12 @@ def _read(request: VerifyRequest) -> VerifyRequest:
     of_pipeline = request.model is None and request.base is not None and is_pipeline(request.base)
     if not (request.prefixes or request.expected or reading != DEFAULTS or of_pipeline):
         return request
-    loaded = load_adapters(request.adapters, request.prefixes, reading=reading, of_models=request.model is None)
+    loaded = load_adapters(
+        *(request.adapters, request.prefixes),
+        reading=reading,
+        of_models=request.model is None,
+        activated=request.model is not None,
+    )
     return replace(request, adapters=loaded)
 
 
@@ -249,7 +254,8 @@ def _refuse_unexpected(candidate: Artifact, request: VerifyRequest) -> None:
         return
     base = request.base if request.model is None else request.model
     base_hashes = _weight_hashes(base) if request.expected.base_sha256 else []
-    adapters = load_adapters(request.adapters, of_models=request.model is None)  # as they were read
+    # As they were read. What judges them refuses one that it cannot.
+    adapters = load_adapters(request.adapters, of_models=request.model is None, activated=True)
     records = adapter_records(adapters, request.weights or [1.0] * len(adapters))
     refuse_unexpected(candidate.path, request.expected, records, base_hashes)
     if request.expected.signature is not None:

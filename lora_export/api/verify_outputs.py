@@ -77,7 +77,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     facts: dict[str, Any] = {} if request.runner is None else {"runner": request.runner}
     try:
         require_provider(request.provider)
-        loaded = load_adapters(request.adapters)
+        loaded = load_adapters(request.adapters, activated=True)
         printed = {note: None for adapter in loaded for note in adapter.notes}
         note_each(on_message, printed)
         require_memory_to_verify(model, candidate, request.dtype)

@@ -120,7 +120,7 @@ def _misfit(job: FleetJob) -> str:
             elif isinstance(options, Applied) and artifact_kind(locate(job.base_path, ignore)) in MERGED_INTO:
                 _plan_alone(job, options)
             else:
-                formats.load(locate(job.adapter_path, ignore), options=options.reading)
+                _load_adapter(job, options)
     except LoraExportError as error:
         return str(error)
     except OSError as error:
@@ -128,9 +128,15 @@ def _misfit(job: FleetJob) -> str:
     return ""
 
 
+def _load_adapter(job: FleetJob, options: Any) -> None:
+    """Read the adapter as the job will. Raises InputRefused."""
+    activated = job.step == "verify" or getattr(options, "lora", "") == "nodes"
+    formats.load(locate(job.adapter_path, ignore), options=options.reading, activated=activated)
+
+
 def _plan_alone(job: FleetJob, options: Applied) -> None:
     """Plan the adapter on the base for a step that does not merge. Only misfits count."""
-    formats.load(locate(job.adapter_path, ignore), options=options.reading)
+    _load_adapter(job, options)
     same = {one.name: getattr(options, one.name) for one in options_of(Applied)}
     same |= {"combination": options.combination, "reading": options.reading, "dry_run": True}
     merged = MergeOptions(job.base_path, job.adapter_path, os.devnull, **same)

@@ -16,7 +16,7 @@ import functools
 import importlib
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
@@ -25,7 +25,7 @@ from lora_export.errors import InputRefused, listed
 from lora_export.formats.adapter_files import SHARD, is_tensor_file
 from lora_export.lora import Adapter
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.options.spelling import named
+from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion import Family
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import hub_source
@@ -123,13 +123,15 @@ def located(path: Path) -> Path:
     return inside[0] if inside else path
 
 
-def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DEFAULTS) -> Adapter:
+def load(
+    path: str | Path, *, name: str | None = None, options: ReadOptions = DEFAULTS, activated: bool = False
+) -> Adapter:
     """Read an adapter in any known format, from its folder or file, as `located` finds it. Runs no code of its own.
 
     `name` is the adapter's name in reports and graphs (default: the folder's name, or the file's without its suffix,
     where that is no name like `adapter_model`). `options` state what its files do not record, and choose a format where
-    several recognise the adapter. Raises InputRefused for an adapter that is missing, damaged, unknown or not
-    supported.
+    several recognise the adapter. `activated` states that the caller can have one that acts on some tokens only. Raises
+    InputRefused for an adapter that is missing, damaged, unknown or not supported.
     """
     outer, path = place(path), located(place(path))
     input_files.must_exist(path, "adapter")
@@ -155,8 +157,20 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
         raise InputRefused(f"{path} may be in several formats: {', '.join(matching)}. Choose one: {first}")
     (module,) = matching.values()
     adapter = module.read(path, name or default_name(outer), options)
+    refuse_activated([] if activated else [adapter])
     inside = (f"{outer}: the adapter is in its folder {path.name}.",) if path != outer else ()
     return replace(adapter, notes=(*inside, *adapter.notes), hub=hub_source(path))
+
+
+def refuse_activated(adapters: Iterable[Adapter]) -> None:
+    """Raise InputRefused for an adapter that acts on some tokens only: elsewhere it would act on all of them."""
+    for adapter in adapters:
+        if adapter.invocation_tokens:
+            raise InputRefused(
+                f"{adapter.name} is an activated LoRA (alora_invocation_tokens): it acts from its invocation tokens "
+                f"on, which no weights and no other format do. Only `{command('onnx', lora='nodes')}` takes it, and "
+                f"`{command('verify')}` with {named('model')}"
+            )
 
 
 def _refuse_foreign_keys(path: Path) -> None:

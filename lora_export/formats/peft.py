@@ -131,6 +131,7 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
         experts=axes_of_experts(file, keys, config, pairs),
         tied=tied,
         targets=targets_of(config),
+        invocation_tokens=tuple(config.get("alora_invocation_tokens") or ()),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},
             **keys[ROWS],
@@ -232,6 +233,8 @@ class _StoredPairs:
 
     def _pair(self, module: str, a: NDArray[Any], b: NDArray[Any], rank: int, scale: float) -> LoraPair:
         embedding = module in self.keys[EMBEDDING]
+        if self.config.get("alora_invocation_tokens") and (embedding or a.ndim > 2):
+            raise InputRefused(f"A {a.shape}: an activated LoRA (alora_invocation_tokens) acts on linear layers alone")
         if embedding is not (".lora_embedding_B" in self.keys[B][module]):
             raise InputRefused("one of lora_A and lora_B is an embedding's, the other is not")
         if not a.size or not b.size:

@@ -35,6 +35,10 @@ CONVERT_IN_PEFT = (
 )
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # do not change the base weights
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # lists of names, or None
+NOT_OF_ALORA = (  # PEFT makes no such adapters, or what they mean depends on its version
+    "use_dora", "lora_bias", "velora_config", "monteclora_config", "target_parameters", "ensure_weight_tying"
+)  # fmt: skip
+LARGEST_TOKEN, LONGEST_INVOCATION = 1 << 31, 512  # a graph has a matrix of the square of its length
 BIASES = re.compile(r"none|all|\w{1,20}_only")
 SMALLEST_SCALE, LARGEST_SCALE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
@@ -85,6 +89,19 @@ def _refused_of_lora(config: Mapping[str, Any]) -> list[str]:
         )
     if config.get("use_dora") and config.get("lora_bias"):
         refused.append("use_dora and lora_bias: PEFT allows only one of them")
+    return refused + _refused_of_alora(config)
+
+
+def _refused_of_alora(config: Mapping[str, Any]) -> list[str]:
+    """What an activated LoRA has that it cannot have, and why."""
+    tokens = config.get("alora_invocation_tokens")
+    if not tokens or not isinstance(tokens, list):
+        return []
+    refused = [f"alora_invocation_tokens and {field}: not supported" for field in NOT_OF_ALORA if config.get(field)]
+    if len(tokens) > LONGEST_INVOCATION:
+        refused.append(f"alora_invocation_tokens has {len(tokens):,} tokens; up to {LONGEST_INVOCATION} are supported")
+    elif not all(type(token) is int and 0 <= token < LARGEST_TOKEN for token in tokens):
+        refused.append(f"alora_invocation_tokens is {tokens!r}; it must have the ids of tokens")
     return refused
 
 

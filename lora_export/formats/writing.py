@@ -30,6 +30,7 @@ BESIDES = {  # what an adapter may have besides pairs: its field -> what it is
     "biases": "a change of a bias",
     "added": "a change of a vector",
     "token_rows": "rows of tokens",
+    "invocation_tokens": "a pair that acts on some tokens only",
     "tied": "the repetition of the pair of another module",
 }
 NEIGHBOURS = 3  # floats beside the nearest alpha that are tried

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
+from lora_export.layers.activation import active_in
 from lora_export.layers.attachments import (
     Branch,
     adapted_bias,
@@ -67,10 +68,12 @@ def _forward_with_branches(
     y = layer(x, bias)
     total = y
     for branch in attachment.branches:
-        if x.numel():
+        active = active_in(x, branch.invocation) if branch.invocation else None
+        if x.numel() if active is None else bool(active.any()):
             record_branch(branch)
         a, b = low_rank_factors(owner, branch)
         changed = total + pair(_pair_input(owner, x, a, branch), a, b) * (attachment.factor * branch.scale)
+        changed = changed if active is None else torch.where(active, changed, total)
         total = where_on(owner, branch, changed, total)
     return total.to(y.dtype)
 
@@ -111,7 +114,7 @@ def _output_in_training(owner: nn.Module, x: Tensor, weight: Tensor, bias: Tenso
     if len(trained) != 1 or not attachment.factor or attachment.is_on or is_recording():
         return None
     a, b = low_rank_factors(owner, trained[0])
-    if trained[0].dora or not is_plain(x, weight, a):
+    if trained[0].dora or not is_plain(x, weight, a) or any(branch.invocation for branch in attachment.branches):
         return None
     dropout = attachment.dropout if owner.training else 0.0
     y = linear_with_pair(x, weight, bias, a, b, attachment.factor * trained[0].scale, dropout)

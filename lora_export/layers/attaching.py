@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused, listed
+from lora_export.layers.activation import find_active_tokens, forget_active_tokens
 from lora_export.layers.adapted_layers import adapted_class, adapted_experts_class, has_own_branches
 from lora_export.layers.attachments import (
     ATTACHMENT,
@@ -66,8 +67,10 @@ def attach(
     tensors that the module lacks, values that the module's dtype cannot hold, dropout where W + ΔW is used whole.
     """
     targets = target_tensors(module, plan, may_tie=trainable)
+    invocations = {one.name: one.invocation_tokens for one in plan.adapters if one.invocation_tokens}
     for step in plan.steps:
         _refuse_unattachable(step, targets[step.spec.stored_name])
+        _refuse_activated(step, targets[step.spec.stored_name], invocations, trainable=trainable)
         if trainable and step.needs_weight:
             raise InputRefused(f"{step.weight}: {step.terms[0].pair.kind} is not trained here. PEFT trains it")
         if trainable and step.shift is not None:
@@ -80,6 +83,8 @@ def attach(
     replacements = {
         step.weight: replacement_tensor(step, targets[step.weight].tensor) for step in plan.steps if step.has_own_values
     }
+    if invocations:
+        find_active_tokens(module, set(invocations.values()))
     if trainable:
         module.requires_grad_(False)
     names = _parameter_names(adapter.name for adapter in plan.adapters)
@@ -97,7 +102,7 @@ def attach(
             target.owner.register_buffer("lora_shift", _adapter_tensor(target.tensor, step.shift))
         if step.terms:
             _adapt_class(target.owner, of_parts=step.spec.region is not None, whole=step.needs_weight)
-            _add_branches(target, step, names, trainable=trainable, frozen=frozen)
+            _add_branches(target, step, names, invocations, trainable=trainable, frozen=frozen)
             attachment.dropout = dropout
 
 
@@ -132,6 +137,22 @@ def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
     if step.magnitude is not None:
         # Refuses an output of norm zero, which DoRA would turn into NaN.
         folded_tensor(step, float_weight(target.tensor))
+
+
+def _refuse_activated(
+    step: Step, target: ModuleTensor, invocations: Mapping[str, tuple[int, ...]], *, trainable: bool
+) -> None:
+    """Raise InputRefused for a change on some tokens only, where no branch of a linear layer makes it."""
+    if invocations.keys().isdisjoint(term.adapter for term in step.terms):
+        return
+    if trainable:
+        raise InputRefused(f"{step.weight}: an activated LoRA is not trained here. PEFT trains it")
+    owner = target.owner
+    is_linear = isinstance(owner, (nn.Linear, *conv1d())) and has_own_branches(type(owner))
+    if not is_linear or step.spec.region is not None:
+        raise InputRefused(
+            f"{step.weight}: an activated LoRA acts beside linear layers alone, not beside {type(owner).__name__}"
+        )
 
 
 def _refuse_dropout(module: nn.Module, plan: Plan, targets: Mapping[str, ModuleTensor]) -> None:
@@ -171,7 +192,13 @@ def _adapter_tensor(base: Tensor, array: NDArray[np.float32]) -> Tensor:
 
 
 def _add_branches(
-    target: ModuleTensor, step: Step, names: Mapping[str, str], *, trainable: bool, frozen: Collection[str]
+    target: ModuleTensor,
+    step: Step,
+    names: Mapping[str, str],
+    invocations: Mapping[str, tuple[int, ...]],
+    *,
+    trainable: bool,
+    frozen: Collection[str],
 ) -> None:
     owner, region = target.owner, step.spec.region
     for term in step.terms:
@@ -191,7 +218,8 @@ def _add_branches(
             cast(nn.ParameterDict, own_modules(owner)[part])[name] = parameter
         scale, dora, layout = term.scale, term.pair.magnitude is not None, step.spec.layout
         branch = Branch(
-            *(term.adapter, term.module, target.attribute, name, scale, layout, dora, region, is_frozen, transform)
+            *(term.adapter, term.module, target.attribute, name, scale, layout, dora, region, is_frozen, transform),
+            invocation=invocations.get(term.adapter, ()),
         )
         attachment_of(owner).branches += (branch,)
 
@@ -263,6 +291,7 @@ def detach(module: nn.Module) -> None:
 
     Parameters that training froze stay frozen. Raises InputRefused where nothing is attached.
     """
+    forget_active_tokens(module)
     for owner in attached_modules(module):
         attachment = attachment_of(owner)
         exchange_class(owner, attachment.original)

@@ -44,6 +44,7 @@ class Branch:
     region: StoredRegion | None = field(default=None, compare=False)  # of the weight, where it changes a part alone
     frozen: bool = False  # not trained; its x is not dropped
     transform: WeightTransform | None = field(default=None, compare=False)  # in place of A and B
+    invocation: tuple[int, ...] = ()  # it acts from the last occurrence of these tokens on; empty: on all
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
     """W + ΔW in the layout and dtype of W. Computed in the dtype of A, rescaled for DoRA, rounded once.
 
     Of a W in shares, the share: PyTorch reads it here, and nothing computes with it. Where a branch of it is switched
-    by a tensor, a tensor of the same shape and dtype without values, with which PyTorch refuses to compute.
+    by a tensor, or acts on some tokens only, a tensor of the same shape and dtype without values, with which PyTorch
+    refuses to compute.
     """
     weight = own_parameters(owner)[attribute]
     if weight is not None and is_in_shares(weight):
@@ -133,8 +135,8 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
     branches = [branch for branch in attachment.branches if branch.weight == attribute]
     if weight is None or not branches or not attachment.factor:
         return weight
-    if not attachment.is_on.keys().isdisjoint(branches):
-        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")  # there would be a W for each row
+    if not attachment.is_on.keys().isdisjoint(branches) or any(branch.invocation for branch in branches):
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")  # there would be a W for each row or token
     if branches[0].transform is not None:
         return _transformed(owner, weight, branches[0], branches[0].transform)
     if branches[0].region is not None:

@@ -62,6 +62,8 @@ def materialise(
     paths = {owner: path for path, owner in module.named_modules()}
     for owner in attached_modules(module):
         attachment = attachment_of(owner)
+        if any(branch.invocation for branch in attachment.branches):
+            raise InputRefused("an activated LoRA acts on some tokens only, which no weights of a file do")
         attachment.factor *= factor
         with _widened_layer(owner) if in_fp64 else contextlib.nullcontext():
             merged = _merged_tensors(owner, factor if scale_replaced else None)

@@ -43,6 +43,11 @@ def unsaved_buffers(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
+def pre_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What is called before a module's `forward`, by key: the hooks, and which of them get keyword arguments."""
+    return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+
+
 def without_subclass_rules() -> AbstractContextManager[Any]:
     """A context in which operators treat subclasses of Tensor as tensors: a result is none of a parameter's class."""
     return torch._C.DisableTorchFunctionSubclass()

@@ -245,9 +245,13 @@ class KroneckerPair(StructuredPair):
 
     @property
     def is_cheap(self) -> bool:
-        """Whether x by w2, then by w1, costs less than x by the weight: c d b + a b c products to a b c d."""
-        (a, _), (_, d, *kernel) = self._shape_of_factor("w1"), self._shape_of_factor("w2")
-        return self.is_whole and not kernel and self.magnitude is None and a + d < a * d
+        """Whether x by w2, then by w1, costs less than x by the weight: c d b + a b c products to a b c d.
+
+        Of a convolution, d counts the entries of the kernel, too.
+        """
+        (a, _), (_, *inner) = self._shape_of_factor("w1"), self._shape_of_factor("w2")
+        d = math.prod(inner)
+        return self.is_whole and self.magnitude is None and a + d < a * d
 
     @property
     def norm(self) -> float:

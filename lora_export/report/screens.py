@@ -127,6 +127,8 @@ def adapter_facts(adapter: Adapter) -> Iterator[tuple[str, str]]:
     """Facts that a user looks for, as (what, value). Values are texts from the file, shortened."""
     if adapter.scale_source:
         yield "scales", adapter.scale_source
+    if adapter.invocation_tokens:
+        yield "acts from the last of these tokens on", ", ".join(map(str, adapter.invocation_tokens))
     header = adapter.metadata.get("header")
     for key, value in adapter.metadata.items():
         if isinstance(value, str | int | float) and not isinstance(value, bool):

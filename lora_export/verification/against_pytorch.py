@@ -343,14 +343,20 @@ class PreparedPyTorch(PreparedReferences):
         rounds_inputs = any(weight.activation_block for weight in self.quantised.values())
         if rounds_inputs or self.dtype is not torch.float32:
             return
-        if self.changes is not None and attached.has_pairs and not self.quantised and not attached.rounding:
+        is_merged = self.changes is not None and attached.has_pairs and not self.quantised and not attached.rounding
+        if is_merged and not self._acts_on_some_tokens:
             step("PyTorch, the adapters merged")
+            assert self.changes is not None
             yield self._peer(on_device(merged_module(attached.module, self.changes), device), MERGED_MODULE)
         if is_large(attached.module):
             return
         for number in range(DRAWS_OF_ROUNDING):
             step("PyTorch, its weights moved by a rounding")
             yield self._peer(moved_module(self.deployed.module, self.references.seed + number), MOVED_WEIGHTS)
+
+    @property
+    def _acts_on_some_tokens(self) -> bool:
+        return any(adapter.invocation_tokens for adapter in self.references.adapters)
 
     def _peer(self, module: nn.Module, note: str) -> FurtherPeer:
         peer = ModuleRunner(module, self.references.device)
@@ -371,6 +377,8 @@ class PreparedPyTorch(PreparedReferences):
         return controls
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
+        if self._acts_on_some_tokens:
+            return None, ["modules were not compared: what a layer should give depends on its token"]
         step("comparing modules")
         return diagnose_module(
             self.candidate,

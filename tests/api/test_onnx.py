@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lora_export as le
@@ -191,3 +198,102 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path) -> None:
     adapter: Adapter = le.load_adapter(an_adapter(tmp_path / "adapter"), name=".hidden")
     with pytest.raises(InputRefused, match="cannot be the name of a file"):
         le.export_onnx(MODEL, tmp_path / "m.onnx", adapters=adapter, lora="inputs")
+
+
+# --- An adapter that acts from its invocation tokens on ---
+
+
+@pytest.fixture(scope="module")
+def activated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama, `base`; PEFT's adapter of it, `alora`; and the proven graph of both, `nodes.onnx`."""
+    folder = tmp_path_factory.mktemp("activated")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    module = transformers.LlamaForCausalLM(config).eval()
+    module.save_pretrained(folder / "base")
+    fields = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(module, peft.LoraConfig(**fields, alora_invocation_tokens=[7, 8, 9]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.4)
+    model.save_pretrained(folder / "alora")
+    result = le.export_onnx(folder / "base", folder / "nodes.onnx", adapters=folder / "alora", lora="nodes")
+    assert result.proof is not None and result.proof.verdict.same
+    return folder
+
+
+def with_tokens(folder: Path, tokens: list[int] | None, to: Path) -> Path:
+    """The adapter with other invocation tokens."""
+    shutil.copytree(folder / "alora", to)
+    config = json.loads((to / "adapter_config.json").read_text()) | {"alora_invocation_tokens": tokens}
+    (to / "adapter_config.json").write_text(json.dumps(config))
+    return to
+
+
+def test_an_activated_lora_computes_what_peft_computes(activated: Path) -> None:
+    ids = np.random.default_rng(0).integers(10, 61, (4, 20))
+    ids[0, 3:6], ids[1, 2:5], ids[1, 11:14], ids[2, 5:7] = (7, 8, 9), (7, 8, 9), (7, 8, 9), (7, 8)
+    base = transformers.AutoModelForCausalLM.from_pretrained(activated / "base").eval()
+    before, model = copy.deepcopy(base), peft.PeftModel.from_pretrained(base, activated / "alora").eval()
+    with torch.no_grad():
+        expected, plain = (one(input_ids=torch.from_numpy(ids)).logits.numpy() for one in (model, before))
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    found = OnnxRunner(activated / "nodes.onnx", "cpu").run(inputs)["logits"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    changes = np.abs(found - plain).max(-1) > 1e-2
+    assert changes[:2].argmax(1).tolist() == [3, 11] and not changes[2:].any()
+
+
+@pytest.mark.parametrize("tokens", [None, [7, 8], [8, 9], [7, 8, 10]], ids=str)
+def test_a_graph_that_acts_on_other_tokens_is_different(activated: Path, tokens: list[int] | None, tmp_path) -> None:
+    other = with_tokens(activated, tokens, tmp_path / "other")
+    graph = le.export_onnx(activated / "base", tmp_path / "m.onnx", adapters=other, lora="nodes", verify=False).output
+    verdict = le.verify(graph, model=activated / "base", adapters=activated / "alora").verdict
+    assert verdict.outcome == "different"
+
+
+def test_a_graph_that_acts_from_the_first_occurrence_on_is_different(activated: Path, tmp_path: Path) -> None:
+    graph = onnx.load(activated / "nodes.onnx")
+    (last,) = (node for node in graph.graph.node if node.op_type == "Equal" and "CumSum" in node.input[0])
+    (some,) = (node for node in graph.graph.node if node.op_type == "Greater" and "Gather" in node.input[0])
+    last.op_type, last.input[1] = "Greater", some.input[1]
+    onnx.save(graph, tmp_path / "m.onnx")
+    verdict = le.verify(tmp_path / "m.onnx", model=activated / "base", adapters=activated / "alora").verdict
+    assert verdict.outcome == "different"
+
+
+def test_a_graph_needs_the_model_for_the_proof_of_an_activated_lora(activated: Path, tmp_path: Path) -> None:
+    base, adapter = activated / "base", activated / "alora"
+    plain = le.export_onnx(base, tmp_path / "base.onnx", verify=False).output
+    with pytest.raises(InputRefused, match="a graph alone cannot be the reference of an activated LoRA"):
+        le.export_onnx(plain, tmp_path / "m.onnx", adapters=adapter, lora="nodes")
+    result = le.export_onnx(plain, tmp_path / "m.onnx", adapters=adapter, lora="nodes", reference=base)
+    assert result.proof is not None and result.proof.verdict.same
+
+
+def test_an_activated_lora_is_refused_where_it_would_act_on_all_tokens(activated: Path, tmp_path: Path) -> None:
+    base, adapter, out = activated / "base", activated / "alora", tmp_path / "out"
+    other = with_tokens(activated, [5], tmp_path / "other")
+    read = le.inspect(adapter).adapter
+    assert read is not None and read.invocation_tokens == (7, 8, 9)
+    doors: list[Callable[[], object]] = [
+        *(functools.partial(le.export_onnx, base, out, adapters=one, lora="merged") for one in (adapter, read)),
+        *(functools.partial(le.export_onnx, base, out, adapters=one, lora="rows") for one in (adapter, read)),
+        *(functools.partial(le.merge, base, one, out) for one in (adapter, read)),
+        functools.partial(le.export_torchscript, base, out, adapters=adapter),
+        functools.partial(le.convert, adapter, out, to="mlx"),
+        functools.partial(le.combine, [adapter, adapter], out),
+        functools.partial(le.resize, adapter, out, rank=2),
+        functools.partial(le.verify, base, base=base, adapters=read),
+        functools.partial(le.load_adapter, adapter),
+    ]
+    for door in doors:
+        with pytest.raises(InputRefused, match=r"is an activated LoRA \(alora_invocation_tokens\)"):
+            door()
+    with pytest.raises(InputRefused, match="an activated LoRA needs whole texts"):
+        le.export_onnx(base, out, adapters=adapter, lora="nodes", with_cache=True)
+    with pytest.raises(InputRefused, match="acts on some tokens only"):
+        le.export_onnx(base, out, adapters=[adapter, other], lora="nodes", combination="svd")
+    assert not out.exists()

@@ -11,8 +11,9 @@ import peft
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lora_export as le
 from lora_export import formats
@@ -122,10 +123,91 @@ def test_peft_loads_what_is_converted(tmp_path: Path):
     assert len(changes) == 14 and isinstance(model, nn.Module)
 
 
+EXPERTS, EXPERT_INNER = 3, 4
+WITH_EXPERTS = CONFIG | {"model_type": "qwen3_moe", "num_experts": EXPERTS, "moe_intermediate_size": EXPERT_INNER}
+
+
+def experts(*sizes: int, rank: int = RANK, layers: int | None = LAYERS) -> dict[str, torch.Tensor]:
+    """A and B of the experts of all layers, as their grouped layers store them; of one layer without `layers`.
+
+    `sizes` are those of the experts' dimension, for A and B of linear_fc1 and of linear_fc2.
+    """
+    outer, prefix = ((LAYERS,), PREFIX) if layers else ((), f"{PREFIX}.0")
+    shapes = {"linear_fc1.adapter.linear_in": (rank, WIDTH), "linear_fc1.adapter.linear_out": (2 * EXPERT_INNER, rank)}
+    shapes |= {"linear_fc2.adapter.linear_in": (rank, EXPERT_INNER), "linear_fc2.adapter.linear_out": (WIDTH, rank)}
+    return {
+        f"{prefix}.mlp.experts.{name}.weight": integers(*outer, size, *shape)
+        for size, (name, shape) in zip(sizes, shapes.items(), strict=True)
+    }
+
+
+def changes_of_experts(state: dict[str, torch.Tensor], layer: int, scale: float = 3) -> dict[str, np.ndarray]:
+    found = {}
+    for expert in range(EXPERTS):
+        outputs = {}
+        for fc in ("linear_fc1", "linear_fc2"):
+            keys = [f"{PREFIX}.mlp.experts.{fc}.adapter.linear_{side}.weight" for side in ("in", "out")]
+            a, b = (state[key][layer] for key in keys)
+            outputs[fc] = scale * (b[expert % len(b)] @ a[expert % len(a)])
+        gate, up = outputs["linear_fc1"].chunk(2)
+        name = f"model.layers.{layer}.mlp.experts.{expert}"
+        found |= {f"{name}.gate_proj": gate, f"{name}.up_proj": up, f"{name}.down_proj": outputs["linear_fc2"]}
+    return {name: change.numpy() for name, change in found.items()}
+
+
+@pytest.mark.parametrize("sizes", [(EXPERTS,) * 4, (1, EXPERTS, EXPERTS, 1)], ids=["of each", "of all"])
+def test_experts_have_pairs_of_their_own(tmp_path: Path, sizes: tuple[int, ...]):
+    state = experts(*sizes)
+    path, reading = saved(tmp_path, state)
+    (tmp_path / "base/config.json").write_text(json.dumps(WITH_EXPERTS))
+    adapter = formats.load(path, options=reading)
+    changes = {name: value for layer in range(LAYERS) for name, value in changes_of_experts(state, layer).items()}
+    assert adapter.pairs.keys() == changes.keys() and len(changes) == LAYERS * EXPERTS * 3
+    for name, pair in adapter.pairs.items():
+        np.testing.assert_array_equal(pair.delta(), changes[name])
+
+
+def test_a_smaller_rank_of_experts_has_a_scale_of_its_own(tmp_path: Path):
+    state = experts(*(EXPERTS,) * 4, rank=1)
+    path, reading = saved(tmp_path, state, normalize_moe_lora=True)
+    (tmp_path / "base/config.json").write_text(json.dumps(WITH_EXPERTS))
+    pairs = formats.load(path, options=reading).pairs
+    for name, change in changes_of_experts(state, 1, scale=6).items():
+        np.testing.assert_array_equal(pairs[name].delta(), change)
+    path, reading = saved(tmp_path / "none", experts(*(EXPERTS,) * 4, rank=0), normalize_moe_lora=True)
+    (tmp_path / "none/base/config.json").write_text(json.dumps(WITH_EXPERTS))
+    with pytest.raises(InputRefused, match="do not have the rank 0"):
+        formats.load(path, options=reading)
+    path, reading = saved(tmp_path / "other", state)
+    (tmp_path / "other/base/config.json").write_text(json.dumps(WITH_EXPERTS))
+    with pytest.raises(InputRefused, match="do not have the rank 2"):
+        formats.load(path, options=reading)
+
+
+def test_merged_experts_are_those_of_the_formula(tmp_path: Path):
+    state = experts(*(EXPERTS,) * 4)
+    path, _ = saved(tmp_path, state)
+    config = {**WITH_EXPERTS, "num_hidden_layers": LAYERS, "num_experts_per_tok": 2, "vocab_size": 7}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).save_pretrained(tmp_path / "moe")
+    result = le.merge(tmp_path / "moe", path, tmp_path / "out", reading=ReadOptions(allow_pickle=True))
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "moe", result.output))
+    for layer in range(LAYERS):
+        for name, change in changes_of_experts(state, layer).items():
+            np.testing.assert_allclose(after[f"{name}.weight"] - before[f"{name}.weight"], change, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_another_number_of_experts_is_refused(tmp_path: Path, size: int):
+    path, reading = saved(tmp_path, experts(size, *(EXPERTS,) * 3))
+    (tmp_path / "base/config.json").write_text(json.dumps(WITH_EXPERTS))
+    with pytest.raises(InputRefused, match="are not those of 3 experts"):
+        formats.load(path, options=reading)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mlp.experts.linear_fc1": (RANK, WIDTH, INNER)}, "mlp.experts.linear_fc1.a: unknown kind of tensor"),
+        ({"mlp.experts.0.linear_fc1": (RANK, WIDTH, INNER)}, "mlp.experts.0.linear_fc1.a: unknown kind of tensor"),
         ({"mlp.linear_fc3": (RANK, WIDTH, INNER)}, "layers.0.mlp.linear_fc3: which layer of the base this is"),
         (
             {"mlp.linear_fc1": (RANK, WIDTH, INNER)},
@@ -160,7 +242,7 @@ def test_what_is_missing_is_named(tmp_path: Path):
     (tmp_path / "llama/config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "base/config.json").write_text(json.dumps(CONFIG | {"model_type": "gpt2"}))
     with pytest.raises(
-        InputRefused, match="of models of the type 'gpt2' is not known; known: llama, mistral, qwen2, qwen3"
+        InputRefused, match="of models of the type 'gpt2' is not known; known: llama, mistral, qwen2, qwen3, qwen3_moe"
     ):
         formats.load(
             path, options=ReadOptions(allow_pickle=True, lora_rank=2, lora_alpha=6, base_config=tmp_path / "base")

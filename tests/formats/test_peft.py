@@ -416,6 +416,11 @@ MAGNITUDES = "base_model.model.fc.lora_magnitude_vector"
             "one of lora_A and lora_B is an embedding",
         ),
         ({B_KEY: None, "base_model.model.fc.lora_embedding_B": [[1]]}, {}, "one of lora_A and lora_B is an embedding"),
+        (
+            {A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 1))},
+            {"alora_invocation_tokens": [1]},
+            "an activated LoRA (alora_invocation_tokens) acts on linear layers alone",
+        ),
     ],
 )
 @pytest.mark.fault(18)

@@ -73,7 +73,7 @@ def unclear_inputs(model: ir.Model, layers: Sequence[Site]) -> list[ir.Value]:
     unclear = [site for site in layers if not any(_enters(site, own) for own in paths)]
     inputs = [layer_input(site) for site in unclear if site.node.graph is model.graph]
     flattened = [value for own in paths for value in own.unclear] if unclear else []
-    values = dict.fromkeys([*(value for x in inputs for value in (x, _before_reshape(x))), *flattened])
+    values = dict.fromkeys([*(value for x in inputs for value in (x, value_before_reshape(x))), *flattened])
     return [value for value in values if value is not None and value.producer() is not None and not is_stored(value)]
 
 
@@ -162,7 +162,7 @@ def _batch_axis(site: Site, paths: TokenPaths) -> BatchAxis | str:
 def _axis_before_reshape(x: ir.Value, batch: str) -> BatchAxis | None:
     """The batch axis of rows that a Reshape made of several dimensions. None where it is not certain."""
     assert x.shape is not None
-    before, features = _before_reshape(x), x.shape[-1]
+    before, features = value_before_reshape(x), x.shape[-1]
     if len(x.shape) != 2 or before is None or before.shape is None or not isinstance(features, int):
         return None
     rows, columns = list(before.shape), 1
@@ -175,7 +175,7 @@ def _axis_before_reshape(x: ir.Value, batch: str) -> BatchAxis | None:
     return None if outer == inner == UNKNOWN else BatchAxis(2, 1, outer, inner)
 
 
-def _before_reshape(x: ir.Value) -> ir.Value | None:
+def value_before_reshape(x: ir.Value) -> ir.Value | None:
     """What a Reshape made this value of. None where there is no Reshape."""
     node = x.producer()
     while node is not None and node.op_type in ("Cast", "Identity") and node.inputs[0] is not None:

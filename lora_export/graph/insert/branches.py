@@ -52,8 +52,13 @@ class Rescaling(NamedTuple):
     path: str
 
 
-def low_rank_branch(factory: NodeFactory, site: Site, pairs: Pairs, outputs: range) -> BranchNodes:
-    """x·A·B for these outputs of the site's node. For an embedding, x·A are the rows that it looks up in A."""
+def low_rank_branch(
+    factory: NodeFactory, site: Site, pairs: Pairs, outputs: range, gate: ir.Value | None = None
+) -> BranchNodes:
+    """x·A·B for these outputs of the site's node. For an embedding, x·A are the rows that it looks up in A.
+
+    Of a linear layer, x·A is multiplied by `gate`, where there is one.
+    """
     nodes = NodeList(factory, pairs[0][0].path)
     a, b = concatenated(nodes, site, pairs)
     b = nodes.padded_to(site, b, outputs, 0.0)
@@ -69,7 +74,9 @@ def low_rank_branch(factory: NodeFactory, site: Site, pairs: Pairs, outputs: ran
         product = nodes.add("Conv", [down, b.value], result.shape)
     else:
         for_a, for_b = gemm_attributes(site.node)
-        product = nodes.product(nodes.product(x, a, for_a), b, for_b)
+        down = nodes.product(x, a, for_a)
+        down = down if gate is None else nodes.add("Mul", [down, gate], down.shape)
+        product = nodes.product(down, b, for_b)
     return BranchNodes(nodes.nodes, product, b.path)
 
 

@@ -27,6 +27,7 @@ from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage.npz import read_arrays
 from lora_export.verification.compare_outputs import before_first_token
 from lora_export.verification.inputs import REDRAWS, Inputs
+from lora_export.verification.inputs.invocations import with_invocations
 
 HALVES = frozenset({"float16", "bfloat16"})
 
@@ -108,6 +109,8 @@ def case_inputs(
         arrays = draw(model, candidate, sizes, seed + number + 1)
         cases[label] = _with_tokens(arrays, tokens, model.placeholders) if tokens.size else arrays
     cases |= {f"seed {further}": further_draw(model, candidate, further) for further in further_seeds}
+    invocations = dict.fromkeys(adapter.invocation_tokens for adapter in adapters if adapter.invocation_tokens)
+    cases = {name: with_invocations(arrays, list(invocations)) for name, arrays in cases.items()}
     if user_inputs is not None:
         cases[user_inputs.name] = _with_positions(_read_inputs(user_inputs, model), model, candidate)
     return cases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from lora_export.errors import InputRefused
@@ -39,6 +40,41 @@ def test_nodes_multiply_by_both_factors(name, others):
     label = ".default" if others else ""
     assert np.array_equal(stored(model, f"m.lokr_w1{label}.weight"), W1)
     assert np.array_equal(stored(model, f"m.lokr_w2{label}.weight"), W2.T / 2)
+
+
+CONVOLUTIONS = {  # attributes, the kernel, the sizes of an input's places
+    "one dimension": ("strides = [2], dilations = [2], pads = [1, 2]", (2,), (9,)),
+    "two dimensions": ("strides = [1, 2], pads = [1, 0, 0, 1]", (3, 2), (5, 6)),
+    "three dimensions, a kernel of 1": ("", (1, 1, 1), (2, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("flat", [False, True], ids=["a kernel in w2", "a matrix for the kernel"])
+def test_a_convolution_is_one_by_the_second_factor(name: str, flat: bool) -> None:
+    attributes, kernel, places = CONVOLUTIONS[name]
+    rng = np.random.default_rng(0)
+    w2 = rng.integers(-2, 3, (2, 3, *kernel)).astype(np.float32)
+    change = np.einsum("ab,cd...->acbd...", W1, w2).reshape(6, 6, *kernel) / 2
+    pair = KroneckerPair({"w1": W1, "w2": w2}, 0.5)
+    if flat:
+        pair = KroneckerPair({"w1": W1, "w2": w2.reshape(2, -1)}, 0.5).with_kernel(kernel)
+    weight = rng.integers(-2, 3, change.shape).astype(np.float32)
+    x = rng.integers(-2, 3, (2, 6, *places)).astype(np.float32)
+    expected, model = (_convolution(attributes, weight + other, len(places)) for other in (change, 0))
+    with_nodes(model, an_adapter({"m": pair}))
+    assert np.array_equal(run(model, x=x)["y"], run(expected, x=x)["y"])
+    assert stored(model, "m.lokr_w2.weight").shape == w2.shape and "m.lora_A.weight" not in model.graph.initializers
+
+
+def _convolution(attributes: str, weight: np.ndarray, places: int) -> ir.Model:
+    sizes, values = ",".join(map(str, weight.shape)), ",".join(map(str, weight.reshape(-1)))
+    outer = ",".join(f"P{number}" for number in range(places))
+    inner = ",".join(f"Q{number}" for number in range(places))
+    return a_graph(f"""
+        g (float[N,6,{outer}] x) => (float[N,6,{inner}] y)
+        <float[{sizes}] m.weight = {{{values}}}, float[6] m.bias = {{1,2,3,4,5,6}}>
+        {{ [n] y = Conv {f"<{attributes}>" if attributes else ""} (x, m.weight, m.bias) }}""")
 
 
 @pytest.mark.parametrize("strength", [1, -2, 0])
