@@ -180,7 +180,7 @@ def kill(*_: object) -> None:
 @pytest.mark.parametrize("in_store", [False, True])
 @pytest.mark.parametrize("is_foreign", [False, True])
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_after_a_kill_what_the_worker_published_is_the_fleets_own_and_nothing_else(
+def test_after_a_kill_what_was_published_is_own_and_nothing_else(
     kind: str, is_foreign: bool, in_store: bool, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
 ) -> None:
     step, name = PUBLISHED[kind]

@@ -7,6 +7,7 @@ every other audit needs some too, or is through with this tensor. What several n
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,7 +102,7 @@ class AuditInStep(Generic[_T]):
         self.error: BaseException | None = None  # which ends it
         self._reads: _SharedReads | None = None
         self._may_run, self._waits = threading.Semaphore(0), threading.Semaphore(0)
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True).start()
 
     def _run(self) -> None:
         self._may_run.acquire()
