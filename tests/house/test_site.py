@@ -35,7 +35,7 @@ def parts() -> Any:
     """The modules of `release/site`, by name."""
     sys.path.insert(0, str(SITE))
     try:
-        return {name: importlib.import_module(name) for name in ("pages", "links", "reference")}
+        return {name: importlib.import_module(name) for name in ("pages", "links", "reference", "published")}
     finally:
         sys.path.remove(str(SITE))
 
@@ -126,6 +126,12 @@ def test_a_link_that_leads_nowhere_is_found(html: str, problem: str, parts: Any,
         (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "site" / name).write_text(text)
     assert parts["links"].problems(tmp_path / "site") == ([f"index.html: {problem}"] if problem else [])
+
+
+def test_a_site_with_an_owner_has_no_placeholder(program: dict[str, Any], found: dict[str, Any], parts: Any) -> None:
+    pages, placeholder = list(found.values()), parts["published"].REPOSITORY
+    assert program["as_published"](pages, "") == pages and any(placeholder in page.text for page in pages)
+    assert [page.path for page in program["as_published"](pages, "acme") if placeholder in page.text] == []
 
 
 def test_versions_stand_beside_each_other(program: dict[str, Any], found: dict[str, Any], tmp_path: Path) -> None:
