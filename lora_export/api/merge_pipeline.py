@@ -19,6 +19,7 @@ from lora_export.plan.diffusion import components_of, of_component
 from lora_export.storage import input_files
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import read_manifest, write_manifest
+from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.merge import output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, refuse_no_change
@@ -146,10 +147,10 @@ def _write(request: MergeRequest, pipeline: Pipeline, merges: Sequence[ModelMerg
     progress = in_bytes(request.on_progress, "merging", sum(each.checkpoint.nbytes for each in merges))
     settings = request.combined.settings
     reports = {}
-    with request.backend() as backend, request.staged(size, is_file=False) as stage:
+    with request.staged(size, is_file=False) as stage:
         for each in merges:
             (stage / each.folder).mkdir()
-            merge = request.of_checkpoint(each.plan, each.checkpoint, backend, settings)
+            merge = request.of_checkpoint(each.plan, each.checkpoint, Backend(), settings)
             reports[each.folder] = alone(merge.into(stage / each.folder, progress=progress))
         report = _report_of_all(reports)
         refuse_no_change(report)

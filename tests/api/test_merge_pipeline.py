@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from dataclasses import replace
@@ -17,8 +16,6 @@ from lora_export.api.merge_pipeline import parts_by_model
 from lora_export.errors import InputRefused, MatchError, OutputFailed, WrongUsage
 from lora_export.options.reading import ReadOptions
 from lora_export.storage.manifest import damage
-from lora_export.weights import cuda
-from lora_export.weights.apply_step import Backend, apply_on_processor
 from lora_export.weights.pipeline import Pipeline
 from support.diffusion import adapter_file, arrays_of, clip_text_model, linear_shapes, random_pairs, unet
 from support.folder_contents import folder_contents
@@ -62,19 +59,6 @@ def adapter(tmp_path_factory) -> Path:
 def changed(folder: Path, base: Path, file: str) -> set[str]:
     new, old = load_file(folder / file), load_file(base / file)
     return {name for name in new if not np.array_equal(new[name], old[name])}
-
-
-def test_each_model_is_changed_where_device_states(pipeline, adapter, tmp_path, monkeypatch):
-    names = []
-
-    def apply(part):
-        names.append(part.name)
-        return apply_on_processor(part)
-
-    monkeypatch.setattr(cuda, "require_cuda", lambda: None)
-    monkeypatch.setattr(cuda, "cuda", lambda: contextlib.nullcontext(Backend(apply, device="a GPU")))
-    merge(pipeline, adapter, tmp_path / "out", device="cuda")
-    assert set(names) >= changed(tmp_path / "out", pipeline, UNET)
 
 
 def test_each_model_is_merged_as_diffusers_fuses_it(pipeline, adapter, tmp_path):
