@@ -26,7 +26,8 @@ def write_as_floats(base: GgufBase, folder: Path) -> None:
         if tensors:
             safetensors_file.write(folder / f"{number}.safetensors", tensors, {"format": "pt"})
         places |= dict.fromkeys(tensors, f"{number}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
 def _of_transformers(base: GgufBase, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
