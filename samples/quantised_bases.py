@@ -220,11 +220,12 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
         report = le.merge(own, trained.adapter, kept, **options).report
         assert report is not None and le.verify(kept, base=own, adapters=trained.adapter)
         shares[name] = accuracy(as_gguf_reads(kept, folder / "float", folder / f"{name} read"), rows, base)
-    layers = [layer for layer in report.layers if layer.is_kept]
+    every = [layer for layer in report.layers if layer.scheme != "F32"]  # without the head
+    layers = [layer for layer in every if layer.is_kept]
     found[name] = shares["Q4_K, floats"], shares[name], kept.stat().st_size / own.stat().st_size
     table.add_row(
         name,
-        f"{len(layers)} of {len(report.layers)}",
+        f"{len(layers)} of {len(every)}, the others wider",
         f"{min(layer.retention for layer in layers):.0%} to {max(layer.retention for layer in layers):.0%}",
         f"{found[name][2]:.2f} × the base's",
         *(f"{share:.1%}" for share in found[name][:2]),

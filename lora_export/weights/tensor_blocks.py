@@ -332,10 +332,10 @@ class _RowChange:
 
 
 # What is stored of some rows, in fp32, where something needs it; and the sums of outputs (`OutputResult`), where known
-Encoded = tuple[NDArray[np.float32] | None, NDArray[np.float64] | None]
+WrittenRows = tuple[NDArray[np.float32] | None, NDArray[np.float64] | None]
 # The packed bytes of some rows before, their sums in fp32, the bytes to fill, and whether the values are measured.
 # Raises InputRefused for sums beyond the scales.
-Encode = Callable[[Bytes, NDArray[np.float32], Bytes, bool], Encoded]
+Encode = Callable[[Bytes, NDArray[np.float32], Bytes, bool], WrittenRows]
 
 
 @dataclass(frozen=True, eq=False)

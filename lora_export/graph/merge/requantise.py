@@ -42,7 +42,7 @@ from lora_export.weights.merge_report import QuantisedLayer, Statistics, Statist
 from lora_export.weights.quantised import QuantisedTensor
 from lora_export.weights.quantised.packed_numbers import pack
 from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, worst_result
-from lora_export.weights.tensor_blocks import Encoded, EncodedTensor, OutputTensor, Patch, run_in_memory
+from lora_export.weights.tensor_blocks import EncodedTensor, OutputTensor, Patch, WrittenRows, run_in_memory
 
 PACKED_BYTE = DTYPES["U8"]
 WIDEST = 8  # the most that MatMulNBits has
@@ -158,7 +158,7 @@ def _encode(
     total: NDArray[np.float32],
     target: Bytes,
     measured: bool,
-) -> Encoded:
+) -> WrittenRows:
     """Store the integers of some rows (rows, in), in blocks of these, or their scales."""
     count, columns = total.shape
     padded = np.pad(total, [(0, 0), (0, -columns % block_size)]).reshape(count, -1, block_size)

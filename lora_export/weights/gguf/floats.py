@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_export.names.families import EXPERT
 from lora_export.storage import safetensors_file
+from lora_export.storage.json_files import write_json
 from lora_export.weights.gguf.base import GgufBase
 
 
@@ -26,7 +26,7 @@ def write_as_floats(base: GgufBase, folder: Path) -> None:
         if tensors:
             safetensors_file.write(folder / f"{number}.safetensors", tensors, {"format": "pt"})
         places |= dict.fromkeys(tensors, f"{number}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
 
 
 def _of_transformers(base: GgufBase, name: str) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -49,7 +49,7 @@ from lora_export.weights.merge_report import (
     refuse_below_rounding,
 )
 from lora_export.weights.quantised_layers import why_promoted
-from lora_export.weights.tensor_blocks import Encoded, EncodedTensor, OutputTensor, Patch
+from lora_export.weights.tensor_blocks import EncodedTensor, OutputTensor, Patch, WrittenRows
 
 FLOAT = np.dtype(np.float32)
 Q8_0, F16, F32 = BY_NAME["Q8_0"], BY_NAME["F16"], BY_NAME["F32"]
@@ -343,7 +343,7 @@ def _changed_blocks(
     yield from zip(blocks, tensor_blocks.blocks_to_measure(change.step, rows), strict=True)
 
 
-def _encode(stored: _Stored, source: Bytes, total: Floats, target: Bytes, measured: bool) -> Encoded:
+def _encode(stored: _Stored, source: Bytes, total: Floats, target: Bytes, measured: bool) -> WrittenRows:
     """Store sums as blocks. Raises InputRefused where a value is beyond what the type can hold."""
     name, own, kind = stored.tensor.name, stored.tensor.type, stored.type
     codec, values, before = codec_of(name, kind), total.reshape(-1, kind.elements), source.reshape(-1, own.nbytes)

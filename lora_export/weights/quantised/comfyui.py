@@ -27,7 +27,7 @@ from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import FLOAT8_KINDS, INT8_VALUES, Grid, PackedRows, StoredCodes
-from lora_export.weights.quantised.comfyui_groups import GROUP_FORMATS, weight_in_groups
+from lora_export.weights.quantised.comfyui_groups import FORMATS_IN_GROUPS, weight_in_groups
 from lora_export.weights.quantised.new_grid import ScaleRule
 from lora_export.weights.quantised.stored_parts import FLOAT_SCALES, Decode, QuantisedTensor, StoredParts
 
@@ -40,7 +40,7 @@ VALUES_OF_FORMATS = {**{name: values for name, (_, values) in FLOAT8_KINDS.items
 STORED_AS = {
     **{name: name for name in FLOAT8_KINDS},
     "int8_tensorwise": "int8",
-    **{name: one.dtype for name, one in GROUP_FORMATS.items()},
+    **{name: one.dtype for name, one in FORMATS_IN_GROUPS.items()},
 }
 MOST_STATED_BYTES = 1 << 16
 
@@ -91,7 +91,7 @@ def comfyui_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype: 
                 f"{entry.name} is {entry.dtype}, and the file states {kind} for it: lora-export reads "
                 f"{', '.join(STORED_AS)} of such files. Merge into the original float model"
             )
-        if kind in GROUP_FORMATS:
+        if kind in FORMATS_IN_GROUPS:
             others = tuple(_present(parts, module, entry.name))
             of_file = (f"{COMFYUI} {kind}", np.dtype(dtype), others)
             found[entry.name] = weight_in_groups(parts, entry, module, kind, *of_file)

@@ -22,11 +22,11 @@ from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.codes import FLOAT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.modelopt import SECOND_SCALE
 from lora_export.weights.quantised.new_grid import ScaleRule, to_floats8, to_larger_exponents
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, powers_of_two
 
-SCALE, SECOND_SCALE = "weight_scale", "weight_scale_2"
 TILE_ROWS, TILE_GROUPS, ROWS_BESIDE = 128, 4, 4
 
 
@@ -40,7 +40,7 @@ class GroupFormat(NamedTuple):
     values: NDArray[np.float32]  # of each code
 
 
-GROUP_FORMATS = {
+FORMATS_IN_GROUPS = {
     "nvfp4": GroupFormat("uint8", 4, 16, "float8_e4m3fn", FLOAT4_VALUES),
     "mxfp8": GroupFormat("float8_e4m3fn", 8, 32, "uint8", FLOAT8_VALUES),
 }
@@ -49,8 +49,8 @@ GROUP_FORMATS = {
 def weight_in_groups(
     parts: StoredParts, entry: Entry, module: str, kind: str, scheme: str, dtype: np.dtype[Any], others: Sequence[str]
 ) -> QuantisedTensor:
-    """A weight of a format of GROUP_FORMATS. Raises InputRefused for parts that do not fit."""
-    own, first, second = GROUP_FORMATS[kind], f"{module}.{SCALE}", f"{module}.{SECOND_SCALE}"
+    """A weight of a format of FORMATS_IN_GROUPS. Raises InputRefused for parts that do not fit."""
+    own, first, second = FORMATS_IN_GROUPS[kind], f"{module}.weight_scale", f"{module}.{SECOND_SCALE}"
     has_second = kind == "nvfp4"
     rows, columns = _shape(entry, own)
     groups = columns // own.columns
