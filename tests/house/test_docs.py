@@ -48,6 +48,8 @@ NEEDS = {
     "images": (),
     "genai": ("decoder", "pirate", "genai"),
     "quantised": ("base", "fr", "int4.onnx"),
+    "kept-quantised": (),
+    "gguf": (),
     "verdict": ("base", "adapter", "model.onnx", "merged"),
     "judged": (),
     "runners": ("base", "adapter", "fr", "model.onnx"),
