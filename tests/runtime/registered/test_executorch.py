@@ -119,7 +119,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return open_it
 
 
-def test_inputs_are_passed_in_the_order_of_the_record_or_of_the_model(opened: Any) -> None:
+def test_inputs_have_the_order_of_the_record_or_of_the_model(opened: Any) -> None:
     arrays = {"mask": np.ones((2, 3), np.int64), "ids": np.full((2, 3), 5), "types": np.zeros((2, 3), np.int64)}
     for names, record, expected in (
         (["ids", "mask", "types"], "", 51),
