@@ -23,7 +23,7 @@ from lora_export.options.spelling import named
 
 EXECUTORCH_EXTRA = "executorch"
 USUAL_BATCH = max(sizes["batch"] for sizes in CHECKED_SIZES)
-USUAL_SIZE = 128  # of other axes, where the traced size is no larger
+USUAL_GREATEST = 128  # of other axes, where the traced size is no larger
 
 
 def import_executorch() -> tuple[Any, Any]:
@@ -43,7 +43,7 @@ def planned_sizes(model: Model, stated: Mapping[str, int]) -> Sizes:
     for unknown in stated.keys() - symbols:
         known = ", ".join(symbols) or "none"
         raise InputRefused(f"{named('max_size', unknown)}: the model has no axis of this name. It has {known}")
-    usual = {symbol: max(USUAL_SIZE, model.traced_sizes[symbol]) for symbol in symbols} | {"batch": USUAL_BATCH}
+    usual = {symbol: max(USUAL_GREATEST, model.traced_sizes[symbol]) for symbol in symbols} | {"batch": USUAL_BATCH}
     sizes = {symbol: stated.get(symbol, usual[symbol]) for symbol in symbols}
     return {symbol: min(size, model.limits.get(symbol, (0, None))[1] or size) for symbol, size in sizes.items()}
 
