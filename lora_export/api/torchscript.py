@@ -118,7 +118,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         # A program has the sizes that it takes, and refuses others.
         model = references.model if kind is ArtifactKind.SCRIPT else replace(references.model, traced={})
         proof = prove_trace(model, prove_file if options.verify else None, record.update, on_message)
-        record["verdict"] = recorded_verdict(proof)
+        record["verdict"] = recorded_verdict(proof, "ExecuTorch" if kind is ArtifactKind.EXECUTORCH else "PyTorch")
         save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
     return TorchScriptResult(output, proof, tuple(notes))
 
