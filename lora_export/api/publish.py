@@ -36,8 +36,8 @@ def record_of_model(
     return record(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings, base_path=path)
 
 
-def recorded_verdict(proof: Proof | None) -> dict[str, Any]:
-    """The verdict as it is stored in the file itself. None: no proof was requested."""
+def recorded_verdict(proof: Proof | None, runtime: str = "PyTorch") -> dict[str, Any]:
+    """The verdict as it is stored in the file itself. None: no proof was requested. `runtime` ran what has no nodes."""
     if proof is None:
         return {"outcome": "not verified", "why": NO_PROOF}
     measured = [comparison.figures for comparison in proof.verdict.comparisons if comparison.figures]
@@ -48,7 +48,7 @@ def recorded_verdict(proof: Proof | None) -> dict[str, Any]:
     return {
         "outcome": str(proof.verdict.outcome),
         **against,
-        "provider": proof.placement.requested_provider if proof.placement else "PyTorch",
+        "provider": proof.placement.requested_provider if proof.placement else runtime,
         "error_relative_to_effect": max(relative, default=None),
         **({"largest_inputs": largest} if largest else {}),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},

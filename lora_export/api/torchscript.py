@@ -37,8 +37,8 @@ from lora_export.storage.store_path import place
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
 
-FORMATS = {"torchscript": ArtifactKind.SCRIPT, "pt2": ArtifactKind.PROGRAM, "pte": ArtifactKind.EXECUTORCH}
-SUFFIXES = {
+KIND_OF_FORMAT = {"torchscript": ArtifactKind.SCRIPT, "pt2": ArtifactKind.PROGRAM, "pte": ArtifactKind.EXECUTORCH}
+SUFFIXES_OF_KIND = {
     ArtifactKind.SCRIPT: (".pt", ".ts", ".pth"),
     ArtifactKind.PROGRAM: (".pt2",),
     ArtifactKind.EXECUTORCH: (".pte",),
@@ -80,10 +80,10 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     load.refuse_no_source(model)
     adapters = load.locate_adapters(options.adapters, on_message, options.download)
     kind = _kind(options)
-    options.check_usage(format=next(name for name, one in FORMATS.items() if one is kind))
+    options.check_usage(format=next(name for name, one in KIND_OF_FORMAT.items() if one is kind))
     if kind is ArtifactKind.EXECUTORCH:
         executorch.import_executorch()  # before anything that takes long
-    output, stage = with_suffix(options.output, *SUFFIXES[kind]), in_stages(options.on_progress)
+    output, stage = with_suffix(options.output, *SUFFIXES_OF_KIND[kind]), in_stages(options.on_progress)
     with load.no_adapter_as_model(model, adapters):
         loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
     sources = [*load.model_paths(model), *load.adapter_paths(adapters)]
@@ -116,7 +116,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         # A program has the sizes that it takes, and refuses others.
         model = references.model if kind is ArtifactKind.SCRIPT else replace(references.model, traced={})
         proof = prove_trace(model, prove_file if options.verify else None, record.update, on_message)
-        record["verdict"] = recorded_verdict(proof)
+        record["verdict"] = recorded_verdict(proof, "ExecuTorch" if kind is ArtifactKind.EXECUTORCH else "PyTorch")
         save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
     return TorchScriptResult(output, proof, tuple(notes))
 
@@ -124,7 +124,13 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
 def _kind(options: TorchScriptOptions) -> ArtifactKind:
     """What to write: TorchScript, where neither the format nor the suffix of the output names another kind."""
     claimed = artifact_kind(place(options.output))
-    return FORMATS[options.format] if options.format else claimed if claimed in SUFFIXES else ArtifactKind.SCRIPT
+    return (
+        KIND_OF_FORMAT[options.format]
+        if options.format
+        else claimed
+        if claimed in SUFFIXES_OF_KIND
+        else ArtifactKind.SCRIPT
+    )
 
 
 def _candidate(path: Path, base: Model, kind: ArtifactKind) -> Runner:

@@ -1,7 +1,7 @@
 """Lower a program of torch.export for ExecuTorch (.pte): for XNNPACK what it computes, else for ExecuTorch's kernels.
 
 The record of where the file comes from is an archive behind the program. ExecuTorch does not read it, so that the
-program stays as it was proven, and whoever reads the record needs no ExecuTorch.
+program stays as it was proven, and readers of the record need no ExecuTorch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lora_export.models.model import CHECKED_SIZES, Model, Sizes
 from lora_export.models.tracing import exporter_refusals, silence
 from lora_export.options.spelling import named
 
-EXTRA = "executorch"
-MAX_BATCH = max(sizes["batch"] for sizes in CHECKED_SIZES)
-MAX_SIZE = 128  # of other axes, where the traced size is no larger
+EXECUTORCH_EXTRA = "executorch"
+USUAL_BATCH = max(sizes["batch"] for sizes in CHECKED_SIZES)
+USUAL_GREATEST = 128  # of other axes, where the traced size is no larger
 
 
 def import_executorch() -> tuple[Any, Any]:
     """The compiler and the partitioner of XNNPACK. Raises EnvironmentLacking where ExecuTorch is not installed."""
     with silence():
         modules = ("executorch.exir", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
-        compiler, xnnpack = (optional_package(name, "a .pte file needs", EXTRA) for name in modules)
+        compiler, xnnpack = (optional_package(name, "a .pte file needs", EXECUTORCH_EXTRA) for name in modules)
     return compiler, xnnpack.XnnpackPartitioner
 
 
@@ -43,7 +43,7 @@ def planned_sizes(model: Model, stated: Mapping[str, int]) -> Sizes:
     for unknown in stated.keys() - symbols:
         known = ", ".join(symbols) or "none"
         raise InputRefused(f"{named('max_size', unknown)}: the model has no axis of this name. It has {known}")
-    usual = {symbol: max(MAX_SIZE, model.traced_sizes[symbol]) for symbol in symbols} | {"batch": MAX_BATCH}
+    usual = {symbol: max(USUAL_GREATEST, model.traced_sizes[symbol]) for symbol in symbols} | {"batch": USUAL_BATCH}
     sizes = {symbol: stated.get(symbol, usual[symbol]) for symbol in symbols}
     return {symbol: min(size, model.limits.get(symbol, (0, None))[1] or size) for symbol, size in sizes.items()}
 

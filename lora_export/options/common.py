@@ -59,7 +59,7 @@ RAY_ADDRESS = Option(
 )
 
 
-def size_of(text: str) -> int:
+def axis_size(text: str) -> int:
     """A size from 1 on. Raises ValueError for another text."""
     if not text.isdecimal() or not int(text):
         raise ValueError(text)

@@ -14,8 +14,8 @@ from lora_export.options.common import (
     ProviderName,
     Published,
     Running,
+    axis_size,
     modes,
-    size_of,
     written,
 )
 from lora_export.options.declaring import Only, Option, Options, Positional, Section, declares, means, option, table_of
@@ -197,7 +197,7 @@ class TorchScriptOptions(GivenAdapters, Published):
         "Greatest size of an axis, such as `sequence`, for which a .pte reserves memory. Default: 4 of `batch`, 128 of "
         "others. May be repeated.",
         metavar="AXIS=SIZE",
-        read=table_of("AXIS=SIZE, such as sequence=512", size_of),
+        read=table_of("AXIS=SIZE, such as sequence=512", axis_size),
         only=(Only("format", ("pte",), "other files take any size", words="an output that ends in .pte"),),
     )
     format: Literal["torchscript", "pt2", "pte"] | None = option(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSources, GivenAdapters
-from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running, size_of
+from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running, axis_size
 from lora_export.options.declaring import (
     Option,
     Options,
@@ -154,7 +154,7 @@ class Judging(Running):
         "An axis, such as `sequence`, that CANDIDATE has in one size on purpose. Without it, an axis that "
         "CANDIDATE fixes and MODEL does not makes the verdict `undecided`. May be repeated.",
         metavar="AXIS=SIZE",
-        read=table_of("AXIS=SIZE, such as sequence=128", size_of),
+        read=table_of("AXIS=SIZE, such as sequence=128", axis_size),
     )
 
 

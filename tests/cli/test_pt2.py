@@ -74,6 +74,6 @@ def test_a_program_cannot_be_exported_or_trained(
 def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "x.bin")
     code, _, error = run("verify", tmp_path / "x.bin", "--model", f"{FACTORIES}:worded")
-    assert code == 3 and ".onnx, .pt, .pt2, .safetensors or .xml file" in error
+    assert code == 3 and ".onnx, .pt, .pt2, .pte, .safetensors or .xml file" in error
     code, _, error = run("verify", tmp_path / "x.bin", "--model", tmp_path / "nothing")
     assert code == 3 and "or a .pt2 file" in error

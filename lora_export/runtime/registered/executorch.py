@@ -24,12 +24,12 @@ from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import to_numpy, to_tensor
 
-NAME = "executorch"
-CHILD = "lora_export.runtime.registered.executorch"
-METHOD = "forward"
+EXECUTORCH = "executorch"
+SERVING_CHILD = "lora_export.runtime.registered.executorch"
+FORWARD = "forward"
 # ExecuTorch's number of a dtype -> that of PyTorch
 _NUMBERED = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64
-DTYPES = {**dict(enumerate(_NUMBERED)), 11: torch.bool, 15: torch.bfloat16}
+NUMBERED_DTYPES = {**dict(enumerate(_NUMBERED)), 11: torch.bool, 15: torch.bfloat16}
 
 
 def open_executorch(candidate: Artifact, input_names: Sequence[str], timeout: float = TIMEOUT) -> RegisteredRunner:
@@ -39,35 +39,35 @@ def open_executorch(candidate: Artifact, input_names: Sequence[str], timeout: fl
     """
     path = candidate.path.absolute()
     memory = memory_for(path.stat().st_size)
-    process = IsolatedProcess.start(CHILD, path, memory, *input_names, memory=memory)
-    return RegisteredRunner(NAME, candidate, timeout=timeout, process=process)
+    process = IsolatedProcess.start(SERVING_CHILD, path, memory, *input_names, memory=memory)
+    return RegisteredRunner(EXECUTORCH, candidate, timeout=timeout, process=process)
 
 
 def main() -> None:
     """Serve a .pte file. The arguments are its path, the bytes of memory that it may take, and the inputs' names."""
     path, memory, *names = sys.argv[1:]
-    serve(NAME, lambda: ExecuTorchProgram(Path(path), names, int(memory)))
+    serve(EXECUTORCH, lambda: ExecuTorchProgram(Path(path), names, int(memory)))
 
 
 class ExecuTorchProgram:
     """The method `forward` of a .pte file. Called with inputs by name, it returns outputs in their order."""
 
     def __init__(self, path: Path, input_names: Sequence[str], memory: int):
-        runtime = optional_package("executorch.runtime", "a .pte file needs", NAME)
-        version = optional_package("executorch.version", "a .pte file needs", NAME).__version__
+        runtime = optional_package("executorch.runtime", "a .pte file needs", EXECUTORCH)
+        version = optional_package("executorch.version", "a .pte file needs", EXECUTORCH).__version__
         bound_child(memory)
         try:
             self._program = runtime.Runtime.get().load_program(path)
-            self._method = self._program.load_method(METHOD)
+            self._method = self._program.load_method(FORWARD)
         except KeyError as error:
-            raise InputRefused(f"{path} has no method {METHOD}") from error
+            raise InputRefused(f"{path} has no method {FORWARD}") from error
         except RuntimeError as error:
             raise InputRefused(
                 f"{path} is no .pte file that ExecuTorch {version} loads: {first_line(error)}"
             ) from error
         inputs = [self._method.metadata.input_tensor_meta(at) for at in range(self._method.metadata.num_inputs())]
         names = _names(path, input_names, len(inputs))
-        self._dtypes = {name: DTYPES.get(each.dtype()) for name, each in zip(names, inputs, strict=True)}
+        self._dtypes = {name: NUMBERED_DTYPES.get(each.dtype()) for name, each in zip(names, inputs, strict=True)}
         planned = {name: tuple(each.sizes()) for name, each in zip(names, inputs, strict=True)}
         varies = {name: self._takes_smaller(name, planned) for name in names}
         self.axes: Mapping[str, list[int | None]] = {
