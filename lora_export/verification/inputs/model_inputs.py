@@ -18,6 +18,7 @@ from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
 from lora_export.runtime.kv_cache import CacheRunner, graph_of
 from lora_export.runtime.onnx_runner import token_positions
+from lora_export.runtime.registered.executorch import EXECUTORCH
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.several_graphs import SeveralGraphs
@@ -193,17 +194,17 @@ def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
 
 
 def _limits(candidate: Runner, model: Model) -> Limits:
-    """The smallest and largest sizes that the candidate declares. The batch is excused for a runner by name alone, such
-    as ExecuTorch's, whose files have the memory of their largest inputs.
+    """The smallest and largest sizes that the candidate declares.
+
+    The batch is excused for ExecuTorch alone, whose files have the memory of their largest inputs.
     """
     limits: Limits = {}
     declared = candidate.limits if isinstance(candidate, ModuleRunner | RegisteredRunner) else {}
-    excuses_batch = isinstance(candidate, RegisteredRunner)
+    excuses_batch = isinstance(candidate, RegisteredRunner) and candidate.name == EXECUTORCH
     for name, axes in model.axes.items():
         for axis, symbol in axes.items():
             if (symbol != "batch" or excuses_batch) and axis < len(declared.get(name, ())):
-                low, high = declared[name][axis]
-                limits[symbol] = low, high
+                limits[symbol] = declared[name][axis]
     traced = candidate if isinstance(candidate, ScriptRunner | SeveralGraphs) else graph_of(candidate)
     limits |= {symbol: (0, size) for symbol, size in (traced.longest if traced else {}).items() if symbol != "batch"}
     return limits
