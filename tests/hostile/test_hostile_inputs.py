@@ -25,13 +25,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fuzz.targets import bounded, everything, run
+from fuzz.targets import bounded, run
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.models.load import load_model
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import npz
 from lora_export.training.records.opening import open_records, read_labelled_arrays
 from lora_export.weights.checkpoint import OTHER_WEIGHTS
+from support.folder_contents import folder_contents
 from support.handmade import Payload, base_file, peft_adapter, raw_tensor_file
 
 W = np.arange(6).reshape(2, 3)
@@ -70,7 +71,7 @@ def merged(place: Path) -> dict[str, bytes]:
     code, _, told = merge(place)
     assert code == 0, told
     assert load_file(place / "out/model.safetensors")["fc.weight"].tolist() == MERGED
-    return everything(place / "out")
+    return folder_contents(place / "out")
 
 
 # --- pickles and code ------------------------------------------------------------------------------
