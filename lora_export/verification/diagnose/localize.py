@@ -113,6 +113,8 @@ def _diagnose(case: DiagnosisCase, *, every: bool) -> Diagnosis:
             first = find_first_difference(case, traced, compared, values)
         if first is not None and not every:
             break
+    if not compared:
+        raise InputRefused("no module of the candidate gave values that PyTorch's could be compared with")
     errors = tuple(figures.layer for figures in compared.values())
     count = f"{len({call.weight for call in compared})} of {len(case.base_weights)} modules were compared"
     if first is None:

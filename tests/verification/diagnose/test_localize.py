@@ -47,6 +47,16 @@ def test_correct_graph_agrees_in_every_module(mode: str, tmp_path: Path) -> None
         assert layer.effect is not None and (layer.effect > 1e-5) == ("embeddings" not in layer.name)
 
 
+def test_a_candidate_without_comparable_values_is_not_said_to_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(localize, "compare_calls", lambda *_: {})
+    monkeypatch.setattr(localize, "find_first_difference", lambda *_: None)
+    result = proven(half_value(make("merged", tmp_path, the_adapter())), the_adapter())
+    assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
+    assert any("no module of the candidate gave values" in note for note in result.verdict.notes)
+
+
 def test_small_difference_is_blamed_on_no_module(tmp_path: Path) -> None:
     made = make("merged", tmp_path, the_adapter())
     made.put(made.factor("classifier.weight"), stored(made.graph, "classifier.weight") * (1 + 2.0**-16))
