@@ -20,8 +20,8 @@ def merge_into_gguf(request: MergeRequest) -> MergeResult:
     notes = request.report_notes(steps, [])
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
-    inputs, settings = calibration_inputs(request, steps, base)
     with request.staged(base.file.size) as folder:
+        inputs, settings = calibration_inputs(request, steps, base)
         report = merge_gguf(
             steps,
             base,

@@ -115,9 +115,7 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
     stored = _StoredPairs(file, keys, config, options)
     pairs = stored.pairs()
     rows = read_token_rows(file, keys[ROWS], config)
-    replaced, biases = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}, stored.biases(pairs)
-    for module in [module for module in biases if f"{module}.bias" in replaced]:  # `bias` and `lora_bias` of PEFT
-        replaced[f"{module}.bias"] = replaced[f"{module}.bias"].astype(np.float32) + biases.pop(module)
+    replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     tied = tied_heads(pairs, replaced, config)
     of_rank = "√r" if config.get("use_rslora") else "r"
     return Adapter(
@@ -125,7 +123,7 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
         format="peft",
         pairs=pairs,
         replaced=replaced,
-        biases=biases,
+        biases=stored.biases(pairs),
         token_rows=rows,
         layouts=layouts_of(file, pairs, config),
         experts=axes_of_experts(file, keys, config, pairs),

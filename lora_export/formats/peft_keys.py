@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,14 @@ def is_of_trainer(name: str, config: Mapping[str, Any]) -> bool:
     return any(config.get(field) and pattern.fullmatch(name) for field, pattern in OF_THE_TRAINER.items())
 
 
+def _copies_of_outer_modules(saved: re.Match[str]) -> Iterator[str]:
+    """The names that a saved tensor has in the copy of each module around it, where that is saved, too."""
+    parts = saved["module"].split(".")
+    for end in range(1, len(parts)):
+        outer, inner = ".".join(parts[:end]), ".".join(parts[end:])
+        yield f"{outer}.modules_to_save.{saved['adapter']}.{inner}{saved['rest']}"
+
+
 def _names_by_key(file: TensorSource, config: Mapping[str, Any], chosen: str) -> dict[str, str]:
     """The names in the file by their keys, without those of other adapters than the `chosen` one.
 
@@ -108,11 +116,11 @@ def _names_by_key(file: TensorSource, config: Mapping[str, Any], chosen: str) ->
         match = ROWS_KEY.fullmatch(name) or LOW_RANK_KEY.fullmatch(name)
         if match and not is_of_trainer(name, config):
             owners[key] = match["adapter"] or ""
-    adapters = set(owners.values())
+    adapters, present = set(owners.values()), set(names.values())
     for key, name in names.items():
         if (saved := SAVED_KEY.fullmatch(name)) and saved["adapter"] in adapters:
             owners[key], names[key] = saved["adapter"], saved["module"] + saved["rest"]
-        elif saved and f"{saved['module']}.original_module{saved['rest']}" in names.values():
+        elif saved and any(copy in present for copy in _copies_of_outer_modules(saved)):
             raise InputRefused(
                 f"{file.path}: {saved['module']} is saved inside of another saved module, and PEFT keeps two copies of "
                 "it. Train with a `modules_to_save` that names one of the two."

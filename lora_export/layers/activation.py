@@ -6,6 +6,7 @@ As in PEFT, whole rows of `input_ids` are searched, padding included. A row with
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -17,6 +18,7 @@ from lora_export.errors import InputRefused
 from lora_export.layers.torch_internals import pre_hooks
 
 _TEXTS = "input_ids"
+_PASTS = "cache", "past_key_values"  # transformers 5.24 and before
 # By invocation, of the run of this thread: bools (batch, tokens, 1).
 _ACTIVE: ContextVar[Mapping[tuple[int, ...], Tensor]] = ContextVar("_ACTIVE")
 
@@ -35,21 +37,36 @@ def active_tokens(ids: Tensor, invocation: Sequence[int]) -> Tensor:
 def find_active_tokens(module: nn.Module, invocations: Collection[tuple[int, ...]]) -> None:
     """Find the tokens of these invocations in the `input_ids` of every run of a module, from now on.
 
-    Raises InputRefused where the module takes none.
+    Raises InputRefused where the module takes none, or has fewer tokens than these name.
     """
     if _TEXTS not in inspect.signature(module.forward).parameters:
         raise InputRefused(
             f"an activated LoRA (alora_invocation_tokens) finds its tokens in `{_TEXTS}`, which {type(module).__name__}"
             " does not take"
         )
+    largest, table = max(itertools.chain(*invocations), default=-1), _table_of_tokens(module)
+    if isinstance(table, nn.Embedding) and largest >= table.num_embeddings:
+        raise InputRefused(
+            f"alora_invocation_tokens has the token {largest}, and the model has {table.num_embeddings} tokens: the "
+            "adapter is not of this model"
+        )
     module.register_forward_pre_hook(_Finder(tuple(invocations)), with_kwargs=True)
+
+
+def _table_of_tokens(module: Any) -> nn.Module | None:
+    try:
+        table: nn.Module = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no model of transformers, or one without tokens
+        return None
+    return table
 
 
 def forget_active_tokens(module: nn.Module) -> None:
     """Undo `find_active_tokens`."""
-    for hooks in pre_hooks(module):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _Finder)]:
-            del hooks[key]
+    hooks, *flags = pre_hooks(module)
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Finder)]:
+        for table in (hooks, *flags):
+            table.pop(key, None)
 
 
 class _Finder:
@@ -59,9 +76,13 @@ class _Finder:
         self.invocations = invocations
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments.get(_TEXTS)
+        arguments = kwargs | inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        given = arguments.get(_TEXTS)
         if given is None:
             raise InputRefused(f"an activated LoRA needs `{_TEXTS}`: it finds its invocation tokens there")
+        for name in _PASTS:
+            if (past := arguments.get(name)) is not None and past.get_seq_length():
+                raise InputRefused(f"an activated LoRA finds its tokens in whole texts: `{name}` has a part of them")
         _ACTIVE.set({invocation: active_tokens(given, invocation) for invocation in self.invocations})
 
 

@@ -307,6 +307,8 @@ def _of_wholes(matches: Sequence[Match]) -> Iterator[Misfit]:
         elif other.adapter != first or other.shift is not None:
             # A pair of the same adapter is no conflict: PEFT saves a table of embeddings with the pair that changes it.
             why = f"{first} replaces the whole {name}, and {other.adapter} adds to it. Merge only one of these adapters"
+            if other.adapter == first:
+                why = f"{first} replaces the whole {name}, and adds to it: `bias` and `lora_bias` of PEFT at once"
             yield Misfit(first, name, why)
 
 

@@ -146,3 +146,21 @@ def test_it_is_not_trained(tmp_path: Path) -> None:
     module, targets = a_model("llama")
     with pytest.raises(InputRefused, match="an activated LoRA is not trained here"):
         attached(module, trained(module, targets, tmp_path)[1], trainable=True)
+
+
+def test_a_token_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    module, targets = a_model("llama")
+    _, adapter = trained(module, targets, tmp_path, alora_invocation_tokens=[7, WORDS])
+    with pytest.raises(InputRefused, match=r"alora_invocation_tokens has the token 13, and the model has 13 tokens"):
+        attached(module, adapter)
+
+
+def test_a_part_of_a_text_is_refused_and_nothing_stays_behind(tmp_path: Path) -> None:
+    module, targets = a_model("llama")
+    _, adapter = trained(module, targets, tmp_path)
+    attached(module, adapter)
+    past = module(IDS[:, :6], use_cache=True).past_key_values
+    with pytest.raises(InputRefused, match=r"finds its tokens in whole texts: `\w+` has a part of them"):
+        module(IDS[:, 6:], past_key_values=past)
+    layers.detach(module)
+    assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs

@@ -76,3 +76,11 @@ def test_a_replaced_tensor_conflicts_with_a_change(changed):
     assert lines == [
         f"{changed}: two replaces the whole {changed}, and one adds to it. Merge only one of these adapters"
     ]
+
+
+def test_an_adapter_that_saves_a_bias_and_adds_to_it_is_refused():
+    ones = np.ones(2, np.float32)
+    both = holding("one", pairs={"fc": pair()}, biases={"fc": ones}, replaced={"fc.bias": ones})
+    assert misfits([both], [matrix("fc.weight"), vector("fc.bias")]) == [
+        "fc.bias: one replaces the whole fc.bias, and adds to it: `bias` and `lora_bias` of PEFT at once"
+    ]

@@ -76,7 +76,6 @@ LINEAR = {"*": "out_in"}
         {"r": 4, "lora_alpha": 8, "use_rslora": True},  # 8 / √4
         {"r": 2, "lora_alpha": 1, "rank_pattern": {"square": 8}, "alpha_pattern": {"square": 4}},
         {"r": 4, "lora_alpha": 4, "target_modules": ["up", "square"], "lora_bias": True},
-        {"r": 4, "lora_alpha": 8, "target_modules": ["up", "square"], "lora_bias": True, "bias": "lora_only"},
         {"r": 4, "lora_alpha": 4, "target_modules": ["square"], "bias": "all"},
         {"r": 4, "lora_alpha": 4, "target_modules": ["square"], "bias": "lora_only", "modules_to_save": ["down"]},
     ],

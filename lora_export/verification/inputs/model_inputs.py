@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,16 +103,18 @@ def case_inputs(
     """
     rows = [index for adapter in adapters for rows in adapter.token_rows.values() for index in rows.indices.tolist()]
     tokens = np.array(sorted(set(rows)) if model.is_huggingface else [], np.int64)
+    invocations = list(dict.fromkeys(adapter.invocation_tokens for adapter in adapters if adapter.invocation_tokens))
+    room = [{"sequence": 2 * max(map(len, invocations)) + 8}] if invocations else []
+    sized = dataclasses.replace(model, further=(*model.further, *room))
     cases = {}
-    for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))):
+    for number, sizes in enumerate(sized.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
         if sizes.get("sequence") == 1 and not _takes_one_token(model, sizes):
             continue
         arrays = draw(model, candidate, sizes, seed + number + 1)
         cases[label] = _with_tokens(arrays, tokens, model.placeholders) if tokens.size else arrays
     cases |= {f"seed {further}": further_draw(model, candidate, further) for further in further_seeds}
-    invocations = dict.fromkeys(adapter.invocation_tokens for adapter in adapters if adapter.invocation_tokens)
-    cases = {name: with_invocations(arrays, list(invocations)) for name, arrays in cases.items()}
+    cases = {name: with_invocations(arrays, invocations) for name, arrays in cases.items()}
     if user_inputs is not None:
         cases[user_inputs.name] = _with_positions(_read_inputs(user_inputs, model), model, candidate)
     return cases
