@@ -8,7 +8,7 @@ REPOSITORY = "OWNER/lora-export"  # how the documents of the repository name it
 # What is true in a clone alone -> what is published in its place
 FOR_A_CLONE = {
     "These commands run in a clone of the repository.\n": "",
-    "Install from a clone,\nwith Python 3.11 or newer:": "Install it\nwith Python 3.11 or newer. "
+    "Install from a clone, with Python 3.11 or newer:": "Install it with Python 3.11 or newer. "
     f"`make` needs a clone of [the repository](https://github.com/{REPOSITORY}):",
 }
 
