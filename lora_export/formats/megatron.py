@@ -132,14 +132,14 @@ class _MegatronModel:
                 f"not record. State the base: {named('base_config', 'FOLDER')}"
             )
         kind, known = config.get("model_type"), column("megatron")
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise InputRefused(
                 f"what Megatron-Bridge calls the layers of models of the type {kind!r} is not known; known: "
                 f"{', '.join(sorted(known))}"
             )
         heads = adapter_files.heads_in_config(config)
         adapter_scale(rank, alpha, {})  # refused before anything is read
-        return cls(str(kind), rank, alpha, heads, config, has_own_rank)
+        return cls(kind, rank, alpha, heads, config, has_own_rank)
 
     def _size(self, name: str) -> int:
         return adapter_files.positive_size("the base's config", name, self.config.get(name))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fuzz import comfyui_targets, gguf_targets, library_targets, targets
+from fuzz import comfyui_targets, gguf_targets, library_targets, megatron_targets, targets
 
-TARGETS = targets.TARGETS | library_targets.TARGETS | gguf_targets.TARGETS | comfyui_targets.TARGETS
-GOOD = targets.GOOD | library_targets.GOOD | gguf_targets.GOOD | comfyui_targets.GOOD
+_ALL = (targets, library_targets, gguf_targets, comfyui_targets, megatron_targets)
+TARGETS = {name: target for module in _ALL for name, target in module.TARGETS.items()}
+GOOD = {name: good for module in _ALL for name, good in module.GOOD.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from fuzz.every_target import GOOD
-from fuzz.targets import ADAPTER_TENSORS, GRAPH_TENSORS, KINDS
+from fuzz.megatron_targets import LAYER, LINES
+from fuzz.targets import ADAPTER_TENSORS, GRAPH_TENSORS, KINDS, TASK_LINES
 
 Text = SearchStrategy[str]
 
@@ -177,6 +179,40 @@ def peft_kinds() -> SearchStrategy[bytes]:
     )
 
 
+def with_tensors(
+    good: bytes, lines: list[bytes], odd: tuple[bytes, ...], shapes: tuple[bytes, ...]
+) -> SearchStrategy[bytes]:
+    """Configs of `good`, one a line, then lines of a key and a shape; an odd one wins over a good one of its key."""
+    configs = [near_json(one).map(lambda text: text.replace(b"\n", b" ")) for one in good.split(b"\n")[: -len(lines)]]
+    names = (*(line.rpartition(b" ")[0] for line in lines), *odd)
+    line = st.tuples(st.sampled_from(names), st.sampled_from(shapes)).map(b" ".join)
+    kept = st.integers(0, 2 * len(lines)).map(lambda number: lines[:number])
+    parts = st.tuples(st.tuples(*configs), kept, st.lists(line, max_size=2))
+    return parts.map(lambda three: b"\n".join(itertools.chain(*three)))
+
+
+def megatron_adapters() -> SearchStrategy[bytes]:
+    """Adapters of Megatron-Bridge, as `megatron_adapter` reads them: layers, experts and parts of others among them."""
+    layers = ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.experts.linear_fc2", "mlp.experts.0.linear_fc1", "x")
+    parts = ("adapter.linear_in", "adapter.linear_out", "adapter.adapter_q.linear_in", "adapter.adapter_up.linear_out")
+    outer = (LAYER, f"module.module.{LAYER}", "decoder.layers.", f"decoder.layers.{'9' * 40}.", "\x1b[2J", "")
+    odd = [f"{place}{layer}.{part}.weight".encode() for place in outer for layer in layers for part in parts]
+    shapes = (b"1,3", b"6,1", b"4,1", b"1,6,1", b"2,1,3", b"2,4,1", b"1,2,1,3", b"1,2,4,1", b"0,1,3", b"0", b"3", b"")
+    odd += [b"decoder.layers.0.mlp.adapter._extra_state", b"embedding.word_embeddings.weight"]
+    return with_tensors(GOOD["megatron_adapter"], [line.encode() for line in LINES], tuple(odd), shapes)
+
+
+def models_with_tasks() -> SearchStrategy[bytes]:
+    """Models with an adapter for each task, as `model_with_tasks` reads them: other stacks and parametrizations."""
+    ends = ("original", "original0", "0.lora_A", "0.lora_B", "0.magnitude", "1.lora_A", "0.lora_C")
+    odd = [
+        f"{module}.parametrizations.weight.{end}" for module in ("fc", "embed", "a.b", "\x1b[2J", "") for end in ends
+    ]
+    odd += ["fc.weight", "fc.parametrizations.bias.0.lora_A", "norm.weight"]
+    shapes = (b"2,3", b"1,3", b"2,1", b"2,1,3", b"2,2,1", b"1,1,3", b"3,2,1", b"2,1,1", b"0,1,3", b"2,1,1,3", b"0", b"")
+    return with_tensors(GOOD["model_with_tasks"], TASK_LINES, tuple(name.encode() for name in odd), shapes)
+
+
 def yaml_settings() -> SearchStrategy[bytes]:
     """litgpt's two files of settings, with odd values."""
     names = (
@@ -251,6 +287,8 @@ def inputs(target: str) -> SearchStrategy[bytes]:
         "litgpt_settings": yaml_settings(),
         "diffusion_file": diffusion_files(),
         "peft_kind": peft_kinds(),
+        "megatron_adapter": megatron_adapters(),
+        "model_with_tasks": models_with_tasks(),
         "external_data": records(),
         "quantised_fields": fields(),
         "examples_jsonl": json_lines(),

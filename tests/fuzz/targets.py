@@ -384,11 +384,10 @@ def shards(**replaced: bytes) -> bool:
 
 
 def model_with_tasks(data: bytes) -> bool:
-    """The config of a model with an adapter for each task, and the names of its tensors, one a line after that."""
-    config, *names = data.split(b"\n")
-    values = dict(zip((name.decode("utf-8", "replace") for name in names), (W, A[None], B[None]), strict=False))
+    """A model with an adapter for each task: its config in a line, then a key and a shape in each."""
+    config, *lines = data.decode("utf-8", "replace").split("\n")
     with a_place() as place:
-        write(place / "base", {"config.json": config, "model.safetensors": save(values)})
+        write(place / "base", {"config.json": config.encode(), "model.safetensors": save(tensors_of_shapes(lines))})
         command("inspect", place / "base")
         return merge_is_all_or_nothing(place, "--layout", "*=out_in", "--stored-adapter", "x", adapter="base")
 
@@ -858,6 +857,13 @@ TARGETS: dict[str, Target] = {
 }
 
 
+TASKS = {"lora_adaptations": ["x", "y"], "lora_rank": 1, "lora_alpha": 2}
+TASK_LINES = [
+    *(b"fc.parametrizations.weight." + part for part in (b"original 2,3", b"0.lora_A 2,1,3", b"0.lora_B 2,2,1")),
+    *(b"embed.parametrizations.weight." + part for part in (b"original 4,3", b"0.lora_A 2,4,1", b"0.lora_B 2,1,3")),
+]
+
+
 def npz(**arrays: object) -> bytes:
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
@@ -928,8 +934,7 @@ GOOD: dict[str, bytes] = {
     "pickled_adapter": pickle_of({"fc.lora_A": torch.from_numpy(A), "fc.lora_B": torch.from_numpy(B)}),
     "shard_metadata": good_shards()[".metadata"],
     "shard": good_shards()["__0_0.distcp"],
-    "model_with_tasks": b'{"lora_adaptations": ["x"], "lora_rank": 1, "lora_alpha": 2}\n'
-    + b"\n".join(b"fc.parametrizations.weight." + part for part in (b"original", b"0.lora_A", b"0.lora_B")),
+    "model_with_tasks": b"\n".join([as_json(TASKS), *TASK_LINES]),
     "keys_of_a_file": b"fc.lora_A\nfc.lora_B",
     "diffusion_file": b"\nlora_unet_fc.hada_w1_a 2,1\nlora_unet_fc.hada_w1_b 1,3\nlora_unet_fc.hada_w2_a 2,1\n"
     b"lora_unet_fc.hada_w2_b 1,3",

@@ -233,6 +233,27 @@ def megatron(folder: Path) -> FormatExample:
     return _example(folder, changes, reading=ReadOptions(**ALLOWED), config=config)
 
 
+def megatron_experts(folder: Path) -> FormatExample:
+    """Three experts of which gate and up share A and down shares B, with a rank of their own: alpha 6 by 1."""
+    shapes = {"fc1": ((1, 1, 1, IN), (1, 3, 8, 1)), "fc2": ((1, 3, 1, 4), (1, 1, IN, 1))}
+    pairs = {name: tuple(integers(*shape) for shape in both) for name, both in shapes.items()}
+    key = "decoder.layers.mlp.experts.linear_{}.adapter.linear_{}.weight"
+    sides = {
+        key.format(fc, side): each for fc, both in pairs.items() for side, each in zip(("in", "out"), both, strict=True)
+    }
+    save_whole(folder, {name: torch.from_numpy(each) for name, each in sides.items()})
+    run = {"dim": RANK, "alpha": 6, "normalize_moe_lora": True}
+    (folder / "run_config.yaml").write_text(yaml.safe_dump({"peft": run}))
+    changes = {}
+    for number in range(3):
+        into, down = (6 * b[0, number % b.shape[1]] @ a[0, number % a.shape[1]] for a, b in pairs.values())
+        for name, change in {"gate": into[:4], "up": into[4:], "down": down}.items():
+            changes[f"model.layers.0.mlp.experts.{number}.{name}_proj.weight"] = change
+    sizes = {"num_experts": 3, "moe_intermediate_size": 4}
+    config = LLAMA | sizes | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+    return _example(folder, changes, reading=ReadOptions(**ALLOWED), config=config)
+
+
 def in_a_model(folder: Path) -> FormatExample:
     """An adapter for each of three tasks, of which the second is read."""
     a, b = integers(3, RANK, IN), integers(3, OUT, RANK)
@@ -263,4 +284,5 @@ EXAMPLES: dict[str, Callable[[Path], FormatExample]] = {
     "torch.distributed.checkpoint, shards": in_shards,
     "a model with an adapter for each task": in_a_model,
     "Megatron-Bridge, q, k and v": megatron,
+    "Megatron-Bridge, experts": megatron_experts,
 }

@@ -68,6 +68,21 @@ def test_flattened_rows_are_the_tokens_of_all_texts() -> None:
     assert np.array_equal(found, 0.5 * expected(IDS, adapter).reshape(-1, 2))
 
 
+@pytest.mark.parametrize("first", ["m", "n"])
+def test_layers_of_both_dtypes_have_gates_of_their_own(first: str) -> None:
+    layers = {"m": "[m] y = MatMul(x, m.weight)", "n": "h = Cast <to = 10> (x) [n] z = MatMul(h, n.weight)"}
+    bits = ",".join(map(str, np.float16([1, 4, 2, 5, 3, 6]).view(np.uint16)))
+    body = " ".join(layers[name] for name in (first, *(layers.keys() - {first})))
+    model = a_graph(f"""
+        g (int64[batch,tokens] input_ids) => (float[batch,tokens,2] y, float16[batch,tokens,2] z)
+        <{TABLE}, {WEIGHT}, float16[3,2] n.weight = {{{bits}}}>
+        {{ x = Gather(words, input_ids) {body} }}""")
+    with_nodes(model, an_adapter({"m": PAIR, "n": PAIR}, invocation_tokens=(7, 8)))
+    found, wanted = run(model, input_ids=IDS), expected(IDS, activated(7, 8))
+    assert np.array_equal(found["y"], wanted) and np.array_equal(found["z"], wanted)
+    assert found["z"].dtype == np.float16
+
+
 def test_each_adapter_has_its_own_tokens_and_a_plain_one_all() -> None:
     other = LoraPair(a=[[0, 1, 1]], b=[[1], [-2]], scale=1.0)
     adapters = [activated(7, 8, name="a"), activated(0, name="b", pair=other)]
