@@ -39,6 +39,7 @@ from lora_export.storage.torch_pickle import PickledTensors
 
 DESCRIPTION = "a folder of torch.distributed.checkpoint with adapters of Megatron-Bridge (`adapter.linear_in.weight`)"
 RUN_CONFIG = "run_config.yaml"
+MAX_EXPERTS = 4096  # each gets a pair, also where one A or B is for all
 _OF_ADAPTER = ".adapter."
 _SIDES = {"in": "a", "out": "b"}
 _EXPERTS = "experts"
@@ -98,11 +99,12 @@ def _by_layer(found: PickledTensors) -> PickledTensors:
             arrays[key] = value  # refused by its name
             continue
         outer, rest = match["outer"], match["rest"].replace(f"{_OF_ADAPTER}adapter_", ".").replace(_OF_ADAPTER, ".")
+        rest = rest.replace(".experts.experts.", f".{_EXPERTS}.")  # Megatron-Core's name of a grouped layer in shards
         for side, own in _SIDES.items():
             rest = rest.replace(f".linear_{side}.weight", f".{own}")
         if match["layer"] is not None:
             arrays[f"{outer}{match['layer']}.{rest}"] = value
-        elif value.ndim == (4 if f".{_EXPERTS}." in rest else 3):
+        elif value.ndim == 3 or (value.ndim == 4 and f".{_EXPERTS}." in rest):
             arrays |= {f"{outer}{layer}.{rest}": each for layer, each in enumerate(value)}
         else:
             raise InputRefused(f"{found.path}: {key} is {value.shape}; one for each layer is needed")
@@ -147,7 +149,10 @@ class _MegatronModel:
     @property
     def _experts(self) -> int:
         """Their number, under the name of transformers 5 or 4."""
-        return self._size("num_local_experts" if "num_local_experts" in self.config else "num_experts")
+        name = "num_local_experts" if "num_local_experts" in self.config else "num_experts"
+        if (experts := self._size(name)) > MAX_EXPERTS:
+            raise InputRefused(f"the base's config: {name} is {experts}; at most {MAX_EXPERTS} are read")
+        return experts
 
     def pairs(self, module: str, tensors: adapter_files.Tensors) -> dict[str, LoraPair]:
         """The pairs of a layer of Megatron, under the names of Hugging Face's model."""
@@ -160,6 +165,11 @@ class _MegatronModel:
         if _EXPERTS not in rest:
             return self._layer(prefix, layers, part, tensors["a"], tensors["b"], self.rank)
         a, b, experts = tensors["a"], tensors["b"], self._experts
+        if a.ndim == 2 or b.ndim == 2:
+            raise InputRefused(
+                f"linear_in {a.shape} and linear_out {b.shape} are one adapter for all experts of a worker "
+                "(share_expert_adapters), which is not read"
+            )
         if (a.ndim, b.ndim) != (3, 3) or not {len(a), len(b)} <= {1, experts}:
             raise InputRefused(f"linear_in {a.shape} and linear_out {b.shape} are not those of {experts} experts")
         rank = a.shape[1] if self.has_own_rank else self.rank

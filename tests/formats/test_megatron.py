@@ -136,7 +136,7 @@ def experts(*sizes: int, rank: int = RANK, layers: int | None = LAYERS) -> dict[
     shapes = {"linear_fc1.adapter.linear_in": (rank, WIDTH), "linear_fc1.adapter.linear_out": (2 * EXPERT_INNER, rank)}
     shapes |= {"linear_fc2.adapter.linear_in": (rank, EXPERT_INNER), "linear_fc2.adapter.linear_out": (WIDTH, rank)}
     return {
-        f"{prefix}.mlp.experts.{name}.weight": integers(*outer, size, *shape)
+        f"{prefix}.mlp.experts.experts.{name}.weight": integers(*outer, size, *shape)
         for size, (name, shape) in zip(sizes, shapes.items(), strict=True)
     }
 
@@ -146,7 +146,7 @@ def changes_of_experts(state: dict[str, torch.Tensor], layer: int, scale: float 
     for expert in range(EXPERTS):
         outputs = {}
         for fc in ("linear_fc1", "linear_fc2"):
-            keys = [f"{PREFIX}.mlp.experts.{fc}.adapter.linear_{side}.weight" for side in ("in", "out")]
+            keys = [f"{PREFIX}.mlp.experts.experts.{fc}.adapter.linear_{side}.weight" for side in ("in", "out")]
             a, b = (state[key][layer] for key in keys)
             outputs[fc] = scale * (b[expert % len(b)] @ a[expert % len(a)])
         gate, up = outputs["linear_fc1"].chunk(2)
@@ -201,6 +201,20 @@ def test_another_number_of_experts_is_refused(tmp_path: Path, size: int):
     path, reading = saved(tmp_path, experts(size, *(EXPERTS,) * 3))
     (tmp_path / "base/config.json").write_text(json.dumps(WITH_EXPERTS))
     with pytest.raises(InputRefused, match="are not those of 3 experts"):
+        formats.load(path, options=reading)
+
+
+def test_one_adapter_for_all_experts_and_too_many_experts_are_refused(tmp_path: Path):
+    shared = {
+        f"{PREFIX}.mlp.experts.linear_fc2.adapter.linear_{side}.weight": integers(LAYERS, 2, 2)
+        for side in ("in", "out")
+    }
+    path, reading = saved(tmp_path, shared)
+    (tmp_path / "base/config.json").write_text(json.dumps(WITH_EXPERTS))
+    with pytest.raises(InputRefused, match=r"are one adapter for all experts of a worker \(share_expert_adapters\)"):
+        formats.load(path, options=reading)
+    (tmp_path / "base/config.json").write_text(json.dumps(WITH_EXPERTS | {"num_experts": 5000}))
+    with pytest.raises(InputRefused, match="num_experts is 5000; at most 4096 are read"):
         formats.load(path, options=reading)
 
 
