@@ -151,7 +151,7 @@ class _GgufFile:
 
     def __init__(self, adapter: Adapter, config: Mapping[str, Any], gguf: Any):
         kind = config.get("model_type")
-        if kind not in GGUF_ROWS:
+        if not isinstance(kind, str) or kind not in GGUF_ROWS:
             known = ", ".join(sorted(GGUF_ROWS))
             raise InputRefused(f"a GGUF adapter for models of the type {kind!r} is not supported; supported: {known}")
         layers = size_in_config(config, "num_hidden_layers")

@@ -120,11 +120,11 @@ class _TorchtuneModel:
         config = inner if isinstance(inner, Mapping) else config
         kind = config.get("model_type")
         rows = column("torchtune")
-        if kind not in rows:
+        if not isinstance(kind, str) or kind not in rows:
             known = ", ".join(sorted(rows))
             raise InputRefused(f"how torchtune converts models of the type {kind!r} is not known; known: {known}")
         names = FamilyNames.of(rows[kind], read_rows("families.json")["torchtune_modules"])
-        return cls(str(kind), scale, rank, adapter_files.heads_in_config(config), names)
+        return cls(kind, scale, rank, adapter_files.heads_in_config(config), names)
 
     def renamed(self, module: str) -> str:
         """The name in Hugging Face's model. Raises InputRefused for a layer whose name is not known."""

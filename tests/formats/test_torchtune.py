@@ -171,6 +171,9 @@ def test_the_base_is_needed_and_its_config_is_enough(tmp_path: Path) -> None:
     assert "how torchtune converts models of the type 'mllama' is not known; known: gemma," in refusal(
         saved(tmp_path / "three", tensors(), unknown)
     )
+    assert "models of the type [] is not known" in refusal(
+        saved(tmp_path / "list", tensors(), CONFIG | {"model_type": []})
+    )
     without = {key: value for key, value in CONFIG.items() if key != "hidden_size"}
     assert "the base's config: hidden_size is None; it must be a positive integer" in refusal(
         saved(tmp_path / "four", tensors(), without)
