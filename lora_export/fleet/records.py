@@ -18,7 +18,7 @@ from lora_export.api.load import model_paths
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
-from lora_export.fleet.steps import OF_THE_RUN, FleetJob
+from lora_export.fleet.steps import OF_THE_RUN, FleetJob, absolute
 from lora_export.options.fleet import keys_of
 from lora_export.storage import atomic_output, input_files, json_files
 from lora_export.storage.hashes import FAST, file_hash
@@ -70,7 +70,7 @@ class FleetRecords:
         record = self.read(job.id)
         if bad := [name for name, one in before.items() if one.outcome not in (*GOOD, JOB_NOT_DONE)]:
             return Standing("not run", f"after {bad[0]}: {before[bad[0]].outcome}", record)
-        is_open, own = any(one.outcome == JOB_NOT_DONE for one in before.values()), self.own(record)
+        is_open, own = any(one.outcome == JOB_NOT_DONE for one in before.values()), self.own(job, record)
         if (facts := None if is_open else self._facts(job, before.values())) is None:
             return Standing(JOB_NOT_DONE, record=record, own=own)
         written = record.get("written") or {}
@@ -78,12 +78,16 @@ class FleetRecords:
             return Standing(record["outcome"], str(record.get("message", "")), record, facts, own)
         return Standing(JOB_NOT_DONE, record=record, facts=facts, own=own)
 
-    def own(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What exists of the output of a record, by path, where each of it is what this fleet wrote; else nothing.
+    def own(self, job: FleetJob, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What exists of the output of a job, by path, where each of it is what this fleet wrote; else nothing.
 
-        Of a worker that died at the job, it may also be what that was about to publish.
+        Of a worker that died at the job, it may also be what that was about to publish. What the record has of
+        another `output` that the file named before is not the job's.
         """
         known = [record.get(key) or {} for key in (PUBLISHED, "written")]
+        names = {absolute(place(path)) for each in known for path in each}
+        if job.output is not None and names.isdisjoint(map(absolute, job.output_paths())):
+            return {}
         found = {path: self.identity_of(path) for path in {**known[0], **known[1]} if _exists(path)}
         is_own = all(self._is_known(one, [each[path] for each in known if path in each]) for path, one in found.items())
         return found if is_own else {}

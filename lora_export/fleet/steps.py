@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_export.options.adapters import ConvertOptions
@@ -13,6 +15,7 @@ from lora_export.options.export import OnnxOptions, TorchScriptOptions
 from lora_export.options.fleet import VERIFY_WEIGHTS, keys_of
 from lora_export.options.merge import MergeOptions
 from lora_export.options.verify import VerifyOptions
+from lora_export.storage.store_path import StorePath, place
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,13 @@ class FleetJob:
         """What it writes, as the file names it; None for a proof."""
         return self.values.get("output")
 
+    def output_paths(self) -> list[Path]:
+        """The paths that its output may have: as the file names it, and with a suffix that its command may add."""
+        if self.output is None:
+            return []
+        path = place(self.output)
+        return [path.with_name(path.name + suffix) for suffix in ("", *self.kind.endings)] if path.name else [path]
+
     def fixed(self) -> dict[str, Any]:
         """The fields that the fleet fills."""
         known = keys_of(self.kind.record)
@@ -115,3 +125,8 @@ class FleetJob:
         read = {key for key in self.values if known[key][1].kind in PATHS and known[key][1].name not in WRITTEN}
         values = {key: value for key, value in self.values.items() if key in read}
         return {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+
+
+def absolute(path: Path) -> Path:
+    """A path by which names of one output are compared. Its last part is not followed."""
+    return path if isinstance(path, StorePath) else Path(os.path.realpath(path.parent), path.name)

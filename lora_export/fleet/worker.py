@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import OutputFailed
 from lora_export.fleet.records import PUBLISHED, STARTED, FleetRecords
-from lora_export.fleet.steps import FleetJob
+from lora_export.fleet.steps import FleetJob, absolute
 from lora_export.storage.manifest import MANIFEST
 from lora_export.storage.publication import watched
 from lora_export.storage.store_path import StorePath, place
@@ -104,7 +104,7 @@ def _started(request: JobRequest, records: FleetRecords, attempt: str) -> JobReq
 def _own(request: JobRequest, records: FleetRecords) -> dict[str, Any]:
     """What a record has of an output that is there and that no job has made again."""
     last = records.read(request.job.id)
-    own = records.own(last)
+    own = records.own(request.job, last)
     return {"written": own, **({"output": last["output"]} if own and "output" in last else {})}
 
 
@@ -116,8 +116,8 @@ def _record_published(
     Raises OutputFailed, which prevents it, where another worker has the job.
     """
     for request in requests:
-        names = {} if request.job.output is None else {_absolute(name): name for name in _names_of(request.job)}
-        goal = next((names[path] for path in map(_absolute, contents) if path in names), None)
+        names = {absolute(path): path for path in request.job.output_paths()}
+        goal = next((names[path] for path in map(absolute, contents) if path in names), None)
         if goal is None:  # a report, or a graph that other jobs of this run share
             continue
         record = records.read(request.job.id)
@@ -125,10 +125,6 @@ def _record_published(
             raise OutputFailed(f"{goal}: this worker was taken for dead, and another one has the job")
         found = {str(goal.with_name(path.name)): records.identity_of(each) or {} for path, each in contents.items()}
         records.write(request.job.id, {**record, PUBLISHED: found})
-
-
-def _absolute(path: Path) -> Path:
-    return path if isinstance(path, StorePath) else Path(os.path.realpath(path.parent), path.name)
 
 
 def _results(requests: Sequence[JobRequest], notes: Sequence[list[str]]) -> list[Any]:
@@ -208,16 +204,8 @@ def _as_written(value: Any, made: Mapping[str, str]) -> Any:
 
 def output_exists(job: FleetJob) -> bool:
     """Whether something has the name of a job's output, or this name with a suffix that its command may add."""
-    return any(each.exists() if isinstance(each, StorePath) else os.path.lexists(each) for each in _names_of(job))
-
-
-def _names_of(job: FleetJob) -> list[Path]:
-    """The names that the output of a job may have."""
-    assert job.output is not None
-    path = place(job.output)
-    if isinstance(path, StorePath):
-        path.newly()
-    return [path.with_name(path.name + suffix) for suffix in ("", *job.kind.endings)]
+    paths = job.output_paths()
+    return any(each.newly().exists() if isinstance(each, StorePath) else os.path.lexists(each) for each in paths)
 
 
 def _removed_from_store(request: JobRequest) -> bool:

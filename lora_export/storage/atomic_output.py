@@ -154,8 +154,8 @@ def _stage(
                 if sign_files is not None:
                     sign_files(stage, stage / (SIGNATURE if is_folder else f"{target.name}{SUFFIX}"))
                 _flush(stage)
+                announce({target: stage} if is_folder else staged_files(stage, target.parent))  # may read all of it
                 to_the_end.enter_context(deferred_signals())
-                announce({target: stage} if is_folder else staged_files(stage, target.parent))
                 _refuse_taken(target, overwrite=overwrite)  # again: another process may have created it meanwhile
                 if is_folder:
                     _refuse_foreign_files(target)

@@ -230,6 +230,7 @@ def staged_in_store(
             if not streamed:
                 _upload(stage, begun, overwrite=overwrite)
             with deferred_signals():
+                begun.refuse_overdue()
                 target.bucket.release(manifest, replaces=begun.is_resumed)
                 begun.end()
     except BaseException as error:

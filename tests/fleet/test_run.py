@@ -169,6 +169,39 @@ TO_KOHYA = '[[steps]]\nstep = "convert"\nto = "kohya"\noutput = "release/{adapte
 PUBLISHED = {"folder": (MERGE, "de/lora_export.json"), "file": (TO_KOHYA, "de.safetensors")}
 
 
+MOVES = {"on the disk": (False, False), "in a store": (True, True), "from a store": (True, False)}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+@pytest.mark.parametrize("move", MOVES)
+def test_under_another_output_the_former_one_stays_and_nothing_is_own(
+    move: str, kind: str, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+) -> None:
+    def use(folder: str, in_store: bool) -> None:
+        (place / "fleet.toml").write_text(BASES + step.replace("release", str(stored / folder) if in_store else folder))
+
+    def outputs(folder: str) -> dict[str, bytes]:
+        on_disk = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
+        return {name: path.read_bytes() for name, path in on_disk.items()} or stored.files(folder)
+
+    (step, name), (before, after) = PUBLISHED[kind], MOVES[move]
+    use("first", before)
+    run_here(monkeypatch)
+    former = outputs("first")
+    if after:
+        stored.put(f"second/{name}", b"mine")
+    else:
+        (path := place / "second" / name).parent.mkdir(parents=True)
+        path.write_bytes(b"mine")
+    use("second", after)
+    (problem,) = le.run_fleet("plan", "fleet.toml").problems
+    assert problem.adapter == "de" and "exists, and this fleet did not write it" in problem.text
+    status, ran = run_here(monkeypatch)
+    assert len(ran) == 2 and [job.outcome for job in status.jobs] == ["failed", "done"]
+    assert "exists already" in status.jobs[0].message and outputs("second")[name] == b"mine"
+    assert outputs("first") == former and name in former
+
+
 class KilledBeforeRecordError(BaseException):
     """The end of a worker between an output and its record."""
 

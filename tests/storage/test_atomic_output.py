@@ -18,6 +18,7 @@ import pytest
 from lora_export.errors import OutputFailed
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import MANIFEST, write_manifest
+from lora_export.storage.publication import watched
 
 
 def write_folder(target: Path, content: str = "new", **options: object) -> None:
@@ -592,6 +593,14 @@ def test_the_next_run_reports_and_removes_what_sigkill_left(tmp_path, name):
     write_folder(tmp_path / name, on_message=messages.append)
     assert messages == [f"removed {stage}, which a run that was killed had left behind"]
     assert names(tmp_path) == {name}
+
+
+@WRITERS
+def test_ctrl_c_while_an_output_is_announced_leaves_nothing(tmp_path, write):
+    """A fleet reads the whole output then."""
+    with pytest.raises(KeyboardInterrupt), watched(lambda _: signal.raise_signal(signal.SIGINT)):
+        write(tmp_path / "out")
+    assert names(tmp_path) == set()
 
 
 @pytest.mark.fault(28)

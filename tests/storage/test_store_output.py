@@ -171,6 +171,25 @@ def test_a_run_that_slept_changes_nothing(stored: Stored, monkeypatch: pytest.Mo
     assert stored.get("out/m/b") == b"of the other"
 
 
+def test_a_run_that_slept_after_its_last_upload_puts_no_manifest(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = Bucket.upload
+
+    def sleep_after(bucket: Bucket, key: str, path: Any) -> None:
+        upload(bucket, key, path)
+        if key == "out/m/sub/a":
+            awake = time.time() + store_output.TRUSTED
+            monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+            stored.put(MARK, begun(process=1, host="elsewhere"))
+
+    monkeypatch.setattr(Bucket, "upload", sleep_after)
+    refused = pytest.raises(OutputFailed, match="another run is writing")
+    with refused, stage_folder(stored / "out/m", inputs=[], streamed=False) as stage:
+        fill(stage)
+    assert stored.objects().keys() == {MARK, "out/m/b", "out/m/sub/a"}
+
+
 def test_a_run_that_slept_removes_nothing_of_the_next_one(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     files = ["out/m/b", f"out/m/{MANIFEST}", "out/m/sub/a"]
     with (
