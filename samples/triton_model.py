@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 import lora_export as le
-from lora_export.errors import InputRefused
 
 ADAPTER = "adapter"  # the input with the adapter's name of each row; "" is the model itself
 TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(int32)": "TYPE_INT32", "tensor(float)": "TYPE_FP32"}
@@ -44,28 +43,32 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         import triton_python_backend_utils as triton  # the server has it, and no other place
 
-        def read(request: Any, name: str) -> Any:
-            return triton.get_input_tensor_by_name(request, name).as_numpy()
+        try:
+            answers = self.answered(requests)
+            return [triton.InferenceResponse([triton.Tensor(*row) for row in rows.items()]) for rows in answers]
+        except Exception as error:  # noqa: BLE001  one request can cause it: then each runs by itself, and that one fails alone
+            if len(requests) == 1:
+                return [triton.InferenceResponse(error=triton.TritonError(str(error)))]
+            return [answer for request in requests for answer in self.execute([request])]
 
-        answers: dict[int, Any] = {}
-        adapters: dict[int, list[str | None]] = {}
-        for number, request in enumerate(requests):
-            try:  # an adapter that is refused fails here, and no other request
-                names = [name.decode() or None for name in read(request, ADAPTER)[:, 0]]
-                for name in filter(None, names):
-                    self.slots.prefetch(name).result()
-                adapters[number] = names
-            except InputRefused as error:
-                answers[number] = triton.InferenceResponse(error=triton.TritonError(str(error)))
-        if adapters:
-            feeds = {name: in_one([read(requests[number], name) for number in adapters]) for name in own(self.slots)}
-            results = self.slots.run(feeds, [name for names in adapters.values() for name in names])
-            first = 0
-            for number, names in adapters.items():
-                rows = {name: value[first : first + len(names)] for name, value in results.items()}
-                answers[number] = triton.InferenceResponse([triton.Tensor(*row) for row in rows.items()])
-                first += len(names)
-        return [answers[number] for number in range(len(requests))]
+    def answered(self, requests: list[Any]) -> list[dict[str, Any]]:
+        """The outputs of each request, computed together."""
+        import triton_python_backend_utils as triton
+
+        def read(name: str) -> list[Any]:
+            return [triton.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
+
+        adapters = [[name.decode() or None for name in array[:, 0]] for array in read(ADAPTER)]
+        inputs = {name: read(name) for name in own(self.slots)}
+        for names, *arrays in zip(adapters, *inputs.values(), strict=True):
+            shapes = {array.shape for array in arrays}  # padded, another shape would not be seen
+            if len(shapes) > 1 or any(len(shape) != 2 or shape[0] != len(names) for shape in shapes):
+                raise ValueError(f"the inputs are no [{len(names)}, tokens]: {shapes}")
+        feeds = {name: in_one(arrays) for name, arrays in inputs.items()}
+        results = self.slots.run(feeds, [name for names in adapters for name in names])
+        ends = np.cumsum([len(names) for names in adapters])[:-1]
+        parts = {name: np.split(value, ends) for name, value in results.items()}
+        return [{name: parts[name][number] for name in parts} for number in range(len(requests))]
 
 
 def own(slots: le.AdapterSlots) -> dict[str, Any]:

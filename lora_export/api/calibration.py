@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +15,8 @@ from lora_export.extras import pip_install
 from lora_export.isolation.limits import MAX_ROW
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
+from lora_export.storage.atomic_output import refuse_lack_of_space
+from lora_export.storage.gguf_blocks import FLAT
 from lora_export.storage.input_files import read_text
 from lora_export.storage.npz import read_arrays
 from lora_export.storage.store_copy import on_disk
@@ -31,7 +34,7 @@ def calibrate(plan: Plan, base: Checkpoint | GgufBase, path: Path, on_message: O
 
     `base` has its quantised weights as floats. The merged model is one of floats, in a temporary folder. Raises
     InputRefused where there is no model to run, and for a file without inputs; EnvironmentLacking without PyTorch, and
-    for a GGUF file without what transformers needs to read it.
+    for a GGUF file without what transformers needs to read it; OutputFailed where the temporary folder lacks space.
     """
     option = named("calibration", path)
     if isinstance(base, Checkpoint) and not (base.is_folder and base.config):
@@ -66,11 +69,22 @@ def _merged_as_folder(plan: Plan, base: GgufBase, folder: Path, with_tokenizer: 
     from lora_export.models.gguf_files import save_config
 
     merged, output = folder / "merged.gguf", folder / "model"
+    refuse_lack_of_space(folder, _bytes_at_once(plan, base))
     merge_gguf(plan, base, merged, min_retention=0, types={"*": "F32"})
     output.mkdir()
     save_config(merged, output, base.names.class_name, with_tokenizer=with_tokenizer)
     write_as_floats(open_base(merged), output)
+    merged.unlink()
     return output
+
+
+def _bytes_at_once(plan: Plan, base: GgufBase) -> int:
+    """The size of the merge in which what changes is fp32, and of its copy in which no weight is in blocks."""
+    changed = {step.spec.stored_name for step in plan.steps}
+    in_fp32 = {name: 4 * math.prod(tensor.shape) for name, tensor in base.tensors.items()}
+    flat = {name: tensor.stop - tensor.start for name, tensor in base.tensors.items() if tensor.type in FLAT}
+    merged = base.file.path.stat().st_size + sum(in_fp32[name] for name in changed)
+    return merged + sum(size if name in changed else flat.get(name, size) for name, size in in_fp32.items())
 
 
 def _texts(path: Path, on_message: OnMessage) -> list[str]:

@@ -30,6 +30,7 @@ TIMES_PYTORCH = _limit("the same, where it is more", 30, "times PyTorch's run of
 TIMEOUT = _limit("a run where PyTorch is not timed: a large model, own inputs, bfloat16, a graph alone", 600, "seconds")
 MAX_CODE = _limit("one record of code in a TorchScript file", 64 * MIB, "bytes")
 MAX_ANSWER = _limit("the names and shapes of what a process of its own answers", 64 * MIB, "bytes")
+MAX_LEAST = _limit("the least size of an axis that a runner states", 1 << 24, "elements")  # such inputs are generated
 
 # --- Endpoints ---
 

@@ -278,10 +278,12 @@ class AdapterSlots:
         return found.st_ino, found.st_mtime_ns, found.st_size
 
     def _path(self, name: str) -> Path:
-        path = self._path_of(name) if name and not {"/", "\\", "\0"}.intersection(name) else None
-        if path is None or not path.is_file():
-            raise InputRefused(f"there is no adapter {name!r}: no file {name}{onnx_adapter.SUFFIX}")
-        return path
+        if name and not {"/", "\\", "\0"}.intersection(name):
+            with contextlib.suppress(OSError):  # as of a name that is too long
+                path = self._path_of(name)
+                if path.is_file():
+                    return path
+        raise InputRefused(f"there is no adapter {name!r}: no file {name}{onnx_adapter.SUFFIX}")
 
     def _read(self, name: str) -> _File:
         """The values of an adapter's file. Raises InputRefused where it does not fit the graph."""

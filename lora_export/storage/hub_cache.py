@@ -7,18 +7,20 @@ a branch is `%2F` there, as in huggingface_hub; those of `refs/pr/1` may stay.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, one_line
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
+from lora_export.storage.atomic_output import LONGEST_NAME
 from lora_export.storage.store_path import is_hub_address, newly_opened
 
 # The files that are downloaded, without which a snapshot is not complete. Pickles and Python files can run code, and
@@ -188,13 +190,16 @@ def _at_address(text: str, on_message: Callable[[str], None]) -> Path:
 
 
 def _refuse_part(found: Path, shown: str, below: str) -> None:
-    """Raise EnvironmentLacking for what the cache has a part of, where the rest may not be downloaded."""
+    """Raise EnvironmentLacking for what the cache has a part of, where the rest may not be downloaded.
+
+    Raises InputRefused for an index that names other files than those below its folder.
+    """
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
         return
     indexes = [path for path in found.rglob("*.safetensors.index.json") if path.is_file()]
-    named = {index.parent / str(name) for index in indexes for name in _shards_of(index)}
+    named = {index.parent / name for index in indexes for name in _shards_of(index)}
     lacking = sorted(one_line(path.relative_to(found).as_posix()) for path in named if not path.is_file())
     if not found.exists():
         lacking = [one_line(below)]
@@ -206,9 +211,22 @@ def _refuse_part(found: Path, shown: str, below: str) -> None:
         )
 
 
-def _shards_of(index: Path) -> Iterable[Any]:
+def _shards_of(index: Path) -> Iterable[str]:
     weight_map = json_files.read_json(index).get("weight_map")
-    return weight_map.values() if isinstance(weight_map, dict) else ()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    strange = [name for name in names if not isinstance(name, str) or not _is_below(name)]
+    if strange:
+        raise InputRefused(f"{index} may only name files below its folder, and names {ascii(strange[0])[:80]}")
+    return names
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name in an index is a relative path that a file can have."""
+    parts = PurePosixPath(name).parts
+    with contextlib.suppress(UnicodeEncodeError):
+        fits = len(os.fsencode(name)) <= LONGEST_NAME and "\0" not in name
+        return fits and bool(parts) and parts[0] != "/" and ".." not in parts
+    return False
 
 
 def hub_name(path: Path) -> str | None:

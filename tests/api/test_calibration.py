@@ -14,8 +14,14 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 import lora_export
+from lora_export.api import calibration
 from lora_export.artifacts.artifact import open_artifact
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused, OutputFailed, WrongUsage
+from lora_export.models import load
+from lora_export.models.load import load_model
+from lora_export.storage.atomic_output import refuse_lack_of_space
+from lora_export.weights.gguf.base import GgufBase
+from lora_export.weights.gguf.floats import write_as_floats
 from support.cli import answer, call
 from support.folder_contents import folder_contents
 from support.gguf_files import Kind, llama, runnable, with_words, write_llama
@@ -80,8 +86,8 @@ def test_what_calibrates_may_be_in_a_store(folder: Path, tmp_path: Path, stored:
     np.savez(tmp_path / "arrays.npz", input_ids=np.random.default_rng(0).integers(3, 9, (40, 12)))
     stored.put(kind, (tmp_path / kind).read_bytes())
     options: dict[str, Any] = {"weights": [WEIGHT], "min_retention": 0.0}
-    for out, calibration in (("disk", tmp_path / kind), ("store", str(stored / kind))):
-        lora_export.merge(folder / "base", folder / "adapter", tmp_path / out, calibration=calibration, **options)
+    for out, file in (("disk", tmp_path / kind), ("store", str(stored / kind))):
+        lora_export.merge(folder / "base", folder / "adapter", tmp_path / out, calibration=file, **options)
     assert folder_contents(tmp_path / "store") == folder_contents(tmp_path / "disk")
 
 
@@ -103,21 +109,52 @@ def test_arrays_calibrate_and_nearest_measures(folder: Path) -> None:
     assert lora_export.verify(folder / "nearest", base=folder / "base", adapters=[folder / "adapter"], weights=[WEIGHT])
 
 
-def test_a_gguf_file_has_its_own_config_and_tokenizer(tmp_path: Path) -> None:
+def test_a_gguf_file_has_its_own_config_and_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_llama(tmp_path / "base.gguf", Kind.Q4_0, fields=with_words)
     trained(llama(), r=4, lora_alpha=0.1, target_modules=["q_proj", "o_proj"]).save_pretrained(tmp_path / "a")
     texts = tmp_path / "texts.txt"
     rng = np.random.default_rng(0)
     texts.write_text("\n".join("".join(rng.choice(list("abcdefghijklmnop"), 16)) for _ in range(60)))
+    left: list[Path] = []
+
+    def loaded(path: str, **options: Any) -> Any:
+        left.extend(Path(path).parent.rglob("*.gguf"))
+        return load_model(path, **options)
+
+    monkeypatch.setattr(load, "load_model", loaded)
     report = lora_export.merge(base, tmp_path / "a", tmp_path / "out", calibration=texts).report
-    assert report is not None and all(one.outputs and one.outputs.is_calibrated for one in report.layers)
+    assert report is not None and report.layers and not left
+    assert all(one.outputs and one.outputs.is_calibrated for one in report.layers)
     bare = write_llama(tmp_path / "bare.gguf", Kind.Q4_0, fields=runnable)
     with pytest.raises(InputRefused, match=r"does not read the tokenizer of this GGUF file\. Give arrays"):
         lora_export.merge(bare, tmp_path / "a", tmp_path / "bad", calibration=texts)
-    unknown = write_llama(tmp_path / "unknown.gguf", Kind.Q4_0)
-    with pytest.raises(InputRefused, match="does not read"):
+    unknown = write_llama(
+        tmp_path / "unknown.gguf", Kind.Q4_0, fields=lambda writer: writer.add_string("llama.context_length", "long")
+    )
+    with pytest.raises(InputRefused, match=r"does not read the config"):
         lora_export.merge(unknown, tmp_path / "a", tmp_path / "bad", calibration=texts)
     assert not (tmp_path / "bad.gguf").exists()
+
+
+def test_the_copy_in_floats_has_to_fit_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_llama(tmp_path / "base.gguf", Kind.Q4_0, fields=with_words)
+    trained(llama(), r=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "a")
+    (tmp_path / "texts.txt").write_text("abc\n")
+    needed: list[int] = []
+    monkeypatch.setattr(calibration, "refuse_lack_of_space", lambda folder, size: needed.append(size))
+
+    def measured(merged: GgufBase, folder: Path) -> None:
+        write_as_floats(merged, folder)
+        written = sum(path.stat().st_size for path in [merged.file.path, *folder.glob("*.safetensors")])
+        assert 0.9 * written < needed[0] < 1.1 * written
+        raise InputRefused("measured")
+
+    monkeypatch.setattr(calibration, "write_as_floats", measured)
+    with pytest.raises(InputRefused, match="measured"):
+        lora_export.merge(base, tmp_path / "a", tmp_path / "out", calibration=tmp_path / "texts.txt")
+    monkeypatch.setattr(calibration, "refuse_lack_of_space", lambda folder, size: refuse_lack_of_space(folder, 10**18))
+    with pytest.raises(OutputFailed, match=r" free, .* needed$"):
+        lora_export.merge(base, tmp_path / "a", tmp_path / "out", calibration=tmp_path / "texts.txt")
 
 
 def test_what_cannot_calibrate_is_refused(folder: Path, tmp_path: Path) -> None:

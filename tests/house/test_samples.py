@@ -184,13 +184,30 @@ def test_a_model_of_triton_answers_each_request_with_its_own_adapter(
         arrays = tokenizer([TEXTS.get(name, "film")], return_tensors="np", return_token_type_ids=True)
         return {**arrays, "adapter": np.array([[name.encode()]], object)}
 
-    for names in (["acme", "nobody", "birch"], ["cedar", "acme"], ["birch"]):
+    def check(name: str, answer: Any) -> None:
+        logits = answer["logits"][0]
+        np.testing.assert_allclose(logits[logits > -9000], expected[name], rtol=1e-3, atol=1e-5)
+
+    for names in (["cedar", "acme"], ["birch"]):
         for name, answer in zip(names, model.execute([request(name) for name in names]), strict=True):
-            if name == "nobody":
-                assert "no adapter 'nobody'" in answer
-            else:
-                logits = answer["logits"][0]
-                np.testing.assert_allclose(logits[logits > -9000], expected[name], rtol=1e-3, atol=1e-5)
+            check(name, answer)
+    ids = request("acme")["input_ids"]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        (request("nobody"), "no adapter 'nobody'"),
+        (request("x" * 5000), "no adapter 'xxx"),
+        (request("acme") | {"adapter": np.array([[b"\xff"]], object)}, "can't decode byte 0xff"),
+        (request("acme") | {"adapter": np.array([b"acme"], object)}, "too many indices"),
+        (request("acme") | {"input_ids": ids[0]}, "[1, tokens]"),
+        (request("acme") | {"input_ids": ids[None]}, "[1, tokens]"),
+        (request("acme") | {"input_ids": ids[:, 1:]}, "[1, tokens]"),
+        (request("acme") | {"adapter": np.array([[b"acme"]] * 2, object)}, "[2, tokens]"),
+        (request("acme") | {"input_ids": ids + 10**6}, "s.onnx"),
+    ]
+    for bad, says in wrong:
+        first, refused, last = model.execute([request("acme"), bad, request("birch")])
+        assert isinstance(refused, str) and says in refused
+        check("acme", first)
+        check("birch", last)
 
 
 # --- The LoRA layer of a lesson ---

@@ -153,6 +153,8 @@ def test_a_changed_file_is_loaded_again_and_equal_contents_are_not(
     [
         ("zzz", "there is no adapter 'zzz'"),
         ("../adapters/a", "there is no adapter '../adapters/a'"),
+        ("x" * 5000, "there is no adapter 'xxx"),
+        ("\ud800", r"there is no adapter '\\ud800'"),
         ("torn", "torn.onnx_adapter"),
         ("other", "made for another base"),
     ],

@@ -352,3 +352,14 @@ def test_a_part_of_a_snapshot_is_refused_offline(part: str, cache: Path, monkeyp
         f"the Hugging Face cache has a part of org/part, without {lacking}, and HF_HUB_OFFLINE or "
         "TRANSFORMERS_OFFLINE is set. To download it, unset the variable"
     )
+
+
+@pytest.mark.parametrize("name", ["/nope/x.safetensors", "../x.safetensors", "x" * 5000, "x\0y", "\ud800", "", 5])
+def test_an_index_that_names_no_file_below_it_is_refused_offline(
+    name: object, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached(cache, "org/part", {"model.safetensors.index.json": json.dumps({"weight_map": {"a": name}})})
+    with pytest.raises(InputRefused, match=r"index\.json may only name files below its folder, and names ") as refused:
+        locate("hf://org/part", print)
+    assert len(str(refused.value)) < 1000

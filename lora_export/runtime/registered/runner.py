@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_export import errors
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.errors import RuntimeRefused, one_line
+from lora_export.isolation.limits import MAX_LEAST
 from lora_export.isolation.process import IsolatedProcess
 from lora_export.runtime.runner import TIMEOUT, AdaptersByInput, Arrays, completed_inputs, refused_ends
 
 RUNNING_CHILD = "lora_export.runtime.registered.child"
+WANTED = {
+    "axes": "A size is a number, or None where it varies",
+    "limits": f"Limits are a least size of up to {MAX_LEAST:,}, and a greatest one or None",
+}
 
 
 class RegisteredRunner(AdaptersByInput):
@@ -21,8 +26,9 @@ class RegisteredRunner(AdaptersByInput):
     What it returns is judged, and not trusted. Each run ends within `timeout` seconds. `adapter` is a file for a graph
     that takes adapters as inputs. `process` is that of a runner which needs one of its own.
 
-    Raises InputRefused where there is no such runner or it fails, and as the runner itself. `run` raises RuntimeRefused
-    where the runner fails, ends its process or takes longer, and for inputs that the candidate does not have.
+    Raises InputRefused where there is no such runner or it fails, and as the runner itself; RuntimeRefused where it
+    states sizes that no input has. `run` raises RuntimeRefused where the runner fails, ends its process or takes
+    longer, and for inputs that the candidate does not have.
     """
 
     def __init__(
@@ -41,8 +47,8 @@ class RegisteredRunner(AdaptersByInput):
         if refusal := header.get("refused"):
             kind = getattr(errors, str(header.get("kind")), errors.InputRefused)
             raise kind(str(refusal))
-        self.axes: Mapping[str, tuple[int | None, ...]] = {name: tuple(sizes) for name, sizes in header["axes"].items()}
-        self.limits: Mapping[str, list[tuple[int, int | None]]] = header["limits"]
+        self.axes: Mapping[str, tuple[int | None, ...]] = self._stated(header, "axes", _is_size)
+        self.limits: Mapping[str, tuple[tuple[int, int | None], ...]] = self._stated(header, "limits", _is_range)
         self.notes: Sequence[str] = header["notes"] or [f"run by the runner {name}"]
         self.cannot_give: Sequence[str] = header["cannot_give"]
         is_graph = candidate.kind is ArtifactKind.GRAPH
@@ -65,8 +71,28 @@ class RegisteredRunner(AdaptersByInput):
     def metadata(self) -> Mapping[str, str]:
         return self._metadata
 
+    def _stated(self, header: Mapping[str, Any], key: str, fits: Callable[[Any], bool]) -> dict[str, tuple[Any, ...]]:
+        """A table of sizes in the header, which the process sent and nobody has checked."""
+        strange = {name: one for name, sizes in header[key].items() for one in sizes if not fits(one)}
+        for name, size in strange.items():
+            shown = one_line(f"{key} of {name}: {size!r}")[:200]
+            raise RuntimeRefused(f"the runner {self.name} states {shown}. {WANTED[key]}")
+        return {name: tuple(sizes) for name, sizes in header[key].items()}
+
     def _exchanged(self, request: Mapping[str, Any] | None, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
         with refused_ends(f"the process of the runner {self.name}", self.path, self.timeout):
             if request is None:
                 return self._process.answer(self.timeout)
             return self._process.ask(request, arrays, self.timeout)
+
+
+def _is_size(size: Any) -> bool:
+    return size is None or (type(size) is int and size >= 0)
+
+
+def _is_range(limits: Any) -> bool:
+    """Whether these are a least size, and a greatest or None. The least one is generated."""
+    if not isinstance(limits, list) or len(limits) != 2:
+        return False
+    low, high = limits
+    return type(low) is int and 0 <= low <= MAX_LEAST and _is_size(high) and (high is None or low <= high)

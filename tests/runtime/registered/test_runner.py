@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -13,6 +16,7 @@ import pytest
 
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.isolation.process import IsolatedProcess
 from lora_export.runtime.registered import openvino
 from lora_export.runtime.registered.runner import RegisteredRunner
 from support import RUNNERS
@@ -59,6 +63,26 @@ def test_a_runner_gives_outputs(name: str, graph: Path) -> None:
 def test_a_failing_runner_is_refused(name: str, error: type[Exception], says: str, graph: Path) -> None:
     with pytest.raises(error, match=says):
         RegisteredRunner(f"{RUNNERS}:{name}", open_artifact(graph), timeout=3).run(INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("key", "size"),
+    [
+        *(("limits", size) for size in (4, [0], [0, "9"], [None, None], [0, -3], [5, 2], [True, 2], [0.5, 2], "ab")),
+        ("limits", [10**9, 10**9]),
+        *(("axes", size) for size in ("n", -1, 2.5, True, [4])),
+    ],
+)
+def test_sizes_that_no_input_has_are_refused(key: str, size: Any, graph: Path) -> None:
+    def runner(sizes: list[Any]) -> RegisteredRunner:
+        header = {"axes": {}, "limits": {}, "notes": [], "cannot_give": [], key: {"x": sizes}}
+        process = SimpleNamespace(answer=lambda seconds: (header, {}))
+        return RegisteredRunner("theirs", open_artifact(graph), process=cast(IsolatedProcess, process))
+
+    right = [4, None] if key == "axes" else [[0, None], [4, 4], [0, 10**12]]
+    assert len(getattr(runner(right), key)["x"]) == len(right)
+    with pytest.raises(RuntimeRefused, match=f"^the runner theirs states {key} of x: {re.escape(repr(size))}\\. "):
+        runner([*right, size])
 
 
 @pytest.mark.parametrize(
