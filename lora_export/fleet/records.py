@@ -23,7 +23,7 @@ from lora_export.options.fleet import keys_of
 from lora_export.storage import atomic_output, input_files, json_files
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.hub_cache import locate
-from lora_export.storage.store_path import StorePath, newly_opened, place
+from lora_export.storage.store_path import StorePath, newly_opened, place, unfinished
 from lora_export.version import __version__
 
 RECORD_SCHEMA = "lora-export/fleet-record/1"
@@ -89,14 +89,24 @@ class FleetRecords:
         if job.output is not None and names.isdisjoint(map(absolute, job.output_paths())):
             return {}
         found = {path: self.identity_of(path) for path in {**known[0], **known[1]} if _exists(path)}
-        is_own = all(self._is_known(one, [each[path] for each in known if path in each]) for path, one in found.items())
-        return found if is_own else {}
+        was_killed = PUBLISHED in record or record.get("outcome") == STARTED
+        for path, one in found.items():
+            written = [each[path] for each in known if path in each]
+            # A job that began when its own output could not be read has recorded None
+            is_own = self._is_known(one, written) if one else self._is_unread(path, was_killed and None not in written)
+            if not is_own:
+                return {}
+        return found
 
-    def _is_known(self, found: Mapping[str, Any] | None, known: Iterable[Mapping[str, Any]]) -> bool:
+    def _is_known(self, found: Mapping[str, Any], known: Iterable[Mapping[str, Any] | None]) -> bool:
         """Whether an output is one of those that were written. A file of it may be missing or damaged by now."""
-        if found is None:  # it cannot be read, or has no hash yet
-            return not self.reads
-        return any(found == one or ("record" in found and found["record"] == one.get("record")) for one in known)
+        return any(
+            found == one or (one and "record" in found and found["record"] == one.get("record")) for one in known
+        )
+
+    def _is_unread(self, path: str, may_be_foreign: bool) -> bool:
+        """Whether an output has no hash yet, or is damaged so that it cannot be read, and is not being written."""
+        return not self.reads or not (may_be_foreign or unfinished(place(path)))
 
     def read(self, job_id: str) -> dict[str, Any]:
         """The record of a job; empty where it has none. Raises InputRefused for a damaged one."""

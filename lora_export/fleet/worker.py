@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export.errors import OutputFailed
 from lora_export.fleet.records import PUBLISHED, STARTED, FleetRecords
 from lora_export.fleet.steps import FleetJob, absolute
+from lora_export.storage.atomic_output import refuse_foreign_files
 from lora_export.storage.manifest import MANIFEST
 from lora_export.storage.publication import watched
 from lora_export.storage.store_path import StorePath, place
@@ -209,10 +210,18 @@ def output_exists(job: FleetJob) -> bool:
 
 
 def _removed_from_store(request: JobRequest) -> bool:
-    """Whether an output is in a store, which replaces none; what the fleet wrote of it is deleted."""
+    """Whether an output is in a store, which replaces none; what the fleet wrote of it is deleted.
+
+    Raises OutputFailed, and deletes nothing, where a folder has other files.
+    """
     own = [path for path in map(place, request.own) if isinstance(path, StorePath)]
-    for path in own:
-        inside = [each for each in path.newly().rglob("*") if each.name != MANIFEST]  # which is deleted last
-        for each in (*inside, path / MANIFEST, path):
+    folders = [path for path in own if not path.newly().is_file()]
+    for folder in folders:
+        refuse_foreign_files(folder)
+    for folder in folders:
+        inside = [each for each in folder.rglob("*") if each != folder / MANIFEST]  # which is deleted last
+        for each in (*inside, folder / MANIFEST):
             each.unlink(missing_ok=True)
+    for path in own:
+        path.unlink()
     return bool(own)

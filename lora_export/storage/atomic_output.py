@@ -146,7 +146,7 @@ def _stage(
                 stage.mkdir()
                 _expected[stage] = required_bytes
                 if is_folder:
-                    _refuse_foreign_files(target)
+                    refuse_foreign_files(target)
                 elif target.is_dir():
                     raise OutputFailed(f"{given} is a folder; name a file")
                 sign_files = None if sign is None else signer(sign, given)
@@ -158,7 +158,7 @@ def _stage(
                 to_the_end.enter_context(deferred_signals())
                 _refuse_taken(target, overwrite=overwrite)  # again: another process may have created it meanwhile
                 if is_folder:
-                    _refuse_foreign_files(target)
+                    refuse_foreign_files(target)
                     _swap_in(stage, target)
                 else:
                     _publish_files(stage, target, on_message, overwrite=overwrite)
@@ -335,7 +335,8 @@ def _refuse_taken(target: Path, *, overwrite: bool) -> None:
         raise OutputFailed(f"{target} exists already; add {named('overwrite', True)} to replace it")
 
 
-def _refuse_foreign_files(target: Path) -> None:
+def refuse_foreign_files(target: Path) -> None:
+    """Raise OutputFailed where a folder that is to be replaced has files that its manifest does not name."""
     if not target.exists():
         return
     if not target.is_dir():

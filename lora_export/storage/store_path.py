@@ -58,13 +58,18 @@ def newly_opened(path: str | Path) -> Path:
     found = place(path)
     if isinstance(found, StorePath):
         found.newly().is_file()  # the first request, so that the message on a store's failure names this object
-        for each in (found, found.parent):
-            if each.key and is_begun(each):
-                raise InputRefused(
-                    f"{each} is not whole: a run is writing it, or was stopped. The command that began it goes on with "
-                    f"it; to discard it, delete it and {marker_of(each).name} beside it"
-                )
+        if output := unfinished(found):
+            raise InputRefused(
+                f"{output} is not whole: a run is writing it, or was stopped. The command that began it goes on with "
+                f"it; to discard it, delete it and {marker_of(output).name} beside it"
+            )
     return found
+
+
+def unfinished(path: Path) -> StorePath | None:
+    """The output, a path in a store or its folder, that is being written or was not finished; None where none is."""
+    outputs = (each for each in (path, path.parent) if isinstance(each, StorePath) and each.key)
+    return next(filter(is_begun, outputs), None)
 
 
 def is_begun(target: StorePath) -> bool:

@@ -202,6 +202,57 @@ def test_under_another_output_the_former_one_stays_and_nothing_is_own(
     assert outputs("first") == former and name in former
 
 
+@pytest.mark.parametrize("in_store", [False, True])
+@pytest.mark.parametrize("kept", [0, 4, -3])
+def test_a_damaged_file_is_made_again_also_after_a_failure(
+    kept: int, in_store: bool, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+) -> None:
+    folder = stored / "release" if in_store else Path("release")
+    (place / "fleet.toml").write_text(BASES + TO_KOHYA.replace("release", str(folder)))
+    run_here(monkeypatch)
+    output = folder / "de.safetensors"
+    whole = output.read_bytes()
+    stored.put("release/de.safetensors", whole[:kept]) if in_store else output.write_bytes(whole[:kept])
+    if not in_store:
+        with monkeypatch.context() as failing:
+            failing.setattr("lora_export.api.convert.convert", lambda **_: 1 / 0)
+            assert run_here(failing)[0].counts == {"failed": 1, "done": 1}
+    status, ran = run_here(monkeypatch)
+    assert status.counts == {"done": 2} and ran == ["base/de/1-convert"]
+    assert (stored.get("release/de.safetensors") if in_store else output.read_bytes()) == whole
+
+
+def test_what_another_run_is_writing_in_a_store_is_not_deleted(
+    place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+) -> None:
+    (place / "fleet.toml").write_text(BASES + TO_KOHYA.replace("release", str(stored / "release")))
+    run_here(monkeypatch)
+    stored.put("release/de.safetensors", b"of the other")
+    stored.put("release/.de.safetensors.begun", b'{"process": 1, "host": "elsewhere", "finished": {}}')
+    status, _ = run_here(monkeypatch)
+    assert status.counts == {"failed": 1, "done": 1} and "process 1 on elsewhere" in status.jobs[0].message
+    assert stored.get("release/de.safetensors") == b"of the other"
+
+
+def test_in_a_store_a_folder_with_files_of_others_is_not_deleted(
+    place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+) -> None:
+    (place / "fleet.toml").write_text(BASES + MERGE.replace("release", str(stored / "release")))
+    run_here(monkeypatch)
+    stored.put("release/de/README.md", b"mine")
+    stored.put("release/fr/sub/lora_export.json", b"{}")
+    before = stored.files("release")
+    change_byte(place)
+    for _ in range(2):
+        status, _ = run_here(monkeypatch)
+        assert status.counts == {"failed": 2} and stored.files("release") == before
+        for job, name in zip(status.jobs, ("README.md", "sub/lora_export.json"), strict=True):
+            assert job.message.endswith(f"contains files that lora-export did not write and does not delete: {name}")
+    for name in ("de/README.md", "fr/sub/lora_export.json"):
+        stored.client.delete_object(Bucket=stored.name, Key=f"release/{name}")
+    assert run_here(monkeypatch)[0].counts == {"done": 2} and stored.files("release") != before
+
+
 class KilledBeforeRecordError(BaseException):
     """The end of a worker between an output and its record."""
 
