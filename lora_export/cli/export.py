@@ -58,7 +58,6 @@ def onnx_command(as_json: bool, **options: Any) -> None:
     TorchScriptOptions,
     "torchscript base -a adapter -o model.pt",
     "torchscript base -a adapter -o model.pt2",
-    "torchscript base -a adapter -o model.pte",
     cls=TakesAdapters,
 )
 def torchscript_command(as_json: bool, **options: Any) -> None:

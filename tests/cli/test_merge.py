@@ -364,7 +364,7 @@ def test_signals_that_ask_leave_nothing_behind(place, capsys, monkeypatch, sent,
         assert any(path.name.endswith(".partial") for path in place.iterdir())
         os.kill(os.getpid(), sent)
 
-    monkeypatch.setattr("lora_export.api.merge_checkpoint.merging_checkpoint", interrupted)
+    monkeypatch.setattr("lora_export.weights.merge.CheckpointMerge.into", interrupted)
     with pytest.raises(SystemExit) as ended:
         cli.main(["merge", str(place / "base"), str(place / "adapter"), "-o", str(place / "out")])
     assert ended.value.code == code

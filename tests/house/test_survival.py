@@ -471,7 +471,7 @@ def crowded(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("where", "fault", "told"),
     [
-        ("lora_export.api.merge_checkpoint.merging_checkpoint", too_large, ": Unable to allocate"),
+        ("lora_export.weights.merge.CheckpointMerge.into", too_large, ": Unable to allocate"),
         ("threading._start_new_thread", crowded, " for one more thread"),
     ],
 )

@@ -35,7 +35,9 @@ def test_kind_of_file_decides_the_runner(tmp_path: Path) -> None:
     assert isinstance(open_candidate(open_artifact(tmp_path / "m.onnx"), HowToOpen(MODEL)), OnnxRunner)
     assert isinstance(open_candidate(open_artifact(tmp_path / "m.pt"), HowToOpen(MODEL)), ScriptRunner)
     (tmp_path / "m.txt").write_text("words")
-    with pytest.raises(InputRefused, match=r"a candidate is an \.onnx, \.pt, \.pt2, \.safetensors or \.xml file"):
+    with pytest.raises(
+        InputRefused, match=r"a candidate is an \.onnx, \.pt, \.pt2, \.pte, \.safetensors or \.xml file"
+    ):
         open_candidate(open_artifact(tmp_path / "m.txt"), HowToOpen(MODEL))
 
 

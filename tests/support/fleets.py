@@ -33,10 +33,10 @@ class Hook:
         if name == "lora_export.api.{module}":
             sys.meta_path.remove(self)
             import lora_export.weights.merge as module
-            merge, faults = module.{function}, pathlib.Path(os.environ["FAULTS"])
-            def faulty(first, *arguments, **options):
-                found = yield from merge(first, *arguments, **options)
-                fault = faults / first.{name}
+            merge, faults = module.CheckpointMerge.{function}, pathlib.Path(os.environ["FAULTS"])
+            def faulty(self, *arguments, **options):
+                found = yield from merge(self, *arguments, **options)
+                fault = faults / {name}
                 kind = fault.read_text() if fault.exists() else ""
                 if kind == "kill once":
                     fault.unlink()
@@ -46,11 +46,11 @@ class Hook:
                     (faults / "asleep").write_text(str(os.getpid()))
                     [time.sleep(0.1) for _ in range(900)]
                 return found
-            module.{function} = faulty
+            module.CheckpointMerge.{function} = faulty
 sys.meta_path.insert(0, Hook())
 """
-OF_MERGES = HOOK.format(module="merge_checkpoint", function="merging_checkpoint", name="adapters[0].name")
-OF_SHARDS = HOOK.format(module="merge_shards", function="_write_shard", name="name")
+OF_MERGES = HOOK.format(module="merge_checkpoint", function="into", name="self.plan.adapters[0].name")
+OF_SHARDS = HOOK.format(module="merge_shards", function="_write_shard", name="arguments[0].name")
 
 
 def small_fleet(folder: Path, text: str = FLEET) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,9 @@ def test_calibrated_numbers_are_judged_by_the_inputs(tmp_path: Path, kind: Kind)
     data[place.start : place.stop] = nearest.read_bytes()[source.start : source.stop]
     out.write_bytes(data)
     broken = lora_export.verify(out, calibration=texts, **own)
-    assert broken.verdict.outcome == "different" and "its numbers are rounded to nearest" in str(broken)
+    # In BF16, a sum in fp32 may be on the other side of a tie than that in fp64.
+    why = "its numbers (are rounded to nearest|were not chosen by the calibration inputs)"
+    assert broken.verdict.outcome == "different" and re.search(why, str(broken))
 
 
 def test_heads_that_are_not_those_of_the_rows_are_refused(tmp_path: Path) -> None:
