@@ -46,7 +46,7 @@ class ShardRequest:
     folder: str  # the current folder, to which paths are relative
     stage: Path
     shard: str
-    digest: str  # see `ShardMaker.digest`
+    digest: str  # see `CheckpointMerge.digest`
     run: str  # that of the output in a store (see `written_by_worker`)
     as_command_line: bool  # how messages spell options
 
