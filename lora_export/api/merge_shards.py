@@ -103,9 +103,7 @@ def make_shards(
                 raise outcome
             made[one.shard] = _seen(stage / one.shard, one.digest, outcome)
             progress(made[one.shard].file.size)
-    if isinstance(stage, StorePath):
-        _refuse_changed(stage, left)
-    else:
+    if not isinstance(stage, StorePath):
         ended = (stage / UNFINISHED).replace(stage / f"{UNFINISHED}.ended")  # no worker finds it any more
         shutil.rmtree(ended)  # with what workers that died have left
     return made
@@ -140,17 +138,6 @@ def _seen(path: Path, digest: str, facts: Mapping[str, Any]) -> WrittenFile:
     else:
         (path.parent / UNFINISHED / facts["part"] / path.name).replace(path)
     return record_made(path, digest, written_with(path, facts))
-
-
-def _refuse_changed(stage: StorePath, shards: Sequence[ShardRequest]) -> None:
-    """Raise OutputFailed where a shard is another object than its worker has put.
-
-    A worker that was taken for dead may have put it before the other one was known to be done.
-    """
-    for one in shards:
-        path = stage / one.shard
-        if made_before(path.newly(), one.digest) is None:
-            raise OutputFailed(f"{path} was replaced while the others were written. Merge again: the others are whole")
 
 
 # --- In a worker ---

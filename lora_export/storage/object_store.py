@@ -12,6 +12,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -43,6 +44,14 @@ class ObjectInfo(NamedTuple):
 
 class ObjectChanged(Exception):
     """A condition of a request does not hold: the object is another one, or is there already."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """What keeps a process out of an output that another run may have by now."""
+
+    refuse: Callable[[], None]  # raises OutputFailed where that is so
+    withdraw: Callable[[str], None]  # removes what was put too late, by its key, unless the other run has put the same
 
 
 @contextlib.contextmanager
@@ -86,8 +95,7 @@ class Bucket:
         self._known: dict[str, ObjectInfo | None] = {}
         self._listed: set[str] = set()
         self.held: dict[str, bytes | None] = {}  # objects that are put when their output is whole
-        # Keys of outputs -> what raises OutputFailed where this process may no longer write there
-        self.fences: dict[str, Callable[[], None]] = {}
+        self.fences: dict[str, Fence] = {}  # by the keys of outputs
 
     def _of(self, key: str) -> str:
         return f"{self.address}/{key}"
@@ -171,7 +179,7 @@ class Bucket:
         self.refuse_fenced(key)
         with _errors(self._of(key), OutputFailed):
             self._store.put(key, path, chunk_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE)
-        self._ask_again(key)
+        self.refuse_late(key)
 
     def release(self, key: str, *, replaces: bool = False) -> None:
         """Put an object that was held. Raises ObjectChanged where there is one by now, unless that is replaced."""
@@ -192,21 +200,37 @@ class Bucket:
                 self._store.copy(key, target)
             except (GenericError, NotFoundError, FileNotFoundError):
                 return False
-        self._ask_again(target)
+        self.refuse_late(target)
         return True
 
-    def delete(self, key: str) -> None:
-        self.refuse_fenced(key)
+    def delete(self, key: str, *, is_late: bool = False) -> None:
+        """Delete an object. `is_late`: also where its fence lets nothing change."""
+        if not is_late:
+            self.refuse_fenced(key)
         with _errors(self._of(key), OutputFailed), contextlib.suppress(FileNotFoundError):
             self._store.delete(key)
         self._known[key] = None
 
-    def refuse_fenced(self, key: str) -> None:
-        """Raise OutputFailed where the fence of an object, or of the output that it is in, does not let it change."""
+    def fence_of(self, key: str) -> Fence | None:
+        """The fence of an object, or of the output that it is in."""
         while key not in self.fences and key:
             key = key.rpartition("/")[0]
-        if key:
-            self.fences[key]()
+        return self.fences.get(key)
+
+    def refuse_fenced(self, key: str) -> None:
+        """Raise OutputFailed where the fence of an object does not let it change."""
+        if (fence := self.fence_of(key)) is not None:
+            fence.refuse()
+
+    def refuse_late(self, key: str) -> None:
+        """Raise OutputFailed, and withdraw an object, where its fence closed before it was put without a condition."""
+        self._ask_again(key)
+        if (fence := self.fence_of(key)) is not None:
+            try:
+                fence.refuse()
+            except OutputFailed:
+                fence.withdraw(key)
+                raise
 
     def refuse_changed(self, key: str) -> None:
         """Raise InputRefused where an object is no longer the one that is known."""
@@ -224,8 +248,8 @@ class Bucket:
 class Upload:
     """An object that is written from its first byte to its last, and is there when it is closed.
 
-    One that is no larger than a part, and has a fence of its own, is put only in place of what was there at first. A
-    store joins the parts of a larger one without a condition.
+    One that is no larger than a part, and has a fence, is put only in place of what was there at first. obstore has no
+    condition for the parts of a larger one, and Google Cloud Storage neither. What came too late is withdrawn.
     """
 
     def __init__(self, bucket: Bucket, key: str):
@@ -233,7 +257,7 @@ class Upload:
         self._first = bytearray()
         self._file: Any = None
         self._mode: Any = "overwrite"
-        if key in bucket.fences:
+        if bucket.fence_of(key) is not None:
             before = bucket.info(key)
             self._mode = "create" if before is None else before.version
 
@@ -271,7 +295,7 @@ class Upload:
             raise
         with _errors(self._address, OutputFailed):
             self._file.close()
-        self._bucket._ask_again(self._key)
+        self._bucket.refuse_late(self._key)
 
     def abort(self) -> None:
         """Remove what was uploaded."""

@@ -12,6 +12,7 @@ goes on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -27,8 +28,8 @@ from lora_export.callbacks import OnMessage
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
-from lora_export.storage.manifest import MANIFEST
-from lora_export.storage.object_store import DEADLINE, ObjectChanged, ObjectInfo
+from lora_export.storage.manifest import MANIFEST, is_recorded, read_manifest
+from lora_export.storage.object_store import DEADLINE, Fence, ObjectChanged, ObjectInfo
 from lora_export.storage.publication import announce, staged_files
 from lora_export.storage.store_path import StorePath, is_begun, marker_of
 from lora_export.storage.system_calls import deferred_signals
@@ -134,6 +135,14 @@ class Begun:
         if self._lost or not 0 <= time.time() - self._renewed < TRUSTED:
             self._write()
 
+    def refuse_replaced(self) -> None:
+        """Raise OutputFailed where a whole file is another object by now: a run that slept, or a worker, has put it."""
+        self.target.newly()
+        for name in sorted(self.used):
+            if self.whole(name, self.finished[name]["recipe"]) is None:
+                path = self.home / name
+                raise OutputFailed(f"{path} was replaced while the others were written. Run it again: the others stay")
+
     def discard(self, *, is_stopped: bool) -> None:
         """Remove what is not whole; where no run is to go on with it, everything.
 
@@ -211,13 +220,13 @@ def staged_in_store(
         manifest = (target / MANIFEST).key
         with contextlib.ExitStack() as stack:
             stack.callback(target.bucket.held.pop, manifest, None)
+            stack.enter_context(_fenced(target, target, begun.refuse_overdue))
             if streamed:
                 stage: Path = home
                 if is_folder:
                     target.bucket.held[manifest] = None
                 _streamed[target] = begun
                 stack.callback(_streamed.pop, target, None)
-                stack.enter_context(_fenced(target, begun.refuse_overdue))
             else:
                 import tempfile  # most outputs are on the disk, beside their stage
 
@@ -229,6 +238,7 @@ def staged_in_store(
             begun.refuse_lost()
             if not streamed:
                 _upload(stage, begun, overwrite=overwrite)
+            begun.refuse_replaced()
             with deferred_signals():
                 begun.refuse_overdue()
                 target.bucket.release(manifest, replaces=begun.is_resumed)
@@ -244,9 +254,9 @@ def staged_in_store(
 
 
 @contextlib.contextmanager
-def _fenced(path: StorePath, fence: Callable[[], None]) -> Iterator[None]:
-    """Let a fence precede each change of an object, and of those below it."""
-    path.bucket.fences[path.key] = fence
+def _fenced(path: StorePath, target: StorePath, refuse: Callable[[], None]) -> Iterator[None]:
+    """Let a fence precede each change of an object of an output, and of those below it."""
+    path.bucket.fences[path.key] = Fence(refuse, functools.partial(_withdraw, target))
     try:
         yield
     finally:
@@ -267,8 +277,30 @@ def written_by_worker(target: StorePath, name: str, run: str) -> Iterator[StoreP
         if stated.get("run") != run or name in stated.get("finished", {}):
             raise OutputFailed(f"{path}: this worker was taken for dead, and another one has made the file")
 
-    with _fenced(path, refuse_late):
+    with _fenced(path, target, refuse_late):
         yield path.newly()
+
+
+def _withdraw(target: StorePath, key: str) -> None:
+    """Delete a file of an output that was put too late, unless the run that has the output has put the same.
+
+    What it replaced is lost. A missing file is an error to every reader, and other bytes would be none. A single file
+    stays: nothing beside it records what it was.
+    """
+    if key == target.key:
+        return
+    name, bucket = key.removeprefix(f"{target.key}/"), target.bucket
+    bucket.held.pop((target / MANIFEST).key, None)  # the store's own counts
+    _, stated = _stated(marker_of(target))
+    info = bucket.info(key)
+    recorded = stated.get("finished", {}).get(name)
+    if recorded is not None:
+        is_same = info is not None and info.e_tag == recorded["e_tag"]
+    else:  # that run may still have to put its own, in place of this one
+        files = read_manifest(target.newly()).get("files", {})
+        is_same = bool(stated) or is_recorded(target / name, files.get(name))
+    if not is_same:
+        bucket.delete(key, is_late=True)
 
 
 def _upload(stage: Path, begun: Begun, *, overwrite: bool) -> None:

@@ -20,8 +20,8 @@ import pytest
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.storage import store_output
 from lora_export.storage.atomic_output import stage_file, stage_folder
-from lora_export.storage.manifest import MANIFEST, write_manifest
-from lora_export.storage.object_store import Bucket
+from lora_export.storage.manifest import MANIFEST, damage, write_manifest
+from lora_export.storage.object_store import UPLOADED_PART, Bucket, Upload, bucket_of
 from lora_export.storage.store_output import begun_at, written_by_worker
 from lora_export.storage.store_path import copy_in_store, newly_opened
 
@@ -218,7 +218,9 @@ from lora_export.storage.store_path import place
 store_output._is_alive = lambda *_: False
 kind, target = sys.argv[1], place(sys.argv[2])
 with (stage_folder if kind == "folder" else stage_file)(target, inputs=[], streamed=True) as stage:
-    (stage / "b" if kind == "folder" else target).write_bytes(b"of the other")
+    (stage / "b" if kind == "folder" else target).write_bytes(sys.argv[3].encode() * int(sys.argv[4]))
+    if kind == "folder":
+        store_output.begun_at(stage).add("b", "its recipe", {})
     print(flush=True)
     sys.stdin.readline()
     if kind == "folder":
@@ -231,18 +233,27 @@ FROZEN = {  # where a run sleeps that has seen that it has the output, and befor
 }
 
 
-@pytest.mark.parametrize("is_awake_before", [True, False], ids=["meanwhile", "afterwards"])
-@pytest.mark.parametrize("where", FROZEN)
-def test_a_run_that_freezes_after_its_last_check_publishes_nothing(
-    where: str, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind, frozen = FROZEN[where]
-    command = [sys.executable, "-c", OTHER, kind, str(stored / "out/m")]
+def frozen_run(
+    stored: Stored,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    frozen: str,
+    content: str,
+    times: int = 1,
+    *,
+    is_awake_before: bool,
+    begins: str = "",
+) -> Callable[[], int | None]:
+    """Let this process freeze before it changes an object, once another one is there, until another run has its output.
+
+    Returns what ends the other run, where that has not ended before, and gives its exit code.
+    """
+    command = [sys.executable, "-c", OTHER, kind, str(stored / "out/m"), content, str(times)]
     check, others = Bucket.refuse_fenced, list[subprocess.Popen[str]]()
 
     def freeze(bucket: Bucket, key: str) -> None:
         check(bucket, key)
-        if key != frozen or others or (where == "end" and f"out/m/{MANIFEST}" not in stored.objects()):
+        if key != frozen or others or (begins and begins not in stored.objects()):
             return
         other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         others.append(other)
@@ -252,17 +263,78 @@ def test_a_run_that_freezes_after_its_last_check_publishes_nothing(
         awake = time.time() + store_output.TRUSTED
         monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
 
+    def ended() -> int | None:
+        if is_awake_before:
+            others[0].communicate("\n")
+        return others[0].returncode
+
     monkeypatch.setattr(Bucket, "refuse_fenced", freeze)
+    return ended
+
+
+@pytest.mark.parametrize("is_awake_before", [True, False], ids=["meanwhile", "afterwards"])
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("content", ["late", "new!"])
+def test_parts_that_are_joined_too_late_replace_no_file(
+    content: str, streamed: bool, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = UPLOADED_PART // len(content) + 1  # a store joins such a file without a condition
+    other = frozen_run(stored, monkeypatch, "folder", "out/m/b", content, times, is_awake_before=is_awake_before)
+    with (
+        pytest.raises(OutputFailed, match="another run"),
+        stage_folder(stored / "out/m", inputs=[], streamed=streamed) as stage,
+    ):
+        (stage / "b").write_bytes(b"late" * times)
+    code, is_same = other(), content == "late"
+    if is_same or not is_awake_before:
+        assert code == 0 and damage((stored / "out/m").newly()) == ([] if is_same else ["b is missing"])
+    else:  # the other one saw it, and publishes nothing
+        assert code != 0 and stored.files("out/m") == {}
+    assert stored.uploads() == [] and MARK not in stored.objects()
+
+
+@pytest.mark.parametrize("content", ["late", "new!"])
+def test_a_worker_that_joins_parts_too_late_replaces_no_file(
+    content: str, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times, path, check = UPLOADED_PART // len(content) + 1, stored / "out/m/b", Bucket.refuse_fenced
+
+    def freeze(bucket: Bucket, key: str) -> None:
+        check(bucket, key)
+        if key == path.key:
+            monkeypatch.setattr(Bucket, "refuse_fenced", check)
+            upload = Upload(bucket_of.__wrapped__(bucket.address), key)  # in another process
+            upload.write(memoryview(content.encode() * times))
+            upload.close()
+            finished = {"b": {"e_tag": stored.objects()[key]["ETag"]}}
+            stored.put(MARK, begun(process=1, host="elsewhere", run="r", finished=finished))
+
+    stored.put(MARK, begun(process=1, host="elsewhere", run="r"))
+    monkeypatch.setattr(Bucket, "refuse_fenced", freeze)
+    late = pytest.raises(OutputFailed, match="was taken for dead, and another one has made the file")
+    with written_by_worker(stored / "out/m", "b", "r") as target, late:
+        target.write_bytes(b"late" * times)
+    assert (path.key in stored.objects()) == (content == "late")
+
+
+@pytest.mark.parametrize("is_awake_before", [True, False], ids=["meanwhile", "afterwards"])
+@pytest.mark.parametrize("where", FROZEN)
+def test_a_run_that_freezes_after_its_last_check_publishes_nothing(
+    where: str, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, frozen = FROZEN[where]
+    begins = f"out/m/{MANIFEST}" if where == "end" else ""
+    other = frozen_run(
+        stored, monkeypatch, kind, frozen, "of the other", is_awake_before=is_awake_before, begins=begins
+    )
     stage_output = stage_folder if kind == "folder" else stage_file
     with (
         pytest.raises(OutputFailed, match="another run"),
         stage_output(stored / "out/m", inputs=[], streamed=True) as stage,
     ):
         fill(stage) if kind == "folder" else (stage / "m").write_bytes(b"late")
-    if is_awake_before:
-        assert MARK in stored.objects()
-        others[0].communicate("\n")
-    assert others[0].returncode == 0
+    assert (MARK in stored.objects()) == is_awake_before
+    assert other() == 0
     files = {"out/m/b": b"of the other"} if kind == "folder" else {"out/m": b"of the other"}
     found = {key: stored.get(key) for key in stored.objects() if not key.endswith(MANIFEST)}
     assert found == files
