@@ -36,6 +36,7 @@ from lora_export.storage.system_calls import deferred_signals
 
 READS = 5  # of an object that changes meanwhile
 RENEWED, LEASE = 30, timedelta(minutes=5)  # seconds between signs of life; how long the last one counts
+ENDING = 10  # seconds in which the object that a run has emptied is still that run's, which deletes it within half
 # Seconds for which the last one is proof enough: a request that begins then ends, by its deadline, within the lease
 TRUSTED = 2 * RENEWED
 assert timedelta(seconds=TRUSTED) + DEADLINE < LEASE
@@ -52,6 +53,10 @@ class Begun:
         self.streamed, self.uploaded = streamed, list[StorePath]()
         self._lock, self._ended, self._lost, self._renewed = threading.RLock(), threading.Event(), False, 0.0
         info, stated = _stated(self._object)
+        until = time.monotonic() + ENDING
+        while info and not info.size and time.monotonic() < until:
+            time.sleep(ENDING / 100)
+            info, stated = _stated(self._object)
         if info and _is_alive(stated, datetime.now(UTC) - info.modified):
             raise self._taken(stated)
         self._version: dict[str, str] = {}
@@ -154,15 +159,23 @@ class Begun:
         for path in self._written():
             if path not in kept:
                 path.unlink()
-        self._write(is_stopped=True) if kept else self._object.unlink()
+        self._write(is_stopped=True) if kept else self._delete()
 
     def end(self) -> None:
         """The output is whole. Raises OutputFailed, and deletes nothing, where another run has taken it over."""
         for name in self.finished.keys() - self.used:
             (self.home / name).unlink(missing_ok=True)
         self._end_renewals()
+        self._delete()
+
+    def _delete(self) -> None:
+        """Delete the object, where it is still this run's: obstore has no condition for that, so it is emptied before.
+
+        Raises OutputFailed where it is not. One that slept in between leaves it empty.
+        """
         self._write(is_ended=True)
-        self._object.unlink()
+        if 0 <= time.time() - self._renewed < ENDING / 2:
+            self._object.unlink()
 
     def _end_renewals(self) -> None:
         with self._lock:  # one that has begun puts the object, and ends before it is deleted

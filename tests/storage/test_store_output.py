@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -350,6 +351,48 @@ def test_a_renewal_does_not_meet_the_end(stored: Stored, monkeypatch: pytest.Mon
         with stage_folder(stored / f"out/{number}", inputs=[], streamed=True) as stage:
             fill(stage)
     assert raised == [] and not [name for name in stored.objects() if name.endswith(".begun")]
+
+
+@pytest.mark.parametrize("error", [None, InputRefused("too little is left")])
+def test_a_run_that_freezes_before_it_deletes_its_object_leaves_that_of_the_next_one(
+    error: InputRefused | None, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, of_the_other = store_output.Begun._write, begun(process=1, host="elsewhere")
+
+    def freeze_after(itself: Any, mode: Any = None, *, is_ended: bool = False, **more: bool) -> None:
+        write(itself, mode, is_ended=is_ended, **more)
+        if is_ended:
+            awake = time.time() + store_output.ENDING
+            monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+            stored.put(MARK, of_the_other)
+
+    monkeypatch.setattr(store_output.Begun, "_write", freeze_after)
+    refused = contextlib.nullcontext() if error is None else pytest.raises(InputRefused)
+    with refused, stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        fill(stage)
+        if error is not None:
+            raise error
+    assert stored.get(MARK) == of_the_other
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_an_object_that_was_emptied_is_taken_over_when_its_run_does_not_delete_it(
+    is_deleted: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if is_deleted:
+            stored.client.delete_object(Bucket=stored.name, Key=MARK)
+
+    clock = SimpleNamespace(time=time.time, sleep=sleep, monotonic=lambda: sum(slept))
+    monkeypatch.setattr(store_output, "time", clock)
+    stored.put(MARK, b"")
+    with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        fill(stage)
+    assert sum(slept) == pytest.approx(0.1 if is_deleted else store_output.ENDING, abs=0.1)
+    assert MARK not in stored.objects() and damage((stored / "out/m").newly()) == []
 
 
 @pytest.mark.parametrize(("error", "is_alive"), [(PermissionError, True), (ProcessLookupError, False)])
