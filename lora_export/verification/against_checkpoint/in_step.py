@@ -102,10 +102,9 @@ class AuditInStep(Generic[_T]):
         self.error: BaseException | None = None  # which ends it
         self._reads: _SharedReads | None = None
         self._may_run, self._waits = threading.Semaphore(0), threading.Semaphore(0)
-        threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True).start()
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True)
 
     def _run(self) -> None:
-        self._may_run.acquire()
         try:
             self.result = self._function(self)
         except BaseException as error:  # noqa: BLE001 - the caller gets it
@@ -115,8 +114,18 @@ class AuditInStep(Generic[_T]):
     def go_on(self) -> None:
         """Let it run until it has judgements, or ends."""
         self.is_waiting, self.judgements = False, {}
-        self._may_run.release()
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._may_run.release()
         self._waits.acquire()
+
+    def end(self, error: BaseException) -> None:
+        """Raise an error in it where it waits for its judgements, or comes to wait. It is ended then."""
+        self.error = error
+        self._may_run.release()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def judge_all(
         self, tensors: Sequence[str], by_tensor: Sequence[Sequence[Judgement]], on_judged: OnJudged
@@ -125,8 +134,9 @@ class AuditInStep(Generic[_T]):
         for tensor, own in zip(tensors, by_tensor, strict=True):
             self.judgements.setdefault(tensor, []).extend(own)
         self.is_waiting, self.on_judged = True, on_judged
-        self._waits.release()
-        self._may_run.acquire()
+        if self.error is None:
+            self._waits.release()
+            self._may_run.acquire()
         if self.error is not None:
             raise self.error
         return [self.found[one] for own in by_tensor for one in own]
@@ -161,11 +171,9 @@ def audits_in_step(functions: Sequence[Callable[[AuditInStep[_T]], _T]]) -> list
             _judge(waiting)
             for one in waiting:
                 one.go_on()
-    except BaseException as error:  # Ctrl-C: those that wait end, too
+    except BaseException as error:  # Ctrl-C: all of them end, too
         for one in audits:
-            one.error = error
-            if one.is_waiting:
-                one.go_on()
+            one.end(error)
         raise
     return [_returned(one.result) for one in audits]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lora_export.api.verify import verify_together
 from lora_export.errors import InputRefused
 from lora_export.options.verify import VerifyOptions
 from lora_export.storage import block_copy
-from lora_export.verification.against_checkpoint import stored_tensor
+from lora_export.verification.against_checkpoint import in_step, stored_tensor
 from lora_export.verification.against_checkpoint.in_step import AuditInStep, audits_in_step
 from support.handmade import base_file, peft_adapter
 
@@ -111,8 +112,10 @@ def test_the_base_is_read_once(place: Path, reads: Counter[tuple[str, int]]) -> 
     assert found.keys() == of_one.keys() and sum(found.values()) < 2 * sum(of_one.values())
 
 
-def test_an_interrupt_ends_all(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = []
+@pytest.mark.parametrize("at_work", [False, True])
+def test_an_interrupt_ends_all(at_work: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait, the one that is at work, and those that have not begun."""
+    ended, may_go_on, threads = list[AuditInStep[None]](), threading.Event(), threading.active_count()
 
     def audit(one: AuditInStep[None]) -> None:
         try:
@@ -120,9 +123,20 @@ def test_an_interrupt_ends_all(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
         finally:
             ended.append(one)
 
-    def interrupted(_: AuditInStep[None]) -> None:
-        raise KeyboardInterrupt
+    def working(one: AuditInStep[None]) -> None:
+        assert may_go_on.wait(60)
+        audit(one)
 
+    class Interrupted(AuditInStep[None]):
+        def go_on(self) -> None:
+            if self._function is not working:
+                return super().go_on()
+            if at_work:
+                self._thread.start()
+            may_go_on.set()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(in_step, "AuditInStep", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        audits_in_step([audit, interrupted])
-    assert len(ended) == 1
+        audits_in_step([audit, working, audit])
+    assert len(ended) == 1 + at_work and threading.active_count() == threads
