@@ -29,6 +29,7 @@ from lora_export.version import __version__
 RECORD_SCHEMA = "lora-export/fleet-record/1"
 STARTED, JOB_NOT_DONE = "started", "not done"
 PUBLISHED = "published"  # in a record: what the job was about to publish, as in its "written"
+FORMER = "former"  # in a record: what the job wrote under other names, each output as a record has it in "written"
 GOOD = ("done", "same")
 # Outcomes that a job has again while nothing changes. `failed` is tried again
 SETTLED = (*GOOD, "different", "undecided", "refused")
@@ -74,7 +75,7 @@ class FleetRecords:
         if (facts := None if is_open else self._facts(job, before.values())) is None:
             return Standing(JOB_NOT_DONE, record=record, own=own)
         written = record.get("written") or {}
-        if record.get("facts") == facts and own == written and record.get("outcome") in OUTCOMES:
+        if record.get("facts") == facts and written.items() <= own.items() and record.get("outcome") in OUTCOMES:
             return Standing(record["outcome"], str(record.get("message", "")), record, facts, own)
         return Standing(JOB_NOT_DONE, record=record, facts=facts, own=own)
 
@@ -82,18 +83,26 @@ class FleetRecords:
         """What exists of the output of a job, by path, where each of it is what this fleet wrote; else nothing.
 
         Of a worker that died at the job, it may also be what that was about to publish. What the record has of
-        another `output` that the file named before is not the job's.
+        another `output` that the file named before is not the job's, unless the file names it again.
         """
+        found: dict[str, Any] = {}
+        for each in (*record.get(FORMER, ()), record):
+            found |= self._own_of_one(job, each)
+        return found
+
+    def _own_of_one(self, job: FleetJob, record: Mapping[str, Any]) -> dict[str, Any]:
         known = [record.get(key) or {} for key in (PUBLISHED, "written")]
         names = {absolute(place(path)) for each in known for path in each}
         if job.output is not None and names.isdisjoint(map(absolute, job.output_paths())):
             return {}
         found = {path: self.identity_of(path) for path in {**known[0], **known[1]} if _exists(path)}
-        was_killed = PUBLISHED in record or record.get("outcome") == STARTED
+        is_uncertain = PUBLISHED in record or record.get("outcome") in (STARTED, None)  # a kill, or a former output
         for path, one in found.items():
             written = [each[path] for each in known if path in each]
             # A job that began when its own output could not be read has recorded None
-            is_own = self._is_known(one, written) if one else self._is_unread(path, was_killed and None not in written)
+            is_own = (
+                self._is_known(one, written) if one else self._is_unread(path, is_uncertain and None not in written)
+            )
             if not is_own:
                 return {}
         return found
@@ -107,6 +116,13 @@ class FleetRecords:
     def _is_unread(self, path: str, may_be_foreign: bool) -> bool:
         """Whether an output has no hash yet, or is damaged so that it cannot be read, and is not being written."""
         return not self.reads or not (may_be_foreign or unfinished(place(path)))
+
+    def former(self, record: Mapping[str, Any], written: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the next record has as FORMER, by the last one and by what the next one has as "written"."""
+        last = {"written": {**(record.get(PUBLISHED) or {}), **(record.get("written") or {})}}
+        every = [each["written"].items() for each in (*record.get(FORMER, ()), last)]
+        left = [{path: one for path, one in each if path not in written} for each in every]
+        return [{"written": each} for each in left if each]
 
     def read(self, job_id: str) -> dict[str, Any]:
         """The record of a job; empty where it has none. Raises InputRefused for a damaged one."""

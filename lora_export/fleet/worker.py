@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import OutputFailed
-from lora_export.fleet.records import PUBLISHED, STARTED, FleetRecords
+from lora_export.fleet.records import FORMER, PUBLISHED, STARTED, FleetRecords
 from lora_export.fleet.steps import FleetJob, absolute
 from lora_export.storage.atomic_output import refuse_foreign_files
 from lora_export.storage.manifest import MANIFEST
@@ -87,8 +87,9 @@ def perform(batch: JobBatch) -> list[dict[str, Any]]:
         record |= {"seconds": seconds, "created": when, "notes": own, "facts": dict(request.facts)}
         if "written" not in record:
             record.update(_own(request, records))
-        if records.read(request.job.id).get("attempt") == attempt:  # this worker was not taken for dead meanwhile
-            records.write(request.job.id, record)
+        last = records.read(request.job.id)
+        if last.get("attempt") == attempt:  # this worker was not taken for dead meanwhile
+            records.write(request.job.id, {**record, FORMER: records.former(last, record["written"])})
     return found
 
 
@@ -98,7 +99,9 @@ def _started(request: JobRequest, records: FleetRecords, attempt: str) -> JobReq
     The last record may be of a worker that died at this job, where Ray gives it to another one.
     """
     own = _own(request, records)
-    records.write(request.job.id, {"outcome": STARTED, "facts": request.facts, "attempt": attempt, **own})
+    former = records.former(records.read(request.job.id), own["written"])
+    started = {"outcome": STARTED, "facts": request.facts, "attempt": attempt, **own, FORMER: former}
+    records.write(request.job.id, started)
     return replace(request, own=own["written"])
 
 
@@ -124,8 +127,16 @@ def _record_published(
         record = records.read(request.job.id)
         if record.get("attempt") != attempt:
             raise OutputFailed(f"{goal}: this worker was taken for dead, and another one has the job")
+        if not request.job.values.get("overwrite") and not isinstance(goal, StorePath) and os.path.lexists(goal):
+            _refuse_foreign(goal, request.own)
         found = {str(goal.with_name(path.name)): records.identity_of(each) or {} for path, each in contents.items()}
         records.write(request.job.id, {**record, PUBLISHED: found})
+
+
+def _refuse_foreign(path: Path, own: Mapping[str, Any]) -> None:
+    """Raise OutputFailed for an output that exists and that the fleet wrote under no name of its job."""
+    if absolute(path) not in {absolute(place(each)) for each in own}:
+        raise OutputFailed(f"{path} exists, and this fleet did not write it. Remove it, or state `overwrite = true`")
 
 
 def _results(requests: Sequence[JobRequest], notes: Sequence[list[str]]) -> list[Any]:

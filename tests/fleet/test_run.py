@@ -20,10 +20,13 @@ import lora_export as le
 from lora_export.api import load
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run, worker
+from lora_export.fleet.status import FleetStatus
 from lora_export.fleet.worker import JobBatch, perform, session_of_process
 from lora_export.storage.output_lock import output_lock
+from lora_export.storage.store_path import StorePath
 from support.endpoints import save_adapter, save_base
 from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here
+from support.folder_contents import folder_contents
 from support.handmade import peft_adapter
 from support.stores import Stored
 
@@ -200,6 +203,43 @@ def test_under_another_output_the_former_one_stays_and_nothing_is_own(
     assert len(ran) == 2 and [job.outcome for job in status.jobs] == ["failed", "done"]
     assert "exists already" in status.jobs[0].message and outputs("second")[name] == b"mine"
     assert outputs("first") == former and name in former
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_a_former_output_that_is_named_again_is_own(
+    kind: str, in_store: bool, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+) -> None:
+    step, name = PUBLISHED[kind]
+    home = stored / "x" if in_store else place / "x"
+    for folder in ("x/first", "x/second", "x/first", "x/second"):
+        output = str(stored / folder) if in_store else folder
+        (place / "fleet.toml").write_text(BASES + step.replace("release", output))
+        assert le.run_fleet("plan", "fleet.toml").problems == ()
+        status, ran = run_here(monkeypatch)
+        assert status.counts == {"done": 2} and len(ran) == 2 and run_here(monkeypatch)[1] == []
+    assert {
+        each.relative_to(home).parts[0] for each in (home.newly() if isinstance(home, StorePath) else home).rglob("*")
+    } == {"first", "second"}
+    (home / "first" / name).write_bytes(b"mine")
+    (place / "fleet.toml").write_text((place / "fleet.toml").read_text().replace("x/second", "x/first"))
+    assert run_here(monkeypatch)[0].counts == {"failed": 1, "done": 1}
+    assert (home / "first" / name).read_bytes() == b"mine"
+
+
+def test_another_kind_of_output_replaces_nothing_of_others(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(kind: str) -> FleetStatus:
+        (place / "fleet.toml").write_text(BASES + TO_KOHYA.replace("kohya", kind))
+        return run_here(monkeypatch)[0]
+
+    assert use("kohya").counts == {"done": 2}
+    foreign = le.convert("adapters/fr", to="peft", output="release/de").output
+    before = folder_contents(foreign)
+    status = use("peft")
+    assert status.counts == {"failed": 1, "done": 1} and folder_contents(foreign) == before
+    assert status.jobs[0].message.startswith("release/de exists, and this fleet did not write it")
+    shutil.rmtree(foreign)
+    assert use("peft").counts == {"done": 2} and run_here(monkeypatch)[1] == []
 
 
 @pytest.mark.parametrize("in_store", [False, True])
