@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import html
+import io
 import itertools
 import json
 import logging
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,9 +125,16 @@ class Failing:
             start("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"" if method == "HEAD" else b"<Error><Code>SlowDown</Code></Error>"]
 
+        changed = [] if environ.get("QUERY_STRING") else [(method, path)]
+        if environ.get("QUERY_STRING") == "delete":  # as obstore deletes one object, too
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            environ["wsgi.input"] = io.BytesIO(body)
+            keys = (html.unescape(key) for key in re.findall("<Key>(.*?)</Key>", body.decode()))
+            changed = [("DELETE", f"{path.rstrip('/')}/{key}") for key in keys]
+
         def started(status: str, *rest: Any) -> Any:
-            if method in ("PUT", "POST", "DELETE") and status.startswith("2") and not environ.get("QUERY_STRING"):
-                self.changes.append((method, path))
+            if method in ("PUT", "POST", "DELETE") and status.startswith("2"):
+                self.changes += changed
             return start(status, *rest)
 
         return self._answer(app, environ, started)
