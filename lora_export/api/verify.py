@@ -24,7 +24,7 @@ from lora_export.api.load import (
 from lora_export.api.verify_outputs import judge_outputs, judge_quantised
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
-from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
+from lora_export.artifacts.artifact import Artifact, artifact_kind, open_artifact
 from lora_export.errors import LoraExportError, WrongUsage, brief
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource, is_address
@@ -37,6 +37,7 @@ from lora_export.report.files import check_report_path, try_report_place, write_
 from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
 from lora_export.runtime.expectations import recorded_base, refuse_unexpected
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.signature import refuse_unsigned

@@ -28,7 +28,7 @@ from lora_export.api.load import load_adapters, resolve_model, shared_model
 from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.api.verify_weights import judge_weights
-from lora_export.artifacts.artifact import Artifact, ArtifactKind, open_artifact
+from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.callbacks import in_stages, note_each
 from lora_export.errors import Different, EnvironmentLacking, Undecided
 from lora_export.isolation.limits import LEAST_TIMEOUT, REQUEST_SECONDS, TIMES_PYTORCH
@@ -37,6 +37,7 @@ from lora_export.plan import FLOATS, Plan
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.companion_files import compare_files
 from lora_export.verification.diagnose.root_cause import without_guesses
