@@ -96,7 +96,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
 
         def prove_file() -> Proof:
             save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
-            candidate = program.opened(folder / output.name, base)
+            candidate = program.runner_of_file(folder / output.name, base)
             return require_same(prove(candidate, references, step=stage_of_proof(stage)))
 
         # A program has the sizes that it takes, and refuses others.

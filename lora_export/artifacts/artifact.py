@@ -194,12 +194,16 @@ class Artifact:
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
-        """A context at whose end its files must be those of the beginning. Raises InputRefused, also where none is."""
+        """A context at whose end its files must be those of the beginning, and those of a graph at its export.
+
+        Raises InputRefused, also where there is no file.
+        """
         if self.address:
             yield
             return
         input_files.must_exist(self.path, "candidate")
         with input_files.unchanged(self.path, lambda: list(Artifact(self.path, self.kind).files.values())):
+            self.refuse_changed_weights()
             yield
 
     @cached_property

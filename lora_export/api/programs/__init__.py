@@ -32,7 +32,7 @@ class ProgramFormat(Protocol):
         Raises RuntimeRefused where the module cannot be exported.
         """
 
-    def opened(self, path: Path, base: Model) -> Runner:
+    def runner_of_file(self, path: Path, base: Model) -> Runner:
         """The file that was written, as its users load it."""
 
 

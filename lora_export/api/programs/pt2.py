@@ -21,7 +21,7 @@ def writer(base: Model, module: nn.Module, _: TorchScriptOptions) -> Callable[..
     return functools.partial(export_program.save_program, program)
 
 
-def opened(path: Path, base: Model) -> ModuleRunner:
+def runner_of_file(path: Path, base: Model) -> ModuleRunner:
     axes = {
         name: tuple(None if axis in base.axes[name] else size for axis, size in enumerate(value.shape))
         for name, value in base.example_inputs().items()

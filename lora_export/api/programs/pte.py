@@ -55,7 +55,7 @@ def writer(base: Model, module: nn.Module, options: TorchScriptOptions) -> Calla
     return functools.partial(save_executorch, program)
 
 
-def opened(path: Path, base: Model) -> RegisteredRunner:
+def runner_of_file(path: Path, base: Model) -> RegisteredRunner:
     return open_executorch(Artifact(path, ArtifactKind.EXECUTORCH), base.input_names)
 
 

@@ -27,7 +27,7 @@ def writer(base: Model, module: nn.Module, _: TorchScriptOptions) -> Callable[..
     return functools.partial(export_program.save_torchscript, script)
 
 
-def opened(path: Path, base: Model) -> ScriptRunner:
+def runner_of_file(path: Path, base: Model) -> ScriptRunner:
     return ScriptRunner(path, base.input_names)
 
 

@@ -196,7 +196,7 @@ def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
 
 
 def _limits(candidate: Runner, model: Model) -> Limits:
-    """The smallest and largest sizes that the candidate declares. A batch is excused where its runner says so."""
+    """The smallest and largest sizes that the candidate declares. The batch is excused where its runner limits it."""
     limits: Limits = {}
     declared = candidate.limits if isinstance(candidate, ModuleRunner | RegisteredRunner) else {}
     excuses_batch = isinstance(candidate, RegisteredRunner) and candidate.limits_batch
