@@ -41,7 +41,7 @@ def open_executorch(candidate: Artifact, input_names: Sequence[str], timeout: fl
     path = candidate.path.absolute()
     memory = memory_for(path.stat().st_size)
     process = IsolatedProcess.start(SERVING_CHILD, path, memory, *input_names, memory=memory)
-    return RegisteredRunner(EXECUTORCH, candidate, timeout=timeout, process=process, limits_batch=True)
+    return RegisteredRunner(EXECUTORCH, candidate, timeout=timeout, process=process)
 
 
 def main() -> None:

@@ -25,8 +25,7 @@ class RegisteredRunner(AdaptersByInput):
     """A candidate of any kind, opened and run by a function of a package or of the user.
 
     What it returns is judged, and not trusted. Each run ends within `timeout` seconds. `adapter` is a file for a graph
-    that takes adapters as inputs. `process` is that of a runner which needs one of its own. `limits_batch` states
-    that a file has the memory of its largest inputs, so that no larger batch is tried.
+    that takes adapters as inputs. `process` is that of a runner which needs one of its own.
 
     Raises InputRefused where there is no such runner or it fails, and as the runner itself; RuntimeRefused where it
     states sizes that no input has. `run` raises RuntimeRefused where the runner fails, ends its process or takes
@@ -41,9 +40,8 @@ class RegisteredRunner(AdaptersByInput):
         adapter: Path | None = None,
         timeout: float = TIMEOUT,
         process: IsolatedProcess | None = None,
-        limits_batch: bool = False,
     ):
-        self.name, self.path, self.timeout, self.limits_batch = name, candidate.path, timeout, limits_batch
+        self.name, self.path, self.timeout = name, candidate.path, timeout
         self.names_known = True
         self._process = process or IsolatedProcess.start(RUNNING_CHILD, name, self.path.absolute(), memory=None)
         header, _ = self._exchanged(None, {})
