@@ -10,7 +10,7 @@ from typing import Any
 from lora_export import plan
 from lora_export.api.adapter_names import repeated_tables, with_shapes_of_base
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
-from lora_export.artifacts.artifact import ArtifactKind, open_artifact
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats import onnx_adapter
@@ -21,6 +21,7 @@ from lora_export.options.declaring import takes
 from lora_export.options.spelling import named
 from lora_export.preflight.facts import Base, facts_of_adapter, facts_of_base, facts_of_changes, peft_config
 from lora_export.preflight.rules import RuntimeOutcome, findings_of, runtime_named
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hub_cache import locate
 from lora_export.weights.pipeline import is_pipeline
 from lora_export.weights.tied_tensors import ties_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
-from lora_export.artifacts.artifact import ArtifactKind, WrittenRecord, open_artifact
+from lora_export.artifacts.artifact import WrittenRecord, open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, brief, listed
 from lora_export.formats import task_adapters
@@ -19,6 +19,7 @@ from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
 from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 from lora_export.storage import input_files
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import damage
 from lora_export.storage.signature import refuse_unsigned

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
-from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, refuse_no_model
+from lora_export.artifacts.artifact import artifact_kind, refuse_no_model
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
@@ -18,6 +18,7 @@ from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import chosen_component, only_component
 from lora_export.plan.match_names import with_prefixes
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import SNAPSHOTS, locate
 from lora_export.storage.store_copy import on_disk

@@ -9,12 +9,13 @@ from lora_export.api.load import adapter_paths, calibration_file, locate_adapter
 from lora_export.api.merge_checkpoint import merging_into_checkpoint
 from lora_export.api.merge_pipeline import merge_into_pipeline
 from lora_export.api.merge_request import MergeRequest, MergeResult, read_adapters
-from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, claimed_kind
+from lora_export.artifacts.artifact import artifact_kind
 from lora_export.artifacts.files import with_suffix
 from lora_export.errors import WrongUsage
 from lora_export.options.declaring import extended, takes
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import named
+from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
 from lora_export.storage.gguf_file import SUFFIX
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.store_copy import on_disk

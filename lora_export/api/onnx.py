@@ -16,7 +16,6 @@ from lora_export.api.load import (
 )
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult, check_adapters
 from lora_export.api.publish import require_provider
-from lora_export.artifacts.artifact import ArtifactKind
 from lora_export.artifacts.files import names_file, with_suffix
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IMAGE_INPUTS
@@ -25,6 +24,7 @@ from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
 from lora_export.options.export import IMAGE_TEXT_TO_TEXT, OnnxOptions
 from lora_export.options.spelling import named
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.npz import read_arrays
 from lora_export.storage.store_path import place

@@ -24,7 +24,7 @@ from lora_export.api.load import (
 from lora_export.api.verify_outputs import judge_outputs, judge_quantised
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
-from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
+from lora_export.artifacts.artifact import Artifact, artifact_kind, open_artifact
 from lora_export.errors import LoraExportError, WrongUsage, brief
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource, is_address
@@ -37,6 +37,7 @@ from lora_export.report.files import check_report_path, try_report_place, write_
 from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
 from lora_export.runtime.expectations import recorded_base, refuse_unexpected
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.signature import refuse_unsigned
@@ -44,7 +45,6 @@ from lora_export.storage.store_copy import on_disk
 from lora_export.storage.store_path import is_hub_address, newly_opened, place
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.against_checkpoint.in_step import AuditInStep, audits_in_step
-from lora_export.weights.pipeline import is_pipeline
 
 if TYPE_CHECKING:
     from lora_export.verification.proof import Proof
@@ -157,7 +157,10 @@ def _verified(options: VerifyOptions, in_step: AuditInStep[Verification] | None 
 
 
 def _candidate(options: VerifyOptions) -> Artifact:
-    """The candidate; one in a store that is run is a copy on the disk. Raises WrongUsage as `refuse_address`."""
+    """The candidate; one in a store that is run is a copy on the disk.
+
+    Raises WrongUsage as `refuse_address`, and InputRefused for a folder that lacks a graph.
+    """
     if is_address(options.candidate):
         from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
 
@@ -165,7 +168,9 @@ def _candidate(options: VerifyOptions) -> Artifact:
         return open_artifact(options.candidate)
     named_path = options.candidate
     path = locate(named_path, options.on_message) if is_hub_address(named_path) else newly_opened(named_path)
-    return open_artifact(path if options.model is None else on_disk(path, options.on_message))
+    opened = open_artifact(path if options.model is None else on_disk(path, options.on_message))
+    opened.refuse_missing_graph()
+    return opened
 
 
 def _origin(request: VerifyRequest, candidate: Artifact) -> Artifact | None:
@@ -189,12 +194,11 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     request = _read(request)
     _refuse_unexpected(candidate, request)
     with candidate.unchanged(), no_adapter_as_model(request.model or request.base, request.adapters):
-        candidate.refuse_changed_weights()
         if request.model is not None:
             is_quantised = candidate.is_quantised and request.origin is not None and request.origin.is_quantised
             judge = judge_quantised if is_quantised else judge_outputs
             return judge(candidate, request)
-        if is_pipeline(request.checkpoint.path):
+        if request.checkpoint.kind is ArtifactKind.PIPELINE:
             return audit_pipeline(candidate, request, load_adapters(request.adapters, of_models=True))
         return judge_weights(candidate, request)
 
@@ -229,7 +233,7 @@ def _request(options: VerifyOptions) -> VerifyRequest:
 def _read(request: VerifyRequest) -> VerifyRequest:
     """The request with its adapters loaded, where they are compared, or their reading depends on what else is given."""
     reading = request.reading.for_base(request.base if request.model is None else request.model)
-    of_pipeline = request.model is None and request.base is not None and is_pipeline(request.base)
+    of_pipeline = request.model is None and request.checkpoint.kind is ArtifactKind.PIPELINE
     if not (request.prefixes or request.expected or reading != DEFAULTS or of_pipeline):
         return request
     loaded = load_adapters(
@@ -290,9 +294,8 @@ def _weight_hashes(base: ModelSource | None) -> list[str | None]:
 
 
 def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
-    """Raise WrongUsage for options that do not go together, and InputRefused for a folder that lacks a graph."""
+    """Raise WrongUsage for options that do not go together."""
     model, is_graph = request.model, candidate.kind.is_graph
-    candidate.refuse_missing_graph()
     if model is None and request.base is None:
         raise WrongUsage(
             f"give {named('model')}, to judge what CANDIDATE computes, or {named('base')}, to judge its weights"

@@ -28,7 +28,7 @@ from lora_export.api.load import load_adapters, resolve_model, shared_model
 from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.api.verify_weights import judge_weights
-from lora_export.artifacts.artifact import Artifact, ArtifactKind, open_artifact
+from lora_export.artifacts.artifact import Artifact
 from lora_export.callbacks import in_stages, note_each
 from lora_export.errors import Different, EnvironmentLacking, Undecided
 from lora_export.isolation.limits import LEAST_TIMEOUT, REQUEST_SECONDS, TIMES_PYTORCH
@@ -37,12 +37,12 @@ from lora_export.plan import FLOATS, Plan
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.companion_files import compare_files
 from lora_export.verification.diagnose.root_cause import without_guesses
 from lora_export.verification.judged_files import LoadedFiles, loaded_files
 from lora_export.verification.parity import Outcome
-from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge import merge_checkpoint
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         stage("hashing the candidate")
         hashes = files.hashes
         if origin is not None:
-            facts["base"] = {"path": str(origin), "sha256": open_artifact(origin).hashes}
+            facts["base"] = {"path": str(origin), "sha256": request.checkpoint.hashes}
     except (Different, Undecided, EnvironmentLacking) as ended:
         proof = proof_without_figures(ended, getattr(runner, "placement", None))
     else:
@@ -187,13 +187,12 @@ def judge_quantised(candidate: Artifact, request: VerifyRequest) -> Audit:
 
     It is undecided where the rounding costs more than the adapters change. Raises as `judge_weights`.
     """
-    base = request.checkpoint.path
     audit = judge_weights(candidate, request)
     if audit.outcome is not Outcome.SAME:
         return audit
     loaded = load_adapters(request.adapters)
     with tempfile.TemporaryDirectory() as folder:
-        outputs = _run(candidate.path, base, loaded, request, Path(folder))
+        outputs = _run(candidate, request, loaded, Path(folder))
     effect = _distance(outputs.exact, outputs.off)
     cost = _relative(_distance(outputs.own, outputs.exact), effect)
     sentences = [f"quantised, the outputs are {cost:.3g} of the adapter's effect away from those of the exact merge"]
@@ -213,11 +212,11 @@ def judge_quantised(candidate: Artifact, request: VerifyRequest) -> Audit:
         audit,
         outcome=Outcome.UNDECIDED if too_much else audit.outcome,
         figures=tuple(sentences),
-        about={**audit.about, "model": str(base), "quantisation_error": figures},
+        about={**audit.about, "model": str(request.checkpoint.path), "quantisation_error": figures},
     )
 
 
-def _run(candidate: Path, base: Path, adapters: Sequence[Adapter], request: VerifyRequest, folder: Path) -> RunOutputs:
+def _run(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter], folder: Path) -> RunOutputs:
     """Run one model after the other on the same seeded inputs."""
     import torch
 
@@ -226,7 +225,7 @@ def _run(candidate: Path, base: Path, adapters: Sequence[Adapter], request: Veri
     from lora_export.verification.inputs.model_inputs import inputs_of_proof
     from lora_export.verification.references.attached_module import attach_adapters
 
-    source = resolve_model(_as_floats(base, folder / "base"), adapters, inputs=request.inputs)
+    source = resolve_model(_as_floats(request.checkpoint, folder / "base"), adapters, inputs=request.inputs)
     adapted = adapted_model(source, adapters, request.weights, request, request.on_message)
     runner = ModuleRunner(adapted.model.module)
     seed, own_inputs = request.input_seed or 0, request.inputs
@@ -237,7 +236,7 @@ def _run(candidate: Path, base: Path, adapters: Sequence[Adapter], request: Veri
     own_runner = ModuleRunner(resolve_model(_as_floats(candidate, folder / "candidate"), inputs=own_inputs).module)
     own = {name: own_runner.run(arrays) for name, arrays in cases.items()}
     try:
-        library = ModuleRunner(_by_transformers(candidate, type(own_runner.module).__name__))
+        library = ModuleRunner(_by_transformers(candidate.path, type(own_runner.module).__name__))
         with torch.no_grad():  # some libraries unpack their weights in the first run
             library.module(**{name: torch.from_numpy(value) for name, value in next(iter(cases.values())).items()})
         loaded = {name: library.run(arrays) for name, arrays in cases.items()}
@@ -246,10 +245,10 @@ def _run(candidate: Path, base: Path, adapters: Sequence[Adapter], request: Veri
     return RunOutputs(exact, off, own, loaded, "")
 
 
-def _as_floats(folder: Path, output: Path) -> Path:
+def _as_floats(quantised: Artifact, output: Path) -> Path:
     """A quantised folder as that of a float model, bit for bit the weights that its library makes."""
     output.mkdir()
-    checkpoint = open_checkpoint(folder, dequantise=True)
+    checkpoint = quantised.dequantised
     merge_checkpoint(Plan((), (), (), tuple(spec.name for spec in checkpoint.specs)), checkpoint, output)
     return output
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.artifacts.artifact import Artifact, WrittenRecord, claimed_kind
+from lora_export.artifacts.artifact import Artifact, WrittenRecord
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import version_of
@@ -19,6 +19,7 @@ from lora_export.lora import Adapter
 from lora_export.options.combining import AdapterSource
 from lora_export.options.spelling import named
 from lora_export.options.verify import VerifyOptions
+from lora_export.storage.artifact_kinds import claimed_kind
 from lora_export.storage.hashes import ALGORITHMS, SHORT_HASH, file_hash
 from lora_export.verification.against_checkpoint import Audit
 

@@ -14,7 +14,7 @@ from lora_export.api.load import load_adapters
 from lora_export.api.merge_pipeline import parts_by_model
 from lora_export.api.merge_request import planned
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
-from lora_export.artifacts.artifact import Artifact, ArtifactKind
+from lora_export.artifacts.artifact import Artifact
 from lora_export.callbacks import in_bytes, note_each
 from lora_export.errors import InputRefused, count
 from lora_export.lora import Adapter
@@ -22,6 +22,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.provenance import adapter_records
 from lora_export.storage import input_files
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.verification import against_checkpoint

@@ -11,7 +11,6 @@ import contextlib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from lora_export.options.common import is_address
 from lora_export.options.spelling import command
 from lora_export.provenance import History, read_shared
 from lora_export.storage import input_files, json_files, safetensors_file
+from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
 from lora_export.storage.gguf_file import is_gguf, open_gguf
 from lora_export.storage.hashes import SHORT_HASH, file_hash
 from lora_export.storage.manifest import MANIFEST, read_manifest
@@ -97,47 +97,6 @@ def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 # --- artifacts ---
 
 
-class ArtifactKind(StrEnum):
-    """What an artifact is."""
-
-    CHECKPOINT = "checkpoint folder"
-    EMBEDDER = "embedding model"
-    PIPELINE = "diffusion pipeline"
-    GENERATION = "graphs of one model"
-    WEIGHTS = "weights"
-    GGUF = "GGUF file"
-    GRAPH = "graph"
-    SCRIPT = "TorchScript"
-    PROGRAM = "program of torch.export"
-    EXECUTORCH = "program of ExecuTorch"
-    OPENVINO = "model of OpenVINO"
-    ADAPTER = "adapter for a graph"
-    ENDPOINT = "endpoint"
-    OTHER = "other file"
-
-    @property
-    def is_graph(self) -> bool:
-        """Whether onnxruntime runs it."""
-        return self in (ArtifactKind.GRAPH, ArtifactKind.GENERATION)
-
-    @property
-    def is_checkpoint(self) -> bool:
-        """Whether it is weights of a PyTorch model, in a folder or a file."""
-        return self in (ArtifactKind.CHECKPOINT, ArtifactKind.EMBEDDER, ArtifactKind.PIPELINE, ArtifactKind.WEIGHTS)
-
-
-CLAIMED: Mapping[str, ArtifactKind] = {
-    ".onnx": ArtifactKind.GRAPH,
-    ".onnx_adapter": ArtifactKind.ADAPTER,
-    ".safetensors": ArtifactKind.WEIGHTS,
-    ".gguf": ArtifactKind.GGUF,
-    ".pt": ArtifactKind.SCRIPT,
-    ".pth": ArtifactKind.SCRIPT,
-    ".ts": ArtifactKind.SCRIPT,
-    ".pt2": ArtifactKind.PROGRAM,
-    ".pte": ArtifactKind.EXECUTORCH,
-    ".xml": ArtifactKind.OPENVINO,
-}
 # A member of each kind of archive, in the archive's one folder
 MEMBERS = {"archive_format": ArtifactKind.PROGRAM, "constants.pkl": ArtifactKind.SCRIPT}
 
@@ -151,11 +110,6 @@ def artifact_kind(path: Path) -> ArtifactKind:
             return ArtifactKind.PIPELINE
         return ArtifactKind.EMBEDDER if (path / MODULES_FILE).is_file() else ArtifactKind.CHECKPOINT
     return claimed_kind(path) or _kind_of_content(path)
-
-
-def claimed_kind(name: str | Path) -> ArtifactKind | None:
-    """The kind that the name of a file claims; None where it claims none."""
-    return CLAIMED.get(Path(name).suffix)
 
 
 def is_arrays(path: Path) -> bool:
@@ -240,12 +194,16 @@ class Artifact:
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
-        """A context at whose end its files must be those of the beginning. Raises InputRefused, also where none is."""
+        """A context at whose end its files must be those of the beginning, and those of a graph at its export.
+
+        Raises InputRefused, also where there is no file.
+        """
         if self.address:
             yield
             return
         input_files.must_exist(self.path, "candidate")
         with input_files.unchanged(self.path, lambda: list(Artifact(self.path, self.kind).files.values())):
+            self.refuse_changed_weights()
             yield
 
     @cached_property

@@ -9,6 +9,7 @@ from lora_export.errors import OutputFailed, WrongUsage
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.storage import input_files
+from lora_export.storage.artifact_kinds import FILE_SUFFIXES
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.store_path import place
 
@@ -68,18 +69,9 @@ def _external_data(path: Path) -> list[Path]:
     return [source for source in graph.sources if not source.samefile(path)]
 
 
-# Suffixes of other files: such a name is a mistake, and no name with a dot in it
-KINDS = frozenset(
-    {
-        *(".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pte", ".pth", ".ts"),
-        *(".safetensors", ".gguf", ".bin", ".json", ".npz"),
-    }
-)
-
-
 def names_file(output: Path) -> bool:
     """Whether the name of an output is that of a file, and of no folder."""
-    return output.suffix in KINDS
+    return output.suffix in FILE_SUFFIXES
 
 
 # Suffix -> what reads and writes such files
@@ -101,6 +93,6 @@ def with_suffix(output: str | Path, suffix: str, *others: str) -> Path:
             raise OutputFailed(f"{path} is not UTF-8, and {library} take no such path. Name it otherwise") from error
     if path.suffix in (suffix, *others) or path.name in ("", ".."):
         return path
-    if path.suffix in KINDS:
+    if path.suffix in FILE_SUFFIXES:
         raise WrongUsage(f"the output is a {suffix} file: name it {path.with_suffix(suffix)}, not {path.name}")
     return path if path.is_symlink() or path.exists() else path.with_name(path.name + suffix)

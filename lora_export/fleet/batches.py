@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
+from lora_export.artifacts.artifact import artifact_kind
 from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.steps import FleetJob
+from lora_export.storage.artifact_kinds import ArtifactKind
 
 MOST_TOGETHER = 16  # with three open files for each; more would save less than 1/16 of the base's bytes
 READ_IN_BLOCKS = (ArtifactKind.CHECKPOINT, ArtifactKind.EMBEDDER, ArtifactKind.WEIGHTS)

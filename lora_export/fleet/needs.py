@@ -22,11 +22,12 @@ from lora_export.api.memory_needs import (
     memory_to_export,
     memory_to_verify,
 )
-from lora_export.artifacts.artifact import claimed_kind, open_artifact
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
 from lora_export.fleet.steps import FleetJob
 from lora_export.options.fleet import VERIFY_WEIGHTS
+from lora_export.storage.artifact_kinds import claimed_kind
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.object_store import OF_UPLOAD
 from lora_export.storage.store_path import StorePath, place

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_export import formats
-from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
+from lora_export.artifacts.artifact import artifact_kind
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, LoraExportError, MatchError
 from lora_export.fleet.description import FleetFile
@@ -22,6 +22,7 @@ from lora_export.options.declaring import options_of
 from lora_export.options.fleet import options_from_table
 from lora_export.options.merge import MergeOptions
 from lora_export.report.json_document import as_dict
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hub_cache import locate
 
 MERGED_INTO = (ArtifactKind.CHECKPOINT, ArtifactKind.EMBEDDER, ArtifactKind.PIPELINE, ArtifactKind.WEIGHTS,

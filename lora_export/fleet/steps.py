@@ -15,6 +15,7 @@ from lora_export.options.export import OnnxOptions, TorchScriptOptions
 from lora_export.options.fleet import VERIFY_WEIGHTS, keys_of
 from lora_export.options.merge import MergeOptions
 from lora_export.options.verify import VerifyOptions
+from lora_export.storage.artifact_kinds import PROGRAM_FORMATS
 from lora_export.storage.store_path import StorePath, place
 
 
@@ -62,7 +63,7 @@ FLEET_STEPS: Mapping[str, StepKind] = {
         "torchscript:export_torchscript",
         "model",
         "adapters",
-        (".pt", ".pt2", ".pte"),
+        tuple(kind.suffixes[0] for kind in PROGRAM_FORMATS.values()),
         writes_model=True,
     ),
     "convert": StepKind(ConvertOptions, "convert:convert", "", "adapter", (".safetensors", ".gguf", ".onnx_adapter")),

@@ -21,9 +21,7 @@ def _limit(of: str, most: int, unit: str) -> int:
 
 # --- Files that are run ---
 
-MEMORY = _limit(
-    "a run of an ONNX graph, a TorchScript file, a `.pt2` or a `.pte`, and the reading of a pickle", 2 * GIB, "bytes"
-)
+MEMORY = _limit("a run of an ONNX graph or of a program, and the reading of a pickle", 2 * GIB, "bytes")
 MEMORY_OF_FILE = _limit("the same, for each byte of the file", 4, "further bytes")
 LEAST_TIMEOUT = _limit("a run of a file that is verified, where no other time limit is given", 60, "seconds")
 TIMES_PYTORCH = _limit("the same, where it is more", 30, "times PyTorch's run of the largest generated inputs")

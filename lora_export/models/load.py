@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, refuse_no_model
+from lora_export.artifacts.artifact import artifact_kind, refuse_no_model
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
@@ -33,6 +33,7 @@ from lora_export.models.stored_parameter import is_streamed, load_streamed
 from lora_export.models.tracing import failure_on, named_failures, same_state, with_dictionaries
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.npz import read_arrays
 from lora_export.user_code import failures_of_user_code, find_function
 from lora_export.weights.task_head import TaskHead

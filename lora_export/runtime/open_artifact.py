@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lora_export import layers
-from lora_export.artifacts.artifact import Artifact, ArtifactKind
+from lora_export.artifacts.artifact import Artifact
 from lora_export.artifacts.files import adapter_of_file, file_for_graph, graphs_in
 from lora_export.errors import InputRefused
 from lora_export.isolation.limits import memory_for
@@ -35,6 +35,7 @@ from lora_export.runtime.runner import TIMEOUT, CandidateRunner
 from lora_export.runtime.three_graphs import runner_of
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
+from lora_export.storage.artifact_kinds import ArtifactKind
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +65,11 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
         if candidate.kind is ArtifactKind.GGUF:
             way = named("base", "BASE.gguf")
             raise InputRefused(f"{candidate.path} is verified by its weights: {way}, and no model")
-        kinds = "an .onnx, .pt, .pt2, .pte, .safetensors or .xml file, or a Hugging Face folder"
-        raise InputRefused(f"{candidate.path}: a candidate is {kinds}, or what your own {named('runner')} runs")
+        *first, last = sorted(kind.suffixes[0] for kind in RUNNERS if kind.suffixes)
+        raise InputRefused(
+            f"{candidate.path}: a candidate is an {', '.join(first)} or {last} file, or a Hugging Face folder, or what "
+            f"your own {named('runner')} runs"
+        )
     return opener(candidate, how)
 
 

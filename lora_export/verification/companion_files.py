@@ -9,6 +9,7 @@ the folders: ids of texts are compared, and what shapes a batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,26 +83,37 @@ def compare_files(
     """
     if not (base.is_dir() and merged.is_dir()):
         return ComparedFiles()
-    found = _Found()
+    found, before, after = _Found(), _Folder(base), _Folder(merged)
     if floats:
-        found.differences += _unstated_floats(base, merged, floats)
+        found.differences += _unstated_floats(before, after, floats)
     for name in CONFIGS:
-        if (base / name).exists() and (merged / name).exists():
-            before, after = json_files.read_json(base / name), json_files.read_json(merged / name)
-            expected: Values = before
+        if before.has(name) and after.has(name):
+            expected, values = before.json(name), after.json(name)
             if name == CONFIG:
-                expected = _expected_config(before, after, adapters, floats)
-                found.differences += _wrong_dtype(before, after, stored)
-            found.add_values(name, list(_compared(expected, after)), _same_in_transformers(base, merged, name))
-    _compare_tokenizers(base, merged, found)
-    templates = [_chat_template(folder) for folder in (base, merged)]
+                found.differences += _wrong_dtype(expected, values, stored)
+                expected = _expected_config(expected, values, adapters, floats)
+            found.add_values(name, list(_compared(expected, values)), _same_in_transformers(base, merged, name))
+    _compare_tokenizers(before, after, found)
+    templates = [_chat_template(folder) for folder in (before, after)]
     if all(templates) and templates[0] != templates[1]:
         found.differences.append("the chat template is another than the base's")
     elif any(templates) and not all(templates):
         found.not_judged.append("the chat template, which only one folder has")
     if not any(merged.glob("*.onnx")):  # an export for a runtime has files of its own
-        _compare_other_files(base, merged, found, floats)
+        _compare_other_files(before, after, found, floats)
     return ComparedFiles(tuple(map(one_line, found.differences)), tuple(map(one_line, found.not_judged)))
+
+
+class _Folder:
+    """A folder that is compared. Its names and each of its files of values are read once."""
+
+    def __init__(self, path: Path):
+        self.path, self.names = path, frozenset(_names(path))
+        self.tokenizer = {name for name in self.names if _is_of_tokenizer(name)}
+        self.json: Callable[[str], Values] = functools.cache(lambda name: json_files.read_json(path / name))
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).exists()
 
 
 @dataclass
@@ -160,56 +172,47 @@ def _is_of_tokenizer(name: str) -> bool:
     return name in (*VOCABULARIES, "special_tokens_map.json") or (name.startswith("tokenizer") and "/" not in name)
 
 
-def _compare_tokenizers(base: Path, merged: Path, found: _Found) -> None:
+def _compare_tokenizers(base: _Folder, merged: _Folder, found: _Found) -> None:
     """The tokenizers by what they do, where their files are not the same; by their files where one cannot be opened."""
-    before, after = ({name for name in _names(folder) if _is_of_tokenizer(name)} for folder in (base, merged))
+    before, after = base.tokenizer, merged.tokenizer
     if not (before and after):
         found.not_judged += ["the tokenizer, which only one folder has"] if before or after else []
         return
-    if before == after and all(_are_equal(base / name, merged / name) for name in before):
+    if before == after and all(_are_equal(base.path / name, merged.path / name) for name in before):
         return
-    done = tokenizer_differences(base, merged)
+    done = tokenizer_differences(base.path, merged.path)
     if done is not None:
         found.differences += [f"the tokenizer: {line}" for line in done]
-        found.add_values("tokenizer.json", list(_compared(_cutting(base), _cutting(merged))))
+        name = "tokenizer.json"
+        one, other = (_cutting(folder.json(name)) if folder.has(name) else {} for folder in (base, merged))
+        found.add_values(name, list(_compared(one, other)))
         return
     for name, read in TOKENIZER_READERS.items():
         if name in before and name in after:
-            found.add_values(name, list(_compared(read(base, name), read(merged, name))))
+            found.add_values(name, list(_compared(read(base.json(name)), read(merged.json(name)))))
     for name in VOCABULARIES:
         if name in after and name not in before:
             found.not_judged.append(f"{name}, which the base does not have")
-        elif name in after and not _are_equal(base / name, merged / name):
+        elif name in after and not _are_equal(base.path / name, merged.path / name):
             found.differences.append(f"{name} is not the base's")
 
 
-def _cutting(folder: Path) -> Values:
-    """How a tokenizer.json cuts and pads texts by itself, as runtimes without transformers use it."""
-    if not (folder / "tokenizer.json").is_file():
-        return {}
-    values = json_files.read_json(folder / "tokenizer.json")
-    return {key: [values.get(key)] for key in ("truncation", "padding")}
-
-
-def _compare_other_files(base: Path, merged: Path, found: _Found, floats: Sequence[Sequence[str]]) -> None:
+def _compare_other_files(base: _Folder, merged: _Folder, found: _Found, floats: Sequence[Sequence[str]]) -> None:
     """Processors, further templates, modules of embedding models, code, and other files beside the weights."""
     before, after = (
-        {name for name in _names(folder) if not (_is_of_tokenizer(name) or name == CHAT_TEMPLATE or _is_unread(name))}
+        {name for name in folder.names - folder.tokenizer if not (name == CHAT_TEMPLATE or _is_unread(name))}
         for folder in (base, merged)
     )
     for name in sorted(before & after - {*CONFIGS}):
-        if _are_equal(base / name, merged / name):
+        if _are_equal(base.path / name, merged.path / name):
             continue
         try:
-            values = (
-                [json_files.read_json(folder / name) for folder in (base, merged)] if name.endswith(".json") else []
-            )
+            values = [folder.json(name) for folder in (base, merged)] if name.endswith(".json") else []
         except InputRefused:  # a list, such as modules.json
             values = []
         if values:
-            expected = (
-                file_with_floats(name, values[0], *floats) if floats and name in QUANTIZATION_FILES else values[0]
-            )
+            is_stated = floats and name in QUANTIZATION_FILES
+            expected = file_with_floats(name, values[0], *floats) if is_stated else values[0]
             found.add_values(name, list(_compared(expected, values[1])))
         else:
             found.differences.append(f"{name} is not the base's")
@@ -248,13 +251,13 @@ def _have_equal_tensors(one: Path, other: Path) -> bool:
     )
 
 
-def _unstated_floats(base: Path, merged: Path, floats: Sequence[Sequence[str]]) -> Iterator[str]:
+def _unstated_floats(base: _Folder, merged: _Folder, floats: Sequence[Sequence[str]]) -> Iterator[str]:
     """Where a quantised folder does not state which of its layers became floats, or states others."""
     for name in (CONFIG, *QUANTIZATION_FILES):
-        if (base / name).is_file() and (merged / name).is_file():
-            before, after = json_files.read_json(base / name), json_files.read_json(merged / name)
+        if base.has(name) and merged.has(name):
+            before = base.json(name)
             stated = with_floats(before, *floats) if name == CONFIG else file_with_floats(name, before, *floats)
-            for key in _not_as_stated(before, stated, after):
+            for key in _not_as_stated(before, stated, merged.json(name)):
                 yield f"{name}: {key} does not name the layers that are floats in the weights, and in the base are not"
 
 
@@ -301,9 +304,13 @@ def _shown(value: Any) -> str:
 # --- Readers: the values of a file that decide what a model or tokenizer computes ---
 
 
-def _tokenizer(folder: Path, name: str) -> Values:
+def _cutting(tokenizer: Values) -> Values:
+    """How a tokenizer.json cuts and pads texts by itself, as runtimes without transformers use it."""
+    return {key: [tokenizer.get(key)] for key in ("truncation", "padding")}
+
+
+def _tokenizer(tokenizer: Values) -> Values:
     """The vocabulary, merges, added tokens with their flags, steps, padding and truncation of a tokenizer.json."""
-    tokenizer = json_files.read_json(folder / name)
     model = tokenizer.get("model")
     model = model if isinstance(model, Mapping) else {}
     merges = model.get("merges")
@@ -316,12 +323,11 @@ def _tokenizer(folder: Path, name: str) -> Values:
         if isinstance(token, Mapping)
     }
     steps = {part: [tokenizer.get(part)] for part in TOKENIZER_PARTS if tokenizer.get(part) is not None}
-    return {"vocab": model.get("vocab"), "merges": merges, "added_tokens": tokens, **steps, **_cutting(folder)}
+    return {"vocab": model.get("vocab"), "merges": merges, "added_tokens": tokens, **steps, **_cutting(tokenizer)}
 
 
-def _special_tokens(folder: Path, name: str) -> Values:
+def _special_tokens(values: Values) -> Values:
     """The special tokens and settings of a tokenizer_config.json or special_tokens_map.json."""
-    values = json_files.read_json(folder / name)
     return {
         key: value.get("content", value) if isinstance(value, Mapping) and key.endswith("_token") else value
         for key, value in values.items()
@@ -329,23 +335,20 @@ def _special_tokens(folder: Path, name: str) -> Values:
     }
 
 
-TOKENIZER_READERS: Mapping[str, Callable[[Path, str], Values]] = {
+TOKENIZER_READERS: Mapping[str, Callable[[Values], Values]] = {
     "tokenizer.json": _tokenizer,
     "tokenizer_config.json": _special_tokens,
     "special_tokens_map.json": _special_tokens,
 }
 
 
-def _chat_template(folder: Path) -> str:
+def _chat_template(folder: _Folder) -> str:
     """The chat template, which is a file of its own or in the tokenizer's config; empty where there is none."""
-    own, config = folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"
-    if own.is_file():
-        return input_files.read_text(own, MAX_JSON).strip()
-    if not config.is_file():
-        return ""
+    if folder.has(CHAT_TEMPLATE):
+        return input_files.read_text(folder.path / CHAT_TEMPLATE, MAX_JSON).strip()
     try:
-        template = json_files.read_json(config).get("chat_template")
-    except InputRefused:
+        template = folder.json("tokenizer_config.json").get("chat_template")
+    except InputRefused:  # it is missing, or damaged
         return ""
     return template.strip() if isinstance(template, str) else repr(template) if template else ""
 

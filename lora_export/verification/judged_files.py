@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_export.artifacts.artifact import Artifact, ArtifactKind
+from lora_export.artifacts.artifact import Artifact
 from lora_export.artifacts.files import hashes_of
 from lora_export.errors import first_of, one_line
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.verification.companion_files import (
     CHAT_TEMPLATE,

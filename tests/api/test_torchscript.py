@@ -13,13 +13,13 @@ from torch import nn
 
 import lora_export as le
 from lora_export.api import torchscript
-from lora_export.artifacts.artifact import ArtifactKind
+from lora_export.api.programs import program_format
+from lora_export.api.programs.torchscript import follows
 from lora_export.errors import Different
 from lora_export.models.model import Model
+from lora_export.options.export import TorchScriptOptions
 from support.api import MODEL, A, B, Recorder, an_adapter
 from support.small_models import small_adapter, small_model
-
-SCRIPT = ArtifactKind.SCRIPT
 
 
 @pytest.mark.parametrize("lora", ["merged", "nodes"])
@@ -70,10 +70,10 @@ def test_a_trace_that_repeats_its_example_is_noticed() -> None:
         return {"x": torch.ones(sizes["batch"], 3)}
 
     model = Model("counting", nn.Identity(), {"x": {0: "batch"}}, make, {"batch": 2})
-    for module, follows in ((Counting(), False), (nn.Linear(3, 3), True)):
-        named = module if follows is False else Named(module)
+    for module, expected in ((Counting(), False), (nn.Linear(3, 3), True)):
+        named = module if expected is False else Named(module)
         script = torch.jit.trace(named, example_kwarg_inputs={"x": torch.ones(2, 3)}, strict=False)
-        assert torchscript._follows(script, named, model) is follows
+        assert follows(script, named, model) is expected
 
 
 def test_a_trace_that_repeats_its_example_leaves_out_the_images() -> None:
@@ -82,10 +82,12 @@ def test_a_trace_that_repeats_its_example_leaves_out_the_images() -> None:
 
     texts = Model("counting", nn.Identity(), {"x": {0: "batch"}}, make, {"batch": 2}, not_judged=("images",))
     messages: list[str] = []
-    taken, _ = torchscript._made(replace(texts, text_only=texts), Counting(), SCRIPT, {}, messages.append)
+    script: Any = program_format("torchscript")
+    options = TorchScriptOptions("m", "m.pt", on_message=messages.append)
+    taken, _ = torchscript._made(replace(texts, text_only=texts), Counting(), script, options)
     assert taken.not_judged == ("images (the trace is right for one number and one size of images alone)",)
     assert messages and "takes texts without images" in messages[0]
-    assert torchscript._made(texts, Counting(), SCRIPT, {}, messages.append)[0] is texts and len(messages) == 1
+    assert torchscript._made(texts, Counting(), script, options)[0] is texts and len(messages) == 1
 
 
 class Named(nn.Module):

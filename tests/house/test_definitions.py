@@ -14,6 +14,7 @@ OF_EACH_MODULE = {
     *("read", "recognises", "foreign_keys", "write", "DESCRIPTION", "OF_PIPELINES"),
     "main",
     *("SUFFIX", "PURPOSE", "require", "of_proof", "of_error"),
+    *("IS_TRACE", "RUNTIME", "writer", "runner_of_file"),
 }
 
 

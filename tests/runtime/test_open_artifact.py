@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_export.artifacts.artifact import ArtifactKind, open_artifact
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused
 from lora_export.models.load import from_module, load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.open_artifact import RUNNERS, HowToOpen, open_candidate
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
 from lora_export.runtime.torchscript.runner import ScriptRunner
+from lora_export.storage.artifact_kinds import ArtifactKind
 from support.generators import small_decoder
 from support.small_models import small_model
 

@@ -63,7 +63,7 @@ def test_another_name_is_refused_with_the_command_that_gets_it(cache: Path, name
 
 
 @pytest.mark.parametrize(
-    "path", ["missing", "a/b/c", "models/x.onnx", "net.py:make", "dir/net.py", "/org/small", "~/org"]
+    "path", ["missing", "a/b/c", "models/x.onnx", "models/x.gguf", "net.py:make", "dir/net.py", "/org/small", "~/org"]
 )
 def test_other_paths_are_left_alone(cache: Path, path: str) -> None:
     assert locate(path, print) == Path(path)

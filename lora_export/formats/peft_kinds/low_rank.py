@@ -166,7 +166,6 @@ def peft_lokr(stored: Stored) -> LoraPair:
 
 
 _Array = NDArray[Any]
-_MOST_LAYERS = 32  # of either half
 _HALVES = ("encoders", "decoders")
 
 

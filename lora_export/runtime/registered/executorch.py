@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_export.artifacts.artifact import Artifact, ArtifactKind
+from lora_export.artifacts.artifact import Artifact
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.extras import optional_package
 from lora_export.isolation.bounds import bound_child
@@ -23,6 +23,7 @@ from lora_export.runtime.registered.child import serve
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import to_numpy, to_tensor
+from lora_export.storage.artifact_kinds import ArtifactKind
 
 EXECUTORCH = "executorch"
 SERVING_CHILD = "lora_export.runtime.registered.executorch"

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lora_export.artifacts.artifact import ArtifactKind, open_artifact
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused
 from lora_export.extras import optional_package
 from lora_export.formats.contract import CONTRACT_KEY, STRENGTHS_KEY, read_contract
 from lora_export.options.spelling import command
 from lora_export.runtime.runner import Arrays
+from lora_export.storage.artifact_kinds import ArtifactKind
 
 DEVICE = "CPU"
 # By itself it computes in bfloat16 where the processor can: a small Llama's log-probabilities were off by 0.02.

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import errors
-from lora_export.artifacts.artifact import Artifact, ArtifactKind
+from lora_export.artifacts.artifact import Artifact
 from lora_export.errors import RuntimeRefused, one_line
 from lora_export.isolation.limits import MAX_LEAST
 from lora_export.isolation.process import IsolatedProcess
 from lora_export.runtime.runner import TIMEOUT, AdaptersByInput, Arrays, completed_inputs, refused_ends
+from lora_export.storage.artifact_kinds import ArtifactKind
 
 RUNNING_CHILD = "lora_export.runtime.registered.child"
 WANTED = {

@@ -118,7 +118,7 @@ def open_folder(path: Path) -> Records:
     if any((path / name).is_file() for name in DATASET_FILES):
         return SavedDataset(path)
     files = [file for file in regular_files(path) if not any(part[0] == "." for part in file.relative_to(path).parts)]
-    kinds = {file: _kind_of(file) for file in files}
+    kinds = {file: FILE_KINDS.get(file.suffix.lower(), "text") for file in files}
     if not kinds:
         raise InputRefused(f"{path} contains no files")
     if "sound" in kinds.values():
@@ -132,10 +132,6 @@ def open_folder(path: Path) -> Records:
     if tables := [str(file) for file, kind in kinds.items() if kind == "table"]:
         raise InputRefused(f"{path} contains files of rows. Name one of them as the data:", listed(tables))
     return ImagesByClass(path, images) if images else TextFiles(path, list(kinds))
-
-
-def _kind_of(file: Path) -> str:
-    return FILE_KINDS.get(file.suffix.lower(), "text")
 
 
 def open_records(path: Path, columns: Mapping[str, str] | None = None) -> Records:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lora_export.artifacts.artifact import ArtifactKind, open_artifact
+from lora_export.api.programs.pte import planned_sizes, save_executorch
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused
-from lora_export.models.executorch import planned_sizes, save_executorch
 from lora_export.models.model import Model
+from lora_export.storage.artifact_kinds import ArtifactKind
 
 
 def test_the_record_is_behind_the_program(tmp_path: Path) -> None:

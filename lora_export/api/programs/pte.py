@@ -6,32 +6,57 @@ program stays as it was proven, and readers of the record need no ExecuTorch.
 
 from __future__ import annotations
 
+import functools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
+from lora_export.artifacts.artifact import Artifact
 from lora_export.errors import InputRefused
 from lora_export.extras import optional_package
-from lora_export.models.export_program import FIXED_TIME
+from lora_export.models.export_program import FIXED_TIME, to_program
 from lora_export.models.model import CHECKED_SIZES, Model, Sizes
 from lora_export.models.tracing import exporter_refusals, silence
+from lora_export.options.export import TorchScriptOptions
 from lora_export.options.spelling import named
+from lora_export.runtime.registered.executorch import EXECUTORCH, open_executorch
+from lora_export.runtime.registered.runner import RegisteredRunner
+from lora_export.storage.artifact_kinds import ArtifactKind
 
-EXECUTORCH_EXTRA = "executorch"
+IS_TRACE, RUNTIME = False, "ExecuTorch"
 USUAL_BATCH = max(sizes["batch"] for sizes in CHECKED_SIZES)
 USUAL_GREATEST = 128  # of other axes, where the traced size is no larger
 
 
-def import_executorch() -> tuple[Any, Any]:
+def require() -> tuple[Any, Any]:
     """The compiler and the partitioner of XNNPACK. Raises EnvironmentLacking where ExecuTorch is not installed."""
     with silence():
         modules = ("executorch.exir", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
-        compiler, xnnpack = (optional_package(name, "a .pte file needs", EXECUTORCH_EXTRA) for name in modules)
+        compiler, xnnpack = (optional_package(name, "a .pte file needs", EXECUTORCH) for name in modules)
     return compiler, xnnpack.XnnpackPartitioner
+
+
+def writer(base: Model, module: nn.Module, options: TorchScriptOptions) -> Callable[..., None]:
+    """The sizes that vary have a maximum. An axis whose maximum is 1 does not vary."""
+    most = planned_sizes(base, options.max_size or {})
+    inputs = base.inputs({symbol: min(size, base.traced_sizes[symbol]) for symbol, size in most.items()}, seed=0)
+    axes = {name: {axis: symbol for axis, symbol in own.items() if most[symbol] > 1} for name, own in base.axes.items()}
+    exported = to_program(module, inputs, axes=axes, most=most)
+    compiler, partitioner = require()
+    with silence(), exporter_refusals(module):
+        program = compiler.to_edge_transform_and_lower(exported, partitioner=[partitioner()]).to_executorch()
+    sizes = ", ".join(f"{symbol} {size}" for symbol, size in most.items())
+    options.on_message(
+        f"note: the file takes sizes of up to {sizes}, for which it reserves memory ({named('max_size')})"
+    )
+    return functools.partial(save_executorch, program)
+
+
+def runner_of_file(path: Path, base: Model) -> RegisteredRunner:
+    return open_executorch(Artifact(path, ArtifactKind.EXECUTORCH), base.input_names)
 
 
 def planned_sizes(model: Model, stated: Mapping[str, int]) -> Sizes:
@@ -46,16 +71,6 @@ def planned_sizes(model: Model, stated: Mapping[str, int]) -> Sizes:
     usual = {symbol: max(USUAL_GREATEST, model.traced_sizes[symbol]) for symbol in symbols} | {"batch": USUAL_BATCH}
     sizes = {symbol: stated.get(symbol, usual[symbol]) for symbol in symbols}
     return {symbol: min(size, model.limits.get(symbol, (0, None))[1] or size) for symbol, size in sizes.items()}
-
-
-def lowered(module: nn.Module, program: ExportedProgram) -> Any:
-    """ExecuTorch's program, which `save_executorch` writes. The sizes that vary have to have a maximum.
-
-    Raises EnvironmentLacking where ExecuTorch is not installed, and RuntimeRefused where it refuses the program.
-    """
-    compiler, partitioner = import_executorch()
-    with silence(), exporter_refusals(module):
-        return compiler.to_edge_transform_and_lower(program, partitioner=[partitioner()]).to_executorch()
 
 
 def save_executorch(program: Any, path: Path, *, extra: Mapping[str, str]) -> None:
