@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.api.generation_files import GenerationSettings, genai_model
+from lora_export.api.generation_files import genai_model
 from lora_export.api.generation_prompts import (
     encoder_inputs,
     first_tokens,
@@ -18,6 +18,7 @@ from lora_export.api.generation_prompts import (
     token_ids,
     tokens_with_images,
 )
+from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import FOLDER_LAYOUTS, IMAGE_TEXT_FILES, graphs_in

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.api.generation_files import GenerationSettings
+from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS, MASK
 from lora_export.models.processors import (

@@ -13,12 +13,20 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# onnx_ir._symbolic_shapes is what imports sympy. Either is loaded when an attribute of it is first used.
-DEFERRED = frozenset({"sympy", "onnx_ir._symbolic_shapes"})
+from lora_export.cli.lazy_dataclasses import lazy_dataclasses
+
+# Each is loaded when an attribute of it is first used, which a merge never does.
+DEFERRED = frozenset(
+    {
+        *("sympy", "onnx_ir._symbolic_shapes"),  # the second imports the first
+        *("google.protobuf.json_format", "google.protobuf.text_format"),  # graphs as text
+        *("onnx.compose", "onnx.gen_proto", "onnx.utils"),
+        *("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars"),  # the docstrings of NumPy's functions
+    }
+)
 
 _process_is_ours = False
 
@@ -43,15 +51,19 @@ def brisk() -> Iterator[None]:
     sys.meta_path.insert(0, finder)
     gc.disable()
     try:
-        yield
+        with lazy_dataclasses():
+            yield
     finally:
         sys.meta_path.remove(finder)
         gc.freeze()
         gc.enable()
 
 
-class _Deferring(MetaPathFinder):
-    """Finds the deferred modules with the standard library's LazyLoader: each is loaded when it is first used."""
+class _Deferring:
+    """Finds the deferred modules with the standard library's LazyLoader: each is loaded when it is first used.
+
+    It has no base class: `importlib.abc` imports tempfile and what that needs.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name in DEFERRED else None

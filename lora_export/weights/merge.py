@@ -125,7 +125,7 @@ class CheckpointMerge:
             path = stage / (name if base.is_folder else file_name)
             written[name] = made.get(name) or (yield from self._write_shard(path, name, progress))
         results = tuple(result for shard in written.values() for result in shard.results)
-        refuse_below_rounding(results, self.min_retention, ways_out_beside_kept() if base.kept else "")
+        refuse_below_rounding(results, self.min_retention, ways_out_beside_kept if base.kept else None)
         base.refuse_changed_files("merged")
         if base.is_folder:
             named_layers = [one.weight for one in results if one.outputs is not None and one.outputs.is_calibrated]

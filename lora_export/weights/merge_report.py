@@ -130,14 +130,20 @@ class MergeReport:
         return tuple(result for result in self.results if result.arrived < LOW_RETENTION)
 
 
-def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, ways_out: str = "") -> None:
-    """Raise InputRefused where rounding took too much of a change. `ways_out` are those of a checkpoint by default."""
+def refuse_below_rounding(
+    results: Sequence[StepResult], min_retention: float, ways_out: Callable[[], str] | None = None
+) -> None:
+    """Raise InputRefused where rounding took too much of a change.
+
+    `ways_out` spells what helps, when it is needed: with flags that imports the options of all commands. By default
+    they are those of a checkpoint.
+    """
     lost = [result for result in results if result.arrived < min_retention]
     if lost:
         in_its_type = f"{named('calibration', 'TEXTS')} rounds it to its type with feedback"
         if all(result.outputs is not None for result in lost):  # of both roundings
             in_its_type = "No rounding to its type keeps it"
-        ways_out = ways_out or (
+        in_a_checkpoint = (
             f"Store the result with {named('dtype', 'float32')}, or keep the adapter beside the weights "
             f"({command('onnx', lora='nodes')}). {in_its_type}"
         )
@@ -146,7 +152,7 @@ def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, w
             f"{len(lost)} of {len(results)} weights would lose most of their change to rounding "
             f"({named('min_retention', min_retention)}):",
             listed(lines),
-            f"{ways_out}. Nothing was written.",
+            f"{ways_out() if ways_out else in_a_checkpoint}. Nothing was written.",
         )
 
 

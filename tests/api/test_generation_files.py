@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import lora_export as le
-from lora_export.api.generation_files import GenerationSettings, shorten_genai_config
-from lora_export.errors import InputRefused
-from lora_export.runtime.generation.loop import NO_RULES, TokenRules
+from lora_export.api.generation_files import shorten_genai_config
 from support.api import Recorder
 from support.folder_contents import folder_contents
 from support.handmade import graph_file, peft_adapter
@@ -77,100 +74,6 @@ def test_config_of_another_graph_is_not_copied(built: Path, tmp_path: Path) -> N
     (built / "genai_config.json").write_text('{"model": {"decoder": {"filename": "other.onnx"}}}')
     le.merge(built / "model.onnx", tmp_path / "fr", tmp_path / "served" / "m.onnx")
     assert sorted(path.name for path in (tmp_path / "served").iterdir()) == ["m.onnx", "tokenizer.json"]
-
-
-SPEECH = {
-    "lang_to_id": {"<|en|>": 11, "<|de|>": 12},
-    "task_to_id": {"transcribe": 21, "translate": 22},
-    "no_timestamps_token_id": 30,
-}
-
-
-def settings(folder: Path, *, generation: Any = None, model: Any = None, genai: Any = None) -> GenerationSettings:
-    files = {"generation_config.json": generation, "config.json": model, "genai_config.json": genai}
-    for name, content in files.items():
-        if content is not None:
-            (folder / name).write_text(json.dumps(content))
-    return GenerationSettings(folder)
-
-
-def test_first_config_that_has_a_value_counts(tmp_path: Path) -> None:
-    own = settings(
-        tmp_path,
-        generation={"eos_token_id": 3, "vocab_size": None},
-        model={"eos_token_id": 4, "pad_token_id": 5, "text_config": {"vocab_size": 60}},
-        genai={"model": {"pad_token_id": 6, "bos_token_id": 7}},
-    )
-    assert (own.end_tokens, own.padding, own.vocabulary, own.value("bos_token_id")) == (frozenset({3}), 5, 60, 7)
-
-
-@pytest.mark.parametrize(
-    ("encoder", "given", "first"),
-    [("vit", [7, 8], [1, 7, 8]), ("vit", [1, 7], [1, 7]), ("donut-swin", [7, 8], [7, 8])],
-)
-def test_the_start_token_is_before_given_ones(encoder: str, given: list[int], first: list[int], tmp_path: Path) -> None:
-    model = {"decoder_start_token_id": 1, "encoder": {"model_type": encoder}}
-    assert settings(tmp_path, model=model).first_tokens(given) == first
-
-
-def test_texts_end_as_the_first_config_says(tmp_path: Path) -> None:
-    assert settings(tmp_path, generation={"eos_token_id": [3, 9]}, model={"eos_token_id": 4}).end_tokens == {3, 9}
-    assert settings(tmp_path, generation={}, model={"eos_token_id": 4}).end_tokens == frozenset()
-
-
-def test_without_configs_nothing_is_known(tmp_path: Path) -> None:
-    own = settings(tmp_path)
-    assert (own.end_tokens, own.padding, own.vocabulary, own.rules) == (frozenset(), 0, None, NO_RULES)
-    with pytest.raises(InputRefused, match=r"no config in .* has a decoder_start_token_id"):
-        _ = own.start_token
-
-
-def test_rules_are_those_of_the_first_config(tmp_path: Path) -> None:
-    generation = {
-        "repetition_penalty": 1.1,
-        "no_repeat_ngram_size": 3,
-        "forced_bos_token_id": 0,
-        "forced_eos_token_id": 2,
-        "suppress_tokens": [-1, 5],
-        "begin_suppress_tokens": [6],
-    }
-    expected = TokenRules(1.1, 3, forced_bos=0, forced_eos=2, suppress=(5,), begin_suppress=(6,))
-    assert settings(tmp_path, generation=generation, model={"repetition_penalty": 9.0}).rules == expected
-
-
-def test_what_is_not_done_is_named(tmp_path: Path) -> None:
-    generation = {"num_beams": 4, "min_length": 0, "min_new_tokens": 2, "bad_words_ids": None, "top_k": 50}
-    assert settings(tmp_path, generation=generation).not_done == ["num_beams 4", "min_new_tokens 2"]
-
-
-def test_decoder_starts_with_its_token(tmp_path: Path) -> None:
-    assert settings(tmp_path, model={"decoder_start_token_id": 0, "bos_token_id": 1}).start_token == 0
-    assert settings(tmp_path, model={"bos_token_id": 1}).start_token == 1
-
-
-def test_speech_starts_with_language_and_task(tmp_path: Path) -> None:
-    own = settings(tmp_path, generation=SPEECH)
-    assert own.language_token("de") == own.language_token("<|de|>") == 12
-    assert own.speech_tokens(translate=False) == [21, 30]
-    assert own.speech_tokens(translate=True) == [22, 30]
-    with pytest.raises(InputRefused, match="no token of the language 'fr'; it has: de, en"):
-        own.language_token("fr")
-
-
-def test_speech_of_one_language_cannot_translate(tmp_path: Path) -> None:
-    own = settings(tmp_path, generation={})
-    assert own.languages == {}
-    assert own.speech_tokens(translate=False) == []
-    with pytest.raises(InputRefused, match="no token for translating: it only transcribes"):
-        own.speech_tokens(translate=True)
-
-
-@pytest.mark.parametrize("value", [10**30, -1, "a", [], {"a": 1}, 1e999, True])
-def test_values_that_no_model_has_are_not_read(tmp_path: Path, value: Any) -> None:
-    names = ("pad_token_id", "eos_token_id", "vocab_size", "suppress_tokens", "repetition_penalty", "lang_to_id")
-    own = settings(tmp_path, generation=dict.fromkeys(names, value))
-    np.array([own.padding, own.vocabulary or 0, *own.end_tokens, *own.rules.suppress], np.int64)
-    assert own.padding in (0, 1) and abs(own.rules.repetition_penalty) <= 1 and not set(own.languages) - {"a"}
 
 
 def test_a_genai_config_allows_no_longer_texts_than_the_graph(built: Path) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from lora_export.api.generation_files import GenerationSettings
 from lora_export.api.generation_prompts import encoder_inputs, first_tokens, token_ids
+from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.runtime.generation.decoder import EncoderDecoder
 from support.generators import small_tokenizer

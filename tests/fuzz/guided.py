@@ -28,7 +28,7 @@ READERS = (
         "weights.merge",
     ),
     *("report", "runtime.session", "graph.merge.merge_graph", "graph.insert.adapter_inputs"),
-    *("models.pt2.program", "models.processors", "api.unmerge", "api.generation_files"),
+    *("models.pt2.program", "models.processors", "api.unmerge", "api.generation_settings"),
 )
 with atheris.instrument_imports(include=["lora_export", "onnx_ir.serde", "onnx.external_data_helper"]):
     for reader in READERS:

@@ -33,8 +33,8 @@ from fuzz.targets import (
     refused,
     write,
 )
-from lora_export.api.generation_files import GenerationSettings
 from lora_export.api.generation_prompts import token_ids
+from lora_export.api.generation_settings import GenerationSettings
 from lora_export.models.processors import (
     features_of,
     open_extractor,

@@ -103,7 +103,7 @@ def write_merged(plan: Plan, graph: GraphFile, sites: Sites, stage: Path, run: M
         with (stage / run.file_name).open("xb") as target:
             run.sources[own_file] = copy_parts(own_file, target, parts, RunningHashes(run.hashing), run)
     run.copied = sum(tensor.old.nbytes for tensor in tensors if tensor.is_copy)
-    refuse_below_rounding(run.statistics.results, run.min_retention, graph_remedy())
+    refuse_below_rounding(run.statistics.results, run.min_retention, graph_remedy)
 
 
 def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, requantise: bool = False) -> None:

@@ -1,0 +1,145 @@
+"""The configs beside a graph, read for how texts start, go on and end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export.api.generation_files import MODEL_CONFIGS, genai_model
+from lora_export.errors import InputRefused
+from lora_export.runtime.generation.loop import TokenRules
+from lora_export.storage import json_files
+
+BEYOND_TOKENS = 1 << 31  # more than any vocabulary has, and than any number in these configs
+# Fields of a generation config that ask for what is not done here, with their values that ask for nothing
+NOT_DONE: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "sequence_bias": ({},),
+    "guidance_scale": (1.0,),
+}
+
+
+class GenerationSettings:
+    """The configs in the folder of a graph: of generation, of the model, of onnxruntime-genai."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        paths = [folder / name for name in reversed(MODEL_CONFIGS)]
+        self.configs = [json_files.read_json(path) for path in paths if path.is_file()]
+        self.configs += filter(None, [genai_model(folder)])
+
+    def value(self, name: str) -> Any:
+        """The first value that is set, in a config or in the part of it for texts."""
+        return _value(self.configs, name)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens that the model has rows for; None where no config tells."""
+        return next(iter(_tokens(self.value("vocab_size"))), None)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text, as transformers takes them: of the first config alone."""
+        return frozenset(_tokens(_value(self.configs[:1], "eos_token_id")))
+
+    @property
+    def padding(self) -> int:
+        """The token of padding; 0 where there is none."""
+        return next(iter(_tokens(self.value("pad_token_id"))), 0)
+
+    @property
+    def rules(self) -> TokenRules:
+        """The rules for each token. They are those of the first config, as transformers takes them."""
+        first = self.configs[:1]
+        forced = {name: next(iter(_tokens(_value(first, f"forced_{name}_token_id"))), None) for name in ("bos", "eos")}
+        return TokenRules(
+            repetition_penalty=_number(_value(first, "repetition_penalty"), 1.0),
+            no_repeat_ngram_size=int(_number(_value(first, "no_repeat_ngram_size"), 0)),
+            forced_bos=forced["bos"],
+            forced_eos=forced["eos"],
+            suppress=_tokens(_value(first, "suppress_tokens")),
+            begin_suppress=_tokens(_value(first, "begin_suppress_tokens")),
+        )
+
+    @property
+    def not_done(self) -> list[str]:
+        """What the first config asks for and a run here does not do, such as `num_beams 4`."""
+        config = self.configs[0] if self.configs else {}
+        return [
+            f"{name} {config[name]}"
+            for name, neutral in NOT_DONE.items()
+            if config.get(name) is not None and config[name] not in neutral
+        ]
+
+    @property
+    def start_token(self) -> int:
+        """The token before the first one of a decoder behind an encoder. Raises InputRefused where none is known."""
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if found := _tokens(self.value(name)):
+                return found[0]
+        raise InputRefused(f"no config in {self.folder} has a decoder_start_token_id: with it every text starts")
+
+    def first_tokens(self, given: Sequence[int]) -> list[int]:
+        """The first tokens of a decoder behind an encoder, where some are given: the start token is before them.
+
+        Donut has none: each of its tasks starts with a token of its own.
+        """
+        encoders = (config.get("encoder") for config in self.configs)
+        kinds = [str(encoder.get("model_type")) for encoder in encoders if isinstance(encoder, dict)]
+        is_whole = any("donut" in kind for kind in kinds) or given[0] == self.start_token
+        return [*([] if is_whole else [self.start_token]), *given]
+
+    def language_token(self, language: str) -> int:
+        """The token of a language, such as "en", of a multilingual speech model. Raises InputRefused without one."""
+        known = self.languages
+        token = known.get(f"<|{language}|>", known.get(language))
+        if token is None:
+            names = ", ".join(sorted(name.strip("<|>") for name in known)) or "none"
+            raise InputRefused(f"the model has no token of the language {language!r}; it has: {names}")
+        return token
+
+    @property
+    def languages(self) -> dict[str, int]:
+        """Names of languages -> their tokens; none for a model of one language."""
+        return self._table("lang_to_id")
+
+    def speech_tokens(self, *, translate: bool) -> list[int]:
+        """What follows the token of the language: the token of the task, and that of texts without timestamps.
+
+        Raises InputRefused where the model cannot translate.
+        """
+        tasks, name = self._table("task_to_id"), "translate" if translate else "transcribe"
+        if translate and name not in tasks:
+            raise InputRefused("the model has no token for translating: it only transcribes")
+        return [*([tasks[name]] if name in tasks else []), *_tokens(self.value("no_timestamps_token_id"))]
+
+    def _table(self, name: str) -> dict[str, int]:
+        table = self.value(name)
+        entries = table.items() if isinstance(table, dict) else ()
+        return {str(key): token for key, value in entries for token in _tokens(value)}
+
+
+def _value(configs: Sequence[dict[str, Any]], name: str) -> Any:
+    parts = [
+        part
+        for config in configs
+        for part in (config, config.get("text_config"), config.get("decoder"))
+        if isinstance(part, dict)
+    ]
+    return next((part[name] for part in parts if part.get(name) is not None), None)
+
+
+def _tokens(value: Any) -> tuple[int, ...]:
+    tokens = value if isinstance(value, list) else [value]
+    return tuple(token for token in tokens if isinstance(token, int) and 0 <= token < BEYOND_TOKENS)
+
+
+def _number(value: Any, neutral: float) -> float:
+    is_one = isinstance(value, int | float) and abs(value) < BEYOND_TOKENS  # which no infinity and no NaN is
+    return float(value) if is_one else neutral
