@@ -32,10 +32,10 @@ Logits = Callable[[torch.Tensor], torch.Tensor]  # ids (1, n) -> (n, words)
 
 
 def save_base(folder: Path, *, seed: int = 0, begins: bool = False, hidden: int = 32) -> Path:
-    """A Llama of two layers, with a tokenizer of words; it begins each text with <s> if that is wanted."""
+    """A Llama of one layer, with a tokenizer of words; it begins each text with <s> if that is wanted."""
     torch.manual_seed(seed)
     config = hf.LlamaConfig(
-        hidden_size=hidden, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        hidden_size=hidden, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=WORDS, initializer_range=0.2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
         pad_token_id=1,
     )  # fmt: skip
