@@ -20,6 +20,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -232,7 +233,7 @@ def combine_in_plan(plan: Plan, combination: Combination, together: Sequence[str
     """
     if combination.is_exact:
         return plan
-    refuse_beyond_pairs(plan.adapters, named("combine", combination.method))
+    refuse_beyond_pairs(_without_tables(plan.adapters), named("combine", combination.method))
     names = together or [adapter.name for adapter in plan.adapters]
     if len(names) < 2:
         raise InputRefused(f"{named('combine', combination.method)} combines several adapters, and there is one")
@@ -248,11 +249,12 @@ def combine_adapters(
 ) -> Adapter:
     """One adapter of several, called `name`: one pair of scale 1 for each module that any of them has.
 
-    Modules are the same where their names are. Raises InputRefused as `combine_in_plan`, for one that has no effect,
-    and where an adapter is given twice.
+    A table of embeddings that all save beside their pairs stays, where it is the same. Modules are the same where their
+    names are. Raises InputRefused as `combine_in_plan`, for one that has no effect, and where an adapter is given
+    twice.
     """
     strengths = checked_strengths(adapters, strengths)
-    refuse_beyond_pairs(adapters, "a combined adapter")
+    refuse_beyond_pairs(_without_tables(adapters), "a combined adapter")
     if len(adapters) < 2 and not combination.is_exact:
         raise InputRefused(f"{named('combine', combination.method)} combines several adapters, and there is one")
     terms: dict[str, tuple[Term, ...]] = {}
@@ -268,6 +270,7 @@ def combine_adapters(
         name=name,
         format="combined",
         pairs={module: term.pair for module, term in combined.items()},
+        replaced=_tables(adapters),
         layouts=_layouts(adapters),
         # The endings of all; none where those of one are not fully known.
         targets=tuple(sorted({target for adapter in adapters for target in adapter.targets})) if is_known else (),
@@ -312,6 +315,28 @@ def _combined_terms(
             listed(problems),
         )
     return combined
+
+
+def _tables(adapters: Sequence[Adapter]) -> dict[str, NDArray[Any]]:
+    """Weights that are saved beside their pairs, equal in all adapters with such a pair: PEFT repeats embeddings so."""
+    tables: dict[str, NDArray[Any]] = {}
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter.pairs):
+        name = f"{module}.weight"
+        first, *others = (adapter.replaced.get(name) for adapter in adapters if module in adapter.pairs)
+        if first is not None and all(other is not None and np.array_equal(other, first) for other in others):
+            tables[name] = first
+    return tables
+
+
+def _without_tables(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters without the tables that the combination has."""
+    tables = _tables(adapters)
+
+    def others(adapter: Adapter) -> dict[str, NDArray[Any]]:
+        own = {name for name in tables if name.removesuffix(".weight") in adapter.pairs}
+        return {name: value for name, value in adapter.replaced.items() if name not in own}
+
+    return [dataclasses.replace(adapter, replaced=others(adapter)) for adapter in adapters]
 
 
 def _layouts(adapters: Sequence[Adapter]) -> dict[str, str]:

@@ -75,9 +75,9 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
             run, companions, report = _merge(graph, program, located, folder, options)
             hashes = run.hashes
         else:
-            if options.by_row:
-                _measure_unclear_shapes(program, located, base, options)
             targets = _targets(located.sites, options)
+            if options.by_row:
+                _measure_unclear_shapes(program, located, targets, base, options)
             hashes, companions = {}, insert_and_save(program, located, options, targets, folder)
         companions += copy_generation_files(path, options.output, folder, options.on_message)
         plan = located.plan
@@ -142,11 +142,13 @@ def _references(base: BaseGraph, options: OnnxRequest) -> References:
     )
 
 
-def _measure_unclear_shapes(program: ir.Model, located: Located, base: BaseGraph, options: OnnxRequest) -> None:
+def _measure_unclear_shapes(
+    program: ir.Model, located: Located, targets: Sequence[str], base: BaseGraph, options: OnnxRequest
+) -> None:
     """Set the shapes that tell which dimension of a layer's input is the batch, where only a run can tell it."""
-    assert located.plan is not None
     heads = {dotted(module_of(name.removesuffix(".bias")), "weight") for head in located.heads for name in head}
-    changed = [*(step.weight for step in located.plan.low_rank), *heads]
+    planned = located.plan.low_rank if located.plan else ()
+    changed = dict.fromkeys([*(step.weight for step in planned), *heads, *targets])
     sites = [site for name in changed for site in located.sites.by_name.get(name, ())]
     values = unclear_inputs(program, sites)
     if not values:

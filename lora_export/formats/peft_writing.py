@@ -255,6 +255,9 @@ def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArra
     """Whole tensors and rows of tokens under PEFT's keys; what the config has to name of them is added to `fields`."""
     tensors: dict[str, NDArray[Any]] = {}
     saved = set()
+    whole = {name.rpartition(".")[0] for name in adapter.replaced if "bias" not in name} | adapter.pairs.keys()
+    if any(name.rpartition(".")[0] not in whole for name in adapter.replaced):
+        fields["bias"] = "all"  # biases alone: of a module to save, PEFT loads every tensor
     for name, value in adapter.replaced.items():
         module, _, kind = name.rpartition(".")
         attention = module.removesuffix(".out_proj")

@@ -299,13 +299,14 @@ def _of_wholes(matches: Sequence[Match]) -> Iterator[Misfit]:
     if owner is None or whole is None:
         return
     name, first = owner.weight, owner.adapter
+    have_whole = {match.adapter for match in matches if match.whole is not None}
     for other in matches:
         if other.whole is not None:
             if not np.array_equal(other.whole, whole):
                 why = f"{first} also replaces {name}, with other values. Merge only one of these adapters"
                 yield Misfit(other.adapter, name, why)
-        elif other.adapter != first or other.shift is not None:
-            # A pair of the same adapter is no conflict: PEFT saves a table of embeddings with the pair that changes it.
+        elif other.adapter not in have_whole or other.shift is not None:
+            # A pair beside its adapter's own table is no conflict: PEFT saves the embeddings that it adapts.
             why = f"{first} replaces the whole {name}, and {other.adapter} adds to it. Merge only one of these adapters"
             if other.adapter == first:
                 why = f"{first} replaces the whole {name}, and adds to it: `bias` and `lora_bias` of PEFT at once"

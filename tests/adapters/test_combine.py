@@ -84,6 +84,29 @@ def test_more_than_pairs_is_refused_by_name(first: Adapter, message: str) -> Non
         combine_in_plan(steps, LINEAR)
 
 
+def with_table(adapter: Adapter, value: float, module: str = "fc") -> Adapter:
+    return replace(adapter, replaced={f"{module}.weight": np.full((3, 2), value, np.float32)})
+
+
+def test_a_table_that_all_save_beside_their_pairs_stays() -> None:
+    """PEFT saves the base's table of embeddings that it adapts."""
+    both = [with_table(ONE, 7), with_table(TWO, 7)]
+    combined = combine_adapters(both, [1.0, 2.0], LINEAR, "both")
+    assert {name: value.tolist() for name, value in combined.replaced.items()} == {"fc.weight": [[7, 7]] * 3}
+    steps = combine_in_plan(plan.make(both, SPECS, strengths=[1.0, 2.0]), LINEAR)
+    changed = steps.by_weight["fc.weight"]
+    assert changed.replace is not None and changed.replace.tolist() == [[7, 7]] * 3 and len(changed.terms) == 1
+    np.testing.assert_array_equal(combined.pairs["fc"].delta(), changed.terms[0].pair.delta())
+
+
+@pytest.mark.parametrize(
+    "second", [TWO, with_table(TWO, 8), with_table(adapter("two", 3, "down"), 8), with_table(TWO, 7, "up")]
+)
+def test_tables_that_not_all_have_are_refused(second: Adapter) -> None:
+    with pytest.raises(InputRefused, match=r"(fc|up)\.weight is saved whole"):
+        combine_adapters([with_table(ONE, 7), second], [], LINEAR, "both")
+
+
 @pytest.mark.parametrize(
     ("second", "weights", "message"),
     [

@@ -527,13 +527,17 @@ def test_an_adapter_too_faint_to_see_is_undecided(
 # --- where adapters to come may stand ---
 
 
+@pytest.mark.parametrize("mode", ["inputs", "slots"])
 def test_all_linear_is_every_linear_layer_but_the_head(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
 ) -> None:
     out = tmp_path / "out.onnx"
-    words = ("--lora", "inputs", "--target", "all-linear", "--names", "peft", "-o", out)
+    words = ("--lora", mode, "--target", "all-linear", "--names", "peft", "-o", out)
     code, told = answer(capsys, "onnx", place / "base.onnx", *words)
-    assert (code, told["proof"]["outcome"], told["adapters"]) == (0, "same", {})
+    assert (code, told["proof"]["outcome"]) == (0, "same")
+    assert {name: one["outcome"] for name, one in told["adapters"].items()} == (
+        {"generated 1": "same", "generated 2": "same"} if mode == "slots" else {}
+    )
     contract = read_contract(OnnxRunner(out).session.get_modelmeta().custom_metadata_map, "")
     linear = {site.name for site in find_sites(load_graph(place / "base.onnx")).linear}
     assert linear - {place.weight for place in contract.places} == {"classifier.weight"}

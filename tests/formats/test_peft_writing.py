@@ -152,6 +152,8 @@ class Nested(nn.Module):
 
 PAIRS = {"q": pair(4, 5, 3), "inner.q": pair(4, 4, 1), "inner.axq": pair(4, 4, 3)}
 WHOLE = {"norm.weight": np.full(4, 2, np.float32), "norm.bias": np.full(4, 3, np.float32)}
+NORM_BIAS = {"norm.bias": WHOLE["norm.bias"]}
+BIAS = {"inner.q.bias": np.full(4, 5, np.float32)}
 X = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
 
 
@@ -167,14 +169,14 @@ def loaded_by_peft(folder: Path) -> tuple[Nested, Tensor]:
         return plain, peft.PeftModel.from_pretrained(net, folder).eval()(X).detach()
 
 
-def test_peft_applies_each_pair_and_whole_tensor(tmp_path: Path) -> None:
-    biases = {"inner.q.bias": np.full(4, 5, np.float32)}
-    write_any_ranks(Adapter("x", "made", PAIRS, replaced=WHOLE | biases), tmp_path)
+@pytest.mark.parametrize("replaced", [WHOLE | BIAS, NORM_BIAS, BIAS | NORM_BIAS])
+def test_peft_applies_each_pair_and_whole_tensor(tmp_path: Path, replaced: dict[str, np.ndarray]) -> None:
+    write_any_ranks(Adapter("x", "made", PAIRS, replaced=replaced), tmp_path)
     plain, found = loaded_by_peft(tmp_path)
     state = plain.state_dict()
     for module, own in PAIRS.items():
         state[f"{module}.weight"] += torch.from_numpy(own.delta())
-    state.update({name: torch.from_numpy(value) for name, value in (WHOLE | biases).items()})
+    state.update({name: torch.from_numpy(value) for name, value in replaced.items()})
     before = plain(X).detach()
     plain.load_state_dict(state)
     torch.testing.assert_close(found, plain(X).detach(), atol=1e-6, rtol=1e-5)

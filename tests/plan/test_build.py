@@ -77,6 +77,11 @@ def test_a_pair_is_added_to_the_whole_tensor_of_its_adapter():
         "  emb.weight  [3 x 2 float32]  1 * B A (rank 1, mine), on an embedding, added to the whole tensor from "
         "the adapter",
     ]
+    both = [holding(name, pairs={"emb": table()}, replaced={"emb.weight": whole.copy()}) for name in ("one", "two")]
+    (step,) = plan.make(both, base).steps
+    assert (
+        step.replace is not None and not step.replace.any() and [term.adapter for term in step.terms] == ["one", "two"]
+    )
     apart = [holding(replaced={"emb.weight": whole}), adapter("other", emb=table())]
     assert misfits(apart, base) == [
         "emb.weight: mine replaces the whole emb.weight, and other adds to it. Merge only one of these adapters"

@@ -118,14 +118,16 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield case("entries", peft.SupertuningConfig, sparsity=0.9)
     yield case("entries and LoRA", peft.SupertuningConfig, sparsity=0.9, r=2, lora_alpha=3)
     yield case("norms", peft.LNTuningConfig, ("norm",))
-    yield case("linear", peft.AdaLoraConfig, (*LINEAR, "back"), init_r=3, target_r=2, lora_alpha=5, total_step=10)
-    yield case("convolutions", peft.AdaLoraConfig, ("conv",), init_r=3, target_r=2, lora_alpha=5, total_step=10)
+    steps = {"init_r": 3, "target_r": 2, "lora_alpha": 5, "total_step": 10}
+    yield case("linear", peft.AdaLoraConfig, (*LINEAR, "back"), **steps)
+    yield case("convolutions", peft.AdaLoraConfig, ("conv",), use_rslora=True, **steps)
     for config in (peft.VeraConfig, peft.PveraConfig):
         yield case("saved matrices", config, (*LINEAR, "back"), r=3)
         yield case("drawn matrices", config, (*LINEAR, "back"), r=3, save_projection=False, projection_prng_key=-5)
     yield case("logits", peft.VBLoRAConfig, (*LINEAR, "back"), r=3, num_vectors=9, vector_length=2, topk=2)
     options = {"num_vectors": 9, "vector_length": 2, "topk": 3, "save_only_topk_weights": True}
     yield case("largest weights", peft.VBLoRAConfig, LINEAR, r=2, **options)
+    yield case("the largest weight", peft.VBLoRAConfig, LINEAR, r=2, **options | {"topk": 1})
     for config in (peft.FourierFTConfig, peft.WaveFTConfig):
         yield case("few", config, LINEAR, n_frequency=7)
         yield case("most", config, (*LINEAR, "back"), n_frequency=65, random_loc_seed=4, scaling=3.0)

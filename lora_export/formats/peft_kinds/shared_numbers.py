@@ -65,11 +65,12 @@ def _vectors(stored: Stored, name: str, bank: NDArray[np.float32]) -> NDArray[np
         weights = np.exp(largest - largest[..., :1])
         weights /= weights.sum(-1, keepdims=True)
     elif {name + _INDICES, name + _WEIGHTS} <= stored.parts.keys():
-        indices, but_last = stored.parts[name + _INDICES].astype(np.int64), stored.part(name + _WEIGHTS, 3)
+        indices, but_last = (stored.parts[name + end] for end in (_INDICES, _WEIGHTS))  # of one vector, no weights
         if indices.ndim != 3 or indices.shape[2] != count or but_last.shape != (*indices.shape[:2], count - 1):
             raise InputRefused(
                 f"{name}: the indices {indices.shape} and weights {but_last.shape} are not those of {count}"
             )
+        indices, but_last = indices.astype(np.int64), but_last.astype(np.float32)
         weights = np.concatenate([but_last, 1 - but_last.sum(-1, keepdims=True)], axis=-1)
     else:
         raise InputRefused(f"there is neither {name} nor {name + _INDICES} and {name + _WEIGHTS}")
