@@ -123,7 +123,7 @@ def test_other_failures_stay_what_they_are(error: Exception) -> None:
 def test_runners_name_the_model_that_fails() -> None:
     x = {"input": torch.ones(2, 3).numpy()}
     for runner in (ModuleRunner(nn.Linear(4, 4)), Fp64Runner(nn.Linear(4, 4).double())):
-        with pytest.raises(RuntimeRefused, match=r"^Linear itself fails on the inputs \(input\): mat1 and mat2 shapes"):
+        with pytest.raises(RuntimeRefused, match=r"^Linear itself fails on the inputs \(input\): .*mat1 and mat2"):
             runner.run(x)
 
 
