@@ -88,13 +88,11 @@ def show_files(paths: Sequence[Path]) -> None:
 
 
 def annotate_github(result: Verification, title: str) -> None:
-    """In a GitHub workflow, print annotations on stderr. What a model computes is also summarised on the run's page."""
+    """In a GitHub workflow, print annotations on stderr, and summarise the verdict on the run's page."""
     if "GITHUB_ACTIONS" not in os.environ:
         return
     for line in github.workflow_commands(result.proof, title):
         click.echo(line, err=True)
-    if isinstance(result.proof, Audit):
-        return
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with Path(page).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:

@@ -65,19 +65,30 @@ def _data(text: str) -> str:
 # --- The summary ---
 
 
-def summary(proof: Proof, title: str) -> str:
-    """The verdict as GitHub's Markdown: the headline, why, the case of each output that is closest to its limits."""
+def summary(proof: Proof | Audit, title: str) -> str:
+    """The verdict as GitHub's Markdown: the headline, why, the case of each output that is closest to its limits.
+
+    Of a checkpoint, the weights that are wrong.
+    """
     verdict, about = proof.verdict, proof.about
     blocks = [
         [f"### {ICONS[verdict.outcome]} {safe_markdown(title)}: {verdict.outcome}"],
         [safe_markdown(headline(proof))],
-        list(_reason_lines(proof)),
-        list(_table(verdict)),
-        list(_remarks(proof)),
+        *([_audit_lines(proof)] if isinstance(proof, Audit) else _proof_blocks(proof)),
     ]
     versions = [f"{name} {about[name]}" for name in ("lora_export", "torch", "onnxruntime") if name in about]
     blocks.append([f"<sub>{safe_markdown(', '.join(versions))}</sub>"] if versions else [])
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n\n"
+
+
+def _audit_lines(audit: Audit) -> list[str]:
+    return [f"- {safe_markdown(line.strip())}" for lines in audit.summary_lines for line in lines]
+
+
+def _proof_blocks(proof: Proof) -> Iterator[list[str]]:
+    yield list(_reason_lines(proof))
+    yield list(_table(proof.verdict))
+    yield list(_remarks(proof))
 
 
 def _reason_lines(proof: Proof) -> Iterator[str]:

@@ -272,6 +272,8 @@ def list_versions(versions: Mapping[str, str]) -> str:
 
 def _package_remedy(package: Package) -> str:
     requirement = package.name + package.wanted
+    if probes.TIMED_OUT in package.fault:
+        return f"run it again when the machine is less busy; else: python -X importtime -c 'import {package.module}'"
     if package.fault.startswith("does not import"):
         return f"`pip check` names conflicts; else: pip install --force-reinstall --no-deps '{package.name}'"
     return f"pip install --upgrade '{requirement}'"

@@ -32,6 +32,7 @@ VARIABLES = {"CUDA_VISIBLE_DEVICES": "the GPUs that programs may see", **ARITHME
 
 DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 PROBE_TIMEOUT = 120  # seconds for one probe
+TIMED_OUT = "did not end within"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def run_in_child(probe: Callable[..., dict[str, Any]], *arguments: str) -> Probe
             line, capture_output=True, text=True, errors="replace", timeout=PROBE_TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired:
-        return ProbeResult({}, f"did not end within {PROBE_TIMEOUT} seconds")
+        return ProbeResult({}, f"{TIMED_OUT} {PROBE_TIMEOUT} seconds")
     if child.returncode < 0:
         return ProbeResult({}, f"crashed with {signal.Signals(-child.returncode).name}")
     if child.returncode:

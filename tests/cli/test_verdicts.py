@@ -95,7 +95,7 @@ def test_a_github_job_gets_annotations_and_a_summary(
     assert summary.read_text().startswith("before\n") and "different" in summary.read_text()
 
 
-def test_an_audit_is_annotated_by_its_weights(
+def test_an_audit_is_annotated_and_summarised_by_its_weights(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
@@ -103,7 +103,9 @@ def test_an_audit_is_annotated_by_its_weights(
     verdicts.annotate_github(a_verification(AUDIT), "merged")
     printed = capsys.readouterr().err
     assert printed.startswith("::error ") and "fc.weight: different, it is off" in printed
-    assert not (tmp_path / "summary.md").exists(), "the summary is about what a model computes"
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary.startswith("### ❌ merged: different\n\ndifferent: 0 of 1 tensor is as it should be\n\n- fc.weight")
+    assert "- fc.weight: different, it is off" in summary
 
 
 def test_a_summary_that_cannot_be_written_is_a_message(

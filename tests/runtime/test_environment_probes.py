@@ -135,7 +135,10 @@ def test_package_that_hangs_is_stopped(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(environment_probes, "PROBE_TIMEOUT", 1)
     package = module(tmp_path, "sleeper", "import time; time.sleep(30)")
-    assert environment.import_package(package).fault == "does not import: did not end within 1 seconds"
+    fault = environment.import_package(package).fault
+    assert fault == "does not import: did not end within 1 seconds"
+    (problem,) = find_problems(replace(HEALTHY, packages=(replace(package, fault=fault),)))
+    assert "less busy" in problem.remedy and "'import sleeper'" in problem.remedy and "pip" not in problem.remedy
 
 
 RIGHT = {"listed": [CUDA, CPU], "placed": [CUDA], "square": [[7, 10], [15, 22]]}

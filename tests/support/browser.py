@@ -1,9 +1,10 @@
-"""Headless Chromium, and a folder that is served to it."""
+"""Headless Chromium, a folder that is served to it, and the packages of npm."""
 
 from __future__ import annotations
 
 import http.server
 import json
+import os
 import queue
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from support import ROOT
 from support.local_server import Silent
 
+NODE = Path(os.environ.get("NODE_FOLDER", ROOT / ".venv" / "node"))  # where `make test-node` installs packages of npm
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt install chromium")
 
