@@ -172,7 +172,7 @@ class Bucket:
         self.refuse_fenced(key)
         with _errors(self._of(key), OutputFailed):
             self._store.put(key, content, mode=mode)
-        self._ask_again(key)
+        (self.refuse_late if mode == "overwrite" else self._ask_again)(key)
 
     def upload(self, key: str, path: Any) -> None:
         """Put a local file."""
@@ -248,8 +248,9 @@ class Bucket:
 class Upload:
     """An object that is written from its first byte to its last, and is there when it is closed.
 
-    One that is no larger than a part, and has a fence, is put only in place of what was there at first. obstore has no
-    condition for the parts of a larger one, and Google Cloud Storage neither. What came too late is withdrawn.
+    One that is no larger than a part, and has a fence of its own, is put only in place of what was there at first.
+    obstore has no condition for the parts of a larger one, and Google Cloud Storage neither; and it repeats no put with
+    a condition when the connection breaks. So the others have none, and what came too late is withdrawn.
     """
 
     def __init__(self, bucket: Bucket, key: str):
@@ -257,7 +258,7 @@ class Upload:
         self._first = bytearray()
         self._file: Any = None
         self._mode: Any = "overwrite"
-        if bucket.fence_of(key) is not None:
+        if key in bucket.fences:
             before = bucket.info(key)
             self._mode = "create" if before is None else before.version
 

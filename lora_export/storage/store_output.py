@@ -36,7 +36,9 @@ from lora_export.storage.system_calls import deferred_signals
 
 READS = 5  # of an object that changes meanwhile
 RENEWED, LEASE = 30, timedelta(minutes=5)  # seconds between signs of life; how long the last one counts
-ENDING = 10  # seconds in which the object that a run has emptied is still that run's, which deletes it within half
+TIME_TO_DELETE = (
+    10  # seconds in which the object that a run has emptied is still that run's, which deletes it within half
+)
 # Seconds for which the last one is proof enough: a request that begins then ends, by its deadline, within the lease
 TRUSTED = 2 * RENEWED
 assert timedelta(seconds=TRUSTED) + DEADLINE < LEASE
@@ -53,9 +55,9 @@ class Begun:
         self.streamed, self.uploaded = streamed, list[StorePath]()
         self._lock, self._ended, self._lost, self._renewed = threading.RLock(), threading.Event(), False, 0.0
         info, stated = _stated(self._object)
-        until = time.monotonic() + ENDING
+        until = time.monotonic() + TIME_TO_DELETE
         while info and not info.size and time.monotonic() < until:
-            time.sleep(ENDING / 100)
+            time.sleep(TIME_TO_DELETE / 100)
             info, stated = _stated(self._object)
         if info and _is_alive(stated, datetime.now(UTC) - info.modified):
             raise self._taken(stated)
@@ -174,7 +176,7 @@ class Begun:
         Raises OutputFailed where it is not. One that slept in between leaves it empty.
         """
         self._write(is_ended=True)
-        if 0 <= time.time() - self._renewed < ENDING / 2:
+        if 0 <= time.time() - self._renewed < TIME_TO_DELETE / 2:
             self._object.unlink()
 
     def _end_renewals(self) -> None:

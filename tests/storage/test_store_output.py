@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from support.stores import Stored
 
 MARK = "out/.m.begun"
+PARTS = UPLOADED_PART // 4 + 1  # of texts of four bytes, which make an upload in parts
 
 
 def fill(stage: Path) -> None:
@@ -275,11 +276,10 @@ def frozen_run(
 
 @pytest.mark.parametrize("is_awake_before", [True, False], ids=["meanwhile", "afterwards"])
 @pytest.mark.parametrize("streamed", [True, False])
-@pytest.mark.parametrize("content", ["late", "new!"])
-def test_parts_that_are_joined_too_late_replace_no_file(
-    content: str, streamed: bool, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("content", "times"), [("late", PARTS), ("new!", PARTS), ("new!", 1)])
+def test_a_file_that_is_put_too_late_without_a_condition_is_withdrawn(
+    content: str, times: int, streamed: bool, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = UPLOADED_PART // len(content) + 1  # a store joins such a file without a condition
     other = frozen_run(stored, monkeypatch, "folder", "out/m/b", content, times, is_awake_before=is_awake_before)
     with (
         pytest.raises(OutputFailed, match="another run"),
@@ -298,7 +298,7 @@ def test_parts_that_are_joined_too_late_replace_no_file(
 def test_a_worker_that_joins_parts_too_late_replaces_no_file(
     content: str, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times, path, check = UPLOADED_PART // len(content) + 1, stored / "out/m/b", Bucket.refuse_fenced
+    times, path, check = PARTS, stored / "out/m/b", Bucket.refuse_fenced
 
     def freeze(bucket: Bucket, key: str) -> None:
         check(bucket, key)
@@ -362,7 +362,7 @@ def test_a_run_that_freezes_before_it_deletes_its_object_leaves_that_of_the_next
     def freeze_after(itself: Any, mode: Any = None, *, is_ended: bool = False, **more: bool) -> None:
         write(itself, mode, is_ended=is_ended, **more)
         if is_ended:
-            awake = time.time() + store_output.ENDING
+            awake = time.time() + store_output.TIME_TO_DELETE
             monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
             stored.put(MARK, of_the_other)
 
@@ -391,7 +391,7 @@ def test_an_object_that_was_emptied_is_taken_over_when_its_run_does_not_delete_i
     stored.put(MARK, b"")
     with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
         fill(stage)
-    assert sum(slept) == pytest.approx(0.1 if is_deleted else store_output.ENDING, abs=0.1)
+    assert sum(slept) == pytest.approx(0.1 if is_deleted else store_output.TIME_TO_DELETE, abs=0.1)
     assert MARK not in stored.objects() and damage((stored / "out/m").newly()) == []
 
 
