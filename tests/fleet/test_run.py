@@ -262,33 +262,39 @@ def test_a_damaged_file_is_made_again_also_after_a_failure(
     assert (stored.get("release/de.safetensors") if in_store else output.read_bytes()) == whole
 
 
-def test_what_another_run_is_writing_in_a_store_is_not_deleted(
-    place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
-) -> None:
-    (place / "fleet.toml").write_text(BASES + TO_KOHYA.replace("release", str(stored / "release")))
-    run_here(monkeypatch)
-    stored.put("release/de.safetensors", b"of the other")
-    stored.put("release/.de.safetensors.begun", b'{"process": 1, "host": "elsewhere", "finished": {}}')
-    status, _ = run_here(monkeypatch)
-    assert status.counts == {"failed": 1, "done": 1} and "process 1 on elsewhere" in status.jobs[0].message
-    assert stored.get("release/de.safetensors") == b"of the other"
+OTHER_RUN = b'{"process": 1, "host": "elsewhere", "finished": {}}'
+NOT_DELETED = "contains files that lora-export did not write and does not delete: "
+OF_OTHERS: dict[str, tuple[str, dict[str, bytes], list[str]]] = {  # step, objects, how the messages of failed jobs end
+    "another run is writing": (
+        TO_KOHYA,
+        {"de.safetensors": b"of the other", ".de.safetensors.begun": OTHER_RUN},
+        ["(process 1 on elsewhere) is writing {release}/de.safetensors"],
+    ),
+    "files in a folder": (
+        MERGE,
+        {"de/README.md": b"mine", "fr/sub/lora_export.json": b"{}"},
+        [f"{NOT_DELETED}README.md", f"{NOT_DELETED}sub/lora_export.json"],
+    ),
+}
 
 
-def test_in_a_store_a_folder_with_files_of_others_is_not_deleted(
-    place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+@pytest.mark.parametrize("kind", OF_OTHERS)
+def test_what_others_have_in_a_store_is_not_deleted(
+    kind: str, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
 ) -> None:
-    (place / "fleet.toml").write_text(BASES + MERGE.replace("release", str(stored / "release")))
+    step, foreign, endings = OF_OTHERS[kind]
+    (place / "fleet.toml").write_text(BASES + step.replace("release", str(stored / "release")))
     run_here(monkeypatch)
-    stored.put("release/de/README.md", b"mine")
-    stored.put("release/fr/sub/lora_export.json", b"{}")
+    for name, content in foreign.items():
+        stored.put(f"release/{name}", content)
     before = stored.files("release")
     change_byte(place)
     for _ in range(2):
-        status, _ = run_here(monkeypatch)
-        assert status.counts == {"failed": 2} and stored.files("release") == before
-        for job, name in zip(status.jobs, ("README.md", "sub/lora_export.json"), strict=True):
-            assert job.message.endswith(f"contains files that lora-export did not write and does not delete: {name}")
-    for name in ("de/README.md", "fr/sub/lora_export.json"):
+        failed = [job.message for job in run_here(monkeypatch)[0].jobs if job.outcome == "failed"]
+        for message, ending in zip(failed, endings, strict=True):
+            assert message.endswith(ending.format(release=stored / "release"))
+        assert stored.files("release") == before
+    for name in foreign:
         stored.client.delete_object(Bucket=stored.name, Key=f"release/{name}")
     assert run_here(monkeypatch)[0].counts == {"done": 2} and stored.files("release") != before
 
