@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-from lora_export.cli.lazy_dataclasses import lazy_dataclasses
-
 # Each is loaded when an attribute of it is first used, which a merge never does.
 DEFERRED = frozenset(
     {
@@ -51,8 +49,7 @@ def brisk() -> Iterator[None]:
     sys.meta_path.insert(0, finder)
     gc.disable()
     try:
-        with lazy_dataclasses():
-            yield
+        yield
     finally:
         sys.meta_path.remove(finder)
         gc.freeze()
