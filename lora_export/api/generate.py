@@ -13,12 +13,12 @@ from lora_export.api.generation_files import genai_model
 from lora_export.api.generation_prompts import (
     encoder_inputs,
     first_tokens,
-    image_inputs,
     refuse_other_kinds,
     token_ids,
     tokens_with_images,
 )
 from lora_export.api.generation_settings import GenerationSettings
+from lora_export.api.image_prompts import ImageSize, read_images
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import FOLDER_LAYOUTS, IMAGE_TEXT_FILES, graphs_in
@@ -123,8 +123,10 @@ def generate(options: GenerateOptions) -> list[Generation]:
             raise WrongUsage("a language and translating are for speech models")
         if isinstance(model, ImageText):
             adapter, _ = _chosen_adapters(model, graph, options.adapters, len(prompts))
-            images = model.start(image_inputs(options.images, model, settings.folder), adapter)
-            tokens = tokens_with_images(prompts, images.counts, model.token, tokenizer, settings, chat=chat)
+            read = read_images(options.images, model, settings)
+            images = model.start(read.inputs, adapter, read.tiles)
+            sizes = list(map(ImageSize, images.counts, read.grids))
+            tokens = tokens_with_images(prompts, sizes, model.token, tokenizer, settings, chat=chat)
         else:
             tokens = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
         reached = max(map(len, tokens)) + limits.new_tokens - 1  # the last new token is not run

@@ -9,24 +9,21 @@ from typing import Any
 import numpy as np
 
 from lora_export.api.generation_settings import GenerationSettings
+from lora_export.api.image_prompts import ImageSize, ImageWriter, next_of, refuse_other_shape, rule_of
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS, MASK
 from lora_export.models.processors import (
     PIXELS,
     features_of,
     open_extractor,
-    open_image_processor,
     pixels_of,
-    read_image,
     read_sound,
-    refusing_failures,
     render_chat,
     tokenised,
 )
 from lora_export.options.export import Prompt, Starts
-from lora_export.runtime.generation.decoder import EncoderDecoder, ImageText
+from lora_export.runtime.generation.decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays
-from lora_export.storage import input_files
 
 # A text, token ids, the path of a sound or an image, or an array: samples (samples,), features (features, frames) or
 # pixels (channels, height, width)
@@ -40,11 +37,8 @@ def token_ids(
     *,
     chat: bool,
     special: bool = True,
-    messages: Sequence[Any] | None = None,
 ) -> list[int]:
     """A text or token ids as token ids. With `special`, the tokenizer adds its tokens around a text.
-
-    `messages` are those of a chat, where they are not the text alone.
 
     Raises InputRefused for an empty prompt, for ids that the model does not have, and for a sound or an image.
     """
@@ -52,7 +46,7 @@ def token_ids(
         raise InputRefused("the model reads texts: a prompt is a text, or a list of token ids")
     if isinstance(prompt, str):
         if chat:
-            messages = messages or [{"role": "user", "content": prompt}]
+            messages = [{"role": "user", "content": prompt}]
             ids = render_chat(tokenizer, messages, add_generation_prompt=True, return_dict=False)
         else:
             ids = tokenised(tokenizer, prompt, **({} if special else {"add_special_tokens": False}))["input_ids"]
@@ -67,57 +61,49 @@ def token_ids(
     return list(ids)
 
 
-def image_inputs(images: Sequence[Path], model: ImageText, folder: Path) -> Arrays:
-    """What the image processor in a folder makes of image files: the inputs of the vision encoder; none of no files.
-
-    Raises InputRefused for what is no image, for a processor that is missing, and for images of another size than the
-    graph takes.
-    """
-    if not images:
-        return {}
-    processor = open_image_processor(folder)
-    for path in map(Path, images):
-        input_files.must_be_regular(path)
-    with refusing_failures("the image processor fails on the images"):
-        made = processor([read_image(Path(path)) for path in images], return_tensors="np")
-    if lacking := [name for name in model.image_inputs if name not in made]:
-        raise InputRefused(f"the image processor in {folder} makes no {', '.join(lacking)}, which the graph takes")
-    for name, sizes in model.image_inputs.items():
-        _refuse_other_shape(made[name].shape[1:], sizes[1:], name)
-    return {name: made[name].astype(np.float32 if name == PIXELS else np.int64) for name in model.image_inputs}
-
-
 def tokens_with_images(
     prompts: Sequence[Prompt],
-    counts: Sequence[int],
+    images: Sequence[ImageSize],
     image: int,
     tokenizer: Any,
     settings: GenerationSettings,
     *,
     chat: bool,
 ) -> list[list[int]]:
-    """The tokens of each text; the token `image` stands as often for each image as `counts` has it.
+    """The tokens of each text; the token `image` is in it as often for each of `images` as it has tokens.
 
-    In a chat template, a text without this token has all images before it. Raises InputRefused where the texts have the
-    token more or less often than there are images, and as `token_ids`.
+    What else a model's processor writes for an image is in texts, and not in prompts of token ids. In a chat template,
+    a text without the marker of images has all of them before it. Raises InputRefused where the texts have the marker
+    more or less often than there are images, and as `token_ids`.
     """
-    name = tokenizer.convert_ids_to_tokens(image) if tokenizer is not None else f"the token {image}"
-    left = list(counts)
-    found = []
+    writer = ImageWriter(rule_of(settings), tokenizer, image)
+    left = list(images)
+    found, read = [], 0
     for prompt in prompts:
-        given = _messages(prompt, name, len(counts)) if chat and isinstance(prompt, str) else None
-        ids = token_ids(prompt, tokenizer, settings, chat=chat, messages=given)
-        if ids.count(image) > len(left):
-            left = []
-            break
-        found.append([token for each in ids for token in ([image] * left.pop(0) if each == image else [each])])
-    if left or len(found) < len(prompts):
-        raise InputRefused(f"{len(counts)} images: the texts need {name} as often, once where each image is read")
+        if isinstance(prompt, str):
+            text = _chat(prompt, writer.marker, len(images), tokenizer) if chat else writer.framed(prompt)
+            read += text.count(writer.marker)
+            text = writer.write(text, left)
+            special = not chat and writer.rule.frame is None
+            found.append(token_ids(text, tokenizer, settings, chat=False, special=special))
+            continue
+        ids = token_ids(prompt, tokenizer, settings, chat=chat)
+        read += ids.count(image)
+        found.append([token for each in ids for token in ([image] * next_of(left).tokens if each == image else [each])])
+    if read != len(images):
+        name = writer.marker if tokenizer is not None else f"the token {image}"
+        raise InputRefused(f"{len(images)} images: the texts need {name} as often, once where each image is read")
     return found
 
 
+def _chat(text: str, marker: str, images: int, tokenizer: Any) -> str:
+    """A user's message in the tokenizer's template."""
+    found = render_chat(tokenizer, _messages(text, marker, images), add_generation_prompt=True, tokenize=False)
+    return str(found)
+
+
 def _messages(text: str, image: str, images: int) -> list[dict[str, Any]]:
-    """A user's message with images where their token is in the text, or else all of them before it."""
+    """A user's message with images where their marker is in the text, or else all of them before it."""
     parts = text.split(image) if image in text else [*[""] * images, text]
     content = [
         part
@@ -167,7 +153,7 @@ def encoder_inputs(
     if len(arrays) < len(prompts) or len(shapes) > 1:
         files = "images" if name == PIXELS else "sounds"
         raise InputRefused(f"the prompts of one batch have to be arrays of one shape, or {files} all of them")
-    _refuse_other_shape(shapes.pop(), sizes[1:], name)
+    refuse_other_shape(shapes.pop(), sizes[1:], name)
     return {name: np.stack(arrays).astype(np.float32)}
 
 
@@ -180,10 +166,3 @@ def refuse_other_kinds(prompts: Sequence[Prompt], model: EncoderDecoder) -> None
         what = "images: a prompt is the path of an image, or an array"
     if not all(isinstance(prompt, np.ndarray | Path) for prompt in prompts):
         raise InputRefused(f"the model reads {what}")
-
-
-def _refuse_other_shape(shape: tuple[int, ...], sizes: tuple[int | None, ...], name: str) -> None:
-    fits = len(shape) == len(sizes) and all(size in (None, own) for own, size in zip(shape, sizes, strict=True))
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in sizes)
-        raise InputRefused(f"a prompt has the shape {list(shape)}; the graph takes {name} of [{wanted}]")

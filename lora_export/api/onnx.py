@@ -22,7 +22,7 @@ from lora_export.graph.cache_names import IMAGE_INPUTS
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
-from lora_export.options.export import IMAGE_TEXT_TO_TEXT, OnnxOptions
+from lora_export.options.export import IMAGE_TEXT_TO_TEXT, TEXT_GENERATION, OnnxOptions
 from lora_export.options.spelling import named
 from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hub_cache import locate
@@ -133,11 +133,13 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(f"MODEL is a graph already: name the adapters to put into it ({named('adapters')})")
     if options.task == IMAGE_TEXT_TO_TEXT and target is not None:
         raise WrongUsage(
-            f"{named('target')} is not for {options.task}: its graphs take adapters where {named('adapters')} has them"
+            f"{named('target')} is not for {options.task}: graphs take adapters where {named('adapters')} has them. "
+            f"Its texts alone: {named('task', TEXT_GENERATION)}"
         )
     if options.task == IMAGE_TEXT_TO_TEXT and options.by_row:
         raise WrongUsage(
-            f"{named('lora', lora)} is not for {options.task}: its vision encoder takes images, and no rows"
+            f"{named('lora', lora)} is not for {options.task}: its vision encoder takes images, and no rows. "
+            f"Its texts alone: {named('task', TEXT_GENERATION)}"
         )
     if any(adapter.invocation_tokens for adapter in adapters):
         _refuse_activated(options, is_graph=is_graph)

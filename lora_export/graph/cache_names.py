@@ -17,8 +17,10 @@ POSITION_IDS, CACHE_POSITION = "position_ids", "cache_position"  # [batch, token
 BRANCH = "use_cache_branch"  # of optimum's graphs that contain one graph for a prompt and one for a step
 EMBEDS, FEATURES = "inputs_embeds", "image_features"  # of a decoder that reads images, and of its vision encoder
 IMAGE_FEATURES = "image_outputs.pooler_output"  # of the model in PyTorch
-GRIDS, TOKEN_TYPE_INPUTS = "image_grid_thw", ("mm_token_type_ids", "token_type_ids")  # of images, and of tokens
-IMAGE_INPUTS = ("pixel_values", GRIDS)  # of a vision encoder
+GRIDS, TOKEN_TYPES = "image_grid_thw", "token_type_ids"  # of images, and of tokens
+TOKEN_TYPE_INPUTS = ("mm_token_type_ids", TOKEN_TYPES)
+PIXEL_MASK = "pixel_attention_mask"  # of images: 0 where there is none
+IMAGE_INPUTS = ("pixel_values", GRIDS, PIXEL_MASK)  # of a vision encoder
 LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"  # of the cache's inputs and outputs: `past_key_values.0.key`
 KEY_VALUE = ("key", "value")
@@ -63,10 +65,11 @@ IMAGE_TOKENS_KEY = "lora_export.image_tokens"
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The token in whose places the features of images are put, and how an image's grid becomes positions."""
+    """The token in whose places the features of images are put, how grids become positions, and who attends to whom."""
 
     token: int
     merge: int = 0  # patches of a grid that become one token, along each side; 0: positions count the tokens
+    two_way: int | None = None  # the type of the tokens that attend to each other in both directions; None: no token
 
     @property
     def properties(self) -> dict[str, str]:
@@ -80,6 +83,8 @@ def image_tokens_of(metadata: Mapping[str, str], graph: Path) -> ImageTokens:
         raise InputRefused(f"{graph} does not record the token of its images: it was not made by lora-export")
     content = parse_json(metadata[IMAGE_TOKENS_KEY].encode(errors="surrogatepass"), f"the image token in {graph}")
     numbers: list[Any] = [content.get("token"), content.get("merge", 0)]
-    if not all(type(number) is int and 0 <= number < 1 << 31 for number in numbers):
+    two_way = content.get("two_way")
+    is_type = two_way is None or (type(two_way) is int and two_way in (0, 1))
+    if not is_type or not all(type(number) is int and 0 <= number < 1 << 31 for number in numbers):
         raise InputRefused(f"{graph} records no token of its images: {content!r}")
-    return ImageTokens(*numbers)
+    return ImageTokens(numbers[0], numbers[1], two_way)

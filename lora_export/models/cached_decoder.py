@@ -37,6 +37,7 @@ from lora_export.graph.cache_names import (
     PRESENT,
     PRESENT_CONV,
     PRESENT_RECURRENT,
+    TOKEN_TYPES,
 )
 from lora_export.models.export import exported_with_cache, name_axes
 from lora_export.models.model import Axes, ModelInputs
@@ -161,11 +162,14 @@ def refuse_other_than_decoder(module: nn.Module, source: str) -> None:
         )
 
 
-def export_decoder(module: nn.Module, *, opset: int | None = None, takes_embeds: bool = False) -> ir.Model:
+def export_decoder(
+    module: nn.Module, *, opset: int | None = None, takes_embeds: bool = False, takes_token_types: bool = False
+) -> ir.Model:
     """Export a causal language model, in eval mode, with its cache. Writes no file.
 
     With `takes_embeds`, its input is `inputs_embeds` [batch, sequence, features] in place of `input_ids`, and
-    `position_ids` has each axis of the model's positions, [3, batch, sequence] for those of an image's grid.
+    `position_ids` has each axis of the model's positions, [3, batch, sequence] for those of an image's grid. With
+    `takes_token_types`, it also takes `token_type_ids` [batch, past + sequence].
 
     Weights are as `to_onnx` leaves them. Raises InputRefused for a model whose cache has other parts than a key and a
     value for each layer, and RuntimeRefused where the exporter refuses the model.
@@ -174,6 +178,8 @@ def export_decoder(module: nn.Module, *, opset: int | None = None, takes_embeds:
     inputs, axes = _inputs(module, past)
     if takes_embeds:
         inputs, axes = _with_embeds(module, inputs, axes)
+    if takes_token_types:
+        inputs[TOKEN_TYPES], axes[TOKEN_TYPES] = torch.zeros_like(inputs[MASK]), axes[MASK]
     dynamic: dict[str, Any] = {name: dict.fromkeys(own, Dim.DYNAMIC) for name, own in axes.items()}
     dynamic[past.keyword] = [dict.fromkeys(own, Dim.DYNAMIC) for own in past.varying_axes]
     with tracing(module), cache_setting(module, to=True):  # InternVL reads the setting of its config

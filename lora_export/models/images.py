@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_export.errors import InputRefused
-from lora_export.graph.cache_names import GRIDS
+from lora_export.graph.cache_names import GRIDS, PIXEL_MASK
 from lora_export.models.model import Axes, ModelInputs, Sizes, in_dtype_of
 from lora_export.models.processors import PIXELS, PROCESSOR
 from lora_export.models.tracing import first_line
@@ -190,6 +190,12 @@ def image_forms(config: Any, takes: Sequence[str], folder: Path) -> Iterator[Ima
     def whole_with_sizes(images: int, generator: torch.Generator) -> ModelInputs:
         return whole(images, generator) | {IMAGE_SIZES: sizes.repeat(images, 1)}
 
+    def in_one_row(images: int, generator: torch.Generator) -> ModelInputs:
+        mask = _masked_edges(images, shape, getattr(config, "vision_config", config), generator)
+        return {PIXELS: whole(images, generator)[PIXELS][None], PIXEL_MASK: mask[None]}
+
+    if PIXEL_MASK in takes:
+        yield ImageForm({PIXELS: {1: IMAGES}, PIXEL_MASK: {1: IMAGES}}, in_one_row, note=note)
     yield ImageForm({PIXELS: {0: IMAGES}}, whole, note=note)
     if IMAGE_SIZES not in takes:
         return
@@ -203,6 +209,16 @@ def image_forms(config: Any, takes: Sequence[str], folder: Path) -> Iterator[Ima
             return {PIXELS: pixels, IMAGE_SIZES: sizes.repeat(images, 1)}
 
         yield ImageForm(axes, tiled, note=note)
+
+
+def _masked_edges(images: int, shape: Sequence[int], vision: Any, generator: torch.Generator) -> Tensor:
+    """Masks (images, height, width): every second image has no pixels in its last patches, across or down."""
+    mask = torch.ones(images, *shape[1:], dtype=torch.int64)
+    size = getattr(vision, "patch_size", 1)
+    for image in range(1, images, 2):
+        is_across = bool(torch.rand((), generator=generator) < 1 / 2)
+        (mask[image, -size:] if is_across else mask[image, :, -size:]).zero_()
+    return mask
 
 
 def _most_tiles(config: Any, folder: Path, shape: tuple[int, int, int]) -> int:
@@ -365,7 +381,12 @@ def _tokens_of_images(module: Any, features: Any, form: ImageForm) -> tuple[int,
 
 
 def _counts(found: Any, patches: Sequence[int]) -> Iterator[int]:
-    """The number of features of each image, from their list, (images, tokens, width), or (all tokens, width)."""
+    """The number of features of each image, from their list, (images, tokens, width), or (all tokens, width).
+
+    A list of one entry has those of all images of one row.
+    """
+    if isinstance(found, list | tuple) and len(found) == 1:
+        (found,) = found
     if isinstance(found, Tensor) and found.ndim == 2:
         parts = patches if all(patches) else [1] * PROBED
         yield from (len(found) * part // sum(parts) for part in parts)

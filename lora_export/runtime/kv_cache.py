@@ -20,7 +20,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
-from lora_export.graph.cache_names import BRANCH, CACHE_POSITION, IDS, MASK, POSITION_IDS, present_by_past
+from lora_export.graph.cache_names import (
+    BRANCH,
+    CACHE_POSITION,
+    IDS,
+    MASK,
+    POSITION_IDS,
+    TOKEN_TYPES,
+    present_by_past,
+)
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.operators import cache_heads
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -71,6 +79,7 @@ class CacheRunner:
     cache: tuple[CacheTensor, ...]
     counts_mask: bool = False  # an operator reads the number of ones in the mask, and not their places
     tokens: str = IDS  # the input of ids or embeddings
+    two_way: int | None = None  # the type of the tokens that attend to each other: one run takes all of them
     names_known: bool = True
     cannot_give: Sequence[str] = ()
 
@@ -106,6 +115,8 @@ class CacheRunner:
             notes.append(f"longer texts were run in turns, too: {TURN - 1} tokens after a cache, then one")
         elif self._takes_turns(1):
             notes.append(f"its {GROUP_QUERY} takes several tokens after a cache in one row alone: no more were tried")
+        if self.two_way is not None:
+            notes.append("tokens that attend to each other in both directions were in one run")
         if self.has_unmasked_state:
             notes.append("every token changes the state of the graph, padding too: none was tried")
         elif MASK not in self.inner.axes:
@@ -154,6 +165,8 @@ class CacheRunner:
 
     def _run(self, inputs: Arrays, steps: Iterable[tuple[int, int]]) -> Arrays:
         cache = self._empty_cache(len(inputs[self.tokens]))
+        if self.two_way is not None:
+            steps = undivided(steps, inputs[TOKEN_TYPES] == self.two_way)
         parts: dict[str, list[NDArray[Any]]] = {}
         for start, stop in steps:
             outputs = self.inner.run({**self._step_inputs(inputs, start, stop), **cache})
@@ -209,6 +222,8 @@ class CacheRunner:
             CACHE_POSITION: np.arange(start, stop),
             BRANCH: np.array([start > 0]),
         }
+        if self.two_way is not None:
+            derived[TOKEN_TYPES] = inputs[TOKEN_TYPES][:, :stop]
         others = {name: value for name, value in inputs.items() if name not in derived}
         return others | {name: value for name, value in derived.items() if name in self.inner.axes}
 
@@ -224,6 +239,13 @@ def turns(length: int, least: int = TURN) -> Iterator[tuple[int, int]]:
     size = max(least, length // MOST_TURNS // 2 * 2)
     ends = {end for last in range(size - 1, length, size) for end in (last, last + 1)}
     return itertools.pairwise(sorted(ends | {0, length}))
+
+
+def undivided(steps: Iterable[tuple[int, int]], is_two_way: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """The runs, each with those behind it that begin between two such tokens (batch, sequence) of any row."""
+    divides: NDArray[np.bool_] = np.logical_or.reduce(is_two_way[:, 1:] & is_two_way[:, :-1], axis=0)
+    starts = [start for start, _ in steps if start == 0 or not divides[start - 1]]
+    return itertools.pairwise([*starts, is_two_way.shape[1]])
 
 
 def with_cache(runner: OnnxRunner, tokens: str = IDS) -> OnnxRunner | CacheRunner:

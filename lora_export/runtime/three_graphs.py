@@ -12,6 +12,7 @@ runs with its cache: a prompt, then token by token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +48,7 @@ from lora_export.graph.cache_names import (
     POSITION_IDS,
     PRESENT,
     TOKEN_TYPE_INPUTS,
+    TOKEN_TYPES,
     ImageTokens,
     image_tokens_of,
     past_of,
@@ -234,7 +236,7 @@ class ImageTextRunner(SeveralGraphs):
     def _cached(self) -> CacheRunner:
         runner = with_cache(self.decoder, EMBEDS)
         assert isinstance(runner, CacheRunner)
-        return runner
+        return replace(runner, two_way=self.tokens.two_way)
 
     def run(self, inputs: Arrays) -> Arrays:
         """The logits of every token, and the features of all images (tokens, features).
@@ -251,6 +253,8 @@ class ImageTextRunner(SeveralGraphs):
             given[POSITION_IDS] = positions[0]
         elif POSITION_IDS in inputs:
             given[POSITION_IDS] = inputs[POSITION_IDS]
+        if self.tokens.two_way is not None:
+            given[TOKEN_TYPES] = inputs.get(TOKEN_TYPES, self.token_types(ids))
         return {**self._cached.run(given), IMAGE_FEATURES: features}
 
     def features(self, inputs: Arrays) -> NDArray[Any]:
@@ -285,6 +289,10 @@ class ImageTextRunner(SeveralGraphs):
             return None
         grids = inputs.get(GRIDS, np.zeros((0, 3), np.int64))
         return grid_positions(inputs[IDS], inputs.get(MASK, np.ones_like(inputs[IDS])), grids, self.tokens)
+
+    def token_types(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The types of a prompt's tokens (batch, tokens): where images are marked, 1 for theirs, and else 0."""
+        return (ids == self.tokens.token).astype(np.int64) if self.tokens.two_way else np.zeros_like(ids)
 
     def outputs_by_graph(self, length: int) -> dict[str, tuple[str, slice]]:  # noqa: ARG002
         """The embedding shows in the logits alone, so that the decoder stands for both."""

@@ -36,6 +36,7 @@ TAKES |= {
     "paligemma": ("input_ids", "pixel_values", "attention_mask", "token_type_ids"),
     "gemma3": ("input_ids", "pixel_values", "attention_mask", "token_type_ids"),
     "internvl": ("input_ids", "pixel_values", "attention_mask"),
+    **dict.fromkeys(("idefics3", "smolvlm"), ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")),
     "qwen2_vl": GRIDS,
     "qwen2_5_vl": GRIDS,
 }

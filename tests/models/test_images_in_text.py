@@ -63,7 +63,11 @@ def test_a_text_too_short_for_its_images_is_refused() -> None:
         inserted.text_length({"batch": 1, "images": 2, "sequence": 8})
 
 
-@pytest.mark.parametrize("name", ["llava", "paligemma", "gemma3", "internvl", "qwen2_vl", "qwen2_5_vl"])
+FAMILIES = ["llava", "paligemma", "gemma3", "internvl", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"]
+IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_gets_as_many_placeholders_as_features(name: str, tmp_path: Path) -> None:
     model = load_model(str(small_model(name, tmp_path)))
     rows = set()
@@ -71,7 +75,7 @@ def test_each_family_gets_as_many_placeholders_as_features(name: str, tmp_path: 
         inputs = model.inputs(sizes, seed=3)
         is_image = inputs["input_ids"] == model.placeholders[0]
         assert (inputs["attention_mask"][is_image] == 1).all()
-        images = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_grid_thw")}
+        images = {key: value for key, value in inputs.items() if key in IMAGES}
         with torch.no_grad():
             features = model.module.get_image_features(**images).pooler_output
             model.module(**inputs)
@@ -80,7 +84,7 @@ def test_each_family_gets_as_many_placeholders_as_features(name: str, tmp_path: 
     assert 0 in rows and len(rows) >= 3  # rows without an image, with one, and with two
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "idefics3", "qwen2_vl"])
 def test_another_draw_of_one_input_alone_is_valid(name: str, tmp_path: Path) -> None:
     model = load_model(str(small_model(name, tmp_path)))
     sizes = model.checked_sizes({})[2]

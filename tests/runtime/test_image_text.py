@@ -18,12 +18,12 @@ from lora_export.models.load import load_model
 from lora_export.runtime import three_graphs
 from lora_export.runtime.three_graphs import ImageTextRunner, grid_positions
 from lora_export.verification.parity import Outcome
-from support.image_text import generated_by_transformers, image_files, image_text_adapter, image_text_model
+from support.image_text import MARKERS, generated_by_transformers, image_files, image_text_adapter, image_text_model
 from support.small_models import small_model
 
-IMAGE_OF = {"llava": "<image>", "qwen2_vl": "<vision_start> <image> <vision_end>"}
-IMAGE_OF["qwen2_5_vl"] = IMAGE_OF["qwen2_vl"]
-FAMILIES = ["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen2_5_vl"))]
+IMAGE_OF = dict.fromkeys(("llava", "paligemma", "internvl", "idefics3", "smolvlm"), "<image>") | MARKERS
+IMAGE_OF |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), "<vision_start> <image> <vision_end>")
+FAMILIES = [pytest.param(name, marks=() if name in ("llava", "gemma3") else pytest.mark.slow) for name in IMAGE_OF]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_texts_are_those_of_transformers(made: Path, tmp_path: Path) -> None:
     assert exchanged[0].tokens != found[0].tokens and exchanged[1].tokens == found[1].tokens
     (chat,) = le.generate(made / "served", [texts[0]], images=paths[:2], chat=True, max_new_tokens=2)
     assert len(chat.tokens) == 2
-    with pytest.raises(InputRefused, match="1 images: the texts need <image> as often"):
+    with pytest.raises(InputRefused, match=f"1 images: the texts need {MARKERS.get(name, '<image>')} as often"):
         le.generate(made / "served", texts[:1], images=paths[:1])
 
 
@@ -87,6 +87,11 @@ def _counted(ids: Any, mask: Any, grids: Any, tokens: Any, run: Any = grid_posit
     return run(np.where(ids == tokens.token, 0, ids), mask, grids, tokens)
 
 
+def _one_way(self: ImageTextRunner, inputs: Any, run: Any = ImageTextRunner.run) -> Any:
+    """No token attends to one after it."""
+    return run(self, {**inputs, "token_type_ids": np.full_like(inputs["input_ids"], 1 - (self.tokens.two_way or 0))})
+
+
 @pytest.mark.parametrize("made", FAMILIES, indirect=True)
 def test_the_proof_finds_planted_faults(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"model": made / "base", "adapters": [made / "adapter"]}
@@ -97,7 +102,10 @@ def test_the_proof_finds_planted_faults(made: Path, monkeypatch: pytest.MonkeyPa
             wrong = le.verify(made / "served", **given)
         assert wrong.verdict.outcome is Outcome.DIFFERENT
         assert "The first graph whose outputs differ: vision_encoder.onnx" in str(wrong)
-    if (made / "name").read_text() != "llava":
+    if (name := (made / "name").read_text()) in ("gemma3", "paligemma"):
+        monkeypatch.setattr(ImageTextRunner, "run", _one_way)
+        assert le.verify(made / "served", **given).verdict.outcome is Outcome.DIFFERENT
+    if "qwen" in name:
         monkeypatch.setattr(three_graphs, "grid_positions", _counted)
         assert le.verify(made / "served", **given).verdict.outcome is Outcome.DIFFERENT
 

@@ -22,7 +22,7 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import model
 from lora_export.models.load import load_model
-from lora_export.runtime.kv_cache import DECODE_STEPS, CacheRunner, with_cache
+from lora_export.runtime.kv_cache import DECODE_STEPS, CacheRunner, turns, undivided, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
@@ -216,3 +216,13 @@ def test_diagnosis_separates_cache_faults_from_prompt_faults(
     assert reason in str(found.diagnosis), str(found.diagnosis)
     if "cache" in reason:
         assert found.diagnosis.first is None
+
+
+def test_tokens_that_attend_to_each_other_are_of_one_run() -> None:
+    none = np.zeros((1, 12), bool)
+    steps = [(0, 8), (8, 9), (9, 10), (10, 11), (11, 12)]
+    assert list(undivided(steps, none)) == steps
+    rows = np.array([[0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 0]], bool)
+    assert list(undivided(steps, rows)) == [(0, 9), (9, 10), (10, 11), (11, 12)]
+    assert list(undivided(turns(12, 4), rows)) == [(0, 4), (4, 7), (7, 11), (11, 12)]
+    assert list(undivided(steps, ~none)) == [(0, 12)]

@@ -92,6 +92,12 @@ def _internvl() -> Any:
     return hf.InternVLConfig(text_config=text, vision_config=vision, image_token_id=5)
 
 
+def _idefics3(name: str) -> Any:
+    vision = {**VISION, "image_size": 16, "patch_size": 4}
+    text = {**LANGUAGE, "model_type": "llama", "pad_token_id": 0}
+    return getattr(hf, f"{name}Config")(text_config=text, vision_config=vision, image_token_id=5, scale_factor=2)
+
+
 def _qwen_vl(name: str, vision: dict[str, Any]) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     text = {**LANGUAGE, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2}
@@ -189,6 +195,8 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "paligemma": ("PaliGemmaForConditionalGeneration", _paligemma),
     "gemma3": ("Gemma3ForConditionalGeneration", _gemma3),
     "internvl": ("InternVLForConditionalGeneration", _internvl),
+    "idefics3": ("Idefics3ForConditionalGeneration", lambda: _idefics3("Idefics3")),
+    "smolvlm": ("SmolVLMForConditionalGeneration", lambda: _idefics3("SmolVLM")),
     "qwen2_vl": (
         "Qwen2VLForConditionalGeneration",
         lambda: _qwen_vl("Qwen2VL", {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),

@@ -30,6 +30,7 @@ from lora_export.graph.cache_names import (
     MASK,
     POSITION_IDS,
     PRESENT,
+    TOKEN_TYPES,
     past_of,
 )
 from lora_export.options.spelling import command, named
@@ -59,7 +60,7 @@ class Decoder:
         self.graph, self.provider, self.tokens, self.cache = graph, provider, tokens, runner.cache
         self.takes = frozenset(runner.inner.axes)
         unknown = self.takes - {tokens, MASK, POSITION_IDS, CACHE_POSITION, BRANCH, *ROW_INPUTS}
-        unknown -= {tensor.past for tensor in self.cache}
+        unknown -= {tensor.past for tensor in self.cache} | ({TOKEN_TYPES} if tokens == EMBEDS else set())
         self.takes_padding = runner.takes_padding
         self.tokens_at_once = runner.tokens_at_once
         self.inner, self.has_slots = runner.inner, runner.inner.has_slots
@@ -127,21 +128,35 @@ class DecoderRun:
                 empty = ort_value_of_array(ort, np.zeros(sizes, tensor.dtype))
             self.binding.bind_ortvalue_input(tensor.past, empty)
 
-    def step(self, ids: NDArray[Any], mask: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.floating]:
+    def step(
+        self,
+        ids: NDArray[Any],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        types: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.floating]:
         """Run the next tokens; return the logits of the last one, [batch, vocabulary].
 
-        `ids` and `positions` are [batch, tokens], `mask` [batch, all positions so far]. Embeddings in place of ids are
-        [batch, tokens, features], and positions may be [axes, batch, tokens]. A graph that takes so many tokens at once
-        runs as often as needed.
+        `ids` and `positions` are [batch, tokens], `mask` and `types` [batch, all positions so far]. Embeddings in place
+        of ids are [batch, tokens, features], and positions may be [axes, batch, tokens]. A graph that takes so many
+        tokens at once runs as often as needed.
         """
         count, past = ids.shape[1], mask.shape[1] - ids.shape[1]
         most = self.decoder.tokens_at_once or count
         for start in range(0, count, most):
             now = slice(start, start + most)
-            last = self._run(ids[:, now], mask[:, : past + start + most], positions[..., now])
+            so_far = slice(past + start + most)
+            own = None if types is None else types[:, so_far]
+            last = self._run(ids[:, now], mask[:, so_far], positions[..., now], own)
         return last
 
-    def _run(self, ids: NDArray[Any], mask: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.floating]:
+    def _run(
+        self,
+        ids: NDArray[Any],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        types: NDArray[np.int64] | None,
+    ) -> NDArray[np.floating]:
         decoder, binding = self.decoder, self.binding
         has_past = np.array([mask.shape[1] > ids.shape[1]])
         feeds = {
@@ -150,6 +165,7 @@ class DecoderRun:
             POSITION_IDS: positions,
             CACHE_POSITION: positions[0],
             BRANCH: has_past,
+            **({} if types is None else {TOKEN_TYPES: types}),
         }
         for name, value in feeds.items():
             if name in decoder.takes:
@@ -330,19 +346,23 @@ class ImageText:
         if file is not None and self.decoder.adapters is not None:
             self.decoder.adapters.load(name, file)
 
-    def start(self, images: Arrays, adapter: str | None = None) -> ImageTextRun:
-        """Run the vision encoder on images, its inputs, with a loaded adapter. Without images there are none."""
-        return ImageTextRun(self, images, adapter)
+    def start(self, images: Arrays, adapter: str | None = None, tiles: Sequence[int] = ()) -> ImageTextRun:
+        """Run the vision encoder on images, its inputs, with a loaded adapter. Without images there are none.
+
+        `tiles` has how many of its inputs each image is, where they have no grids.
+        """
+        return ImageTextRun(self, images, adapter, tiles)
 
 
 class ImageTextRun:
     """The state of one batch: its images, until the prompt has run, and the cache and the positions of the decoder."""
 
-    def __init__(self, model: ImageText, images: Arrays, adapter: str | None):
-        self.model, self.images, self.adapter = model, images, adapter
+    def __init__(self, model: ImageText, images: Arrays, adapter: str | None, tiles: Sequence[int]):
+        self.model, self.images, self.adapter, self.tiles = model, images, adapter, tiles
         self.features = model.graphs.features(images) if images else None
         self.run: DecoderRun | None = None
         self.following: NDArray[np.int64] | None = None  # the next position of each row, where images have grids
+        self.types: NDArray[np.int64] | None = None  # of all tokens so far, where the decoder takes them
 
     @property
     def counts(self) -> list[int]:
@@ -352,8 +372,7 @@ class ImageTextRun:
         merge = self.model.graphs.tokens.merge
         if merge:
             return [int(patches) // merge**2 for patches in self.images[GRIDS].prod(1)]
-        images = len(next(iter(self.images.values())))
-        return [len(self.features) // images] * images
+        return [len(self.features) // sum(self.tiles) * tiles for tiles in self.tiles]
 
     def step(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
@@ -364,14 +383,18 @@ class ImageTextRun:
         need.
         """
         graphs = self.model.graphs
-        features = None
+        features, two_way = None, graphs.tokens.two_way
         if self.run is None:
             adapter = self.adapter if self.model.decoder.adapters is not None else None
             self.run = self.model.decoder.start(len(ids), adapter)
             features = self.features
             if found := graphs.positions({IDS: ids, MASK: mask, **self.images}):
                 positions, self.following = found
+            if two_way is not None:
+                self.types = graphs.token_types(ids)
         elif self.following is not None:
             positions = np.broadcast_to(self.following[None, :, None], (3, len(ids), 1))
             self.following = self.following + 1
-        return self.run.step(graphs.embeds(ids, features), mask, positions)
+        elif self.types is not None:
+            self.types = np.pad(self.types, ((0, 0), (0, 1)), constant_values=1 - (two_way or 0))
+        return self.run.step(graphs.embeds(ids, features), mask, positions, self.types)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from lora_export.models.image_text import GridEncoder, attention_in_groups, patch_places, windows
+from lora_export.models.image_grids import GridEncoder, attention_in_groups, patch_places, windows
 from lora_export.models.load import load_model
 from support.small_models import small_model
 

@@ -1,0 +1,76 @@
+"""Images in the texts of generation: transformers' processors are the measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import transformers as hf
+from PIL import Image
+
+from lora_export.api.generation_files import GenerationSettings
+from lora_export.api.generation_prompts import tokens_with_images
+from lora_export.api.image_prompts import ImageSize, read_images
+from lora_export.errors import InputRefused
+from support.image_text import FULL_PROCESSORS, MARKERS, image_files, image_text_processor, processor_inputs
+
+IMAGE = 5
+SIZES = {"pixel_values": (None, 3, 16, 16), "pixel_attention_mask": (None, None, 16, 16)}
+IN_ONE_ROW = {"pixel_values": (None, None, 3, 16, 16)}
+
+
+def parts(name: str, folder: Path) -> tuple[GenerationSettings, Any, Any]:
+    """The settings and the tokenizer of a folder, and what reads images as its vision encoder takes them."""
+    image_text_processor(name, folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": name}))
+    has_masks = name in ("idefics3", "smolvlm")
+    inputs = {**SIZES, **IN_ONE_ROW} if has_masks else {"pixel_values": SIZES["pixel_values"]}
+    return GenerationSettings(folder), hf.AutoTokenizer.from_pretrained(folder), SimpleNamespace(image_inputs=inputs)
+
+
+@pytest.mark.parametrize("name", FULL_PROCESSORS)
+def test_texts_and_images_are_those_of_the_processor(name: str, tmp_path: Path) -> None:
+    settings, tokenizer, model = parts(name, tmp_path)
+    paths = image_files(tmp_path / "images", (40, 24), (23, 61), (16, 16))
+    marker = MARKERS.get(name, "<image>")
+    texts = [f"what is on {marker} and that {marker} ?", f"compare {marker} with one"]
+    read = read_images(paths, cast(Any, model), settings)
+    by_tile = 16 if name == "paligemma" else 4
+    sizes = [ImageSize(by_tile * tiles, grid) for tiles, grid in zip(read.tiles, read.grids, strict=True)]
+    found = tokens_with_images(texts, sizes, IMAGE, tokenizer, settings, chat=False)
+    count = 0
+    for text, own, tokens in zip(texts, (paths[:2], paths[2:]), found, strict=True):
+        expected = processor_inputs(name, tmp_path, text, [Image.open(path) for path in own])
+        assert tokens == expected["input_ids"][0].tolist()
+        count += expected["pixel_values"].shape[:-3].numel()
+    assert sum(read.tiles) == count
+    with pytest.raises(InputRefused, match=f"3 images: the texts need {marker} as often"):
+        tokens_with_images([*texts, texts[1]], sizes, IMAGE, tokenizer, settings, chat=False)
+
+
+def test_token_ids_have_the_tokens_of_the_images_alone(tmp_path: Path) -> None:
+    settings, tokenizer, _ = parts("gemma3", tmp_path)
+    size = ImageSize(3, (0, 0))
+    assert tokens_with_images([[9, 5, 9]], [size], IMAGE, tokenizer, settings, chat=False) == [[9, 5, 5, 5, 9]]
+    assert tokens_with_images([[9, 5, 9]], [size], IMAGE, None, settings, chat=False) == [[9, 5, 5, 5, 9]]
+    with pytest.raises(InputRefused, match="0 images: the texts need the token 5 as often"):
+        tokens_with_images([[9, 5, 9]], [], IMAGE, None, settings, chat=False)
+
+
+def test_a_tokenizer_without_the_tokens_around_an_image_is_refused(tmp_path: Path) -> None:
+    settings, tokenizer, _ = parts("internvl", tmp_path)
+    tokenizer._special_tokens_map.pop("end_image_token")
+    with pytest.raises(InputRefused, match="the tokenizer has no end_image_token, which is written beside"):
+        tokens_with_images(["<image>"], [ImageSize(3, (0, 0))], IMAGE, tokenizer, settings, chat=False)
+
+
+def test_crops_are_refused(tmp_path: Path) -> None:
+    settings, _, model = parts("gemma3", tmp_path)
+    crops = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8, "pan_and_scan_max_num_crops": 4}
+    size = {"height": 16, "width": 16}
+    hf.Gemma3ImageProcessorPil(size=size, pan_and_scan_min_ratio_to_activate=1.2, **crops).save_pretrained(tmp_path)
+    with pytest.raises(InputRefused, match=r"crops images \(do_pan_and_scan\), which is not supported"):
+        read_images(image_files(tmp_path / "images", (64, 16)), cast(Any, model), settings)
