@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_export.api.generation_files import GenerationSettings
+from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused
 from lora_export.models.processors import PIXELS, open_image_processor, read_image, refusing_failures
 from lora_export.runtime.generation.decoder import ImageText

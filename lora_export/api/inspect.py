@@ -1,4 +1,4 @@
-"""`lora_export.inspect`: what an adapter, a checkpoint or a graph contains. Runs nothing."""
+"""`lora_export.inspect`: what an adapter, a checkpoint, a graph or a program contains. Runs nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
 from lora_export.artifacts.artifact import WrittenRecord, open_artifact
+from lora_export.artifacts.executorch_file import ProgramMethod, read_methods
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, brief, listed
 from lora_export.formats import task_adapters
@@ -44,13 +45,14 @@ class ContainedAdapter:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a path contains: exactly one of the first four is not None."""
+    """What a path contains: exactly one of the first five is not None."""
 
     path: Path
     adapter: Adapter | None = None
     checkpoint: Checkpoint | None = None  # names, shapes and types; no weights
     graph: Sites | None = None  # where the weights of a graph are read, and how each name was recovered
     onnx_adapter: OnnxAdapter | None = None
+    methods: tuple[ProgramMethod, ...] | None = None  # of a program of ExecuTorch
     interface: Interface | None = None  # of a graph: inputs, outputs and operator sets
     record: WrittenRecord = field(default_factory=WrittenRecord)  # how the file was made; False where that is unknown
 
@@ -105,8 +107,8 @@ class Inspection:
 def inspect(options: InspectOptions) -> Inspection:
     """Read the headers of a path, and the tensors of an adapter.
 
-    `path` is an adapter, a Hugging Face folder, a .safetensors file, an .onnx or an .onnx_adapter. Of a graph, the
-    inputs and outputs are read, too, and of what lora-export wrote the record: adapters, base, verdict.
+    `path` is an adapter, a Hugging Face folder, a .safetensors file, an .onnx, an .onnx_adapter or a .pte.
+    Of a graph, the inputs and outputs are read, too, and of what lora-export wrote the record: adapters, base, verdict.
 
     `expected` is compared with an adapter, or with the adapters and the base that a file records. Raises Different
     where they are others, and Undecided where the file records no such value.
@@ -150,6 +152,8 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
             names = open_checkpoint(locate(options.checkpoint, ignore, options.download))
         model = load_graph(artifact.path)
         return Inspection(path, graph=find_sites(model, names), interface=read_interface(model), record=artifact.record)
+    if artifact.kind is ArtifactKind.EXECUTORCH:
+        return Inspection(path, methods=read_methods(path), record=artifact.record)
     if artifact.kind is ArtifactKind.OTHER and path.is_file():
         raise InputRefused(f"{path} is no adapter, checkpoint or graph in a known format")
     return Inspection(path, checkpoint=artifact.checkpoint, record=artifact.record)

@@ -28,10 +28,13 @@ class _BoundedReads:
 
 
 class opened:  # noqa: N801 - used as a function is
-    """The zip file at a path, while the context is active. Raises InputRefused for whatever zipfile raises."""
+    """The zip file at a path, while the context is active. Raises InputRefused for whatever zipfile raises.
 
-    def __init__(self, path: Path):
-        self.path = path
+    `refusal` is the predicate of the message.
+    """
+
+    def __init__(self, path: Path, refusal: str = "is no .pt2 file"):
+        self.path, self.refusal = path, refusal
 
     def __enter__(self) -> zipfile.ZipFile:
         self.file = input_files.open_regular(self.path)
@@ -39,7 +42,7 @@ class opened:  # noqa: N801 - used as a function is
             return zipfile.ZipFile(_BoundedReads(self.file))
         except Exception as error:  # zipfile has a dozen kinds for this
             self.file.close()
-            raise InputRefused(f"{self.path} is no .pt2 file: {error}") from error
+            raise InputRefused(f"{self.path} {self.refusal}: {error}") from error
 
     def __exit__(self, *_: object) -> None:
         self.file.close()

@@ -80,12 +80,10 @@ def _text_in_archive(path: Path) -> str | None:
     """The record in the archive that a file is, or that is behind a program of ExecuTorch; None without one."""
     if not zipfile.is_zipfile(path):
         return None
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
+    with archive.opened(path, "has a damaged archive") as opened:
+        for member in opened.infolist():
             if member.filename.endswith(f"/extra/{MANIFEST}"):
-                if member.file_size > MAX_RECORD:
-                    raise InputRefused(f"{path}: the record has {member.file_size:,} bytes, which no record needs")
-                return archive.read(member).decode(errors="replace")
+                return archive.content(opened, member, path, most=MAX_RECORD).decode(errors="replace")
     return None
 
 

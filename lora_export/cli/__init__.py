@@ -32,7 +32,7 @@ from lora_export.version import __version__
 JOBS = {
     "Adapters": {
         "train": "Train a LoRA adapter and save it in PEFT's format.",
-        "inspect": "Show what an adapter, a checkpoint or a graph contains.",
+        "inspect": "Show what an adapter, a checkpoint, a graph or a program contains.",
         "check": "Show what a runtime will refuse, drop or run at another strength.",
         "convert": "Convert an adapter for an existing ONNX graph.",
         "combine": "Combine adapters into one adapter.",

@@ -23,11 +23,12 @@ from lora_export.options.adapters import (
 @cli_command(InspectOptions, "inspect adapter")
 @click.option("--all", "every", is_flag=True, help="Show every weight, and each place where a graph reads it.")
 def inspect_command(every: bool, as_json: bool, **options: Any) -> None:
-    """Show what PATH contains: an adapter, a checkpoint (folder or .safetensors), an .onnx or an .onnx_adapter.
+    """Show what PATH contains: an adapter, a checkpoint (folder or .safetensors), an .onnx, an .onnx_adapter or
+    a .pte.
 
-    Of a graph, shows what it takes to use it: inputs, outputs, adapters and their ids, base, and the verdict that it
-    was published with. Reads headers, and the tensors of an adapter. With --base, the weights of both are read. Runs
-    nothing.
+    Of a graph or a .pte, shows what it takes to use it: inputs, outputs, adapters and their ids, base, and the verdict
+    that it was published with. Reads headers, and the tensors of an adapter. With --base, the weights of both are read.
+    Runs nothing.
     """
     from lora_export.api.inspect import inspect
     from lora_export.cli.inspection import inspection_document, inspection_lines

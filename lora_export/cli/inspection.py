@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lora_export.artifacts.artifact import ArtifactKind
 from lora_export.errors import count
 from lora_export.formats.contract import ADAPTER_STRENGTHS
 from lora_export.pairs.open_shape import OpenPair, known_shape
@@ -23,6 +24,7 @@ from lora_export.storage.hashes import SHORT_HASH
 
 if TYPE_CHECKING:
     from lora_export.api.inspect import Inspection
+    from lora_export.artifacts.executorch_file import PlannedTensor, ProgramMethod
     from lora_export.formats.onnx_adapter import OnnxAdapter
     from lora_export.graph.find_sites import Sites
     from lora_export.graph.interface import Port
@@ -50,6 +52,8 @@ def inspection_lines(found: Inspection, *, every: bool) -> Iterator[str]:
     elif found.graph is not None:
         yield from _interface_lines(found, found.graph)
         yield from _site_lines(found.graph) if every else _layer_lines(found, found.graph)
+    elif found.methods is not None:
+        yield from _program_lines(found, found.methods)
     elif found.checkpoint is not None:
         yield from _lines_of_checkpoint(found, found.checkpoint, every=every)
 
@@ -81,6 +85,8 @@ def inspection_document(found: Inspection) -> dict[str, Any]:
         }
         layers = {"linear_layers": len(found.linear)}
         return made | interface | {"opsets": dict(found.interface.opsets)} | layers | _graph_as_document(found.graph)
+    if found.methods is not None:
+        return {"format": ArtifactKind.EXECUTORCH, "methods": [asdict(method) for method in found.methods], **made}
     assert found.checkpoint is not None
     schemes = {name: {"stored_as": tensor.scheme} for name, tensor in found.checkpoint.quantised.items()}
     return made | {"tensors": [as_dict(spec) | schemes.get(spec.stored_name, {}) for spec in found.checkpoint.specs]}
@@ -257,6 +263,32 @@ def _interface_lines(found: Inspection, graph: Sites) -> Iterator[str]:
 def _is_past(size: int | str | None) -> bool:
     """Whether a size of a shape is the length of the cache alone, as exporters name it."""
     return isinstance(size, str) and size.startswith("past") and "+" not in size
+
+
+def _program_lines(found: Inspection, methods: Sequence[ProgramMethod]) -> Iterator[str]:
+    """What it takes to run a program. The names of its inputs are those of the record."""
+    yield f"{found.path.name}: {ArtifactKind.EXECUTORCH}, {count(len(methods), 'method')}"
+    yield from _record_lines(found)
+    recorded = found.record.content.get("inputs")
+    names = [str(name) for name in recorded] if isinstance(recorded, list) else []
+    for method in methods:
+        by = f"computed by {', '.join(method.backends)}" if method.backends else ""
+        yield _joined(f"method {method.name}", by, f"{method.planned_bytes:,} bytes of memory planned")
+        named = names if len(names) >= len(method.inputs) else []
+        for what, tensors in (("input", method.inputs), ("output", method.outputs)):
+            for number, tensor in enumerate(tensors[:PORTS]):
+                name = named[number] if what == "input" and named else str(number)
+                yield f"  {what} {name}  {_planned_text(tensor)}"
+            if len(tensors) > PORTS:
+                yield f"  {what}s: {len(tensors) - PORTS} more (--json lists them)"
+
+
+def _planned_text(tensor: PlannedTensor) -> str:
+    if not tensor.dtype:
+        return "no tensor"
+    if tensor.sizes is None:
+        return f"{tensor.dtype} of any shape"
+    return f"{tensor.dtype} {'of up to ' if tensor.varies else ''}{list(tensor.sizes)}"
 
 
 def _port_lines(what: str, ports: Iterable[Port]) -> Iterator[str]:

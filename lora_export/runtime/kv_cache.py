@@ -33,6 +33,7 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.operators import cache_heads
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
+from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import Arrays, Placement, Runner
 
 DECODE_STEPS = 4  # tokens of a sequence that are decoded one by one, after the prompt
@@ -44,6 +45,14 @@ CACHE_DTYPES: Mapping[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(bfloat16)": ml_dtypes.bfloat16,
+}
+
+
+_Port = tuple[str, Sequence[Any]]  # the type of an input or output as onnxruntime names it, and its sizes
+_TYPES: Mapping[ir.DataType | None, str] = {
+    ir.DataType.FLOAT: "tensor(float)",
+    ir.DataType.FLOAT16: "tensor(float16)",
+    ir.DataType.BFLOAT16: "tensor(bfloat16)",
 }
 
 
@@ -93,8 +102,13 @@ class CacheRunner:
         self.inner.close()
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> Placement | None:
         return self.inner.placement
+
+    @property
+    def has_group_query(self) -> bool:
+        """Whether GroupQueryAttention reads the cache, also where onnxruntime put it into the graph."""
+        return GROUP_QUERY in self.inner.placement.operators
 
     @property
     def takes_padding(self) -> bool:
@@ -161,7 +175,7 @@ class CacheRunner:
 
     def _takes_turns(self, rows: int) -> bool:
         """Whether a run of so many rows takes several tokens after a cache."""
-        return self.tokens_at_once is None and (rows == 1 or GROUP_QUERY not in self.inner.placement.operators)
+        return self.tokens_at_once is None and (rows == 1 or not self.has_group_query)
 
     def _run(self, inputs: Arrays, steps: Iterable[tuple[int, int]]) -> Arrays:
         cache = self._empty_cache(len(inputs[self.tokens]))
@@ -170,6 +184,8 @@ class CacheRunner:
         parts: dict[str, list[NDArray[Any]]] = {}
         for start, stop in steps:
             outputs = self.inner.run({**self._step_inputs(inputs, start, stop), **cache})
+            if lacking := [tensor.present for tensor in self.cache if tensor.present not in outputs]:
+                raise RuntimeRefused(f"a run returned no {lacking[0]}, which the next run of the cache needs")
             cache = {tensor.past: outputs.pop(tensor.present) for tensor in self.cache}
             for name, value in outputs.items():
                 if value.ndim < 2 or value.shape[1] != stop - start:
@@ -231,6 +247,26 @@ class CacheRunner:
         return {tensor.past: np.zeros(tensor.empty_sizes(batch), tensor.dtype) for tensor in self.cache}
 
 
+@dataclass(frozen=True, eq=False)
+class RegisteredCacheRunner(CacheRunner):
+    """The same for a graph in a runner by name, which reports no operators: those of the file count."""
+
+    inner: RegisteredRunner  # type: ignore[assignment]
+    operators: frozenset[str] = frozenset()
+
+    @property
+    def placement(self) -> None:
+        return None
+
+    @property
+    def has_group_query(self) -> bool:
+        return GROUP_QUERY in self.operators
+
+    @property
+    def notes(self) -> list[str]:
+        return [*self.inner.notes, *super().notes]
+
+
 def turns(length: int, least: int = TURN) -> Iterator[tuple[int, int]]:
     """[start, stop) of each run of a text: a turn's last token, which has an odd position, is run alone.
 
@@ -256,26 +292,54 @@ def with_cache(runner: OnnxRunner, tokens: str = IDS) -> OnnxRunner | CacheRunne
     A cache tensor is an input and an output with the same name but for its first part: `past_key_values.0.key` and
     `present.0.key`.
     """
-    values = runner.session.get_inputs()
-    inputs = {value.name: value for value in values if value.type in CACHE_DTYPES and len(value.shape) > 2}
-    outputs = {value.name: value for value in runner.session.get_outputs()}
-    cache = []
-    for past, present in present_by_past(inputs, outputs).items():
-        shapes = zip(inputs[past].shape, outputs[present].shape, strict=False)
-        sizes = tuple(_size(size) or _size(other) for size, other in shapes)
-        cache.append(CacheTensor(past, present, sizes, CACHE_DTYPES[inputs[past].type]))
+    inputs, outputs = (
+        {value.name: (value.type, value.shape) for value in values}
+        for values in (runner.session.get_inputs(), runner.session.get_outputs())
+    )
+    cache = _cache_tensors(inputs, outputs)
     if not cache or len(runner.axes.get(tokens, ())) != (2 if tokens == IDS else 3):
         return runner
     counts_mask = False
     if any(tensor.sizes[-1] is None for tensor in cache) or GROUP_QUERY in runner.placement.operators:
-        graph = _graph_of(runner.source)
-        features = {value.name: cache_heads(value)[1] or None for value in graph.inputs}
-        # Where the graph leaves the size of a head to the operator that reads the cache
-        cache = [
-            tensor._replace(sizes=(*tensor.sizes[:-1], tensor.sizes[-1] or features[tensor.past])) for tensor in cache
-        ]
-        counts_mask = any(node.op_type == GROUP_QUERY and not _has_bias(node) for node in graph)
-    return CacheRunner(runner, tuple(cache), counts_mask, tokens)
+        cache, counts_mask = _as_operators_read(_graph_of(runner.source), cache)
+    return CacheRunner(runner, cache, counts_mask, tokens)
+
+
+def with_registered_cache(runner: RegisteredRunner) -> RegisteredRunner | CacheRunner:
+    """The same for the graph in a runner by name."""
+    graph = _graph_of(runner.path)
+    inputs, outputs = (
+        {str(value.name): (_TYPES.get(value.dtype, ""), tuple(value.shape or ())) for value in values}
+        for values in (graph.inputs, graph.outputs)
+    )
+    cache = _cache_tensors(inputs, outputs)
+    ids = inputs.get(IDS)
+    if not cache or ids is None or len(ids[1]) != 2:
+        return runner
+    cache, counts_mask = _as_operators_read(graph, cache)
+    required = inputs.keys() - set(graph.initializers)
+    axes = {name: tuple(map(_size, shape)) for name, (_, shape) in inputs.items() if name in required}
+    operators = frozenset(node.op_type for node in graph)
+    runner = runner.with_axes(axes)
+    return RegisteredCacheRunner(runner, cache, counts_mask, cannot_give=runner.cannot_give, operators=operators)
+
+
+def _cache_tensors(inputs: Mapping[str, _Port], outputs: Mapping[str, _Port]) -> tuple[CacheTensor, ...]:
+    """The tensors of a graph's cache, by the names of its inputs and outputs."""
+    fitting = {name: port for name, port in inputs.items() if port[0] in CACHE_DTYPES and len(port[1]) > 2}
+    cache = []
+    for past, present in present_by_past(fitting, outputs).items():
+        kind, shape = fitting[past]
+        sizes = tuple(_size(size) or _size(other) for size, other in zip(shape, outputs[present][1], strict=False))
+        cache.append(CacheTensor(past, present, sizes, CACHE_DTYPES[kind]))
+    return tuple(cache)
+
+
+def _as_operators_read(graph: ir.Graph, cache: Sequence[CacheTensor]) -> tuple[tuple[CacheTensor, ...], bool]:
+    """The cache with the size of a head where the graph leaves it to an operator; whether one counts the mask."""
+    features = {value.name: cache_heads(value)[1] or None for value in graph.inputs}
+    known = (tensor._replace(sizes=(*tensor.sizes[:-1], tensor.sizes[-1] or features[tensor.past])) for tensor in cache)
+    return tuple(known), any(node.op_type == GROUP_QUERY and not _has_bias(node) for node in graph)
 
 
 def graph_of(candidate: Runner) -> OnnxRunner | None:
@@ -295,8 +359,10 @@ def _has_bias(node: ir.Node) -> bool:
     return len(node.inputs) > BIAS and node.inputs[BIAS] is not None
 
 
-def _size(declared: int | str | None) -> int | None:
+def _size(declared: Any) -> int | None:
     """A dimension's constant size, also where an exporter made a symbol of the number."""
+    if isinstance(declared, ir.SymbolicDim):
+        declared = declared.value
     if isinstance(declared, str):
         return int(declared) if declared.isdigit() else None
-    return declared
+    return declared if isinstance(declared, int) else None

@@ -26,7 +26,7 @@ from lora_export.options.spelling import named
 from lora_export.options.verify import Judging
 from lora_export.runtime.endpoint.runner import open_endpoint
 from lora_export.runtime.endpoint.tensors import is_of_tensors, open_tensors_of
-from lora_export.runtime.kv_cache import with_cache
+from lora_export.runtime.kv_cache import with_cache, with_registered_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.registered import OPENVINO
 from lora_export.runtime.registered.executorch import open_executorch
@@ -127,7 +127,11 @@ def _program(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 
 def _registered(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     runner = RegisteredRunner(how.options.runner or OPENVINO, candidate, adapter=how.onnx_adapter, timeout=how.timeout)
-    return runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id])
+    if how.options.adapter_id is not None:
+        runner = runner.with_rows([how.options.adapter_id])
+    elif runner.takes_rows:
+        return runner
+    return with_registered_cache(runner) if candidate.kind is ArtifactKind.GRAPH else runner
 
 
 def _endpoint(candidate: Artifact, how: HowToOpen) -> CandidateRunner:

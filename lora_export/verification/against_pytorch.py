@@ -24,7 +24,7 @@ from lora_export.models.model import Model
 from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
-from lora_export.runtime.kv_cache import CacheRunner, with_cache
+from lora_export.runtime.kv_cache import graph_of, with_cache
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
@@ -235,9 +235,10 @@ class PreparedPyTorch(PreparedReferences):
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         is_large_model = is_large(self.attached.module)
-        if is_large_model and isinstance(self.candidate, OnnxRunner | CacheRunner | SeveralGraphs):
+        graph = self.candidate if isinstance(self.candidate, SeveralGraphs) else graph_of(self.candidate)
+        if is_large_model and graph is not None:
             _ = self.is_half_inside  # reads the session
-            self.candidate.close()
+            graph.close()
             release_memory()
         step("PyTorch")
         model, cases = self.references.model, self.inputs.cases

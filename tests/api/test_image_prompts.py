@@ -11,7 +11,7 @@ import pytest
 import transformers as hf
 from PIL import Image
 
-from lora_export.api.generation_files import GenerationSettings
+from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.generation_prompts import tokens_with_images
 from lora_export.api.image_prompts import ImageSize, read_images
 from lora_export.errors import InputRefused

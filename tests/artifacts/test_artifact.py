@@ -58,8 +58,20 @@ def test_an_enormous_or_damaged_record_is_refused(tmp_path: Path, monkeypatch: p
     with pytest.raises(InputRefused, match="damaged"):
         _ = open_artifact(tmp_path / "m.pt").record
     monkeypatch.setattr(artifact, "MAX_RECORD", 3)
-    with pytest.raises(InputRefused, match="the record has 15 bytes"):
+    with pytest.raises(InputRefused, match=r"lora_export\.json has more than 3 bytes"):
         _ = open_artifact(tmp_path / "m.pt").record
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.pt2", "m.pte"])
+@pytest.mark.parametrize(("place", "message"), [(b"PK\x01\x02", "has a damaged archive"), (b'{"a"', "is damaged")])
+def test_a_damaged_archive_is_refused(name: str, place: bytes, message: str, tmp_path: Path) -> None:
+    """Its directory, or its record: zipfile finds both."""
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("m/extra/lora_export.json", '{"a": 1}')
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content.replace(place, b"1234"))
+    with pytest.raises(InputRefused, match=message):
+        _ = open_artifact(tmp_path / name).record
 
 
 # --- artifact ---

@@ -33,7 +33,7 @@ from torch import nn
 import lora_export as le
 from lora_export import cli
 from support import ROOT
-from support.browser import NODE, REPORT, needs_chromium, shown
+from support.browser import NODE, REPORT, needs_chromium, needs_onnxruntime_web, shown
 from support.handmade import peft_adapter
 from support.pages import blocks
 from support.small_models import small_adapter, small_model, words_tokenizer
@@ -717,7 +717,7 @@ await report(results);
 
 
 @needs_chromium
-@why_no_javascript("onnxruntime-web")
+@needs_onnxruntime_web
 def test_the_page_of_the_guide_computes_in_a_browser(plain_inputs: Path, tmp_path: Path) -> None:
     (page,) = [block.text for block in blocks("browser") if block.language == "html"]
     (tmp_path / "site").mkdir()

@@ -97,6 +97,8 @@ def gguf_file(
 
 V = {"blk.0.attn_v": (128, 256)}
 DOWN = {"blk.0.ffn_down": (256, 256)}
+Q_AND_O = {"blk.0.attn_q": (256, 256), "blk.0.attn_output": (256, 256)}
+GATE_AND_UP = {"blk.0.ffn_gate": (256, 256), "blk.0.ffn_up": (256, 256)}
 FILES: dict[str, tuple[Callable[[Path], Path], bool]] = {
     "v": (lambda path: gguf_file(path, V), True),
     "v and down": (lambda path: gguf_file(path, V | DOWN), True),
@@ -105,8 +107,18 @@ FILES: dict[str, tuple[Callable[[Path], Path], bool]] = {
     "rank 1": (lambda path: gguf_file(path, V, rank=1), True),
     "rank 128": (lambda path: gguf_file(path, V, rank=128), True),
     "the head": (lambda path: gguf_file(path, {"output": (64, 256)}), True),
+    "k": (lambda path: gguf_file(path, {"blk.0.attn_k": (128, 256)}), True),
+    "q and o": (lambda path: gguf_file(path, Q_AND_O), True),
+    "gate and up": (lambda path: gguf_file(path, GATE_AND_UP), True),
+    "all layers": (lambda path: gguf_file(path, V | DOWN | Q_AND_O | GATE_AND_UP | {"output": (64, 256)}), True),
+    "alpha 64": (lambda path: gguf_file(path, V, alpha=64.0), True),
+    "a fraction as alpha": (lambda path: gguf_file(path, V, alpha=0.5), True),
+    "rank 256": (lambda path: gguf_file(path, V, rank=256), True),
     "another architecture": (lambda path: gguf_file(path, V, architecture="qwen2"), False),
     "no B": (lambda path: gguf_file(path, V, left_out="blk.0.attn_v.weight.lora_b"), False),
+    "no A": (lambda path: gguf_file(path, V, left_out="blk.0.attn_v.weight.lora_a"), False),
+    "a head of more words": (lambda path: gguf_file(path, {"output": (65, 256)}), False),
+    "an expert": (lambda path: gguf_file(path, {"blk.0.ffn_down_exps": (256, 256)}), False),
     "another width": (lambda path: gguf_file(path, {"blk.0.attn_v": (128, 64)}), False),
     "another height": (lambda path: gguf_file(path, {"blk.0.attn_v": (256, 256)}), False),
     "a layer too many": (lambda path: gguf_file(path, {"blk.1.attn_v": (128, 256)}), False),

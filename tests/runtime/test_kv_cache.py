@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_export import layers, plan
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
@@ -22,14 +24,22 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import model
 from lora_export.models.load import load_model
-from lora_export.runtime.kv_cache import DECODE_STEPS, CacheRunner, turns, undivided, with_cache
+from lora_export.runtime.kv_cache import (
+    DECODE_STEPS,
+    CacheRunner,
+    turns,
+    undivided,
+    with_cache,
+    with_registered_cache,
+)
 from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.row_proofs import prove_candidate
 from lora_export.weights.checkpoint import open_checkpoint
-from support import FACTORIES
+from support import FACTORIES, RUNNERS
 from support.decoders import FEATURES, WORDS, a_graph, a_graph_with_a_state, export_with_cache
 from support.handmade import base_file
 
@@ -59,6 +69,38 @@ def test_each_run_gets_the_cache_of_the_previous_run(sums: model.Model, tmp_path
     outputs = runner.run({"input_ids": ids, "attention_mask": mask})
     assert list(outputs) == ["logits"]
     np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-5, atol=1e-6)
+
+
+def by_name(path: Path, name: str) -> RegisteredRunner | CacheRunner:
+    return with_registered_cache(RegisteredRunner(name, open_artifact(path)))
+
+
+@pytest.mark.parametrize("name", [f"{RUNNERS}:by_name", "onnx-reference", "openvino"])
+def test_a_runner_by_name_gets_the_cache_of_its_previous_run(name: str, sums: model.Model, tmp_path: Path) -> None:
+    path = a_graph(tmp_path / "m.onnx", sums)
+    with contextlib.closing(by_name(path, name)) as runner:
+        assert isinstance(runner, CacheRunner) and runner.placement is None
+        ids = np.arange(40).reshape(2, 20) % WORDS
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        expected = with_cache(OnnxRunner(path)).run(inputs)["logits"]
+        np.testing.assert_allclose(runner.run(inputs)["logits"], expected, rtol=1e-5, atol=1e-6)
+        assert "run by " in runner.notes[0] and "run with its cache: a prompt, then 4 tokens" in runner.notes[1]
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_broken_cache_is_different_by_name_too(is_broken: bool, sums: model.Model, tmp_path: Path) -> None:
+    order = ("Concat <axis = 2> (past_key, here)", "Concat <axis = 2> (here, past_key)")
+    path = a_graph(tmp_path / "m.onnx", sums, *([order] if is_broken else []), adapter=an_adapter())
+    with contextlib.closing(by_name(path, f"{RUNNERS}:by_name")) as runner:
+        proof = prove(runner, PyTorchReferences(sums, [an_adapter()]), trace=True)
+    assert proof.verdict.outcome is (parity.Outcome.DIFFERENT if is_broken else parity.Outcome.SAME), str(proof.verdict)
+
+
+def test_a_runner_without_names_is_refused(sums: model.Model, tmp_path: Path) -> None:
+    with contextlib.closing(by_name(a_graph(tmp_path / "m.onnx", sums), f"{RUNNERS}:by_order")) as runner:
+        ids = np.ones((2, 7), np.int64)
+        with pytest.raises(RuntimeRefused, match=r"returned no present\.0\.key, which the next run"):
+            runner.run({"input_ids": ids, "attention_mask": ids})
 
 
 def test_prompt_is_one_run_and_each_later_token_another(sums: model.Model, tmp_path: Path) -> None:

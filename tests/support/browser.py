@@ -21,6 +21,10 @@ from support.local_server import Silent
 NODE = Path(os.environ.get("NODE_FOLDER", ROOT / ".venv" / "node"))  # where `make test-node` installs packages of npm
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt install chromium")
+NODE = Path(os.environ.get("NODE_FOLDER", ROOT / ".venv" / "node"))  # where `make test-node` installs packages of npm
+needs_onnxruntime_web = pytest.mark.skipif(
+    not (NODE / "node_modules" / "onnxruntime-web").is_dir(), reason=f"no onnxruntime-web in {NODE}: make test-node"
+)
 
 # What a page's module calls with its result. A script that fails reports that, instead of nothing.
 REPORT = """<script>

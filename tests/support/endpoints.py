@@ -25,13 +25,15 @@ import lora_export as le
 from support.local_server import Silent, local_server
 
 WORDS = 60
+TEMPLATE = "{{ bos_token }}{% for each in messages %} w2 {{ each.content }} w3{% endfor %} w4"
+CHATS = "/v1/chat/completions"
 READY = 900  # seconds
 LOCK = threading.Lock()  # one run at a time: PyTorch's threads are few
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # ids (1, n) -> (n, words)
 
 
-def save_base(folder: Path, *, seed: int = 0, begins: bool = False, hidden: int = 32) -> Path:
+def save_base(folder: Path, *, seed: int = 0, begins: bool = False, hidden: int = 32, template: str = TEMPLATE) -> Path:
     """A Llama of one layer, with a tokenizer of words; it begins each text with <s> if that is wanted."""
     torch.manual_seed(seed)
     config = hf.LlamaConfig(
@@ -45,14 +47,18 @@ def save_base(folder: Path, *, seed: int = 0, begins: bool = False, hidden: int 
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     if begins:
         tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    hf.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    made = hf.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>")
+    made.chat_template = template or None
+    made.save_pretrained(folder)
     return folder
 
 
-def save_adapter(base: Path, folder: Path, *, seed: int = 1, alpha: int = 8, rank: int = 4) -> Path:
+def save_adapter(
+    base: Path, folder: Path, *, seed: int = 1, alpha: int = 8, rank: int = 4, further: Sequence[str] = ()
+) -> Path:
     """An adapter of PEFT with a B that is not zero."""
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "down_proj"])
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "down_proj", *further])
     model = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -88,6 +94,7 @@ class Server:
     paths: tuple[str, ...] = ("/v1/completions",)
     busy: int = 0  # requests that are refused with 429 first
     requests: list[dict[str, Any]] = field(default_factory=list)
+    unknown: int = 0  # requests of paths that it does not have
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request. Raises ValueError for what the server does not take."""
@@ -100,13 +107,18 @@ class Served(Server):
 
     logits: Logits
     tokenizer: Any
-    protocol: str = "prompt_logprobs"  # or "echo", "next tokens", "none"
+    protocol: str = "prompt_logprobs"  # or "echo", "next tokens", "chat", "none"
     prompt: Callable[[list[int]], list[int]] = list  # what it reads in place of the tokens
     values: Callable[[list[float]], list[Any]] = list  # what it gives in place of the values
     counts: bool = True  # whether it states how many tokens it read
     shift: int = 0  # by how many positions its `echo` is off
 
+    def __post_init__(self) -> None:
+        self.paths = (CHATS,) if self.protocol == "chat" else self.paths
+
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.protocol == "chat":
+            return self.reply(body)
         sent = body["prompt"]
         takes_ids = self.protocol == "prompt_logprobs"
         if isinstance(sent, list) and not takes_ids:
@@ -133,6 +145,23 @@ class Served(Server):
             choice["logprobs"] = {"token_logprobs": [None, *own, -1.0], "tokens": []}
         usage = {"prompt_tokens": len(ids), "completion_tokens": 1} if self.counts else None
         return {"object": "text_completion", "model": body["model"], "choices": [choice], "usage": usage}
+
+    def reply(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The likeliest reply to a chat, and its log-probabilities."""
+        assert body["logprobs"] is True and body["temperature"] == 0
+        text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+        sent = self.prompt(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids, found = list(sent), []
+        for _ in range(body["max_tokens"]):
+            with LOCK, torch.no_grad():
+                scores = self.logits(torch.tensor([ids]))[-1].log_softmax(-1)
+            ids.append(int(scores.argmax()))
+            found.append(float(scores.max()))
+        words = [f" {self.tokenizer.decode([token])}" for token in ids[len(sent) :]]
+        content = [{"token": word, "logprob": value} for word, value in zip(words, self.values(found), strict=False)]
+        choice = {"index": 0, "message": {"role": "assistant"}, "logprobs": {"content": content}}
+        usage = {"prompt_tokens": len(sent)} if self.counts else None
+        return {"object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}
 
 
 def served(base: Path, adapter: Path | None, protocol: str = "prompt_logprobs", **wrong: Any) -> Served:
@@ -195,6 +224,7 @@ def serving(model: Server) -> Iterator[str]:
         if request.command == "GET":
             return reply(request, {"object": "list", "data": model.models})
         if request.path not in model.paths:
+            model.unknown += 1
             return reply(request, {"detail": "Not Found"}, 404)
         body = json.loads(request.body)
         model.requests.append({**body, "key": request.headers.get("Authorization")})

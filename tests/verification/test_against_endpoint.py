@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
 from support.cli import answer
 from support.endpoints import Folders, Logits, Served, save_adapter, save_base, served, serving, verified, with_peft
 
-PROTOCOLS = ("prompt_logprobs", "echo", "next tokens")
+PROTOCOLS = ("prompt_logprobs", "echo", "next tokens", "chat")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,33 @@ def in_eighths(folders: Folders) -> Logits:
         parameter.data = (parameter.data / step).round() * step
     model.save_pretrained(folders.base.parent / "four-bit")
     return with_peft(folders.base.parent / "four-bit", folders.adapter)
+
+
+def with_changed(folders: Folders, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Logits:
+    """What a server computes that has other tensors of the adapter."""
+    changed = folders.adapter.parent / "changed"
+    shutil.copytree(folders.adapter, changed, dirs_exist_ok=True)
+    tensors = load_file(changed / "adapter_model.safetensors")
+    save_file({name: change(name, value) for name, value in tensors.items()}, changed / "adapter_model.safetensors")
+    return with_peft(folders.base, changed)
+
+
+def with_cache_of_other(folders: Folders) -> Logits:
+    """What a server computes that kept the keys and values of the first tokens from another adapter's request."""
+    models = []
+    for adapter in (folders.other, folders.adapter):
+        model: Any = hf.AutoModelForCausalLM.from_pretrained(folders.base)
+        model.load_adapter(str(adapter))
+        models.append(model)
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        cache = hf.DynamicCache()
+        runs = zip(models, (ids[:, :2], ids[:, 2:]), strict=True)
+        return torch.cat(
+            [model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for model, part in runs]
+        )
+
+    return logits
 
 
 def with_half_cache(folders: Folders, adapter: Path | None) -> Logits:
@@ -61,7 +91,7 @@ def test_a_right_serving_is_the_same(protocol: str, begins: bool, folders: Folde
     facts = result.about["endpoint"]
     assert [other["name"] for other in result.about["others"]] == ["b"]
     assert (facts["model"], facts["listed"], facts["by"]) == ("a", {"id": "a", "parent": "base"}, protocol)
-    assert len(model.requests) == facts["requests"] - 1 <= 200  # and the list of models
+    assert len(model.requests) + model.unknown == facts["requests"] - 1 <= 200  # and the list of models
     assert {"input_ids"} == {sensitivity.input for sensitivity in result.verdict.sensitivity}
     if protocol == "echo":
         assert {tuple(map(type, [request["prompt"]])) for request in model.requests[1:]} == {(str,)}
@@ -112,9 +142,53 @@ def test_a_wrong_serving_is_different(fault: str, protocol: str, folders: Folder
         assert sentence in str(result), str(result)
 
 
-def test_a_quantised_base_is_different(folders: Folders) -> None:
-    result = verified(folders, served(folders.base, None, logits=in_eighths(folders)))
-    assert result.verdict.outcome == "different" and "quantised weights" in str(result)
+HEAD = "lm_head.lora"
+WRONG_MODELS: dict[str, Callable[[Folders], Logits]] = {
+    "a quantised base": in_eighths,
+    "a stale version": lambda folders: with_changed(folders, lambda name, value: value + 0.01 * value.std()),
+    "a head is dropped": lambda folders: with_changed(folders, lambda name, value: value * (HEAD not in name)),
+    "the cache of another adapter": with_cache_of_other,
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "protocol"),
+    [
+        *((fault, "prompt_logprobs") for fault in WRONG_MODELS),
+        *(
+            pytest.param(fault, "chat", marks=pytest.mark.slow)
+            for fault in ("a head is dropped", "the cache of another adapter")
+        ),
+    ],
+)
+def test_a_wrong_model_is_different(fault: str, protocol: str, folders: Folders, tmp_path: Path) -> None:
+    with_head = save_adapter(folders.base, tmp_path / "a", further=["lm_head"])
+    folders = folders._replace(adapter=with_head)
+    result = verified(folders, served(folders.base, None, protocol, logits=WRONG_MODELS[fault](folders)))
+    assert result.verdict.outcome == "different", str(result)
+    assert "quantised weights, and tokens that the server adds or drops" in str(result)
+
+
+def test_another_chat_template_is_different(folders: Folders) -> None:
+    """It makes as many tokens as that of the base."""
+    model = served(folders.base, folders.adapter, "chat", prompt=lambda ids: [ids[0], 7, *ids[2:]])
+    result = verified(folders, model)
+    assert result.verdict.outcome == "different" and "neither the base" in str(result), str(result)
+
+
+def test_chats_without_a_template_are_undecided(folders: Folders, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", template="")
+    result = verified(folders._replace(base=base), served(base, folders.adapter, "chat"))
+    assert result.exit_code == 5 and "Chats were not tried: the base's tokenizer has no chat template" in str(result)
+
+
+def test_replies_that_end_at_once_and_own_inputs_are_refused(folders: Folders, tmp_path: Path) -> None:
+    model = served(folders.base, folders.adapter, "chat", values=lambda values: values[:1])
+    with pytest.raises(RuntimeRefused, match="its replies end at once"):
+        verified(folders, model)
+    np.savez(tmp_path / "own.npz", input_ids=np.arange(2, 42).reshape(2, 20))
+    with pytest.raises(InputRefused, match="inputs=: the server takes messages alone"):
+        verified(folders, served(folders.base, folders.adapter, "chat"), inputs=tmp_path / "own.npz")
 
 
 def test_one_answer_to_all_prompts_is_from_a_cache(folders: Folders) -> None:

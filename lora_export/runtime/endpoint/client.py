@@ -36,6 +36,7 @@ KEY_VARIABLES = ("LORA_EXPORT_API_KEY", "OPENAI_API_KEY")  # variables of the en
 BUSY = (429, 503)  # answers after which a request is sent again
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before that
 LONGEST_INTEGER = 40  # digits
+LENGTH_OF_JSON = "Inference-Header-Content-Length"  # of the binary extension: tensors follow
 SHOWN_OF_MESSAGE = 300  # characters of a server's own message
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -109,10 +110,28 @@ class Client:
         request.add_header("Content-Type", "application/json")
         return self._json(request)
 
+    def post_tensors(self, path: str, body: Mapping[str, Any], tensors: bytes) -> tuple[dict[str, Any], bytes]:
+        """The same for an object and the bytes of tensors behind it, as KServe's binary extension has them.
+
+        An answer without its header is JSON alone. Errors are those of `post`.
+        """
+        described = json.dumps(body).encode()
+        request = Request(self._url(path), data=described + tensors)
+        request.add_header("Content-Type", "application/octet-stream")
+        request.add_header(LENGTH_OF_JSON, str(len(described)))
+        answer = self._requested(request)
+        stated = answer.headers.get(LENGTH_OF_JSON, str(len(answer.content)))
+        if not (stated.isascii() and stated.isdecimal() and len(stated) < LONGEST_INTEGER):
+            self._refuse(f"answered with a header {LENGTH_OF_JSON} that is no number")
+        return self._parsed(answer.content[: int(stated)]), answer.content[int(stated) :]
+
     def _url(self, path: str) -> str:
         return urljoin(f"{self.address}/", path)
 
     def _json(self, request: Request) -> dict[str, Any]:
+        return self._parsed(self._requested(request).content)
+
+    def _requested(self, request: Request) -> Answer:
         request.add_header("User-Agent", f"lora-export/{__version__}")
         request.add_header("Accept-Encoding", "identity")
         if self.key:
@@ -121,10 +140,13 @@ class Client:
         self.server = self._clean(answer.headers.get("Server", ""))
         if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
             self._refuse(f"compressed its answer ({encoding}), which was not requested")
+        return answer
+
+    def _parsed(self, answer: bytes) -> dict[str, Any]:
         try:
-            refuse_flood(answer.content, "it")
+            refuse_flood(answer, "it")
             content = json.loads(
-                answer.content,
+                answer,
                 parse_float=Decimal,
                 parse_int=_parsed_integer,
                 parse_constant=lambda word: self._refuse(f"answered with {word}, which is no number"),
@@ -292,12 +314,12 @@ class ServedModel:
         """The error for an answer that is not what the protocol allows."""
         return RuntimeRefused(f"{self.client.address} answered with JSON of another form: {what}")
 
-    def refuse_other_tokens(self, usage: Any, count: int) -> None:
-        """Raise Different where the server counts other tokens than were sent, or than the base's tokenizer makes."""
+    def refuse_other_tokens(self, usage: Any, count: int, by: str = "tokenizer") -> None:
+        """Raise Different where the server counts other tokens than were sent, or than are made `by` the base's own."""
         found = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if isinstance(found, int) and found != count:
             how = "adds tokens, such as that of a beginning (BOS) or of a chat" if found > count else "drops tokens"
             raise Different(
-                f"the server counts {found} tokens in a text of which the base's tokenizer makes {count}: it {how}, "
-                f"or has another tokenizer. {WEIGHTS_NOT_JUDGED}"
+                f"the server counts {found} tokens in a text of which the base's {by} makes {count}: it {how}, "
+                f"or has another {by}. {WEIGHTS_NOT_JUDGED}"
             )

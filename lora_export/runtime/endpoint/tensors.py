@@ -1,7 +1,7 @@
 """Servers of tensors: the Open Inference Protocol (KServe v2) of Triton, OpenVINO Model Server, MLServer and KServe.
 
-Inputs and outputs are those of the server's own metadata, as JSON over HTTP. Types that JSON has no numbers for, such
-as FP16, are refused by name.
+Inputs and outputs are those of the server's own metadata, over HTTP: as bytes where the server states that it has the
+binary extension, as Triton does, else as JSON. Types that JSON has no numbers for, such as FP16, are refused by name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +28,9 @@ DATATYPES: Mapping[str, Any] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
+BINARY_DATATYPES: Mapping[str, Any] = {**DATATYPES, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+BINARY = "binary_tensor_data"  # the extension's name in the server's metadata
+SIZE = "binary_data_size"  # the parameter of a tensor whose bytes follow
 VERSION, MODELS = "v2", "models"  # parts of an address
 
 
@@ -40,20 +44,24 @@ class ServedTensor:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Raises InputRefused for a type that JSON has no numbers for."""
-        if self.datatype not in DATATYPES:
-            raise InputRefused(f"{self.name} is {self.datatype} at the server, and JSON has no numbers of this type")
-        dtype: np.dtype[Any] = np.dtype(DATATYPES[self.datatype])
+        dtype: np.dtype[Any] = np.dtype(BINARY_DATATYPES[self.datatype])
         return dtype
 
 
 class TensorRunner(PlainRunner):
-    """A model of such a server. One request a run, bounded as those of `Client` are."""
+    """A model of such a server. One request a run, bounded as those of `Client` are.
 
-    def __init__(self, client: Client, model: str, metadata: Mapping[str, Any]):
-        self.client, self.model = client, model
+    Raises InputRefused for metadata that are not those of the protocol, and tensors of a type that is not sent.
+    """
+
+    def __init__(self, client: Client, model: str, metadata: Mapping[str, Any], *, is_binary: bool = False):
+        self.client, self.model, self.is_binary = client, model, is_binary
         self._inputs = {one.name: one for one in _described(metadata, "inputs", client)}
         self._outputs = {one.name: one for one in _described(metadata, "outputs", client)}
+        for one in (*self._inputs.values(), *self._outputs.values()):
+            if one.datatype not in (BINARY_DATATYPES if is_binary else DATATYPES):
+                why = "which has no numbers" if is_binary else "and JSON has no numbers of this type"
+                raise InputRefused(f"{one.name} is {one.datatype} at the server, {why}")
         self.axes: Mapping[str, tuple[int | None, ...]] = {name: one.sizes for name, one in self._inputs.items()}
         self.names_known = len(self._outputs) > 1
         self.platform = str(metadata.get("platform", ""))
@@ -61,7 +69,8 @@ class TensorRunner(PlainRunner):
     @property
     def notes(self) -> Sequence[str]:  # type: ignore[override]
         """Where it ran, and how it was requested."""
-        return [f"{self.client.address}: {self.model} ({self.platform or 'no platform stated'}), tensors as JSON"]
+        platform, form = self.platform or "no platform stated", "bytes" if self.is_binary else "JSON"
+        return [f"{self.client.address}: {self.model} ({platform}), tensors as {form}"]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -71,37 +80,64 @@ class TensorRunner(PlainRunner):
 
     def run(self, inputs: Arrays) -> Arrays:
         """Raises RuntimeRefused where the server refuses, or answers with other tensors than its metadata have."""
-        sent = [self._sent(self._inputs[name], value) for name, value in completed_inputs(inputs, self.axes).items()]
-        wanted = [{"name": name} for name in self._outputs]
-        answer = self.client.post(f"{MODELS}/{self.model}/infer", {"inputs": sent, "outputs": wanted})
+        completed = completed_inputs(inputs, self.axes)
+        arrays = {name: _typed(self._inputs[name], value) for name, value in completed.items()}
+        path, body = f"{MODELS}/{self.model}/infer", self._request(arrays)
+        if not self.is_binary:
+            return self._arrays(self.client.post(path, body), b"")
+        return self._arrays(*self.client.post_tensors(path, body, b"".join(map(_little_bytes, arrays.values()))))
+
+    def _request(self, arrays: Arrays) -> dict[str, Any]:
+        """The description of inputs and wanted outputs; with the numbers, where these do not follow as bytes."""
+
+        def sent(name: str, value: NDArray[Any]) -> dict[str, Any]:
+            described = {"name": name, "datatype": self._inputs[name].datatype, "shape": list(value.shape)}
+            content = {"parameters": {SIZE: value.nbytes}} if self.is_binary else {"data": value.ravel().tolist()}
+            return {**described, **content}
+
+        form = {"parameters": {"binary_data": True}} if self.is_binary else {}
+        return {
+            "inputs": [sent(name, value) for name, value in arrays.items()],
+            "outputs": [{"name": name, **form} for name in self._outputs],
+        }
+
+    def _arrays(self, answer: Mapping[str, Any], content: bytes) -> Arrays:
+        """The outputs of an answer. The bytes of tensors follow it, in the sequence of its list."""
         listed = answer.get("outputs")
-        tensors = {one.get("name"): one for one in listed if isinstance(one, dict)} if isinstance(listed, list) else {}
-        return {name: self._array(one, tensors.get(name)) for name, one in self._outputs.items()}
+        tensors: dict[Any, tuple[dict[str, Any], bytes | None]] = {}
+        for one in listed if isinstance(listed, list) else []:
+            if not isinstance(one, dict):
+                continue
+            parameters, own = one.get("parameters"), None
+            if isinstance(parameters, dict) and (size := parameters.get(SIZE)) is not None:
+                if type(size) is not int or not 0 <= size <= len(content):
+                    raise self._wrong(f"{SIZE} is {size!r:.40}, and {len(content):,} bytes are left")
+                own, content = content[:size], content[size:]
+            tensors[str(one.get("name"))] = one, own
+        return {name: self._array(one, *tensors.get(name, (None, None))) for name, one in self._outputs.items()}
 
-    def _sent(self, tensor: ServedTensor, value: NDArray[Any]) -> dict[str, Any]:
-        array = value.astype(tensor.dtype)
-        if not np.array_equal(array, value):
-            raise RuntimeRefused(f"the server takes {tensor.name} as {tensor.datatype}, which does not hold its values")
-        described = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(array.shape)}
-        return {**described, "data": array.ravel().tolist()}
-
-    def _array(self, tensor: ServedTensor, found: Mapping[str, Any] | None) -> NDArray[Any]:
-        """An output. Its numbers may be nested, as the protocol allows, or in a row."""
+    def _array(self, tensor: ServedTensor, found: Mapping[str, Any] | None, content: bytes | None) -> NDArray[Any]:
+        """An output. Its numbers are `content`, or may be nested, as the protocol allows, or in a row."""
         if found is None:
             raise self._wrong(f"it lacks the output {tensor.name}")
         shape, data = found.get("shape"), found.get("data")
-        if found.get("datatype") != tensor.datatype or not _is_shape(shape) or not isinstance(data, list):
+        has_numbers = content is not None or isinstance(data, list)
+        if found.get("datatype") != tensor.datatype or not _is_shape(shape) or not has_numbers:
             raise self._wrong(f"{tensor.name} has no {tensor.datatype}, `shape` and `data`")
-        numbers = list(_flat(data))
-        if len(numbers) != math.prod(shape) or not all(isinstance(each, bool | int | Decimal) for each in numbers):
-            raise self._wrong(f"{tensor.name} has {len(numbers)} numbers for the shape {shape}")
-        kinds = (bool,) if tensor.dtype == np.bool_ else (int,) if tensor.dtype.kind in "iu" else (int, Decimal)
-        if not all(type(each) in kinds for each in numbers):
-            raise self._wrong(f"{tensor.name} has numbers that are no {tensor.datatype}")
         try:
-            return np.array(numbers, tensor.dtype).reshape(shape)
+            array = self._of_json(tensor, data) if content is None else _of_little_bytes(content, tensor.dtype)
+            if array.size != math.prod(shape):
+                raise self._wrong(f"{tensor.name} has {array.size} numbers for the shape {shape}")
+            return array.reshape(shape)
         except (OverflowError, ValueError):
             raise self._wrong(f"{tensor.name} has numbers or a shape that {tensor.datatype} cannot hold") from None
+
+    def _of_json(self, tensor: ServedTensor, data: Any) -> NDArray[Any]:
+        numbers = list(_flat(data))
+        kinds = (bool,) if tensor.dtype == np.bool_ else (int,) if tensor.dtype.kind in "iu" else (int, Decimal)
+        if tensor.datatype not in DATATYPES or not all(type(each) in kinds for each in numbers):
+            raise self._wrong(f"{tensor.name} has numbers that are no {tensor.datatype}")
+        return np.array(numbers, tensor.dtype)
 
     def _wrong(self, what: str) -> RuntimeRefused:
         return RuntimeRefused(f"{self.client.address} answered with JSON that is no inference: {what}")
@@ -127,7 +163,11 @@ def open_tensors_of(address: str, served_name: str | None, seconds: float) -> Te
         metadata = client.get(f"{MODELS}/{model}")
     except RequestRefused as refusal:
         raise InputRefused(f"{refusal}. Is {model} the name of a model there?") from None
-    return TensorRunner(client, model, metadata)
+    try:
+        extensions = client.get(f"../{VERSION}").get("extensions")
+    except RequestRefused:  # a server need not describe itself
+        extensions = None
+    return TensorRunner(client, model, metadata, is_binary=isinstance(extensions, list) and BINARY in extensions)
 
 
 def _described(metadata: Mapping[str, Any], key: str, client: Client) -> list[ServedTensor]:
@@ -140,6 +180,25 @@ def _described(metadata: Mapping[str, Any], key: str, client: Client) -> list[Se
     if not found or len(found) != len(entries or []):
         raise InputRefused(f"{client.address}: the metadata of the model have no `{key}` with names, types and shapes")
     return found
+
+
+def _typed(tensor: ServedTensor, value: NDArray[Any]) -> NDArray[Any]:
+    array = value.astype(tensor.dtype)
+    if not np.array_equal(array.astype(value.dtype), value):
+        raise RuntimeRefused(f"the server takes {tensor.name} as {tensor.datatype}, which does not hold its values")
+    return array
+
+
+def _little_bytes(array: NDArray[Any]) -> bytes:
+    """The numbers of an array, each with its lowest byte first."""
+    words = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    return words.astype(words.dtype.newbyteorder("<")).tobytes()
+
+
+def _of_little_bytes(content: bytes, dtype: np.dtype[Any]) -> NDArray[Any]:
+    words = np.frombuffer(content, f"<u{dtype.itemsize}")
+    array: NDArray[Any] = words.astype(words.dtype.newbyteorder("="))
+    return array != 0 if dtype == np.bool_ else array.view(dtype)
 
 
 def _is_shape(value: Any, least: int = 0) -> TypeGuard[list[int]]:

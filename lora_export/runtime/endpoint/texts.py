@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused
-from lora_export.models.processors import open_tokenizer, refusing_failures
+from lora_export.models.processors import open_tokenizer, refusing_failures, render_chat
 
 FEW_TOKENS = 256  # of a vocabulary, of which the first are in every tokenizer
 TRIES = 2000  # draws of a token, or of a text
@@ -62,6 +62,20 @@ class Texts:
     def around(self) -> tuple[int, ...]:
         """The tokens that the tokenizer puts before and after each text."""
         return tuple(self.ids(""))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def conversation(self, message: str) -> str:
+        """What the chat template makes of a user's message, up to the reply. Raises InputRefused where it fails."""
+        messages = [{"role": "user", "content": message}]
+        return str(render_chat(self.tokenizer, messages, tokenize=False, add_generation_prompt=True))
+
+    def ids_of_conversation(self, text: str) -> list[int]:
+        """The tokens of what the chat template made: it has those of a beginning itself."""
+        with refusing_failures("the tokenizer fails on a text"):
+            return list(map(int, self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
 
     def draw(self, length: int, choose: random.Random) -> list[int]:
         """So many tokens of a text, at random, with those around it. Raises InputRefused where texts lose some."""

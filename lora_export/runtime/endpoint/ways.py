@@ -1,7 +1,8 @@
-"""How a server gives the log-probabilities of tokens: three ways, of which the first that works is taken.
+"""How a server gives the log-probabilities of tokens: four ways, of which the first that works is taken.
 
 vLLM gives those of a prompt (`prompt_logprobs`), and takes token ids. Others repeat the prompt with them (`echo`). The
-last way is to ask for the next token, prompt by prompt: every server with `logprobs` gives those of the likeliest.
+third way is to ask for the next token, prompt by prompt: every server with `logprobs` gives those of the likeliest. A
+server of chats alone gives those of its own replies.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, ClassVar, TypeVar
 
-from lora_export.errors import Different, RuntimeRefused, Undecided
+from lora_export.errors import Different, InputRefused, RuntimeRefused, Undecided
 from lora_export.models.model import Model
 from lora_export.models.served_values import SCORES, DrawTexts, with_token_scores
+from lora_export.options.spelling import named
 from lora_export.runtime.endpoint.client import WEIGHTS_NOT_JUDGED, Number, RequestRefused, ServedModel
 from lora_export.runtime.endpoint.texts import FEW_TOKENS, Texts
 
 LIKELIEST = 5  # tokens that are requested: OpenAI's most
 BEGINNING = 4  # tokens of a text before the first whose value is requested, where each takes a request
+TRIES_OF_CHATS = 200  # messages of which the chat template makes as many tokens as of the first
+TRIES_OF_REPLIES = 10  # replies that are requested, until one is long enough and known token by token
+LONGEST_PIECE = 256  # characters of a token that a server states
 PROBES = 2  # texts by which `echo` is compared with generated tokens
 # OpenAI's form for completions, and that for chats, which mlx_lm's server wants for both
 FORMS_OF_REQUEST: tuple[Mapping[str, Any], ...] = (
@@ -30,6 +35,8 @@ FORMS_OF_REQUEST: tuple[Mapping[str, Any], ...] = (
     {"logprobs": True, "top_logprobs": LIKELIEST},
 )
 NEAR_VALUE = 0.02  # of a log-probability, plus as much of its size: farther apart, two values are not of one position
+
+NO_TEMPLATE = ". Chats were not tried: the base's tokenizer has no chat template"
 
 Texted = Callable[[], Texts]
 Found = TypeVar("Found")
@@ -62,12 +69,20 @@ class TokenWay(ABC):
 
 
 class Completions(ServedModel):
-    """The path /completions of a model."""
+    """The paths /completions and /chat/completions of a model."""
 
     def ask(self, prompt: Any, **more: Any) -> dict[str, Any]:
+        """The continuation of a prompt by a token. Errors are those of `_choice`."""
+        return self._choice("completions", {"prompt": prompt, "max_tokens": 1, **more})
+
+    def reply(self, message: str, length: int) -> dict[str, Any]:
+        """The reply to a user's message, in up to so many tokens. Errors are those of `_choice`."""
+        messages = [{"role": "user", "content": message}]
+        return self._choice("chat/completions", {"messages": messages, "max_tokens": length, **FORMS_OF_REQUEST[1]})
+
+    def _choice(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The first choice of the answer, with its `usage`. Raises RuntimeRefused where there is none."""
-        body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": False, **more}
-        answer = self.post("completions", body)
+        answer = self.post(path, {**body, "temperature": 0, "stream": False})
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise self.wrong("`choices` is no list of one object")
@@ -230,6 +245,79 @@ class NextToken(TokenWay):
         ]
 
 
+@dataclass(eq=False)
+class ChatReply(TokenWay):
+    """The reply to a message, its tokens one after another: each is likely after those before it."""
+
+    server: Completions
+    texts: Texts
+    begun: int  # tokens that the chat template makes of each message, up to the reply
+    name: ClassVar[str] = "chat"
+    note: str = (
+        "messages were sent, of which the base's chat template makes the tokens that PyTorch ran on. The tokens of the "
+        "replies were compared, each given those before it"
+    )
+    is_costly: ClassVar[bool] = True
+    _values: dict[tuple[int, ...], list[Number]] = field(default_factory=dict)  # of each conversation that was drawn
+
+    @property
+    def first(self) -> int:
+        return self.begun
+
+    @classmethod
+    def found(cls, server: Completions, texts: Texts, choose: random.Random) -> ChatReply | None:
+        """This way, where the server has it."""
+        message = _message(texts, choose)
+        conversation = texts.conversation(message)
+        way = cls(server, texts, len(texts.ids_of_conversation(conversation)))
+        return way if way._reply(message, conversation, 1) else None
+
+    def values(self, ids: Sequence[int]) -> list[Number]:
+        if tuple(ids) not in self._values:
+            raise InputRefused(f"{named('inputs')}: the server takes messages alone, and no tokens of your own")
+        return self._values[tuple(ids)]
+
+    def draw(self, length: int, choose: random.Random) -> list[int]:
+        """A conversation with the server's own reply, whose values are kept: it may say something else next time."""
+        for _ in range(TRIES_OF_REPLIES):
+            message, conversation = self._opening(choose)
+            reply = self._reply(message, conversation, length - self.begun)
+            known = [(token, self.server.number(value)) for token, value in reply if token is not None]
+            if len(known) == len(reply) == length - self.begun:
+                ids = [*self.texts.ids_of_conversation(conversation), *(token for token, _ in known)]
+                self._values[tuple(ids)] = [value for _, value in known]
+                return ids
+        raise self.server.wrong("its replies end at once, or have tokens that are no text by themselves")
+
+    def _opening(self, choose: random.Random) -> tuple[str, str]:
+        """A message, and what the chat template makes of it: as many tokens as of others."""
+        for _ in range(TRIES_OF_CHATS):
+            message = _message(self.texts, choose)
+            conversation = self.texts.conversation(message)
+            if len(self.texts.ids_of_conversation(conversation)) == self.begun:
+                return message, conversation
+        raise InputRefused("the chat template makes another number of tokens of each message")
+
+    def _reply(self, message: str, conversation: str, length: int) -> list[tuple[int | None, Any]]:
+        """The tokens of a reply, None for one that is unknown, and their values; none where it has no values."""
+        choice = self.server.reply(message, length)
+        self.server.refuse_other_tokens(choice["usage"], self.begun, by="chat template")
+        reply: list[tuple[int | None, Any]] = []
+        before = self.texts.ids_of_conversation(conversation)
+        for entry in _content(choice)[:length]:
+            conversation += str(entry.get("token"))[:LONGEST_PIECE]
+            after = self.texts.ids_of_conversation(conversation)
+            stated = entry.get("id")
+            token = stated if type(stated) is int and 0 <= stated < self.texts.vocabulary else None
+            reply.append((after[-1] if token is None and after[:-1] == before else token, entry.get("logprob")))
+            before = after
+        return reply
+
+
+def _message(texts: Texts, choose: random.Random) -> str:
+    return texts.text(texts.draw(len(texts.around) + BEGINNING, choose)).strip()
+
+
 def find_way(server: Completions, vocabulary: int, texts: Texted) -> TokenWay:
     """The first way that a server has. Raises Undecided where it gives no log-probabilities."""
     choose, refusals = random.Random(0), []
@@ -254,9 +342,11 @@ def find_way(server: Completions, vocabulary: int, texts: Texted) -> TokenWay:
         following = tried(functools.partial(NextToken.found, server, of_base, ids, form))
     if following is None and echo is None:
         how = f" ({refusals[-1]})" if refusals else ": it ignores the field, as `transformers serve` does"
+        if of_base.has_chat_template and (chat := tried(lambda: ChatReply.found(server, of_base, choose))):
+            return chat
         raise Undecided(
-            f"{server.client.address} gives no log-probabilities for `logprobs`, `echo` or `prompt_logprobs`{how}. "
-            "Nothing can be compared"
+            f"{server.client.address} gives no log-probabilities for `logprobs`, `echo` or `prompt_logprobs`{how}"
+            f"{'' if of_base.has_chat_template else NO_TEMPLATE}. Nothing can be compared"
         )
     if following is not None and echo is not None and (fault := _fault_of_echo(echo, following, choose)):
         following.note = f"{fault}, so `echo` was not used. {following.note}"
@@ -306,8 +396,13 @@ def _top_logprobs(choice: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
         return []
     if isinstance(top := found.get("top_logprobs"), list) and top and isinstance(top[0], dict):
         return [(None, piece, value) for piece, value in top[0].items()]
-    content = found.get("content")
-    entry = content[0] if isinstance(content, list) and content else None
-    listed = entry.get("top_logprobs") if isinstance(entry, dict) else None
+    listed = next((entry.get("top_logprobs") for entry in _content(choice)), None)
     entries = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
     return [(each.get("id"), each.get("token"), each.get("logprob")) for each in entries]
+
+
+def _content(choice: dict[str, Any]) -> list[dict[str, Any]]:
+    """The generated tokens of a choice in the form of chats."""
+    found = choice.get("logprobs")
+    content = found.get("content") if isinstance(found, dict) else None
+    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []

@@ -5,8 +5,9 @@ A runner is a function that takes the candidate's path and returns a function fr
     def open_model(path: str) -> Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]: ...
 
 What it returns may state more: `axes` (input -> sizes, None where they vary), `limits` (input -> the least and the
-greatest of each size), `notes` (where and how it runs) and `cannot_give` (what of the model's outputs it lacks). It is
-opened and called in a process of its own.
+greatest of each size), `plans_memory` (True where memory is reserved for the largest inputs, so that the batch has
+limits, too), `notes` (where and how it runs) and `cannot_give` (what of the model's outputs it lacks). It is opened and
+called in a process of its own.
 """
 
 from __future__ import annotations
@@ -59,4 +60,5 @@ def stated_by(opened: Callable[..., Any]) -> dict[str, Any]:
     """What an opened candidate states of itself, for a message."""
     sizes = {key: dict(getattr(opened, key, {})) for key in ("axes", "limits")}
     lines = {key: [str(line) for line in getattr(opened, key, ())] for key in ("notes", "cannot_give")}
-    return {key: {str(name): list(own) for name, own in table.items()} for key, table in sizes.items()} | lines
+    stated = {key: {str(name): list(own) for name, own in table.items()} for key, table in sizes.items()} | lines
+    return {**stated, "plans_memory": bool(getattr(opened, "plans_memory", False))}

@@ -75,6 +75,7 @@ class ExecuTorchProgram:
             name: [None if varies[name] else size for size in sizes] for name, sizes in planned.items()
         }
         self.limits = {name: [(0 if varies[name] else size, size) for size in sizes] for name, sizes in planned.items()}
+        self.plans_memory = True
         self.notes = [f"run by ExecuTorch {version}"]
 
     def _takes_smaller(self, name: str, planned: Mapping[str, Sequence[int]]) -> bool:

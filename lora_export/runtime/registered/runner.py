@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lora_export import errors
 from lora_export.artifacts.artifact import Artifact
@@ -50,6 +51,7 @@ class RegisteredRunner(AdaptersByInput):
             raise kind(str(refusal))
         self.axes: Mapping[str, tuple[int | None, ...]] = self._stated(header, "axes", _is_size)
         self.limits: Mapping[str, tuple[tuple[int, int | None], ...]] = self._stated(header, "limits", _is_range)
+        self.plans_memory = bool(header.get("plans_memory"))  # for the largest inputs: the batch has limits, too
         self.notes: Sequence[str] = header["notes"] or [f"run by the runner {name}"]
         self.cannot_give: Sequence[str] = header["cannot_give"]
         is_graph = candidate.kind is ArtifactKind.GRAPH
@@ -63,6 +65,12 @@ class RegisteredRunner(AdaptersByInput):
             raise RuntimeRefused(one_line(str(failure)))
         self.names_known = bool(header.get("are_named"))
         return outputs
+
+    def with_axes(self, axes: Mapping[str, tuple[int | None, ...]]) -> Self:
+        """The same process, whose graph has inputs of these sizes. Those that the runner states count."""
+        runner = copy.copy(self)
+        runner.axes = self.axes or {name: sizes for name, sizes in axes.items() if name not in self._adapter_values}
+        return runner
 
     def close(self) -> None:
         """End the process. Nothing can be run afterwards."""

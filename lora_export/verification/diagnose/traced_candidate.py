@@ -18,7 +18,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.layers import MatrixWeight
 from lora_export.plan import Layout, Plan
-from lora_export.runtime.kv_cache import CacheRunner
+from lora_export.runtime.kv_cache import CacheRunner, graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
@@ -117,7 +117,7 @@ def trace(case: DiagnosisCase) -> TracedCandidate:
     candidate = case.candidate
     if isinstance(candidate, OnnxRunner):
         return TracedGraph(candidate, case.base_weights, tuple(case.inputs))
-    if isinstance(candidate, CacheRunner):
+    if isinstance(candidate, CacheRunner) and graph_of(candidate) is not None:
         return TracedGraph(candidate.inner, case.base_weights, tuple(case.inputs), candidate)
     if isinstance(candidate, ModuleRunner):
         return TracedModule(candidate)

@@ -19,7 +19,6 @@ from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
 from lora_export.runtime.kv_cache import CacheRunner, graph_of
 from lora_export.runtime.onnx_runner import token_positions
-from lora_export.runtime.registered.executorch import EXECUTORCH
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.several_graphs import SeveralGraphs
@@ -199,11 +198,11 @@ def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
 def _limits(candidate: Runner, model: Model) -> Limits:
     """The smallest and largest sizes that the candidate declares.
 
-    The batch is excused for ExecuTorch alone, whose files have the memory of their largest inputs.
+    The batch is excused where the memory of the largest inputs is planned.
     """
     limits: Limits = {}
     declared = candidate.limits if isinstance(candidate, ModuleRunner | RegisteredRunner) else {}
-    excuses_batch = isinstance(candidate, RegisteredRunner) and candidate.name == EXECUTORCH
+    excuses_batch = isinstance(candidate, RegisteredRunner) and candidate.plans_memory
     for name, axes in model.axes.items():
         for axis, symbol in axes.items():
             if (symbol != "batch" or excuses_batch) and axis < len(declared.get(name, ())):

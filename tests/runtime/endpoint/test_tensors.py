@@ -27,15 +27,35 @@ INPUTS = {"x": np.array([[0.1, 1], [2, 3]], np.float32), "ids": np.array([7, 8])
 RIGHT = {"name": "y", "datatype": "FP32", "shape": [2, 2], "data": [0.30000001192092896, 2, -1e-7, 4]}
 
 
+def binary(output: dict[str, Any], content: bytes, size: Any = None) -> dict[str, Any]:
+    """An output whose bytes follow the JSON."""
+    described = {name: value for name, value in output.items() if name != "data"}
+    return {**described, "parameters": {"binary_data_size": len(content) if size is None else size}, "own": content}
+
+
 @contextmanager
-def server(output: Any = None, metadata: Any = None, sent: list[Any] | None = None) -> Iterator[str]:
+def server(
+    output: Any = None,
+    metadata: Any = None,
+    sent: list[Any] | None = None,
+    *,
+    is_binary: bool = False,
+    length: str = "",
+) -> Iterator[str]:
     def handle(request: Any) -> None:
         if request.path == "/v2/models/m":
             reply(request, METADATA if metadata is None else metadata)
+        elif request.path == "/v2" and is_binary:
+            reply(request, {"name": "triton", "extensions": ["sequence", "binary_tensor_data"]})
         elif request.path == "/v2/models/m/infer":
+            end = int(request.headers.get("Inference-Header-Content-Length", len(request.body)))
             if sent is not None:
-                sent.append(json.loads(request.body))
-            reply(request, {"model_name": "m", "outputs": [RIGHT if output is None else output]})
+                sent.append(json.loads(request.body[:end]) | ({"bytes": request.body[end:]} if is_binary else {}))
+            found = dict(RIGHT if output is None else output) if not isinstance(output, str) else output
+            content = found.pop("own", b"") if isinstance(found, dict) else b""
+            described = json.dumps({"model_name": "m", "outputs": [found]}).encode()
+            header = {"Inference_Header_Content_Length": length or str(len(described))} if is_binary else {}
+            reply(request, described + content, **header)
         else:
             reply(request, {"error": "unknown model"}, 404)
 
@@ -56,7 +76,48 @@ def test_arrays_are_sent_and_read_as_they_are(data: list[Any]) -> None:
     by_name = {one["name"]: one for one in body["inputs"]}
     assert by_name["ids"] == {"name": "ids", "datatype": "INT32", "shape": [2], "data": [7, 8]}
     assert np.array(by_name["x"]["data"], np.float32).tolist() == INPUTS["x"].ravel().tolist()
-    assert runner.facts == {"model": "m", "platform": "onnxruntime_onnx", "server": runner.client.server, "requests": 2}
+    assert runner.facts == {"model": "m", "platform": "onnxruntime_onnx", "server": runner.client.server, "requests": 3}
+
+
+def test_bytes_are_sent_and_read_where_the_server_takes_them() -> None:
+    """As Triton does: the lowest byte first, in the sequence of the list."""
+    sent: list[Any] = []
+    halves = {**METADATA, "inputs": [{"name": "x", "datatype": "BF16", "shape": [-1, 2]}, METADATA["inputs"][1]]}
+    y = np.array([[0.1, 2], [-1e-7, 4]], "<f4")
+    own = {"x": np.array([[0.5, 1], [2, 3]], np.float32), "ids": np.array([7, 8])}
+    with server(binary(RIGHT, y.tobytes()), halves, sent, is_binary=True) as address:
+        runner = open_tensors_of(f"{address}/models/m", None, 10)
+        assert runner.run(own)["y"].tolist() == y.tolist()
+    assert "tensors as bytes" in runner.notes[0]
+    (body,) = sent
+    assert body["bytes"] == bytes([0, 0x3F, 0x80, 0x3F, 0, 0x40, 0x40, 0x40, 7, 0, 0, 0, 8, 0, 0, 0])
+    described = {"name": "ids", "datatype": "INT32", "shape": [2], "parameters": {"binary_data_size": 8}}
+    assert body["inputs"][1] == described
+    assert body["outputs"] == [{"name": "y", "parameters": {"binary_data": True}}]
+    with server(RIGHT, is_binary=True) as address:  # it may answer in JSON nonetheless
+        assert open_tensors_of(f"{address}/models/m", None, 10).run(INPUTS)["y"][1, 1] == 4
+
+
+@pytest.mark.parametrize(
+    ("output", "length", "message"),
+    [
+        (binary(RIGHT, b"x" * 15), "", "y has numbers or a shape that FP32 cannot hold"),
+        (binary(RIGHT, b"x" * 12), "", r"y has 3 numbers for the shape \[2, 2\]"),
+        (binary(RIGHT, b"x" * 16, 17), "", "binary_data_size is 17, and 16 bytes are left"),
+        (binary(RIGHT, b"x" * 16, -1), "", "binary_data_size is -1"),
+        (binary(RIGHT, b"x" * 16, True), "", "binary_data_size is True"),
+        (binary({**RIGHT, "datatype": "FP64"}, b"x" * 16), "", "y has no FP32"),
+        (binary({**RIGHT, "shape": [10**30, 0]}, b""), "", "y has numbers or a shape that FP32 cannot hold"),
+        (RIGHT, "-1", "a header Inference-Header-Content-Length that is no number"),
+        (RIGHT, "5", "what is no JSON"),
+    ],
+)
+def test_other_bytes_are_refused(output: Any, length: str, message: str) -> None:
+    with (
+        server(output, is_binary=True, length=length) as address,
+        pytest.raises(RuntimeRefused, match=message),
+    ):
+        open_tensors_of(f"{address}/models/m", None, 10).run(INPUTS)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +127,7 @@ def test_arrays_are_sent_and_read_as_they_are(data: list[Any]) -> None:
         ({**RIGHT, "datatype": "FP64"}, "y has no FP32"),
         ({**RIGHT, "shape": [-2, 2]}, "y has no FP32"),
         ({**RIGHT, "data": [1, 2, 3]}, r"y has 3 numbers for the shape \[2, 2\]"),
-        ({**RIGHT, "data": [1, 2, 3, "4"]}, "y has 4 numbers"),
+        ({**RIGHT, "data": [1, 2, 3, "4"]}, "y has numbers that are no FP32"),
         ({**RIGHT, "shape": [0, 10**30], "data": []}, "y has numbers or a shape that FP32 cannot hold"),
         ({**RIGHT, "data": [True, 2, 3, 4]}, "y has numbers that are no FP32"),
         ("y", "it lacks the output y"),

@@ -32,7 +32,8 @@ def called(*arguments: object) -> tuple[int, dict[str, Any], str]:
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
     )
-    return done.returncode, json.loads(done.stdout) if done.stdout.startswith("{") else {}, done.stderr
+    assert done.stdout.startswith("{"), f"exit code {done.returncode}, and no document: {done.stdout}{done.stderr}"
+    return done.returncode, json.loads(done.stdout), done.stderr
 
 
 @real
@@ -139,7 +140,7 @@ def test_the_sizes_of_a_program_are_those_of_its_memory(
     stated = stated_by(opened(["ids", "mask"], is_static=is_static))
     assert stated["axes"] == {"ids": axes, "mask": axes}
     assert stated["limits"]["ids"] == list(zip(limits, (4, 3), strict=True))
-    assert stated["notes"] == ["run by ExecuTorch 1.5"]
+    assert stated["notes"] == ["run by ExecuTorch 1.5"] and stated["plans_memory"]
 
 
 def test_what_a_program_does_not_take_is_refused(opened: Any) -> None:

@@ -14,13 +14,17 @@ import numpy as np
 import onnx
 import pytest
 
+import lora_export as le
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.isolation.process import IsolatedProcess
 from lora_export.runtime.registered import openvino
 from lora_export.runtime.registered.runner import RegisteredRunner
-from support import RUNNERS
+from support import ROOT, RUNNERS
+from support.browser import NODE, needs_chromium, needs_onnxruntime_web
+from support.small_models import small_adapter, small_model
 
+IN_BROWSER = ROOT / "tests" / "support" / "browser_runner.py"
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
 g (float[n, 2] x, int64[n] add) => (float[n, 2] y) <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}, int64[1] last = {1}>
@@ -146,3 +150,20 @@ def test_openvino_is_named_where_it_is_not_installed(graph: Path, monkeypatch: p
     monkeypatch.setattr("importlib.import_module", lambda name: exec("raise ImportError"))
     with pytest.raises(EnvironmentLacking, match=r"the runner openvino needs openvino .*pip install "):
         openvino.open_compiled(str(graph))
+
+
+# --- In a browser: the guide's other runtime, as a user's runner ---
+
+
+@pytest.mark.slow
+@needs_chromium
+@needs_onnxruntime_web
+def test_a_graph_in_a_browser_is_the_adapted_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_FOLDER", str(NODE))
+    base, graph = small_model("bert", tmp_path / "base"), tmp_path / "m.onnx"
+    adapter = small_adapter("bert", base, tmp_path / "fr")
+    le.export_onnx(base, graph, adapters=adapter, verify=False)
+    result = le.verify(graph, base, adapters=adapter, runner=f"{IN_BROWSER}:Page")
+    assert result.verdict.same and "run by onnxruntime-web 1." in str(result), str(result)
+    without = le.verify(graph, base, runner=f"{IN_BROWSER}:Page")
+    assert without.verdict.outcome == "different", str(without)

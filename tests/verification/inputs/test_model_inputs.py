@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused
+from lora_export.isolation.process import IsolatedProcess
 from lora_export.lora import Adapter, TokenRows
 from lora_export.models.load import from_module, load_model
+from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.inputs.model_inputs import case_inputs, notes_on_sizes
 from support.small_models import small_model
@@ -56,6 +60,17 @@ def test_declared_limits_are_kept_to_and_noted() -> None:
     shapes = [arrays["input"].shape for arrays in case_inputs(MODEL, limited).values()]
     assert all(2 <= shape[1] <= 5 for shape in shapes)
     assert notes_on_sizes(limited, MODEL) == ["the candidate takes input_axis1 sizes of 2 to 5: no other was tried"]
+
+
+@pytest.mark.parametrize("plans_memory", [False, True])
+def test_the_batch_has_limits_where_memory_is_planned(plans_memory: bool, tmp_path: Path) -> None:
+    header = {"axes": {}, "limits": {"input": [[0, 2], [0, 5], [4, 4]]}, "notes": [], "cannot_give": []}
+    process = SimpleNamespace(answer=lambda seconds: ({**header, "plans_memory": plans_memory}, {}))
+    (tmp_path / "m.pte").write_bytes(b"")
+    runner = RegisteredRunner("theirs", open_artifact(tmp_path / "m.pte"), process=cast(IsolatedProcess, process))
+    shapes = [arrays["input"].shape for arrays in case_inputs(MODEL, runner).values()]
+    assert max(shape[1] for shape in shapes) <= 5
+    assert (max(shape[0] for shape in shapes) <= 2) is plans_memory
 
 
 def test_user_inputs_are_one_more_case(tmp_path: Path) -> None:
