@@ -282,7 +282,7 @@ def test_numpy_does_the_other_blocks(kernel):
 
 @pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.usefixtures("kernel")
-def test_sums_of_blocks_that_are_not_finite_are_left_to_numpy_which_refuses(measured):
+def test_blocks_whose_sums_are_not_finite_are_left_to_numpy(measured):
     codec, blocks = CODECS[BY_NAME["Q8_0"]], np.zeros((1, 34), np.uint8)
     pair = LoraPair(a=np.full((1, 32), 3e38), b=np.full((1, 1), 2.0), scale=1.0)
     step = Step(TensorSpec("fc.weight", (1, 32), "float32", Layout.OUT_IN), (Term("mine", "fc", pair),))
