@@ -1,4 +1,4 @@
-"""Compiles merge_rows.c into a wheel, once for each instruction set of the platform that the wheel is for."""
+"""Compiles merge_blocks.c, with merge_rows.c in it, into a wheel: once for each instruction set of its platform."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ INSTRUCTIONS = {
     "x86_64": {"v4": ["-mcpu=x86_64_v4", "-mprefer-vector-width=512"], "v3": ["-mcpu=x86_64_v3"]},
     "aarch64": {"neon": []},
 }
-FLAGS = ["-shared", "-nostdlib", "-O3", "-g0", "-s", "-std=c11", "-ffp-contract=fast", "-fvisibility=hidden"]
+# Without -fno-builtin, loops become calls of the C library, which is not linked
+FLAGS = ["-shared", "-nostdlib", "-fno-builtin", "-O3", "-g0", "-s", "-std=c11", "-ffp-contract=fast"]
+FLAGS += ["-fvisibility=hidden"]
 
 
 class CompiledWheel(BuildHookInterface[Any]):
@@ -42,7 +44,7 @@ class CompiledWheel(BuildHookInterface[Any]):
         self.folder = tempfile.TemporaryDirectory()
         for name, flags in INSTRUCTIONS[target.partition("-")[0]].items():
             library = Path(self.folder.name) / f"merge_rows_{name}.{suffix}"
-            source = Path(self.root) / "merge_rows.c"
+            source = Path(self.root) / "merge_blocks.c"
             compiler = [sys.executable, "-m", "ziglang", "cc", "-target", target]
             subprocess.run([*compiler, *FLAGS, *flags, "-o", str(library), str(source)], check=True)
             build_data["force_include"][str(library)] = f"lora_export_kernel/{library.name}"

@@ -1,4 +1,4 @@
-"""W + BA of rows of a weight, rounded once and measured, in one pass over the weight (merge_rows.c).
+"""W + BA of rows of a weight, rounded once and measured, in one pass over the weight (merge_rows.c, merge_blocks.c).
 
 `INSTRUCTIONS` names the instruction set in use; it is empty on a processor that has none of them, and `merge_rows` is
 not to be called then.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import platform
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}  # `enum Type` in C
 # The library of each instruction set, the fastest first -> what NumPy calls the set, before 2.4 and since
@@ -32,6 +34,44 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("weight_stride", "output_stride")),
         *((name, ctypes.c_int32) for name in ("weight_type", "output_type")),
     )
+
+
+PLANES = 2  # of a code, at most
+# The width, the bits, and the bits below it of each plane that `EACH_PLANE` in C has
+FORMS = {(16, 4, 0), (32, 4, 0), (64, 4, 0), (32, 2, 0), (32, 2, 4), (32, 1, 2), (32, 1, 4), (1, 1, 4)}
+
+
+class _Plane(ctypes.Structure):
+    """`Plane` in C."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("start", "chunks", "width", "bits"))
+
+
+class _BlockJob(ctypes.Structure):
+    """`BlockJob` in C."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "rank")),
+        *((name, ctypes.c_void_p) for name in ("blocks", "output", "steps", "offsets", "b", "a", "figures")),
+        *((name, ctypes.c_int64) for name in ("elements", "bytes", "group", "first", "count", "planes")),
+        ("plane", _Plane * PLANES),
+    )
+
+
+class Planes(NamedTuple):
+    """How codes are stored in a block of ggml: (start, chunks, width, bits) of each plane, the lowest bits first."""
+
+    planes: Sequence[tuple[int, int, int, int]]
+    first: int  # the number of code 0; the others follow by ones
+    count: int  # of codes
+
+    @property
+    def are_known(self) -> bool:
+        """Whether `merge_blocks` has code for them on this processor."""
+        below = itertools.accumulate((bits for *_, bits in self.planes), initial=0)
+        forms = [(*own[2:], lower) for own, lower in zip(self.planes, below, strict=False)]
+        has_code = all(form in FORMS or form == (32, 8, 0) for form in forms)
+        return bool(INSTRUCTIONS) and len(self.planes) <= PLANES and has_code
 
 
 def _instructions() -> str:
@@ -50,6 +90,7 @@ def _library() -> ctypes.CDLL:
     (path,) = Path(__file__).parent.glob(f"merge_rows_{INSTRUCTIONS}.*")
     library = ctypes.CDLL(str(path))
     library.merge_rows.argtypes, library.merge_rows.restype = [ctypes.POINTER(_Job)], ctypes.c_int32
+    library.merge_blocks.argtypes, library.merge_blocks.restype = [ctypes.POINTER(_BlockJob)], ctypes.c_int32
     return library
 
 
@@ -77,6 +118,44 @@ def merge_rows(
     Returns whether every sum is finite, and every number that is stored.
     """
     return not _run(weight, output, b, a, factors=factors, figures=figures)
+
+
+def merge_blocks(
+    blocks: NDArray[np.uint8],
+    output: NDArray[np.uint8],
+    steps: NDArray[np.float32],
+    offsets: NDArray[np.float32],
+    b: NDArray[np.float32],
+    a: NDArray[np.float32],
+    stored: Planes,
+    *,
+    figures: NDArray[np.float64] | None = None,
+) -> bool:
+    """Fill `output` with the codes nearest to W + b @ a on the steps and offsets of the blocks, which stay.
+
+    `blocks` and `output` are (rows, blocks, bytes), `steps` and `offsets` (rows, blocks, groups), all finite. `b` and
+    `figures` are those of `merge_rows`, `a` is (rank, columns). Returns whether every sum is finite.
+    """
+    rows, count, groups = steps.shape
+    columns = a.shape[1]
+    assert all(one.flags.c_contiguous for one in (blocks, output, steps, offsets, b, a)) and stored.are_known
+    assert blocks.shape == output.shape == (rows, count, blocks.shape[2]) and offsets.shape == steps.shape
+    assert b.shape == (rows, len(a)) and columns % count == 0 and columns // count in (32, 256)
+    np.copyto(output, blocks)
+    planes = [_Plane(*plane) for plane in stored.planes]
+    job = _BlockJob(
+        *(rows, columns, len(a)),
+        *(one.ctypes.data for one in (blocks, output, steps, offsets, b, a)),
+        figures=None if figures is None else figures.ctypes.data,
+        elements=columns // count,
+        bytes=blocks.shape[2],
+        group=columns // count // groups,
+        first=stored.first,
+        count=stored.count,
+        planes=len(planes),
+        plane=(_Plane * PLANES)(*planes),
+    )
+    return not _library().merge_blocks(ctypes.byref(job))
 
 
 def squared_norms(weight: NDArray[Any], b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -72,7 +72,7 @@ def _merged_as_folder(plan: Plan, base: GgufBase, folder: Path, with_tokenizer: 
     refuse_lack_of_space(folder, _bytes_at_once(plan, base))
     merge_gguf(plan, base, merged, min_retention=0, types={"*": "F32"})
     output.mkdir()
-    save_config(merged, output, base.names.class_name, with_tokenizer=with_tokenizer)
+    save_config(base, output, with_tokenizer=with_tokenizer)
     write_as_floats(open_base(merged), output)
     merged.unlink()
     return output

@@ -262,6 +262,12 @@ class LlamaCppNames:
         return "norms" in self._row
 
     @property
+    def left_out(self) -> Sequence[str]:
+        """The square layers of that class that llama.cpp does not have: no other layer reads what they compute."""
+        found: Sequence[str] = self._row.get("left_out", ())
+        return found
+
+    @property
     def class_name(self) -> str:
         """The class of transformers that computes what llama.cpp does: it predicts words, or has no head."""
         classes = read_table().modules.get(self.model_type, {})

@@ -116,7 +116,7 @@ class BlockCodec:
                 position /= divisor
         codes = self._nearest(position).reshape(len(blocks), -1)
         is_odd = is_fixed if offsets is None else is_fixed | (np.abs(offsets) > RESOLVED * np.abs(steps))
-        odd = np.flatnonzero(is_odd.any(axis=1)) if self._is_ladder else np.arange(len(blocks))
+        odd = np.flatnonzero(is_odd.any(axis=1)) if self.is_ladder else np.arange(len(blocks))
         if odd.size:
             stored, own = self.codes_of(blocks[odd]), None if offsets is None else offsets[odd]
             codes[odd] = self._nearer(codes[odd], stored, values[odd], steps[odd], own)
@@ -166,11 +166,12 @@ class BlockCodec:
         return codes
 
     @functools.cached_property
-    def _is_ladder(self) -> bool:
+    def is_ladder(self) -> bool:
+        """Whether the number of a code is the code less a zero point."""
         return bool((np.diff(self.numbers) == 1).all())
 
     def _values(self, codes: Bytes, steps: Floats, offsets: Floats | None) -> Floats:
-        if self._is_ladder:  # several times as fast as a look-up
+        if self.is_ladder:  # several times as fast as a look-up
             values = codes.astype(np.float32)
             if self.numbers[0]:
                 values += self.numbers[0]
@@ -184,7 +185,7 @@ class BlockCodec:
 
     def _nearest(self, position: Floats) -> Bytes:
         """The codes of the numbers nearest to these positions, which are overwritten."""
-        if self._is_ladder:
+        if self.is_ladder:
             np.rint(position, out=position)  # first: in a sum with the zero point, fractions lose bits
             position -= self.numbers[0]
             codes: Bytes = np.clip(position, 0, len(self.numbers) - 1, out=position).astype(np.uint8)

@@ -336,6 +336,9 @@ WrittenRows = tuple[NDArray[np.float32] | None, NDArray[np.float64] | None]
 # The packed bytes of some rows before, their sums in fp32, the bytes to fill, and whether the values are measured.
 # Raises InputRefused for sums beyond the scales.
 Encode = Callable[[Bytes, NDArray[np.float32], Bytes, bool], WrittenRows]
+# The rows, their packed bytes before, the bytes to fill, and whether they are measured. Returns None where it fills
+# nothing, and what has to be summed and encoded one after the other.
+AtOnce = Callable[[slice, Bytes, Bytes, bool], list[Statistics] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,6 +351,7 @@ class EncodedTensor(OutputTensor):
     encode: Encode = field(kw_only=True)
     place: Callable[[int], int] = field(kw_only=True)  # a row -> the bytes before it in the output
     is_one: bool = field(default=False, kw_only=True)  # whether its parts are measured as one
+    at_once: AtOnce = field(default=lambda *_: None, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -373,6 +377,9 @@ class EncodedTensor(OutputTensor):
         self, change: Work, rows: slice, measured: bool, source: Bytes, target: Bytes, scratch: Bytes
     ) -> list[Statistics]:
         """Store what `change` makes of some rows. Returns the statistics of what was stored."""
+        done = self.at_once(rows, source, target, measured)
+        if done is not None:
+            return done
         total = np.empty(self.shape_of(rows), np.float32)
         change(source, total.reshape(-1).view(np.uint8), scratch)
         stored, outputs = self.encode(source, total, target, measured)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import numpy as np
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, GemmaConfig, GemmaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 import lora_export
 from lora_export.api import calibration
@@ -24,7 +28,7 @@ from lora_export.weights.gguf.base import GgufBase
 from lora_export.weights.gguf.floats import write_as_floats
 from support.cli import answer, call
 from support.folder_contents import folder_contents
-from support.gguf_files import Kind, llama, runnable, with_words, write_llama
+from support.gguf_files import Kind, llama, runnable, with_words, write_llama, write_model
 from support.peft_models import trained
 from support.small_models import WORDS, small_adapter, small_model, words_tokenizer
 
@@ -133,6 +137,47 @@ def test_a_gguf_file_has_its_own_config_and_tokenizer(tmp_path: Path, monkeypatc
     )
     with pytest.raises(InputRefused, match=r"does not read the config"):
         lora_export.merge(unknown, tmp_path / "a", tmp_path / "bad", calibration=texts)
+    assert not (tmp_path / "bad.gguf").exists()
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+# What transformers does not read out of a GGUF file: a model, what llama.cpp adds to norms, and the targets
+UNREAD = {
+    "BERT": lambda: (BertModel(BertConfig(**SIZES, max_position_embeddings=32)), 0, ["query", "value"]),
+    "GEMMA": lambda: (GemmaForCausalLM(GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=32)), 1, ["q_proj"]),
+    "OLMO2": lambda: (Olmo2ForCausalLM(Olmo2Config(**SIZES, eos_token_id=1)), 0, ["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("architecture", UNREAD)
+def test_a_config_and_a_tokenizer_beside_the_file(tmp_path: Path, architecture: str) -> None:
+    torch.manual_seed(0)
+    model, norms, targets = UNREAD[architecture]()
+    base = write_model(tmp_path / "base.gguf", gguf.MODEL_ARCH[architecture], model, norms=norms)
+    trained(model, r=2, target_modules=targets).save_pretrained(tmp_path / "a")
+
+    def merged(name: str, file: Path) -> Any:
+        options: dict[str, Any] = {"dtype_of": {"*": "keep"}, "min_retention": 0.0}
+        return lora_export.merge(base, tmp_path / "a", tmp_path / name, calibration=file, **options).report
+
+    arrays, texts = tmp_path / "in.npz", texts_in(tmp_path / "texts.txt")
+    np.savez(arrays, input_ids=np.random.default_rng(0).integers(3, 32, (60, 12)))
+    with pytest.raises(InputRefused, match=r"is not supported yet\. Put the model's config\.json beside it$"):
+        merged("bad.gguf", arrays)
+    other = copy.deepcopy(model.config)
+    other.num_attention_heads, other.num_hidden_layers = 4, 3
+    other.save_pretrained(tmp_path)
+    with pytest.raises(
+        InputRefused, match=r"not that of base\.gguf: it has num_hidden_layers 3, not 1, num_attention_heads 4"
+    ):
+        merged("bad.gguf", arrays)
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(InputRefused, match=r"or put the model's tokenizer beside it"):
+        merged("bad.gguf", texts)
+    words_tokenizer(tmp_path)
+    for report in (merged("arrays.gguf", arrays), merged("texts.gguf", texts)):
+        assert len(report.layers) == len(targets)
+        assert all(one.outputs.is_calibrated and one.outputs.error < one.outputs.nearest_error for one in report.layers)
     assert not (tmp_path / "bad.gguf").exists()
 
 

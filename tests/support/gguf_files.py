@@ -88,6 +88,27 @@ def write_llama(
     return written(writer, path)
 
 
+def write_model(path: Path, architecture: gguf.MODEL_ARCH, model: PreTrainedModel, *, norms: float = 0) -> Path:
+    """Write a model whose rows llama.cpp has in transformers' order, its linear layers in Q4_0, `norms` added to norms.
+
+    What llama.cpp does not have is left out: a pooler, and a head that is the embedding.
+    """
+    config, writer = model.config, gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        own = names.get_name(name, (".weight", ".bias"))
+        is_linear = value.ndim == 2 and "embed" not in name
+        if own is None or "pooler" in name or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        kind, array = Kind.Q4_0 if is_linear else Kind.F32, value.numpy() + (norms if "norm" in name else 0)
+        writer.add_tensor(own, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    return written(writer, path)
+
+
 def runnable(writer: gguf.GGUFWriter) -> None:
     """What llama.cpp needs beside the tensors. The model has no words."""
     writer.add_context_length(64)

@@ -21,8 +21,11 @@ from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
 from lora_export.pairs.structured import KroneckerPair
 from lora_export.plan import Layout, Step, TensorSpec, Term
+from lora_export.storage.gguf_blocks import CODECS, BlockCodec
+from lora_export.storage.gguf_file import BY_NAME
 from lora_export.weights import apply_step, compiled
 from lora_export.weights.apply_step import StepRows, apply_by_numpy, apply_on_processor
+from support.gguf_files import Kind, values_of, write_llama
 from support.handmade import base_file, peft_adapter
 
 HOME = Path(sys.prefix) / "kernel"  # where `make` puts it: other tests merge by NumPy, as most users do
@@ -220,6 +223,94 @@ def test_numpy_does_the_rest(monkeypatch):
     for name, part in parts.items():
         assert apply_on_processor(part) == "by NumPy", name
     assert len(seen) == len(parts)
+
+
+def exact_step(rows: int, columns: int) -> Step:
+    """A change that is the same in whatever sequence its products are summed: of integers and their quarters."""
+    random = np.random.default_rng(rows)
+    pairs = [LoraPair(random.integers(-3, 4, (4, columns)), random.integers(-3, 4, (rows, 4)), 0.25) for _ in range(2)]
+    terms = tuple(Term(f"adapter {n}", "fc", pair) for n, pair in enumerate(pairs))
+    return Step(TensorSpec("fc.weight", (rows, columns), "float32", Layout.OUT_IN), terms)
+
+
+def some_blocks(codec: BlockCodec, rows: int, columns: int) -> NDArray[np.uint8]:
+    """Random bytes with scales that are numbers. Some have no step, some one that vanishes beside the offset."""
+    random = np.random.default_rng(columns)
+    found = random.integers(0, 256, (20 * rows * columns // codec.type.elements, codec.type.nbytes), dtype=np.uint8)
+    found = found[codec.largest(*codec.scales(found)) < 100][: rows * columns // codec.type.elements]
+    found[1::5] = 0
+    if codec.type.name in ("Q4_1", "Q5_1"):
+        found[2::5, :4] = np.array([6e-8, 2.0], np.float16).view(np.uint8)
+    return found
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 256), (5, 768), (70, 512), (6, 96)])
+@pytest.mark.parametrize("codec", [each for each in CODECS.values() if each.is_ladder], ids=lambda each: each.type.name)
+@pytest.mark.usefixtures("kernel")
+def test_blocks_have_the_bytes_of_numpy_where_sums_are_exact(codec, rows, columns):
+    if columns % codec.type.elements:
+        pytest.skip("a row has whole blocks")
+    step, blocks = exact_step(rows + 3, columns), some_blocks(codec, rows, columns)
+    own = slice(2, rows + 2)
+    before = codec.decode(blocks)
+    total = before + sum(term.pair.delta(own) for term in step.terms).reshape(before.shape)
+    ours, want = np.zeros_like(blocks), codec.encode(blocks, total)
+    found = compiled.merged_blocks(step, own, codec, blocks, ours, measured=True)
+    assert np.array_equal(ours, want) and not np.array_equal(ours, blocks)
+    weight, change, kept = (each.astype(np.float64) for each in (before, total - before, codec.decode(want) - before))
+    sums = [(weight**2).sum(), (change**2).sum(), (kept * change).sum(), ((kept - change) ** 2).sum()]
+    assert found[:4] == pytest.approx(sums, rel=1e-5, abs=1e-6 * sums[0]) and found[4] == np.count_nonzero(kept)
+    assert not compiled.merged_blocks(step, own, codec, blocks, ours, measured=False).any()
+    assert np.array_equal(ours, want)
+
+
+def test_numpy_does_the_other_blocks(kernel):
+    codec, step = CODECS[BY_NAME["Q8_0"]], step_on((4, 64))
+    blocks = some_blocks(codec, 4, 64)
+    damaged, other = blocks.copy(), CODECS[BY_NAME["MXFP4"]]
+    damaged[3, :2] = 0x7C  # infinity
+    dora = step_on((4, 64), magnitude=np.ones(4))
+    rows, plain = slice(0, 4), {"measured": True}
+    assert compiled.merged_blocks(step, rows, codec, blocks, blocks.copy(), **plain) is not None
+    assert compiled.merged_blocks(step, rows, codec, damaged, damaged.copy(), **plain) is None
+    assert compiled.merged_blocks(dora, rows, codec, blocks, blocks.copy(), **plain) is None
+    packed = some_blocks(other, 4, 64)
+    assert compiled.merged_blocks(step, rows, other, packed, packed.copy(), **plain) is None
+    del kernel.merge_blocks  # as in its first version
+    assert compiled.merged_blocks(step, rows, codec, blocks, blocks.copy(), **plain) is None
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.usefixtures("kernel")
+def test_blocks_whose_sums_are_not_finite_are_left_to_numpy(measured):
+    codec, blocks = CODECS[BY_NAME["Q8_0"]], np.zeros((1, 34), np.uint8)
+    pair = LoraPair(a=np.full((1, 32), 3e38), b=np.full((1, 1), 2.0), scale=1.0)
+    step = Step(TensorSpec("fc.weight", (1, 32), "float32", Layout.OUT_IN), (Term("mine", "fc", pair),))
+    assert compiled.merged_blocks(step, slice(0, 1), codec, blocks, blocks.copy(), measured=measured) is None
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_0], ids=str)
+@pytest.mark.usefixtures("kernel")
+def test_a_merge_into_gguf_is_that_of_numpy(tmp_path, monkeypatch, kind):
+    base = write_llama(tmp_path / "base.gguf", kind)
+    random = np.random.default_rng(0)
+    factors = (random.integers(-3, 4, (2, 256)) / 8, random.integers(-3, 4, (256, 2)) / 8)
+    adapter = peft_adapter(
+        tmp_path / "adapter", {"model.layers.0.mlp.up_proj": factors, "model.layers.0.self_attn.q_proj": factors}
+    )
+    options = {"dtype_of": {"*": "keep"}, "min_retention": 0}
+    with monkeypatch.context() as without:
+        without.setattr(compiled, "kernel", lambda: None)
+        want = merge(base, [adapter], output=tmp_path / "numpy.gguf", **options).report
+    monkeypatch.delattr(BlockCodec, "encode")
+    found = merge(base, [adapter], output=tmp_path / "compiled.gguf", **options).report
+    ours, theirs, before = (values_of(tmp_path / f"{name}.gguf") for name in ("compiled", "numpy", "base"))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in before)
+    assert sum(not np.array_equal(ours[name], before[name]) for name in before) == 2
+    for own, its in zip(found.results, want.results, strict=True):
+        assert (own.retention, own.noise, own.changed) == pytest.approx(
+            (its.retention, its.noise, its.changed), rel=1e-4
+        )
 
 
 @pytest.mark.usefixtures("numpy_fails")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,26 @@ from lora_export.weights.gguf.base import GgufBase
 def write_as_floats(base: GgufBase, folder: Path) -> None:
     """Write the weights of a model into a folder, a file for each tensor, with an index. Blocks become fp32.
 
-    Tensors that transformers does not have are left out. Peak memory is the largest tensor in fp32.
+    Tensors that transformers does not have are left out. Layers that llama.cpp does not have are zeros. Peak memory is
+    the largest tensor in fp32.
     """
     places: dict[str, str] = {}
-    for number, name in enumerate(base.tensors):
-        tensors = dict(_of_transformers(base, name))
+    every = itertools.chain((dict(_of_transformers(base, name)) for name in base.tensors), [_zeros(base)])
+    for number, tensors in enumerate(every):
         if tensors:
             safetensors_file.write(folder / f"{number}.safetensors", tensors, {"format": "pt"})
         places |= dict.fromkeys(tensors, f"{number}.safetensors")
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+
+
+def _zeros(base: GgufBase) -> dict[str, NDArray[Any]]:
+    width = next((each.shape[-1] for each in base.file.tensors if each.name == "token_embd.weight"), 0)
+    shapes = {"weight": (width, width), "bias": (width,)}
+    return {
+        f"{module}.{part}": np.zeros(shape, np.float32)
+        for module in base.names.left_out
+        for part, shape in shapes.items()
+    }
 
 
 def _of_transformers(base: GgufBase, name: str) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed
+from lora_export.lora import EVERY_ROW
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy, gguf_file
@@ -33,7 +34,7 @@ from lora_export.storage.gguf_blocks import FLAT, BlockCodec, Floats, codec_of, 
 from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufTensor
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights import tensor_blocks
+from lora_export.weights import compiled, tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.calibrated_rounding import LayerInputs, calibrated
 from lora_export.weights.gguf.base import GgufBase
@@ -46,6 +47,7 @@ from lora_export.weights.merge_report import (
     Statistics,
     StatisticsByWeight,
     StepResult,
+    is_in_range,
     refuse_below_rounding,
 )
 from lora_export.weights.quantised_layers import why_promoted
@@ -332,7 +334,11 @@ def _changed_blocks(
         per_row, encode = math.prod(change.source.shape[1:]), functools.partial(_encode, stored)
         own = change.source, change.step, change.name, FLOAT, change.patches, change.quantised
         made = EncodedTensor(
-            *own, encode=encode, place=lambda row: row * per_row // kind.elements * kind.nbytes, is_one=True
+            *own,
+            encode=encode,
+            place=lambda row: row * per_row // kind.elements * kind.nbytes,
+            is_one=True,
+            at_once=functools.partial(_at_once, stored),
         )  # without inputs: the feedback is that of `encode`
         yield from made.blocks(path, read_fd, start, backend)
         return
@@ -341,6 +347,34 @@ def _changed_blocks(
     blocks = list(tensor_blocks.changed_blocks(path, read_fd, change, target, backend))
     rows = [slice(*((edge - start) // target.row_bytes for edge in (b.target_start, b.target_stop))) for b in blocks]
     yield from zip(blocks, tensor_blocks.blocks_to_measure(change.step, rows), strict=True)
+
+
+def _at_once(stored: _Stored, rows: slice, source: Bytes, target: Bytes, measured: bool) -> list[Statistics] | None:
+    """Sum and store rows on their scales by compiled code; None where it does not do that to each of the rows."""
+    change, kind = stored.change, stored.type
+    assert change is not None
+    if kind != stored.tensor.type or change.inputs is not None or compiled.kernel() is None:
+        return None
+    before, after = (each.reshape(rows.stop - rows.start, -1, kind.nbytes) for each in (source, target))
+    total, done = np.zeros(5), 0
+    for patch in change.all_patches:
+        own = patch.within(rows)
+        if own is None:
+            continue
+        here = slice(own.start + patch.rows.start - rows.start, own.stop + patch.rows.start - rows.start)
+        blocks = (each[here].reshape(-1, kind.nbytes) for each in (before, after))
+        codec, is_whole = codec_of(change.name, kind), patch.columns == EVERY_ROW
+        found = compiled.merged_blocks(patch.step, own, codec, *blocks, measured=measured) if is_whole else None
+        if found is None:
+            return None
+        total += found
+        done += own.stop - own.start
+    if done != len(before) or (measured and not is_in_range(total[:2])):
+        return None
+    statistics = Statistics(change.name)
+    if measured:
+        statistics.add_sums(total, before.size // kind.nbytes * kind.elements)
+    return [statistics]
 
 
 def _encode(stored: _Stored, source: Bytes, total: Floats, target: Bytes, measured: bool) -> WrittenRows:

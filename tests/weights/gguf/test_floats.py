@@ -21,7 +21,7 @@ from support.gguf_files import Kind, llama, runnable, write_llama, written
 def test_a_folder_computes_what_transformers_makes_of_the_file(tmp_path: Path, kind: Kind) -> None:
     file, folder = write_llama(tmp_path / "base.gguf", kind, fields=runnable), tmp_path / "folder"
     folder.mkdir()
-    save_config(file, folder, "LlamaForCausalLM", with_tokenizer=False)
+    save_config(open_base(file), folder, with_tokenizer=False)
     write_as_floats(open_base(file), folder)
     ids = torch.arange(12)[None]
     with torch.inference_mode():
