@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_export.artifacts.artifact import ArtifactKind
 from lora_export.errors import count
 from lora_export.formats.contract import ADAPTER_STRENGTHS
 from lora_export.pairs.open_shape import OpenPair, known_shape
@@ -20,6 +19,7 @@ from lora_export.report.screens import (
     shape_text,
     title,
 )
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hashes import SHORT_HASH
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import pytest
 import transformers as hf
 from PIL import Image
 
-from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.generation_prompts import tokens_with_images
+from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.image_prompts import ImageSize, read_images
 from lora_export.errors import InputRefused
 from support.image_text import FULL_PROCESSORS, MARKERS, image_files, image_text_processor, processor_inputs
