@@ -21,14 +21,14 @@ from lora_export.runtime.generation.decoder import ImageText
 from lora_export.runtime.runner import Arrays
 from lora_export.storage import input_files
 
-Grid = tuple[int, int]  # rows and columns of an image's tiles, without one of the whole; (0, 0) where it is not divided
+TileGrid = tuple[int, int]  # rows and columns of an image's tiles, without one of the whole; (0, 0): not divided
 
 
 class ImageSize(NamedTuple):
     """How many tokens an image has, and how its tiles are placed."""
 
     tokens: int
-    grid: Grid
+    grid: TileGrid
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ReadImages:
 
     inputs: Arrays = field(default_factory=dict)  # of the vision encoder; none where there is no image
     tiles: Sequence[int] = ()  # of each image
-    grids: Sequence[Grid] = ()  # of each image
+    grids: Sequence[TileGrid] = ()  # of each image
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Written:
     tokenizer: Any
     token: str  # of an image
     count: int = 0  # how many of it the image has
-    grid: Grid = (0, 0)
+    grid: TileGrid = (0, 0)
 
     @property
     def tokens(self) -> str:

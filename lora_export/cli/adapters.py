@@ -27,8 +27,8 @@ def inspect_command(every: bool, as_json: bool, **options: Any) -> None:
     a .pte.
 
     Of a graph or a .pte, shows what it takes to use it: inputs, outputs, adapters and their ids, base, and the verdict
-    that it was published with. Reads headers, and the tensors of an adapter. With --base, the weights of both are read.
-    Runs nothing.
+    that it was published with. Reads headers, and the tensors of an adapter; with a base, the weights of both. Runs
+    nothing.
     """
     from lora_export.api.inspect import inspect
     from lora_export.cli.inspection import inspection_document, inspection_lines

@@ -42,7 +42,7 @@ GROUPS = {
         "fleet": "Hundreds of adapters by one file, on processes or on Ray.",
         "cost": "What 10,000 adapters on a large base cost, and when not to merge.",
         "generation": "Models with a key/value cache: export, generate, fuse.",
-        "images": "LLaVA, Gemma 3, Qwen2-VL and others with their images, as three graphs.",
+        "images": "LLaVA, Gemma 3, Qwen2-VL and others with images, as three graphs.",
         "genai": "Adapters in graphs of onnxruntime-genai.",
         "quantised": "Quantised graphs, and quantised checkpoints as floats.",
         "kept-quantised": "Merge into a quantised checkpoint that stays quantised.",

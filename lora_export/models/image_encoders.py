@@ -19,7 +19,7 @@ class PartOf(nn.Module):
         self.model = model
 
 
-class ImageEncoder(PartOf):
+class FeatureEncoder(PartOf):
     """Images or tiles of one size as features (tokens of all images, features)."""
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def masked_tiles(module: Any) -> Iterator[nn.Module]:
 @contextlib.contextmanager
 def whole_images(module: Any) -> Iterator[nn.Module]:
     """The encoder of a model that has the features of all images in one tensor."""
-    yield ImageEncoder(module)
+    yield FeatureEncoder(module)
 
 
 @contextlib.contextmanager
@@ -62,6 +62,6 @@ def listed_images(module: Any) -> Iterator[nn.Module]:
     """
     hook = module.base_model.multi_modal_projector.register_forward_hook(lambda _, __, features: [features])
     try:
-        yield ImageEncoder(module)
+        yield FeatureEncoder(module)
     finally:
         hook.remove()

@@ -46,7 +46,7 @@ class Images(NamedTuple):
     two_way: int | None = None  # the type of the tokens that attend to each other in both directions; None: no token
 
 
-IMAGES: Mapping[str, Images] = {  # by the type of the model
+IMAGE_FAMILIES: Mapping[str, Images] = {  # by the type of the model
     "llava": Images(listed_images, towers=("clip_vision_model", "siglip_vision_model")),
     "qwen2_vl": Images(grid_images),
     "qwen2_5_vl": Images(grid_images),
@@ -73,7 +73,7 @@ def export_image_text(model: Model, *, opset: int | None = None) -> ImageTextGra
     refuses a part of the model.
     """
     module: Any = model.module
-    images = IMAGES[module.config.model_type]
+    images = IMAGE_FAMILIES[module.config.model_type]
     inputs = {name: value for name, value in model.example_inputs().items() if name in IMAGE_INPUTS}
     with images.encoder(module) as encoder:
         vision = _part(encoder, inputs, {name: model.axes[name] for name in inputs}, opset)

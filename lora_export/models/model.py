@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from lora_export.graph.cache_names import TOKEN_TYPES
 from lora_export.models.stored_parameter import state_of
 
 ModelInputs = dict[str, torch.Tensor]
@@ -18,7 +19,6 @@ Limits = dict[str, tuple[int, int | None]]  # symbol -> least and greatest size
 MakeInputs = Callable[[Sizes, torch.Generator], ModelInputs]
 Derive = Callable[[Sizes], Sizes]
 
-TOKEN_TYPES = "token_type_ids"
 
 # Sizes to trace with. None is 1, since an exporter takes a size of 1 for a constant.
 TRACED_SIZES = {"batch": 2, "sequence": 11, "target": 7, "images": 3}

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_export.graph.cache_names import TOKEN_TYPES
 from lora_export.models.images import PATCHES, ImagesInText, is_token
-from lora_export.models.model import CHECKED_SIZES, TOKEN_TYPES, Axes, Limits, MakeInputs, ModelInputs, Sizes
+from lora_export.models.model import CHECKED_SIZES, Axes, Limits, MakeInputs, ModelInputs, Sizes
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_export.models.image_encoders import masked_tiles
-from lora_export.models.image_text import IMAGES
+from lora_export.models.image_text import IMAGE_FAMILIES
 from lora_export.models.load import load_model
 from support.small_models import small_model
 
@@ -22,7 +22,7 @@ def test_features_are_those_of_the_model(name: str, tmp_path: Path) -> None:
         pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         found = module.get_image_features(pixels).pooler_output
         expected = torch.cat([each.flatten(0, -2) for each in found])
-        with IMAGES[name].encoder(module) as encoder:
+        with IMAGE_FAMILIES[name].encoder(module) as encoder:
             features = encoder(pixels)["image_features"]
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-7)
     assert expected.std() > 1e-3

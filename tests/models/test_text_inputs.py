@@ -87,18 +87,13 @@ def test_sounds_among_tokens_are_left_out_and_listed(tmp_path: Path) -> None:
 
 
 def test_images_of_an_unknown_form_are_left_out_with_the_reason(tmp_path: Path) -> None:
-    config = transformers.Idefics3Config(
-        text_config={**TEXT, "model_type": "llama"},
-        vision_config={**VISION, "image_size": 16, "patch_size": 4},
-        image_token_id=5,
-        scale_factor=2,
-        pad_token_id=0,
-    )
-    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "image_size": 16, "patch_size": 4, "image_token_id": 5}
+    config = transformers.FuyuConfig(text_config={**TEXT, "model_type": "persimmon"}, **sizes)
+    transformers.FuyuForCausalLM(config).save_pretrained(tmp_path)
     model = load_model(str(tmp_path))
     assert model.input_names == ("input_ids", "attention_mask")
     (left_out,) = model.not_judged
-    assert left_out.startswith("Idefics3ForConditionalGeneration with images among its tokens (not enough values")
+    assert left_out.startswith("FuyuForCausalLM with images among its tokens (it has no get_image_features)")
 
 
 def test_videos_are_listed_where_images_are_drawn(tmp_path: Path) -> None:

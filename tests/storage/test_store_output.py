@@ -354,7 +354,7 @@ def test_a_renewal_does_not_meet_the_end(stored: Stored, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("error", [None, InputRefused("too little is left")])
-def test_a_run_that_freezes_before_it_deletes_its_object_leaves_that_of_the_next_one(
+def test_a_run_that_freezes_leaves_the_object_of_the_next(
     error: InputRefused | None, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, of_the_other = store_output.Begun._write, begun(process=1, host="elsewhere")
@@ -376,7 +376,7 @@ def test_a_run_that_freezes_before_it_deletes_its_object_leaves_that_of_the_next
 
 
 @pytest.mark.parametrize("is_deleted", [True, False])
-def test_an_object_that_was_emptied_is_taken_over_when_its_run_does_not_delete_it(
+def test_an_object_that_was_emptied_is_taken_over(
     is_deleted: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept = list[float]()
