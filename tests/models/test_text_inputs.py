@@ -15,7 +15,7 @@ from torch import nn
 from lora_export.models import text_inputs
 from lora_export.models.load import load_model
 from lora_export.models.text_inputs import LONG, PAST_WINDOW, padding_mask, placeholders
-from support.small_models import MODELS, TEXT, VISION, small_model
+from support.small_models import MODELS, TEXT, small_model
 
 
 def test_boxes_have_their_corners_in_order(tmp_path: Path) -> None:
