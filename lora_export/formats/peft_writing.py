@@ -255,8 +255,9 @@ def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArra
     """Whole tensors and rows of tokens under PEFT's keys; what the config has to name of them is added to `fields`."""
     tensors: dict[str, NDArray[Any]] = {}
     saved = set()
-    whole = {name.rpartition(".")[0] for name in adapter.replaced if "bias" not in name} | adapter.pairs.keys()
-    if any(name.rpartition(".")[0] not in whole for name in adapter.replaced):
+    parts = [name.rpartition(".")[::2] for name in adapter.replaced]
+    whole = {module for module, kind in parts if "bias" not in kind} | adapter.pairs.keys()
+    if any(module not in whole for module, _ in parts):
         fields["bias"] = "all"  # biases alone: of a module to save, PEFT loads every tensor
     for name, value in adapter.replaced.items():
         module, _, kind = name.rpartition(".")

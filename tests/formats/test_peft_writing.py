@@ -144,9 +144,10 @@ class Nested(nn.Module):
         super().__init__()
         self.q, self.inner = nn.Linear(5, 4), nn.ModuleDict({"q": nn.Linear(4, 4), "axq": nn.Linear(4, 4)})
         self.norm, self.attention = nn.LayerNorm(4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.position_bias = nn.Linear(4, 4, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.inner["axq"](self.inner["q"](self.q(x))))
+        x = self.norm(self.position_bias(self.inner["axq"](self.inner["q"](self.q(x)))))
         return self.attention(x, x, x, need_weights=False)[0]
 
 
@@ -154,6 +155,7 @@ PAIRS = {"q": pair(4, 5, 3), "inner.q": pair(4, 4, 1), "inner.axq": pair(4, 4, 3
 WHOLE = {"norm.weight": np.full(4, 2, np.float32), "norm.bias": np.full(4, 3, np.float32)}
 NORM_BIAS = {"norm.bias": WHOLE["norm.bias"]}
 BIAS = {"inner.q.bias": np.full(4, 5, np.float32)}
+OF_BIAS = {"position_bias.weight": RNG.normal(size=(4, 4)).astype(np.float32)}  # a weight, by its last word
 X = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
 
 
@@ -169,9 +171,22 @@ def loaded_by_peft(folder: Path) -> tuple[Nested, Tensor]:
         return plain, peft.PeftModel.from_pretrained(net, folder).eval()(X).detach()
 
 
-@pytest.mark.parametrize("replaced", [WHOLE | BIAS, NORM_BIAS, BIAS | NORM_BIAS])
-def test_peft_applies_each_pair_and_whole_tensor(tmp_path: Path, replaced: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize(
+    ("replaced", "saved", "bias"),
+    [
+        (WHOLE | BIAS, ["norm"], "lora_only"),
+        (NORM_BIAS, None, "all"),
+        (BIAS | NORM_BIAS, None, "all"),
+        (OF_BIAS, ["position_bias"], "none"),
+        (OF_BIAS | NORM_BIAS, None, "all"),
+    ],
+)
+def test_peft_applies_each_pair_and_whole_tensor(
+    tmp_path: Path, replaced: dict[str, np.ndarray], saved: list[str] | None, bias: str
+) -> None:
     write_any_ranks(Adapter("x", "made", PAIRS, replaced=replaced), tmp_path)
+    config = read_json(tmp_path / "adapter_config.json")
+    assert (config["modules_to_save"], config["bias"]) == (saved, bias)
     plain, found = loaded_by_peft(tmp_path)
     state = plain.state_dict()
     for module, own in PAIRS.items():
