@@ -13,11 +13,16 @@ from lora_export.models.processors import open_processor, open_tokenizer, refusi
 from lora_export.weights.gguf.base import GgufBase
 
 # A key of a file, without its architecture -> what configs of transformers call it
-FLOAT_KEYS = {
+FURTHER_KEYS = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon"),
     "rope.freq_base": ("rope_theta",),
+    "rope.scaling.factor": ("factor",),
+    "attention.key_length": ("head_dim",),
+    "attention.sliding_window": ("sliding_window",),
 }
+
+MOST_UNLIKE = 0.01  # of the tokens: converters spell a few special ones in another way
 
 
 def save_config(base: GgufBase, folder: Path, *, with_tokenizer: bool) -> None:
@@ -48,6 +53,9 @@ def _config(base: GgufBase) -> Any:
     wrong = [f"{name} {own!r}, not {its!r}" for name, its, own in _stated_by_both(base, config) if not _agree(its, own)]
     if wrong:
         raise InputRefused(f"{beside} is not that of {file.name}: it has {', '.join(wrong)}")
+    if hasattr(config, "quantization_config"):  # of other files of the model
+        del config.quantization_config
+    config.dtype = "float32"  # of the weights, which have been blocks
     return config
 
 
@@ -62,7 +70,28 @@ def _tokenizer(file: Path) -> Any:
         found = open_tokenizer(file.parent, needed=False)
         if found is None:
             raise
-        return found
+    _refuse_other_words(file, found)
+    return found
+
+
+def _refuse_other_words(file: Path, tokenizer: Any) -> None:
+    """Raise InputRefused for a tokenizer whose tokens are not those of a GGUF file that lists its own."""
+    gguf = optional_package("gguf", "transformers reads GGUF files by", "gguf")
+    with refusing_failures(f"{file}: its tokens cannot be read"):
+        field = gguf.GGUFReader(file).fields.get("tokenizer.ggml.tokens")
+        words = None if field is None else field.contents()
+    if words is None:
+        return
+    own = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    unlike = sum(_bare(one) != _bare(its) for one, its in zip(own, words, strict=False)) + max(0, len(own) - len(words))
+    if unlike > MOST_UNLIKE * len(own):
+        differ = f"{unlike:,} of its {len(own):,} tokens are others"
+        raise InputRefused(f"the tokenizer in {file.parent} is not that of {file.name}: {differ}")
+
+
+def _bare(token: str | None) -> str:
+    """A token without the mark that it begins or continues a word: llama.cpp turns WordPiece's into SentencePiece's."""
+    return (token or "").removeprefix("##").removeprefix("\u2581")
 
 
 def _of_file(auto_class: str, file: Path, failure: str) -> Any:
@@ -79,7 +108,7 @@ def _stated_by_both(base: GgufBase, config: Any) -> Iterator[tuple[str, Any, Any
     names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     yield from ((name, stated[name], own[name]) for name in names if stated.get(name) and own.get(name))
     architecture = base.file.value("general.architecture")
-    for key, spellings in FLOAT_KEYS.items():
+    for key, spellings in FURTHER_KEYS.items():
         value = base.file.value(f"{architecture}.{key}")
         yield from ((name, value, own[name]) for name in spellings if value is not None and own.get(name) is not None)
 

@@ -181,6 +181,27 @@ def test_a_config_and_a_tokenizer_beside_the_file(tmp_path: Path, architecture: 
     assert not (tmp_path / "bad.gguf").exists()
 
 
+def test_a_tokenizer_beside_the_file_has_the_words_of_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, norms, targets = UNREAD["BERT"]()
+    model.config.quantization_config = {"quant_method": "awq"}  # of another file of the model
+    model.config.save_pretrained(tmp_path)
+    words_tokenizer(tmp_path)
+    trained(model, r=2, target_modules=targets).save_pretrained(tmp_path / "a")
+    padding = [f"[PAD{number}]" for number in range(len(WORDS), 32)]
+    texts = texts_in(tmp_path / "texts.txt")
+
+    def merged(words: list[str]) -> Any:
+        base = write_model(tmp_path / "base.gguf", gguf.MODEL_ARCH.BERT, model, norms=norms, words=[*words, *padding])
+        options: dict[str, Any] = {"dtype_of": {"*": "keep"}, "min_retention": 0.0, "overwrite": True}
+        return lora_export.merge(base, tmp_path / "a", tmp_path / "out.gguf", calibration=texts, **options).report
+
+    with pytest.raises(InputRefused, match=r"the tokenizer in .* is not that of base\.gguf: 8 of its 9 tokens"):
+        merged(WORDS[::-1])
+    # As llama.cpp writes those of BERT
+    assert len(merged([f"\u2581{word}" for word in WORDS]).layers) == len(targets)
+
+
 def test_the_copy_in_floats_has_to_fit_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_llama(tmp_path / "base.gguf", Kind.Q4_0, fields=with_words)
     trained(llama(), r=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "a")

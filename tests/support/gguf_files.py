@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,9 @@ def write_llama(
     return written(writer, path)
 
 
-def write_model(path: Path, architecture: gguf.MODEL_ARCH, model: PreTrainedModel, *, norms: float = 0) -> Path:
+def write_model(
+    path: Path, architecture: gguf.MODEL_ARCH, model: PreTrainedModel, *, norms: float = 0, words: Sequence[str] = ()
+) -> Path:
     """Write a model whose rows llama.cpp has in transformers' order, its linear layers in Q4_0, `norms` added to norms.
 
     What llama.cpp does not have is left out: a pooler, and a head that is the embedding.
@@ -98,6 +100,9 @@ def write_model(path: Path, architecture: gguf.MODEL_ARCH, model: PreTrainedMode
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    if words:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(words)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, value in model.state_dict().items():
         own = names.get_name(name, (".weight", ".bias"))
