@@ -27,9 +27,7 @@ INSTRUCTIONS = {
     "x86_64": {"v4": ["-mcpu=x86_64_v4", "-mprefer-vector-width=512"], "v3": ["-mcpu=x86_64_v3"]},
     "aarch64": {"neon": []},
 }
-# Without -fno-builtin, loops become calls of the C library, which is not linked
-FLAGS = ["-shared", "-nostdlib", "-fno-builtin", "-O3", "-g0", "-s", "-std=c11", "-ffp-contract=fast"]
-FLAGS += ["-fvisibility=hidden"]
+FLAGS = ["-shared", "-nostdlib", "-O3", "-g0", "-s", "-std=c11", "-ffp-contract=fast", "-fvisibility=hidden"]
 
 
 class CompiledWheel(BuildHookInterface[Any]):

@@ -22,8 +22,16 @@ typedef struct {
     int64_t start, chunks, width, bits;
 } Plane;
 
+// A few rows of a tile, as numbers and as codes.
+typedef struct {
+    float weight[ROWS][TILE], sum[ROWS][TILE];
+    uint8_t codes[ROWS][TILE];
+} Tile;
+
 typedef struct {
     int64_t rows, columns, rank;
+    // Memory for one Tile, at a multiple of 64 bytes: Windows needs its C runtime for so much on the stack
+    Tile *tile;
     const uint8_t *blocks;         // (rows, columns / elements, bytes)
     uint8_t *output;               // a copy of `blocks`, receives other codes
     const float *steps, *offsets;  // (rows, columns / group)
@@ -126,11 +134,6 @@ INLINE int has_odd_steps(const BlockJob *job, int64_t at) {
     return is_odd;
 }
 
-typedef struct {
-    float weight[ROWS][TILE], sum[ROWS][TILE];
-    uint8_t codes[ROWS][TILE];
-} Tile;
-
 INLINE void decode(const BlockJob *job, int64_t row, int64_t column, int64_t width, int here, Tile *tile) {
     uint8_t *codes = tile->codes[here];
     for (int64_t at = 0; at < width; at += job->elements) {
@@ -184,7 +187,6 @@ INLINE void tile_of_rows(const BlockJob *job, int64_t row, int64_t column, int h
 
 // Put codes into the output. Returns 1 where a sum is not finite, else 0.
 EXPORT int32_t merge_blocks(const BlockJob *job) {
-    Tile tile __attribute__((aligned(64)));
     Words bad = {0};
     for (int64_t start = 0; start < job->rows; start += ROWS_OF_A_STRIP) {
         int64_t stop = start + ROWS_OF_A_STRIP < job->rows ? start + ROWS_OF_A_STRIP : job->rows;
@@ -192,7 +194,7 @@ EXPORT int32_t merge_blocks(const BlockJob *job) {
             int64_t width = job->columns - column < TILE ? job->columns - column : TILE;
             Figures figures = {0};
             for (int64_t row = start; row < stop; row += ROWS)
-                tile_of_rows(job, row, column, stop - row < ROWS ? (int)(stop - row) : ROWS, width, &tile, &figures);
+                tile_of_rows(job, row, column, stop - row < ROWS ? (int)(stop - row) : ROWS, width, job->tile, &figures);
             bad |= figures.bad;
             if (!job->figures) continue;
             job->figures[0] += sum_of(figures.weight);

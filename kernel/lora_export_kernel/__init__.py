@@ -37,6 +37,7 @@ class _Job(ctypes.Structure):
 
 
 PLANES = 2  # of a code, at most
+TILE_BYTES = 4 * 256 * (4 + 4 + 1)  # `Tile` in C
 # The width, the bits, and the bits below it of each plane that `EACH_PLANE` in C has
 FORMS = {(16, 4, 0), (32, 4, 0), (64, 4, 0), (32, 2, 0), (32, 2, 4), (32, 1, 2), (32, 1, 4), (1, 1, 4)}
 
@@ -52,7 +53,7 @@ class _BlockJob(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "columns", "rank")),
-        *((name, ctypes.c_void_p) for name in ("blocks", "output", "steps", "offsets", "b", "a", "figures")),
+        *((name, ctypes.c_void_p) for name in ("tile", "blocks", "output", "steps", "offsets", "b", "a", "figures")),
         *((name, ctypes.c_int64) for name in ("elements", "bytes", "group", "first", "count", "planes")),
         ("plane", _Plane * PLANES),
     )
@@ -142,9 +143,9 @@ def merge_blocks(
     assert blocks.shape == output.shape == (rows, count, blocks.shape[2]) and offsets.shape == steps.shape
     assert b.shape == (rows, len(a)) and columns % count == 0 and columns // count in (32, 256)
     np.copyto(output, blocks)
-    planes = [_Plane(*plane) for plane in stored.planes]
+    planes, tile = [_Plane(*plane) for plane in stored.planes], np.empty(TILE_BYTES + 64, np.uint8)
     job = _BlockJob(
-        *(rows, columns, len(a)),
+        *(rows, columns, len(a), -(-tile.ctypes.data // 64) * 64),
         *(one.ctypes.data for one in (blocks, output, steps, offsets, b, a)),
         figures=None if figures is None else figures.ctypes.data,
         elements=columns // count,

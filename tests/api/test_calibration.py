@@ -15,7 +15,16 @@ import pytest
 import torch
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, GemmaConfig, GemmaForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GemmaConfig,
+    GemmaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+)
 
 import lora_export
 from lora_export.api import calibration
@@ -146,6 +155,7 @@ UNREAD = {
     "BERT": lambda: (BertModel(BertConfig(**SIZES, max_position_embeddings=32)), 0, ["query", "value"]),
     "GEMMA": lambda: (GemmaForCausalLM(GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=32)), 1, ["q_proj"]),
     "OLMO2": lambda: (Olmo2ForCausalLM(Olmo2Config(**SIZES, eos_token_id=1)), 0, ["down_proj"]),
+    "OLMOE": lambda: (OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)), 0, ["q_proj"]),
 }
 
 

@@ -244,17 +244,20 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, name, config, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "option"),
+    ("name", "options", "message"),
     [
-        ("RandLora: dense", "save_projection"),
-        ("TinyLora: tied vectors", "save_projection"),
-        ("Frod: linear", "save_projection"),
-        ("UniLora: saved indices", "save_indices"),
+        ("RandLora: dense", {"save_projection": False}, "Save the adapter with save_projection=True"),
+        ("TinyLora: tied vectors", {"save_projection": False}, "Save the adapter with save_projection=True"),
+        ("Frod: linear", {"save_projection": False}, "Save the adapter with save_projection=True"),
+        ("UniLora: saved indices", {"save_indices": False}, "Save the adapter with save_indices=True"),
+        ("HRA: linear", {"r": 6, "apply_GS": True}, r"point: hra_u is \(4, 6\): .* at most the number of inputs"),
+        ("OFT: exact", {"oft_block_size": 1}, r"is \(12, 0\): blocks of size 1 have no rotation, and change nothing"),
+        ("OFT: shared block", {"oft_block_size": 1}, r"is \(1, 0\): blocks of size 1 have no rotation"),
     ],
 )
-def test_matrices_that_are_not_saved_are_named(tmp_path, name, option):
-    case = replace(CASES[name], options=CASES[name].options | {option: False})
-    with pytest.raises(InputRefused, match=f"Save the adapter with {option}=True"):
+def test_options_that_leave_no_matrix_are_named(tmp_path, name, options, message):
+    case = replace(CASES[name], options=CASES[name].options | options)
+    with pytest.raises(InputRefused, match=message):
         le.load_adapter(trained(case, tmp_path).adapter)
 
 

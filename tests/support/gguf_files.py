@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def write_model(
 ) -> Path:
     """Write a model whose rows llama.cpp has in transformers' order, its linear layers in Q4_0, `norms` added to norms.
 
-    What llama.cpp does not have is left out: a pooler, and a head that is the embedding.
+    What llama.cpp does not have is left out: a pooler, and a head that is the embedding. Experts are stacked, in F32.
     """
     config, writer = model.config, gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_block_count(config.num_hidden_layers)
@@ -104,7 +104,7 @@ def write_model(
         writer.add_tokenizer_model("llama")
         writer.add_token_list(words)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for name, value in model.state_dict().items():
+    for name, value in _of_files(model):
         own = names.get_name(name, (".weight", ".bias"))
         is_linear = value.ndim == 2 and "embed" not in name
         if own is None or "pooler" in name or (name == "lm_head.weight" and config.tie_word_embeddings):
@@ -112,6 +112,16 @@ def write_model(
         kind, array = Kind.Q4_0 if is_linear else Kind.F32, value.numpy() + (norms if "norm" in name else 0)
         writer.add_tensor(own, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
     return written(writer, path)
+
+
+def _of_files(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model, the stacks of its experts under the names that the package gguf maps."""
+    for name, value in model.state_dict().items():
+        if name.endswith("gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), value.chunk(2, 1), strict=True):
+                yield name.replace("gate_up_proj", f"{part}.weight"), half
+        else:
+            yield name if value.ndim < 3 else f"{name}.weight", value
 
 
 def runnable(writer: gguf.GGUFWriter) -> None:

@@ -26,6 +26,8 @@ def oft(stored: Stored) -> WeightTransform:
     if len(parts) != 1:
         raise InputRefused("it has rotations of a layer and of a table")
     (part,) = parts
+    if parts[part].shape[-1:] == (0,):
+        raise InputRefused(f"{part} is {parts[part].shape}: blocks of size 1 have no rotation, and change nothing")
     rows, embedding = stored.part(part, 2), part == _OF_TABLE
     block = (1 + math.isqrt(1 + 8 * rows.shape[-1])) // 2  # rows.shape[1] = block (block - 1) / 2
     if block * (block - 1) != 2 * rows.shape[1]:
@@ -125,7 +127,8 @@ def _order(factor: int, count: int, size: int) -> NDArray[np.int64] | None:
 def hra(stored: Stored) -> WeightTransform:
     """HRA in PEFT: the inputs are reflected at some planes one after the other, W' = W H₁ ... H_r (Yuan et al. 2024).
 
-    With `apply_GS`, the normals of the planes are made orthogonal first, so that the order does not count.
+    With `apply_GS`, the normals of the planes are made orthogonal first, so that the order does not count. There are at
+    most as many as inputs: PEFT makes others of rounding errors.
     """
     normals, config = stored.part("hra_u", 2), stored.config
     if normals.shape[1] != config["r"]:
@@ -133,6 +136,11 @@ def hra(stored: Stored) -> WeightTransform:
     if not normals.any(axis=0).all():
         raise InputRefused("a normal of hra_u is zero: it has no plane")
     settings = {"orthogonal": bool(config.get("apply_GS"))}
+    if settings["orthogonal"] and normals.shape[1] > len(normals):
+        raise InputRefused(
+            f"hra_u is {normals.shape}: with apply_GS, r is at most the number of inputs. PEFT makes the other normals "
+            "of rounding errors, which differ from one machine to another"
+        )
     return WeightTransform(
         stored.title, {"hra_u": normals}, _lower_hra, (0, len(normals)), settings=settings, rank=normals.shape[1]
     )
