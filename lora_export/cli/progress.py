@@ -37,7 +37,7 @@ class CurrentStage:
     def __str__(self) -> str:
         """How much is done, and how long the rest will take at the speed until now, else how long it has taken."""
         event, taken = self.event, time.monotonic() - self.begun
-        clock = duration(taken)
+        clock = f"{duration(taken)} so far"
         if event.total and event.done:
             clock = f"{duration(taken * (event.total - event.done) / event.done)} left"
         return ", ".join(filter(None, (_amount(event), clock, event.detail)))

@@ -42,7 +42,7 @@ TRAINING = Progress("training", 3, 7, "steps", "loss 0.693, 12,345 tokens/s, 1,2
     [
         (Progress("merging", 1_500_000, 2_000_000, "bytes"), ("merging", "1.5 MB of 2.0 MB, 0 s left")),
         (TRAINING, ("training", "3 of 7 steps, 0 s left, loss 0.693, 12,345 tokens/s, 1,234 MiB")),
-        (Progress("verifying"), ("verifying", "0 s")),
+        (Progress("verifying"), ("verifying", "0 s so far")),
     ],
 )
 def test_stage_work_and_detail_are_shown_on_a_terminal(
@@ -69,7 +69,7 @@ def test_each_stage_has_a_clock_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     stage.take(Progress("starting", 30, 60, "steps"))
     assert str(stage) == "30 of 60 steps, 1 min left"
     stage.take(Progress("proving"))
-    assert str(stage) == "0 s"
+    assert str(stage) == "0 s so far"
 
 
 def test_without_a_terminal_a_line_is_printed_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

