@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -140,6 +141,16 @@ def test_adapters_beside_the_weights_give_these_texts(made: Path, lora: str, tmp
     assert [list(each.tokens) for each in le.generate(**served, **chosen)] == expected != of_base
     if chosen:
         assert [list(each.tokens) for each in le.generate(**served)] == of_base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["llava"], indirect=True)
+@pytest.mark.parametrize("lora", ["merged", "nodes"])
+def test_linear_layers_are_quantised_and_the_table_is_not(made: Path, lora: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"adapters": [made / "adapter"], "lora": lora, "with_cache": True, "quantize": "int8"}
+    assert le.export_onnx(made / "base", tmp_path / "served", **given).proof
+    kinds = [{node.op_type for node in onnx.load(tmp_path / "served" / name).graph.node} for name in IMAGE_TEXT_FILES]
+    assert ["MatMulNBits" in each for each in kinds] == [True, False, True]
 
 
 @pytest.mark.parametrize("made", ["llava"], indirect=True)
