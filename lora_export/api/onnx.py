@@ -131,26 +131,13 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(f"{named('lora', lora)} needs the adapters that rows may choose from ({named('adapters')})")
     if is_graph and not adapters and target is None:
         raise WrongUsage(f"MODEL is a graph already: name the adapters to put into it ({named('adapters')})")
-    if options.task == IMAGE_TEXT_TO_TEXT and target is not None:
-        raise WrongUsage(
-            f"{named('target')} is not for {options.task}: graphs take adapters where {named('adapters')} has them. "
-            f"Its texts alone: {named('task', TEXT_GENERATION)}"
-        )
-    if options.task == IMAGE_TEXT_TO_TEXT and options.by_row:
-        raise WrongUsage(
-            f"{named('lora', lora)} is not for {options.task}: its vision encoder takes images, and no rows. "
-            f"Its texts alone: {named('task', TEXT_GENERATION)}"
-        )
+    _refuse_beside_parts(options)
     if any(adapter.invocation_tokens for adapter in adapters):
         _refuse_activated(options, is_graph=is_graph)
     if options.dora and options.per_row > 1:
         raise WrongUsage(f"{named('dora')} and {named('per_row')} exclude each other: DoRA has no sum")
-    if options.has_parts and options.strength_input:
-        raise WrongUsage(f"{named('strength_input')} is not for {options.task}, whose adapters are in several graphs")
     if options.strength_input and not adapters and target is None:
         raise WrongUsage(f"{named('strength_input')} needs an adapter ({named('adapters')})")
-    if options.has_parts and options.fuse:
-        raise WrongUsage(f"{named('fuse')} is for decoders alone, not for {options.task}")
     if options.quantize and options.dtype == "bfloat16" and options.provider == "cpu":
         raise WrongUsage(
             f"{named('quantize')} needs onnxruntime, which does not run {named('dtype', 'bfloat16')} on the CPU"
@@ -162,6 +149,25 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         )
     if options.reference is not None and names_kind(options.reference, ArtifactKind.GRAPH):
         raise WrongUsage(f"{named('reference')} names a PyTorch model; without it the graph is compared with itself")
+
+
+def _refuse_beside_parts(options: OnnxRequest) -> None:
+    """Raise WrongUsage for options that models of three graphs do not have."""
+    if not options.has_parts:
+        return
+    task, has_images = options.task, options.task == IMAGE_TEXT_TO_TEXT
+    refused = {
+        f"{named('fuse')} is for decoders alone, not for {task}": options.fuse is not None,
+        f"{named('strength_input')} is not for {task}, whose adapters are in several graphs": options.strength_input,
+        f"{named('target')} is not for {task}: graphs take adapters where {named('adapters')} has them": (
+            has_images and options.target is not None
+        ),
+        f"{named('lora', options.lora)} is not for {task}: its vision encoder takes images, and no rows": (
+            has_images and options.by_row
+        ),
+    }
+    for why in (text for text, holds in refused.items() if holds):
+        raise WrongUsage(f"{why}. Its texts alone: {named('task', TEXT_GENERATION)}" if has_images else why)
 
 
 def _refuse_activated(options: OnnxRequest, *, is_graph: bool) -> None:

@@ -33,6 +33,7 @@ from lora_export.api.onnx_steps import (
 )
 from lora_export.api.publish import prove_trace, record_of_model
 from lora_export.api.shared_head import stored_in_module
+from lora_export.artifacts.files import EMBEDDING_FILE
 from lora_export.callbacks import each_once, ignore, note_each
 from lora_export.errors import MatchError, RuntimeRefused
 from lora_export.graph.find_sites import find_sites
@@ -81,8 +82,8 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         options.stage("exporting the base")
         base, graphs, why_text_only = _exported(base, options)
         if options.lora != "merged":
-            for program in graphs.values():
-                quantise(program, options)
+            for name, program in graphs.items():
+                quantise(program, replace(options, output=options.output.with_name(name)))
             del program
         references = PyTorchReferences(
             base,
@@ -321,8 +322,8 @@ def write_with_adapters(
 
 
 def quantise(program: ir.Model, options: OnnxRequest) -> None:
-    """Quantise the linear layers of the graph where the options name a kind."""
-    if options.quantize is None:
+    """Quantise the linear layers of the graph where the options name a kind. That of an embedding has none."""
+    if options.quantize is None or (options.has_parts and options.output.name == EMBEDDING_FILE):
         return
     options.stage(f"quantising to {options.quantize}")
     note_each(options.on_message, quantise_graph(program, options.quantize))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +193,24 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: di
     with pytest.raises(WrongUsage, match=message):
         le.export_onnx(MODEL, tmp_path / "m.onnx", **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fuse": "cpu"}, "fuse= is for decoders alone, not for image-text-to-text"),
+        ({"lora": "nodes", "strength_input": True}, "strength_input= is not for image-text-to-text"),
+        ({"lora": "inputs", "target": "all-linear"}, "target= is not for image-text-to-text"),
+        ({"lora": "rows"}, 'lora="rows" is not for image-text-to-text'),
+        ({"lora": "slots"}, 'lora="slots" is not for image-text-to-text'),
+    ],
+)
+def test_options_of_texts_alone_name_their_task(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    given = {"adapters": an_adapter(tmp_path / "adapter"), "with_cache": True, **options}
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    with pytest.raises(WrongUsage, match=f'^{re.escape(message)}[^\\n]*. Its texts alone: task="text-generation"$'):
+        le.export_onnx(tmp_path, tmp_path / "out", **given)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path) -> None:

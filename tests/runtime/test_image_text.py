@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -126,14 +127,30 @@ def test_an_adapter_that_one_part_lacks_is_found(made: Path, inside: str, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made", ["llava"], indirect=True)
-def test_adapters_are_inputs_too(made: Path, tmp_path: Path) -> None:
-    le.export_onnx(made / "base", tmp_path / "served", adapters=[made / "adapter"], lora="inputs", with_cache=True)
+@pytest.mark.parametrize(
+    ("made", "lora"), [("llava", "inputs"), ("gemma3", "inputs"), ("gemma3", "nodes")], indirect=["made"]
+)
+def test_adapters_beside_the_weights_give_these_texts(made: Path, lora: str, tmp_path: Path) -> None:
+    name, base, adapter = (made / "name").read_text(), made / "base", made / "adapter"
+    le.export_onnx(base, tmp_path / "served", adapters=[adapter], lora=lora, with_cache=True)
     paths = image_files(tmp_path / "images", (40, 24))
-    prompt = ["what is on <image> ?"]
-    expected = le.generate(made / "served", prompt, images=paths, max_new_tokens=8)[0].tokens
-    found = le.generate(tmp_path / "served", prompt, images=paths, adapters="adapter", max_new_tokens=8)[0].tokens
-    assert found == expected != le.generate(tmp_path / "served", prompt, images=paths, max_new_tokens=8)[0].tokens
+    prompt = [f"what is on {IMAGE_OF[name]} ?"]
+    expected, of_base = (generated_by_transformers(name, base, each, prompt, [paths], 8) for each in (adapter, None))
+    served: dict[str, Any] = {"source": tmp_path / "served", "prompts": prompt, "images": paths, "max_new_tokens": 8}
+    chosen: dict[str, Any] = {"adapters": "adapter"} if lora == "inputs" else {}
+    assert [list(each.tokens) for each in le.generate(**served, **chosen)] == expected != of_base
+    if chosen:
+        assert [list(each.tokens) for each in le.generate(**served)] == of_base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["llava"], indirect=True)
+@pytest.mark.parametrize("lora", ["merged", "nodes"])
+def test_linear_layers_are_quantised_and_the_table_is_not(made: Path, lora: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"adapters": [made / "adapter"], "lora": lora, "with_cache": True, "quantize": "int8"}
+    assert le.export_onnx(made / "base", tmp_path / "served", **given).proof
+    kinds = [{node.op_type for node in onnx.load(tmp_path / "served" / name).graph.node} for name in IMAGE_TEXT_FILES]
+    assert ["MatMulNBits" in each for each in kinds] == [True, False, True]
 
 
 @pytest.mark.parametrize("made", ["llava"], indirect=True)
