@@ -37,7 +37,8 @@ def image_text_model(name: str, folder: Path) -> Path:
             if not parameter.any() and "mm_input_projection" in key:
                 parameter.normal_(std=0.02)  # Gemma 3's projector is made of zeros
             if parameter.ndim > 1 and not (model.config.tie_word_embeddings and "embed_tokens" in key):
-                parameter.mul_(8)
+                is_divided = key.endswith("multi_modal_projector.linear.weight")  # PaliGemma's features, by its width
+                parameter.mul_(64 if is_divided else 8)
     model.save_pretrained(folder)
     image_text_processor(name, folder)
     return folder
