@@ -182,10 +182,14 @@ def test_chats_without_a_template_are_undecided(folders: Folders, tmp_path: Path
     assert result.exit_code == 5 and "Chats were not tried: the base's tokenizer has no chat template" in str(result)
 
 
-def test_replies_that_end_at_once_and_own_inputs_are_refused(folders: Folders, tmp_path: Path) -> None:
-    model = served(folders.base, folders.adapter, "chat", values=lambda values: values[:1])
-    with pytest.raises(RuntimeRefused, match="its replies end at once"):
+@pytest.mark.parametrize("wrong", [{"values": lambda values: values[:1]}, {"piece": lambda _: None}])
+def test_replies_that_end_at_once_or_lack_texts_are_refused(wrong: dict[str, Any], folders: Folders) -> None:
+    model = served(folders.base, folders.adapter, "chat", **wrong)
+    with pytest.raises(RuntimeRefused, match="its replies end at once, or have tokens that are no text"):
         verified(folders, model)
+
+
+def test_a_chat_takes_no_inputs_of_the_user(folders: Folders, tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", input_ids=np.arange(2, 42).reshape(2, 20))
     with pytest.raises(InputRefused, match="inputs=: the server takes messages alone"):
         verified(folders, served(folders.base, folders.adapter, "chat"), inputs=tmp_path / "own.npz")
