@@ -28,8 +28,8 @@ DATATYPES: Mapping[str, Any] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
-HALVES: Mapping[str, Any] = {"FP16": np.float16, "BF16": ml_dtypes.bfloat16}
-BINARY_DATATYPES: Mapping[str, Any] = {**DATATYPES, **HALVES}
+HALF_DATATYPES: Mapping[str, Any] = {"FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+BINARY_DATATYPES: Mapping[str, Any] = {**DATATYPES, **HALF_DATATYPES}
 BINARY = "binary_tensor_data"  # the extension's name in the server's metadata
 SIZE = "binary_data_size"  # the parameter of a tensor whose bytes follow
 VERSION, MODELS = "v2", "models"  # parts of an address
@@ -82,7 +82,7 @@ class TensorRunner(PlainRunner):
 
     def rounded(self, inputs: Arrays) -> Arrays:
         """The inputs with the numbers that the server's FP16 or BF16 holds, in their own dtype."""
-        halves = {name for name, one in self._inputs.items() if one.datatype in HALVES}
+        halves = {name for name, one in self._inputs.items() if one.datatype in HALF_DATATYPES}
         return {
             name: _rounded(value, self._inputs[name].dtype) if name in halves else value
             for name, value in inputs.items()
