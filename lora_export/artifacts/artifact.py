@@ -87,7 +87,7 @@ def _text_in_archive(path: Path) -> str | None:
     return None
 
 
-def has_torn_archive(path: Path) -> bool:
+def has_broken_archive(path: Path) -> bool:
     """Whether a file has the mark of an archive's end at its own, and is none: it was cut, or changed."""
     with input_files.open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - END_OF_ARCHIVE))

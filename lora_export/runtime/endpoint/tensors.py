@@ -180,13 +180,13 @@ def _takes_bytes(client: Client) -> bool:
     """Whether a server states that it takes tensors as bytes. It need not describe itself: a gateway may lead to its
     models alone.
     """
-    asking = replace(client, seconds=min(client.seconds, MOST_SECONDS_OF_SERVER))
+    brief_client = replace(client, seconds=min(client.seconds, MOST_SECONDS_OF_SERVER))
     try:
-        extensions = asking.get(f"../{VERSION}").get("extensions")
+        extensions = brief_client.get(f"../{VERSION}").get("extensions")
     except (RuntimeRefused, EnvironmentLacking):
         return False
     finally:
-        client.requests = asking.requests
+        client.requests = brief_client.requests
     return isinstance(extensions, list) and BINARY in extensions
 
 
