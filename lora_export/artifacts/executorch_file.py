@@ -20,7 +20,7 @@ IDENTIFIER = b"ET12"
 MOST_IN_LIST = 4096  # methods, inputs, outputs, delegates, sizes: of each list
 MOST_TENSORS = 1 << 16  # in all methods
 MOST_READ = 1 << 20  # entries of lists that are read, as lists may share their bytes
-MOST_SIZES = 64  # of a tensor
+MOST_DIMENSIONS = 64  # of a tensor
 MOST_NAME = 1 << 10  # bytes
 # The schema's number of a dtype -> NumPy's name
 _NUMBERED = "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
@@ -168,5 +168,5 @@ def _tensor(buffer: _Buffer, value: int) -> PlannedTensor:
         return PlannedTensor("", None)
     tensor = buffer.table(value, _VALUE)
     number, dynamism = buffer.integer(tensor, _SCALAR_TYPE, "b"), buffer.integer(tensor, _DYNAMISM, "b")
-    sizes = None if dynamism == _UNBOUND else buffer.integers(tensor, _SIZES, "i", MOST_SIZES)
+    sizes = None if dynamism == _UNBOUND else buffer.integers(tensor, _SIZES, "i", MOST_DIMENSIONS)
     return PlannedTensor(SCALAR_TYPES.get(number, f"type {number}"), sizes, dynamism != 0)
