@@ -74,7 +74,7 @@ def tokens_with_images(
 
     What else a model's processor writes for an image is in texts, and not in prompts of token ids. In a chat template,
     a text without the marker of images has all of them before it. Raises InputRefused where the texts have the marker
-    more or less often than there are images, and as `token_ids`.
+    more or less often than there are images, or other tokens of images, and as `token_ids`.
     """
     writer = ImageWriter(rule_of(settings), tokenizer, image)
     left = list(images)
@@ -83,9 +83,16 @@ def tokens_with_images(
         if isinstance(prompt, str):
             text = _chat(prompt, writer.marker, len(images), tokenizer) if chat else writer.framed(prompt)
             read += text.count(writer.marker)
+            before = len(left)
             text = writer.write(text, left)
             special = not chat and writer.rule.frame is None
             found.append(token_ids(text, tokenizer, settings, chat=False, special=special))
+            written = sum(size.tokens for size in images[len(images) - before : len(images) - len(left)])
+            if (own := found[-1].count(image)) != written:
+                raise InputRefused(
+                    f"the prompt {prompt!r:.80} has the token {image} of images {own} times, where its images have "
+                    f"{written}: write {writer.marker} once where each image is read, and no other token of images"
+                )
             continue
         ids = token_ids(prompt, tokenizer, settings, chat=chat)
         read += ids.count(image)

@@ -142,7 +142,11 @@ class ImageWriter:
 
     @property
     def _name(self) -> str:
-        return str(self.tokenizer.convert_ids_to_tokens(self.token))
+        """The token by its name. Raises InputRefused where the tokenizer has none."""
+        found = self.tokenizer.convert_ids_to_tokens(self.token)
+        if not isinstance(found, str) or not found:
+            raise InputRefused(f"the tokenizer has no token {self.token}, which is that of an image")
+        return found
 
 
 def next_of(images: list[ImageSize]) -> ImageSize:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
-from lora_export.artifacts.artifact import WrittenRecord, open_artifact
+from lora_export.artifacts.artifact import WrittenRecord, has_broken_archive, open_artifact
 from lora_export.artifacts.executorch_file import ProgramMethod, read_methods
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, brief, listed
@@ -92,6 +92,11 @@ class Inspection:
         """The verdict that the file was published with; empty where none is recorded."""
         value = self.record.content.get("verdict")
         return value if isinstance(value, Mapping) else {}
+
+    @property
+    def has_damaged_record(self) -> bool:
+        """Whether what is behind a program was a record, and can no longer be read."""
+        return self.methods is not None and has_broken_archive(self.path)
 
     @property
     def linear(self) -> tuple[Site, ...]:

@@ -87,6 +87,13 @@ def _text_in_archive(path: Path) -> str | None:
     return None
 
 
+def has_broken_archive(path: Path) -> bool:
+    """Whether a file has the mark of an archive's end at its own, and is none: it was cut, or changed."""
+    with input_files.open_regular(path) as file:
+        file.seek(max(0, path.stat().st_size - END_OF_ARCHIVE))
+        return b"PK\x05\x06" in file.read(END_OF_ARCHIVE) and not zipfile.is_zipfile(path)
+
+
 def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = content.get(key)
     return value if isinstance(value, Mapping) else {}
@@ -95,6 +102,7 @@ def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 # --- artifacts ---
 
 
+END_OF_ARCHIVE = 1 << 16  # bytes
 # A member of each kind of archive, in the archive's one folder
 MEMBERS = {"archive_format": ArtifactKind.PROGRAM, "constants.pkl": ArtifactKind.SCRIPT}
 

@@ -19,6 +19,8 @@ from lora_export.storage import input_files
 IDENTIFIER = b"ET12"
 MOST_IN_LIST = 4096  # methods, inputs, outputs, delegates, sizes: of each list
 MOST_TENSORS = 1 << 16  # in all methods
+MOST_READ = 1 << 20  # entries of lists that are read, as lists may share their bytes
+MOST_DIMENSIONS = 64  # of a tensor
 MOST_NAME = 1 << 10  # bytes
 # The schema's number of a dtype -> NumPy's name
 _NUMBERED = "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
@@ -76,7 +78,7 @@ class _Buffer:
 
     def __init__(self, content: mmap.mmap):
         self._content = content
-        self._tensors = 0
+        self._tensors = self._read = 0
         self.root = self._target(0)
 
     def _number(self, kind: str, place: int) -> int:
@@ -107,16 +109,16 @@ class _Buffer:
         return self._target(place)
 
     def text(self, table: int, number: int) -> str:
-        start, length = self._list(table, number, most=MOST_NAME)
+        start, length = self._read_list(table, number, most=MOST_NAME)
         return self._content[start : start + length].decode(errors="replace")
 
-    def integers(self, table: int, number: int, kind: str) -> tuple[int, ...]:
-        start, length = self._list(table, number)
+    def integers(self, table: int, number: int, kind: str, most: int = MOST_IN_LIST) -> tuple[int, ...]:
+        start, length = self._read_list(table, number, most)
         found: tuple[Any, ...] = struct.unpack_from(f"<{length}{kind}", self._content, start)
         return found
 
     def tables(self, table: int, number: int) -> Iterator[int]:
-        start, length = self._list(table, number)
+        start, length = self._read_list(table, number)
         yield from (self._target(start + 4 * index) for index in range(length))
 
     def entry(self, table: int, number: int, index: int) -> int:
@@ -131,7 +133,7 @@ class _Buffer:
         if self._tensors > MOST_TENSORS:
             raise ValueError(f"it has more than {MOST_TENSORS:,} inputs and outputs")
 
-    def _list(self, table: int, number: int, most: int = MOST_IN_LIST) -> tuple[int, int]:
+    def _list(self, table: int, number: int, most: int) -> tuple[int, int]:
         """Where the entries of a list begin, and their number."""
         if not (place := self._field(table, number)):
             return 0, 0
@@ -140,6 +142,14 @@ class _Buffer:
         if length > most:
             raise ValueError(f"a list has {length:,} entries")
         return start + 4, length
+
+    def _read_list(self, table: int, number: int, most: int = MOST_IN_LIST) -> tuple[int, int]:
+        """The same for a list that is read as a whole."""
+        start, length = self._list(table, number, most)
+        self._read += length
+        if self._read > MOST_READ:
+            raise ValueError(f"its lists have more than {MOST_READ:,} entries")
+        return start, length
 
 
 def _method(buffer: _Buffer, plan: int) -> ProgramMethod:
@@ -158,5 +168,5 @@ def _tensor(buffer: _Buffer, value: int) -> PlannedTensor:
         return PlannedTensor("", None)
     tensor = buffer.table(value, _VALUE)
     number, dynamism = buffer.integer(tensor, _SCALAR_TYPE, "b"), buffer.integer(tensor, _DYNAMISM, "b")
-    sizes = None if dynamism == _UNBOUND else buffer.integers(tensor, _SIZES, "i")
+    sizes = None if dynamism == _UNBOUND else buffer.integers(tensor, _SIZES, "i", MOST_DIMENSIONS)
     return PlannedTensor(SCALAR_TYPES.get(number, f"type {number}"), sizes, dynamism != 0)

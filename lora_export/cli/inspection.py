@@ -86,7 +86,8 @@ def inspection_document(found: Inspection) -> dict[str, Any]:
         layers = {"linear_layers": len(found.linear)}
         return made | interface | {"opsets": dict(found.interface.opsets)} | layers | _graph_as_document(found.graph)
     if found.methods is not None:
-        return {"format": ArtifactKind.EXECUTORCH, "methods": [asdict(method) for method in found.methods], **made}
+        program = {"format": ArtifactKind.EXECUTORCH, "methods": [asdict(method) for method in found.methods]}
+        return program | {"has_damaged_record": found.has_damaged_record} | made
     assert found.checkpoint is not None
     schemes = {name: {"stored_as": tensor.scheme} for name, tensor in found.checkpoint.quantised.items()}
     return made | {"tensors": [as_dict(spec) | schemes.get(spec.stored_name, {}) for spec in found.checkpoint.specs]}
@@ -269,6 +270,8 @@ def _program_lines(found: Inspection, methods: Sequence[ProgramMethod]) -> Itera
     """What it takes to run a program. The names of its inputs are those of the record."""
     yield f"{found.path.name}: {ArtifactKind.EXECUTORCH}, {count(len(methods), 'method')}"
     yield from _record_lines(found)
+    if found.has_damaged_record:
+        yield "note: the record behind the program is damaged, so it is not known how the file was made"
     recorded = found.record.content.get("inputs")
     names = [str(name) for name in recorded] if isinstance(recorded, list) else []
     for method in methods:

@@ -306,7 +306,9 @@ def with_cache(runner: OnnxRunner, tokens: str = IDS) -> OnnxRunner | CacheRunne
 
 
 def with_registered_cache(runner: RegisteredRunner) -> RegisteredRunner | CacheRunner:
-    """The same for the graph in a runner by name."""
+    """The same for the graph in a runner by name. The runner itself where it fills the cache: it states `axes` without
+    the cache, or states none and does not read the cache that it is given.
+    """
     graph = _graph_of(runner.path)
     inputs, outputs = (
         {str(value.name): (_TYPES.get(value.dtype, ""), tuple(value.shape or ())) for value in values}
@@ -314,14 +316,38 @@ def with_registered_cache(runner: RegisteredRunner) -> RegisteredRunner | CacheR
     )
     cache = _cache_tensors(inputs, outputs)
     ids = inputs.get(IDS)
-    if not cache or ids is None or len(ids[1]) != 2:
+    fills_cache = bool(runner.axes) and not runner.axes.keys() >= {tensor.past for tensor in cache}
+    if not cache or ids is None or len(ids[1]) != 2 or fills_cache:
         return runner
     cache, counts_mask = _as_operators_read(graph, cache)
-    required = inputs.keys() - set(graph.initializers)
-    axes = {name: tuple(map(_size, shape)) for name, (_, shape) in inputs.items() if name in required}
+    required = [value for value in graph.inputs if value.name not in graph.initializers]
     operators = frozenset(node.op_type for node in graph)
-    runner = runner.with_axes(axes)
-    return RegisteredCacheRunner(runner, cache, counts_mask, cannot_give=runner.cannot_give, operators=operators)
+    inner = runner.with_axes({str(value.name): tuple(map(_size, value.shape or ())) for value in required})
+    found = RegisteredCacheRunner(inner, cache, counts_mask, cannot_give=runner.cannot_give, operators=operators)
+    return found if runner.axes or _reads_cache(found, required) else runner
+
+
+def _reads_cache(runner: RegisteredCacheRunner, inputs: Iterable[ir.Value]) -> bool:
+    """Whether the second of two runs returns a cache that is longer than the first run's, which it was given.
+
+    `inputs` are those of the graph.
+    """
+    axes = runner.inner.axes
+    batch, length = (size or 1 for size in axes[IDS])
+    feeds = {
+        name: np.zeros([size or 1 for size in axes[name]], value.dtype.numpy() if value.dtype else np.float32)
+        for value in inputs
+        if (name := str(value.name)) in axes and name not in (MASK, POSITION_IDS)
+    }
+    feeds[IDS] = np.zeros((batch, 2 * length), np.int64)
+    cache = runner._empty_cache(batch)
+    try:
+        for start in (0, length):
+            outputs = runner.inner.run({**runner._step_inputs(feeds, start, start + length), **cache})
+            cache = {tensor.past: outputs[tensor.present] for tensor in runner.cache}
+    except (RuntimeRefused, KeyError):
+        return False
+    return all(2 * length in cache[tensor.past].shape for tensor in runner.cache if tensor.grows)
 
 
 def _cache_tensors(inputs: Mapping[str, _Port], outputs: Mapping[str, _Port]) -> tuple[CacheTensor, ...]:

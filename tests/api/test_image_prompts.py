@@ -67,6 +67,22 @@ def test_a_tokenizer_without_the_tokens_around_an_image_is_refused(tmp_path: Pat
         tokens_with_images(["<image>"], [ImageSize(3, (0, 0))], IMAGE, tokenizer, settings, chat=False)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_raw_token_of_images_in_a_text_is_refused(count: int, tmp_path: Path) -> None:
+    settings, tokenizer, _ = parts("gemma3", tmp_path)
+    raw = tokenizer.convert_ids_to_tokens(IMAGE)
+    text, sizes = f"what {raw} is on {MARKERS['gemma3'] * count}", [ImageSize(3, (0, 0))] * count
+    found = f"has the token 5 of images {3 * count + 1} times, where its images have {3 * count}: write"
+    with pytest.raises(InputRefused, match=f"the prompt 'what {raw} is on .* {found}"):
+        tokens_with_images([text], sizes, IMAGE, tokenizer, settings, chat=False)
+
+
+def test_an_image_token_that_the_tokenizer_lacks_is_refused(tmp_path: Path) -> None:
+    settings, tokenizer, _ = parts("paligemma", tmp_path)
+    with pytest.raises(InputRefused, match="the tokenizer has no token 1000000, which is that of an image"):
+        tokens_with_images(["None ?"], [ImageSize(3, (0, 0))], 10**6, tokenizer, settings, chat=False)
+
+
 def test_crops_are_refused(tmp_path: Path) -> None:
     settings, _, model = parts("gemma3", tmp_path)
     crops = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8, "pan_and_scan_max_num_crops": 4}

@@ -95,19 +95,28 @@ def test_any_file_is_a_candidate_of_a_runner(place: Path, tmp_path: Path) -> Non
         le.verify(place / "m.onnx", MODEL, adapters=place / "adapter", runner="openvino", provider="cuda")
 
 
-@pytest.mark.parametrize(("adapter", "outcome"), [("adapter", "same"), ("stronger", "different")])
-def test_a_server_of_tensors_is_judged(adapter: str, outcome: str, place: Path) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "takes", "outcome"),
+    [("adapter", "FP32", "same"), ("stronger", "FP32", "different"), ("adapter", "FP16", "same")],
+)
+def test_a_server_of_tensors_is_judged(adapter: str, takes: str, outcome: str, place: Path) -> None:
     session = InferenceSession(place / "m.onnx")
     inputs, outputs = (
-        [{"name": one.name, "datatype": "FP32", "shape": [-1] * len(one.shape)} for one in values]
-        for values in (session.get_inputs(), session.get_outputs())
+        [{"name": one.name, "datatype": datatype, "shape": [-1] * len(one.shape)} for one in values]
+        for values, datatype in ((session.get_inputs(), takes), (session.get_outputs(), "FP32"))
     )
 
     def handle(request: Any) -> None:
         if request.command == "GET":
-            return reply(request, {"name": "m", "platform": "onnx", "inputs": inputs, "outputs": outputs})
-        sent = json.loads(request.body)["inputs"]
-        arrays = {one["name"]: np.array(one["data"], np.float32).reshape(one["shape"]) for one in sent}
+            extensions = ["binary_tensor_data"] if takes == "FP16" else []
+            described = {"name": "m", "platform": "onnx", "extensions": extensions}
+            return reply(request, {**described, "inputs": inputs, "outputs": outputs})
+        end = int(request.headers.get("Inference-Header-Content-Length", len(request.body)))
+        sent, content, arrays = json.loads(request.body[:end])["inputs"], request.body[end:], {}
+        for one in sent:
+            size = one.get("parameters", {}).get("binary_data_size", 0)
+            numbers = np.frombuffer(content[:size], "<f2") if size else np.array(one["data"])
+            arrays[one["name"]], content = numbers.astype(np.float32).reshape(one["shape"]), content[size:]
         found = zip(outputs, session.run(None, arrays), strict=True)
         entries = [{**one, "shape": list(array.shape), "data": array.ravel().tolist()} for one, array in found]
         return reply(request, {"model_name": "m", "outputs": entries})

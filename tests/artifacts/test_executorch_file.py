@@ -74,6 +74,11 @@ def test_inspect_shows_a_program_and_its_record(tmp_path: Path, capsys: pytest.C
     assert (code, document["format"]) == (0, "program of ExecuTorch")
     assert document["methods"][0]["inputs"][0] == {"dtype": "float32", "sizes": [4, 3], "varies": True}
     assert document["adapters"][0]["name"] == "fr" and le.inspect(path).methods == read_methods(path)
+    assert not document["has_damaged_record"]
+    path.write_bytes(path.read_bytes()[:-5])
+    assert call("inspect", path) == 0
+    assert "note: the record behind the program is damaged" in capsys.readouterr().out.splitlines()[1]
+    assert answer(capsys, "inspect", path)[1]["has_damaged_record"]
 
 
 @pytest.mark.parametrize("content", [b"", b"ET12", PROGRAM[:8], b"x" * 100, PROGRAM.replace(b"ET12", b"ET99")])
@@ -95,7 +100,13 @@ def test_a_damaged_program_is_read_or_refused(tmp_path: Path) -> None:
     assert refused > 100
 
 
-def test_lists_of_a_program_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executorch_file, "MOST_TENSORS", 4)
-    with pytest.raises(InputRefused, match="it has more than 4 inputs and outputs"):
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [("MOST_TENSORS", "it has more than 4 inputs and outputs"), ("MOST_READ", "its lists have more than 4 entries")],
+)
+def test_lists_of_a_program_are_bounded(
+    limit: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executorch_file, limit, 4)
+    with pytest.raises(InputRefused, match=message):
         read_methods(program(tmp_path / "m.pte"))

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.executorch_file import read_methods
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.isolation.limits import stated_memory
 from lora_export.models.processors import read_sound
@@ -255,3 +256,58 @@ def test_a_program_that_takes_gigabytes_is_refused(tmp_path: Path) -> None:
     runner = open_candidate(open_artifact(tmp_path / "r.pt2"), HowToOpen(base=None))  # type: ignore[arg-type]
     with pytest.raises(RuntimeRefused, match=r"r\.pt2 needs more memory than the 2 GiB that it may take"):
         runner.run({"x": np.ones(2, np.float32)})
+
+
+# --- Programs of ExecuTorch ---
+
+
+def a_program_of_one_tensor(path: Path, sizes: int) -> Path:
+    """Two methods of 4,096 inputs each, all of which are one tensor of so many sizes."""
+    content = bytearray(b"\0\0\0\0ET12")
+
+    def put(kind: str, *numbers: int) -> int:
+        content.extend(struct.pack(f"<{kind}", *numbers))
+        return len(content) - struct.calcsize(f"<{kind}")
+
+    def table(*fields: tuple[int, int, str]) -> tuple[int, list[int]]:
+        """A table of fields: each a number, a value and its kind. Its place, and those of the fields."""
+        kinds = "i" + "".join(kind for _, _, kind in fields)
+        places = [struct.calcsize(f"<i{kinds[1 : 1 + at]}") for at in range(len(fields))]
+        slots = [0] * (1 + max(number for number, _, _ in fields))
+        for (number, _, _), place in zip(fields, places, strict=True):
+            slots[number] = place
+        fields_at = put(f"HH{len(slots)}H", 4 + 2 * len(slots), struct.calcsize(f"<{kinds}"), *slots)
+        start = put(kinds, len(content) - fields_at, *(value for _, value, _ in fields))
+        return start, [start + place for place in places]
+
+    def point(place: int, target: int) -> None:
+        struct.pack_into("<I", content, place, target - place)
+
+    program, (plans,) = table((1, 0, "I"))
+    point(0, program)
+    point(plans, put("III", 2, 0, 0))
+    plan, (values, inputs) = table((2, 0, "I"), (3, 0, "I"))
+    first = struct.unpack_from("<I", content, plans)[0] + plans
+    point(first + 4, plan)
+    point(first + 8, plan)
+    point(values, put("II", 1, 0))
+    value_list = struct.unpack_from("<I", content, values)[0] + values
+    point(inputs, put("4097I", 4096, *[0] * 4096))
+    value, (_, tensor_at) = table((0, 5, "B"), (1, 0, "I"))
+    point(value_list + 4, value)
+    tensor, (sizes_at,) = table((2, 0, "I"))
+    point(tensor_at, tensor)
+    point(sizes_at, put(f"{sizes + 1}I", sizes, *[1] * sizes))
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(("sizes", "message"), [(4096, "a list has 4,096 entries"), (64, "")])
+def test_tensors_of_a_program_that_share_their_sizes_take_little(sizes: int, message: str, tmp_path: Path) -> None:
+    path = a_program_of_one_tensor(tmp_path / "m.pte", sizes)
+    assert path.stat().st_size < 40_000
+    if message:
+        told = refused_at_little_cost(lambda: read_methods(path), seconds=10, memory=20 * MIB)
+        assert message in told
+    else:
+        assert len(read_methods(path)[1].inputs) == 4096

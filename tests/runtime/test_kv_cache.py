@@ -96,11 +96,21 @@ def test_a_broken_cache_is_different_by_name_too(is_broken: bool, sums: model.Mo
     assert proof.verdict.outcome is (parity.Outcome.DIFFERENT if is_broken else parity.Outcome.SAME), str(proof.verdict)
 
 
-def test_a_runner_without_names_is_refused(sums: model.Model, tmp_path: Path) -> None:
-    with contextlib.closing(by_name(a_graph(tmp_path / "m.onnx", sums), f"{RUNNERS}:by_order")) as runner:
-        ids = np.ones((2, 7), np.int64)
-        with pytest.raises(RuntimeRefused, match=r"returned no present\.0\.key, which the next run"):
-            runner.run({"input_ids": ids, "attention_mask": ids})
+@pytest.mark.parametrize("name", ["fills_cache", "fills_cache_and_returns_it", "StatesNoCache", "by_order"])
+def test_a_runner_that_fills_the_cache_by_itself_is_run_as_before(name: str, sums: model.Model, tmp_path: Path) -> None:
+    path = a_graph(tmp_path / "m.onnx", sums)
+    ids = np.arange(40).reshape(2, 20) % WORDS
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    with contextlib.closing(by_name(path, f"{RUNNERS}:{name}")) as runner:
+        assert isinstance(runner, RegisteredRunner)
+        if name == "by_order":  # it has no names by which its next run could get the cache
+            with pytest.raises(
+                RuntimeRefused, match=r"[Rr]equired inputs \(\['past_key_values\.0\.key'\]\) are missing"
+            ):
+                runner.run(inputs)
+            return
+        expected = with_cache(OnnxRunner(path)).run(inputs)["logits"]
+        np.testing.assert_allclose(runner.run(inputs)["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_prompt_is_one_run_and_each_later_token_another(sums: model.Model, tmp_path: Path) -> None:

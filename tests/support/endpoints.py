@@ -112,6 +112,7 @@ class Served(Server):
     values: Callable[[list[float]], list[Any]] = list  # what it gives in place of the values
     counts: bool = True  # whether it states how many tokens it read
     shift: int = 0  # by how many positions its `echo` is off
+    piece: Callable[[str], Any] = str  # what a chat's reply gives in place of a token's text
 
     def __post_init__(self) -> None:
         self.paths = (CHATS,) if self.protocol == "chat" else self.paths
@@ -158,7 +159,8 @@ class Served(Server):
             ids.append(int(scores.argmax()))
             found.append(float(scores.max()))
         words = [f" {self.tokenizer.decode([token])}" for token in ids[len(sent) :]]
-        content = [{"token": word, "logprob": value} for word, value in zip(words, self.values(found), strict=False)]
+        pairs = zip(map(self.piece, words), self.values(found), strict=False)
+        content = [{"token": piece, "logprob": value} for piece, value in pairs]
         choice = {"index": 0, "message": {"role": "assistant"}, "logprobs": {"content": content}}
         usage = {"prompt_tokens": len(sent)} if self.counts else None
         return {"object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}

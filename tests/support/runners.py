@@ -24,6 +24,36 @@ def by_order(path: str) -> Run:
     return lambda inputs: tuple(run(inputs).values())
 
 
+def fills_cache_and_returns_it(path: str) -> Run:
+    """A decoder whose key/value cache is always empty before a run."""
+    run, session = by_name(path), ort.InferenceSession(path)
+    pasts = [value for value in session.get_inputs() if value.name.startswith("past")]
+
+    def call(inputs: dict[str, Any]) -> Any:
+        rows = len(inputs["input_ids"])
+        shapes = {value.name: [rows, value.shape[1], 0, value.shape[3]] for value in pasts}
+        return run(inputs | {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+
+    return call
+
+
+def fills_cache(path: str) -> Run:
+    run = fills_cache_and_returns_it(path)
+    return lambda inputs: {"logits": run(inputs)["logits"]}
+
+
+class StatesNoCache:
+    """A decoder that states what it takes: no key/value cache."""
+
+    axes = {"input_ids": (None, None), "attention_mask": (None, None)}  # noqa: RUF012
+
+    def __init__(self, path: str):
+        self._run = fills_cache_and_returns_it(path)
+
+    def __call__(self, inputs: dict[str, Any]) -> Any:
+        return self._run(inputs)
+
+
 def one_array(path: str) -> Run:
     run = by_name(path)
     return lambda inputs: next(iter(run(inputs).values()))

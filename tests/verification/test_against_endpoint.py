@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,18 @@ from safetensors.torch import load_file, save_file
 import lora_export as le
 from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
 from support.cli import answer
-from support.endpoints import Folders, Logits, Served, save_adapter, save_base, served, serving, verified, with_peft
+from support.endpoints import (
+    TEMPLATE,
+    Folders,
+    Logits,
+    Served,
+    save_adapter,
+    save_base,
+    served,
+    serving,
+    verified,
+    with_peft,
+)
 
 PROTOCOLS = ("prompt_logprobs", "echo", "next tokens", "chat")
 
@@ -182,10 +194,25 @@ def test_chats_without_a_template_are_undecided(folders: Folders, tmp_path: Path
     assert result.exit_code == 5 and "Chats were not tried: the base's tokenizer has no chat template" in str(result)
 
 
-def test_replies_that_end_at_once_and_own_inputs_are_refused(folders: Folders, tmp_path: Path) -> None:
-    model = served(folders.base, folders.adapter, "chat", values=lambda values: values[:1])
-    with pytest.raises(RuntimeRefused, match="its replies end at once"):
+TURNS = itertools.cycle((True, False))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"values": lambda values: values[:1]}, {"piece": lambda word: f"{word} " if next(TURNS) else None}],
+    ids=["short", "every second token has no text"],
+)
+def test_replies_that_end_at_once_or_lack_texts_are_refused(
+    wrong: dict[str, Any], folders: Folders, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", template=f"{TEMPLATE} ")
+    folders = folders._replace(base=base)
+    model = served(base, folders.adapter, "chat", **wrong)
+    with pytest.raises(RuntimeRefused, match="its replies end at once, or have tokens that are no text"):
         verified(folders, model)
+
+
+def test_a_chat_takes_no_inputs_of_the_user(folders: Folders, tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", input_ids=np.arange(2, 42).reshape(2, 20))
     with pytest.raises(InputRefused, match="inputs=: the server takes messages alone"):
         verified(folders, served(folders.base, folders.adapter, "chat"), inputs=tmp_path / "own.npz")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.options.spelling import named
 from lora_export.runtime.endpoint.client import Client, RequestRefused, key_of
 from lora_export.runtime.runner import Arrays, PlainRunner, completed_inputs
@@ -28,10 +28,12 @@ DATATYPES: Mapping[str, Any] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
-BINARY_DATATYPES: Mapping[str, Any] = {**DATATYPES, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+HALF_DATATYPES: Mapping[str, Any] = {"FP16": np.float16, "BF16": ml_dtypes.bfloat16}
+BINARY_DATATYPES: Mapping[str, Any] = {**DATATYPES, **HALF_DATATYPES}
 BINARY = "binary_tensor_data"  # the extension's name in the server's metadata
 SIZE = "binary_data_size"  # the parameter of a tensor whose bytes follow
 VERSION, MODELS = "v2", "models"  # parts of an address
+MOST_SECONDS_OF_SERVER = 5.0  # that its description may take, which it may lack
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,14 @@ class TensorRunner(PlainRunner):
         """What a report has of the server."""
         facts = {"model": self.model, "platform": self.platform, "server": self.client.server}
         return {**facts, "requests": self.client.requests}
+
+    def rounded(self, inputs: Arrays) -> Arrays:
+        """The inputs with the numbers that the server's FP16 or BF16 holds, in their own dtype."""
+        halves = {name for name, one in self._inputs.items() if one.datatype in HALF_DATATYPES}
+        return {
+            name: _rounded(value, self._inputs[name].dtype) if name in halves else value
+            for name, value in inputs.items()
+        }
 
     def run(self, inputs: Arrays) -> Arrays:
         """Raises RuntimeRefused where the server refuses, or answers with other tensors than its metadata have."""
@@ -163,11 +173,21 @@ def open_tensors_of(address: str, served_name: str | None, seconds: float) -> Te
         metadata = client.get(f"{MODELS}/{model}")
     except RequestRefused as refusal:
         raise InputRefused(f"{refusal}. Is {model} the name of a model there?") from None
+    return TensorRunner(client, model, metadata, is_binary=_takes_bytes(client))
+
+
+def _takes_bytes(client: Client) -> bool:
+    """Whether a server states that it takes tensors as bytes. It need not describe itself: a gateway may lead to its
+    models alone.
+    """
+    brief_client = replace(client, seconds=min(client.seconds, MOST_SECONDS_OF_SERVER))
     try:
-        extensions = client.get(f"../{VERSION}").get("extensions")
-    except RequestRefused:  # a server need not describe itself
-        extensions = None
-    return TensorRunner(client, model, metadata, is_binary=isinstance(extensions, list) and BINARY in extensions)
+        extensions = brief_client.get(f"../{VERSION}").get("extensions")
+    except (RuntimeRefused, EnvironmentLacking):
+        return False
+    finally:
+        client.requests = brief_client.requests
+    return isinstance(extensions, list) and BINARY in extensions
 
 
 def _described(metadata: Mapping[str, Any], key: str, client: Client) -> list[ServedTensor]:
@@ -184,9 +204,19 @@ def _described(metadata: Mapping[str, Any], key: str, client: Client) -> list[Se
 
 def _typed(tensor: ServedTensor, value: NDArray[Any]) -> NDArray[Any]:
     array = value.astype(tensor.dtype)
-    if not np.array_equal(array.astype(value.dtype), value):
+    # The signs too: -1 as UINT64 is 2⁶⁴ - 1, which is -1 again as int64
+    if not np.array_equal(array.astype(value.dtype), value) or not np.array_equal(array < 0, value < 0):
         raise RuntimeRefused(f"the server takes {tensor.name} as {tensor.datatype}, which does not hold its values")
     return array
+
+
+def _rounded(value: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The nearest numbers of a type, in the array's own. What is too large for the type stays as it is."""
+    if value.dtype.kind in "biu":
+        return value
+    with np.errstate(over="ignore"):
+        rounded = value.astype(dtype).astype(value.dtype)
+    return np.where(np.isfinite(rounded), rounded, value)
 
 
 def _little_bytes(array: NDArray[Any]) -> bytes:

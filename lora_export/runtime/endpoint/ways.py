@@ -240,7 +240,7 @@ class NextToken(TokenWay):
         self.server.refuse_other_tokens(choice["usage"], len(ids))
         entries = _top_logprobs(choice)
         return [
-            (token if isinstance(token, int) else self.texts.after(ids, str(piece)), value)
+            (token if isinstance(token, int) else self.texts.after(ids, _text(piece)), value)
             for token, piece, value in entries
         ]
 
@@ -304,12 +304,15 @@ class ChatReply(TokenWay):
         self.server.refuse_other_tokens(choice["usage"], self.begun, by="chat template")
         reply: list[tuple[int | None, Any]] = []
         before = self.texts.ids_of_conversation(conversation)
+        is_read = True  # the text up to here: behind a token without a text, only an id is known
         for entry in _content(choice)[:length]:
-            conversation += str(entry.get("token"))[:LONGEST_PIECE]
+            piece = _text(entry.get("token"))
+            is_read, conversation = is_read and isinstance(entry.get("token"), str), conversation + piece
             after = self.texts.ids_of_conversation(conversation)
             stated = entry.get("id")
             token = stated if type(stated) is int and 0 <= stated < self.texts.vocabulary else None
-            reply.append((after[-1] if token is None and after[:-1] == before else token, entry.get("logprob")))
+            is_next = token is None and is_read and after[:-1] == before
+            reply.append((after[-1] if is_next else token, entry.get("logprob")))
             before = after
         return reply
 
@@ -399,6 +402,11 @@ def _top_logprobs(choice: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
     listed = next((entry.get("top_logprobs") for entry in _content(choice)), None)
     entries = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
     return [(each.get("id"), each.get("token"), each.get("logprob")) for each in entries]
+
+
+def _text(piece: Any) -> str:
+    """The text of a token; none where a server gives something else."""
+    return piece[:LONGEST_PIECE] if isinstance(piece, str) else ""
 
 
 def _content(choice: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from lora_export.models.cached_decoder import takes_positions
 from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes, in_dtype_of
 from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
+from lora_export.runtime.endpoint.tensors import TensorRunner
 from lora_export.runtime.kv_cache import CacheRunner, graph_of
 from lora_export.runtime.onnx_runner import token_positions
 from lora_export.runtime.registered.runner import RegisteredRunner
@@ -131,8 +132,10 @@ def further_draw(model: Model, candidate: Runner, seed: int) -> Arrays:
 
 
 def draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
-    """Seeded inputs of the model; without padding where the candidate takes none."""
+    """Seeded inputs of the model; without padding where the candidate takes none, and as a server's types hold them."""
     arrays = {name: to_numpy(value) for name, value in model.inputs(sizes, seed=seed).items()}
+    if isinstance(candidate, TensorRunner):
+        arrays = candidate.rounded(arrays)
     if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
         arrays = candidate.without_padding(arrays)
     if isinstance(candidate, EncoderDecoderRunner):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.runtime.endpoint import tensors
 from lora_export.runtime.endpoint.tensors import is_of_tensors, open_tensors_of
 from support.endpoints import reply, running
 
@@ -41,12 +42,15 @@ def server(
     *,
     is_binary: bool = False,
     length: str = "",
+    description: tuple[Any, int] | None = None,
 ) -> Iterator[str]:
     def handle(request: Any) -> None:
         if request.path == "/v2/models/m":
             reply(request, METADATA if metadata is None else metadata)
         elif request.path == "/v2" and is_binary:
             reply(request, {"name": "triton", "extensions": ["sequence", "binary_tensor_data"]})
+        elif request.path == "/v2" and description is not None:
+            reply(request, *description)
         elif request.path == "/v2/models/m/infer":
             end = int(request.headers.get("Inference-Header-Content-Length", len(request.body)))
             if sent is not None:
@@ -96,6 +100,31 @@ def test_bytes_are_sent_and_read_where_the_server_takes_them() -> None:
     assert body["outputs"] == [{"name": "y", "parameters": {"binary_data": True}}]
     with server(RIGHT, is_binary=True) as address:  # it may answer in JSON nonetheless
         assert open_tensors_of(f"{address}/models/m", None, 10).run(INPUTS)["y"][1, 1] == 4
+
+
+def test_inputs_are_rounded_to_what_the_server_holds() -> None:
+    halves = {**METADATA, "inputs": [{"name": "x", "datatype": "FP16", "shape": [-1]}, METADATA["inputs"][1]]}
+    with server(metadata=halves, is_binary=True) as address:
+        runner = open_tensors_of(f"{address}/models/m", None, 10)
+        found = runner.rounded({"x": np.array([0.1, 1e6, -2], np.float32), "ids": np.array([1 << 40])})
+        assert found["x"].dtype == np.float32 and found["ids"].tolist() == [1 << 40]
+        assert found["x"].tolist() == [float(np.float16(0.1)), 1e6, -2]
+        with pytest.raises(RuntimeRefused, match="takes x as FP16, which does not hold its values"):
+            runner.run({"x": found["x"], "ids": np.array([1])})
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"<html>a console</html>", 200), ([], 200), ({"extensions": 5}, 200), ("no", 307), ("no", 403), ("no", 503)],
+)
+def test_numbers_travel_as_json_where_the_server_does_not_describe_itself(
+    content: Any, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "MOST_SECONDS_OF_SERVER", 0.7)
+    with server(description=(content, code)) as address:
+        runner = open_tensors_of(f"{address}/models/m", None, 10)
+        assert not runner.is_binary and runner.run(INPUTS)["y"][1, 1] == 4
+    assert runner.client.seconds == 10 and runner.facts["requests"] == (4 if code == 503 else 3)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +181,29 @@ def test_what_is_no_model_is_refused(metadata: Any, path: str, message: str) -> 
         open_tensors_of(f"{address}{path}", None, 10)
 
 
-def test_types_without_numbers_and_values_that_do_not_fit_are_refused() -> None:
+def test_types_without_numbers_are_refused() -> None:
     inputs = [{"name": "x", "datatype": "FP16", "shape": [-1, 2]}, METADATA["inputs"][1]]
     halves = server(metadata={**METADATA, "inputs": inputs})
     with halves as address, pytest.raises(InputRefused, match="x is FP16 at the server"):
         open_tensors_of(address, "m", 10).run(INPUTS)
-    with server() as address, pytest.raises(RuntimeRefused, match="takes ids as INT32, which does not hold its"):
-        open_tensors_of(address, "m", 10).run({**INPUTS, "ids": np.array([7, 1 << 40])})
+
+
+@pytest.mark.parametrize(
+    ("datatype", "values"),
+    [
+        ("INT32", np.array([7, 1 << 40])),
+        ("UINT64", np.array([-1, 3])),
+        ("INT64", np.array([1, (1 << 64) - 1], np.uint64)),
+        ("UINT64", np.array([-1, 3], np.int8)),
+        ("BOOL", np.array([2, 1])),
+    ],
+)
+def test_integers_that_do_not_fit_are_refused(datatype: str, values: Any) -> None:
+    ids = {"name": "ids", "datatype": datatype, "shape": [-1]}
+    with server(metadata={**METADATA, "inputs": [METADATA["inputs"][0], ids]}) as address:
+        runner = open_tensors_of(address, "m", 10)
+        with pytest.raises(RuntimeRefused, match=f"takes ids as {datatype}, which does not hold its"):
+            runner.run({**INPUTS, "ids": values})
 
 
 def test_addresses_of_the_second_version_are_of_tensors() -> None:
