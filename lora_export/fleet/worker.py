@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import functools
 import os
 import time
@@ -127,15 +128,19 @@ def _record_published(
         record = records.read(request.job.id)
         if record.get("attempt") != attempt:
             raise OutputFailed(f"{goal}: this worker was taken for dead, and another one has the job")
-        if not request.job.values.get("overwrite") and not isinstance(goal, StorePath) and os.path.lexists(goal):
-            _refuse_foreign(goal, request.own)
+        if not request.job.values.get("overwrite") and not isinstance(goal, StorePath):  # a store replaces nothing
+            for path, each in contents.items():
+                _refuse_foreign(goal.with_name(path.name), each, request.own)
         found = {str(goal.with_name(path.name)): records.identity_of(each) or {} for path, each in contents.items()}
         records.write(request.job.id, {**record, PUBLISHED: found})
 
 
-def _refuse_foreign(path: Path, own: Mapping[str, Any]) -> None:
-    """Raise OutputFailed for an output that exists and that the fleet wrote under no name of its job."""
-    if absolute(path) not in {absolute(place(each)) for each in own}:
+def _refuse_foreign(path: Path, content: Path, own: Mapping[str, Any]) -> None:
+    """Raise OutputFailed for an output that exists, with another content, and that the fleet wrote under no name."""
+    if not os.path.lexists(path) or absolute(path) in {absolute(place(each)) for each in own}:
+        return
+    is_equal = path.is_file() and not path.is_symlink() and filecmp.cmp(content, path, shallow=False)
+    if not (is_equal and content.is_file()):
         raise OutputFailed(f"{path} exists, and this fleet did not write it. Remove it, or state `overwrite = true`")
 
 

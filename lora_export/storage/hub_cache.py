@@ -20,7 +20,7 @@ from typing import Any
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, one_line
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
-from lora_export.storage.artifact_kinds import FILE_SUFFIXES
+from lora_export.storage.artifact_kinds import FILE_SUFFIXES, ArtifactKind
 from lora_export.storage.atomic_output import LONGEST_NAME
 from lora_export.storage.store_path import is_hub_address, newly_opened
 
@@ -35,6 +35,8 @@ WITH_REVISION = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]
 HUB_ADDRESS = re.compile(
     rf"hf://(?P<name>{HUB_NAME.pattern})(@(?P<revision>refs/[\w-]+/[\w.-]+|(?:[\w.-]|%2F)+))?(/(?P<path>.*))?", re.ASCII
 )
+# A name that ends so is that of a file, and none of the Hub's; there, names of repositories end in .gguf, for example.
+FILES = {*FILE_SUFFIXES, ".py"}.difference(ArtifactKind.GGUF.suffixes, ArtifactKind.OPENVINO.suffixes)
 OFFLINE = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. To download it, unset the variable"
 CACHED = "models--"  # a model's folder in the cache: models--owner--name
 SNAPSHOTS = "snapshots"  # the folder in it that has one for each commit
@@ -146,7 +148,7 @@ def locate(source: str | Path, on_message: Callable[[str], None], download: bool
         return _at_address(text, on_message)
     path = newly_opened(source)
     match = WITH_REVISION.fullmatch(text)
-    if match is None or os.path.lexists(text) or Path(text).suffix in (*FILE_SUFFIXES, ".py"):
+    if match is None or os.path.lexists(text) or Path(text).suffix in FILES:
         return path
     name, revision = match["name"], match["revision"]
     snapshot = _snapshot(name, revision)

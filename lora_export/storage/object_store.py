@@ -96,6 +96,7 @@ class Bucket:
         self._listed: set[str] = set()
         self.held: dict[str, bytes | None] = {}  # objects that are put when their output is whole
         self.fences: dict[str, Fence] = {}  # by the keys of outputs
+        self.put_here: dict[str, str | None] = {}  # the ETags of what this process has put and not deleted, by key
 
     def _of(self, key: str) -> str:
         return f"{self.address}/{key}"
@@ -210,6 +211,7 @@ class Bucket:
         with _errors(self._of(key), OutputFailed), contextlib.suppress(FileNotFoundError):
             self._store.delete(key)
         self._known[key] = None
+        self.put_here.pop(key, None)
 
     def fence_of(self, key: str) -> Fence | None:
         """The fence of an object, or of the output that it is in."""
@@ -242,7 +244,8 @@ class Bucket:
 
     def _ask_again(self, key: str) -> None:
         with _errors(self._of(key), OutputFailed):
-            self._known[key] = _info(self._store.head(key))
+            self._known[key] = info = _info(self._store.head(key))
+        self.put_here[key] = info.e_tag
 
 
 class Upload:

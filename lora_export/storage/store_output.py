@@ -19,7 +19,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Begun:
         self.run = uuid.uuid4().hex  # names this run for its workers
         self.used: set[str] = set()  # the whole files that belong to this output
         self.streamed, self.uploaded = streamed, list[StorePath]()
+        self.sealed: dict[str, str | None] | None = None  # the ETags of all files, by name, when the last one is put
         self._lock, self._ended, self._lost, self._renewed = threading.RLock(), threading.Event(), False, 0.0
         info, stated = _stated(self._object)
         until = time.monotonic() + TIME_TO_DELETE
@@ -62,6 +63,8 @@ class Begun:
         if info and _is_alive(stated, datetime.now(UTC) - info.modified):
             raise self._taken(stated)
         self._version: dict[str, str] = {}
+        for key in [key for key in target.bucket.put_here if key.startswith(f"{target.key}/")]:
+            del target.bucket.put_here[key]  # of an output that was here before
         self.finished: dict[str, Any] = stated.get("finished", {}) if info else {}
         self.is_resumed = info is not None
         self._write("create" if info is None else info.version)
@@ -79,7 +82,9 @@ class Begun:
         with self._lock:
             now, bucket, key = time.time(), self._object.bucket, self._object.key
             try:
-                content = b"" if is_ended else json.dumps({**owner, "finished": self.finished}).encode()
+                sealed = {} if is_stopped or self.sealed is None else {"sealed": self.sealed}
+                stated = {**owner, "finished": self.finished, **sealed}
+                content = b"" if is_ended else json.dumps(stated).encode()
                 bucket.put(key, content, self._version if mode is None else mode)
             except ObjectChanged:
                 self._lost = True
@@ -142,13 +147,39 @@ class Begun:
         if self._lost or not 0 <= time.time() - self._renewed < TRUSTED:
             self._write()
 
+    def _own(self) -> dict[str, str | None]:
+        """The ETags of the files that this run has put in its folder, or that were whole and are used, by name."""
+        below, put = f"{self.target.key}/", self.target.bucket.put_here.items()
+        own = {key.removeprefix(below): e_tag for key, e_tag in put if key.startswith(below)}
+        return own | {name: self.finished[name]["e_tag"] for name in self.used}
+
     def refuse_replaced(self) -> None:
-        """Raise OutputFailed where a whole file is another object by now: a run that slept, or a worker, has put it."""
-        self.target.newly()
-        for name in sorted(self.used):
-            if self.whole(name, self.finished[name]["recipe"]) is None:
-                path = self.home / name
-                raise OutputFailed(f"{path} was replaced while the others were written. Run it again: the others stay")
+        """Raise OutputFailed where a file is another object by now: a run that slept, or a worker, has put it."""
+        self.target.newly().bucket.below(self.target.key)  # what is known of all of them, in one request
+        for name, e_tag in sorted(self._own().items()):
+            info = _info(self.home / name)
+            if info is None or info.e_tag != e_tag:
+                self.finished.pop(name, None)
+                self.used.discard(name)
+                raise self._replaced(name)
+
+    def _replaced(self, name: str) -> OutputFailed:
+        path = self.home / name
+        return OutputFailed(f"{path} was replaced while the others were written. Run it again: the others stay")
+
+    def seal(self, listed: Container[str]) -> None:
+        """State which files the output has, and remove what else is in its folder: a run that slept has put it.
+
+        What such a run puts from now on is unlike what is stated, and it withdraws that. `listed` are the files of the
+        manifest. Raises OutputFailed where one of them is not this run's, or a file of this run was replaced.
+        """
+        own = self.sealed = self._own()
+        self._write()
+        self.refuse_replaced()
+        for name in self.target.bucket.below(self.target.key).keys() - own.keys() - self.finished.keys() - {MANIFEST}:
+            if name in listed:
+                raise self._replaced(name)
+            (self.target / name).unlink()
 
     def discard(self, *, is_stopped: bool) -> None:
         """Remove what is not whole; where no run is to go on with it, everything.
@@ -246,14 +277,15 @@ def staged_in_store(
                 import tempfile  # most outputs are on the disk, beside their stage
 
                 stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-export-")))
-            yield stage
+            with _reads_of_own(begun) if streamed else contextlib.nullcontext():
+                yield stage
             announce(
                 staged_files(stage, home) if not (streamed or is_folder) else {target: target if streamed else stage}
             )
             begun.refuse_lost()
             if not streamed:
                 _upload(stage, begun, overwrite=overwrite)
-            begun.refuse_replaced()
+            begun.seal(_listed(target.bucket.held.get(manifest)))
             with deferred_signals():
                 begun.refuse_overdue()
                 target.bucket.release(manifest, replaces=begun.is_resumed)
@@ -266,6 +298,23 @@ def staged_in_store(
         if isinstance(error, ObjectChanged):
             raise OutputFailed(f"{target}: another run has put its {MANIFEST} meanwhile") from None
         raise
+
+
+@contextlib.contextmanager
+def _reads_of_own(begun: Begun) -> Iterator[None]:
+    """Raise OutputFailed for InputRefused where what changed is a file of the output, which is read for its hash."""
+    try:
+        yield
+    except InputRefused:
+        with contextlib.suppress(EnvironmentLacking):
+            begun.refuse_replaced()
+        raise
+
+
+def _listed(manifest: bytes | None) -> Container[str]:
+    """The files that a manifest names."""
+    files: dict[str, Any] = json.loads(manifest).get("files", {}) if manifest else {}
+    return files
 
 
 @contextlib.contextmanager
@@ -299,6 +348,7 @@ def written_by_worker(target: StorePath, name: str, run: str) -> Iterator[StoreP
 def _withdraw(target: StorePath, key: str) -> None:
     """Delete a file of an output that was put too late, unless the run that has the output has put the same.
 
+    Until that run has stated all its files (`Begun.seal`), the file stays, and that run removes what it did not put.
     What it replaced is lost. A missing file is an error to every reader, and other bytes would be none. A single file
     stays: nothing beside it records what it was.
     """
@@ -309,7 +359,9 @@ def _withdraw(target: StorePath, key: str) -> None:
     _, stated = _stated(marker_of(target))
     info = bucket.info(key)
     recorded = stated.get("finished", {}).get(name)
-    if recorded is not None:
+    if "sealed" in stated:
+        is_same = info is not None and info.e_tag == stated["sealed"].get(name)
+    elif recorded is not None:
         is_same = info is not None and info.e_tag == recorded["e_tag"]
     else:  # that run may still have to put its own, in place of this one
         files = read_manifest(target.newly()).get("files", {})

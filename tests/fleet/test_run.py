@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
@@ -27,7 +28,9 @@ from lora_export.storage.store_path import StorePath
 from support.endpoints import save_adapter, save_base
 from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here
 from support.folder_contents import folder_contents
+from support.graphs import a_graph
 from support.handmade import peft_adapter
+from support.small_graphs import GEMM
 from support.stores import Stored
 
 FR = JOBS[2:]
@@ -240,6 +243,22 @@ def test_another_kind_of_output_replaces_nothing_of_others(place: Path, monkeypa
     assert status.jobs[0].message.startswith("release/de exists, and this fleet did not write it")
     shutil.rmtree(foreign)
     assert use("peft").counts == {"done": 2} and run_here(monkeypatch)[1] == []
+
+
+def test_a_file_of_others_beside_an_output_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(options: str) -> FleetStatus:
+        (place / "fleet.toml").write_text(BASES.replace('"base"', '"base.onnx"') + ONNX + options)
+        return run_here(monkeypatch)[0]
+
+    ir.save(a_graph(GEMM.replace("m.weight", "up.weight")), place / "base.onnx")
+    assert use("").counts == {"same": 2}
+    foreign = place / "graphs/fr.onnx_adapter"
+    foreign.write_bytes(b"mine")
+    status = use('lora = "inputs"\n')
+    assert status.counts == {"same": 1, "failed": 1} and foreign.read_bytes() == b"mine"
+    assert status.jobs[1].message.startswith("graphs/fr.onnx_adapter exists, and this fleet did not write it")
+    foreign.unlink()
+    assert use('lora = "inputs"\n').counts == {"same": 2} and foreign.exists()
 
 
 @pytest.mark.parametrize("in_store", [False, True])

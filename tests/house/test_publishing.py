@@ -103,21 +103,32 @@ def make():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "adapters", "candidate", "names"),
+    ("mode", "adapters", "candidate", "made", "names"),
     [
-        ("merged", "fr", "made.onnx", ["verdict"]),
-        ("nodes", "fr", "made.onnx", ["verdict"]),
-        ("inputs", "fr\nthe_de=./de", "made/made.onnx", ["verdict-fr", "verdict-the_de"]),
-        ("rows", "fr\nde", "made.onnx", ["verdict"]),
-        ("slots", "fr\nde", "made.onnx", ["verdict"]),
-        ("torchscript", "fr", "made.pt", ["verdict"]),
+        ("merged", "fr", "made.onnx", "made.onnx", ["verdict"]),
+        ("nodes", "fr", "made", "made.onnx", ["verdict"]),
+        ("inputs", "fr\nthe_de=./de", "made/made.onnx", "made/made.onnx", ["verdict-fr", "verdict-the_de"]),
+        (
+            "inputs",
+            "fr/\nruns/lr=1/es\n\nruns/it@v1.2/adapter_model.safetensors",
+            "made/made",
+            "made/made.onnx",
+            ["verdict-fr", "verdict-es", "verdict-it@v1.2"],
+        ),
+        ("rows", "fr\nde", "made.onnx", "made.onnx", ["verdict"]),
+        ("slots", "fr\nde", "made.onnx", "made.onnx", ["verdict"]),
+        ("torchscript", "fr", "made.pt", "made.pt", ["verdict"]),
     ],
 )
-def test_the_action_exports_and_judges(place: Path, mode: str, adapters: str, candidate: str, names: list[str]) -> None:
+def test_the_action_exports_and_judges(
+    place: Path, mode: str, adapters: str, candidate: str, made: str, names: list[str]
+) -> None:
     (place / "net.py").write_text(MODEL)
+    for number, folder in enumerate(("runs/lr=1/es", "runs/it@v1.2"), start=3):
+        peft_adapter(place / folder, {"up": ([[1, 2, 3]], [[number], [10]])})
     inputs = {"model": "net.py:make", "adapters": adapters, "mode": mode, "candidate": candidate}
     assert run_step("Verify", place, inputs, Path(sys.executable).parent) == (0, "verdict=same\n")
-    assert (place / candidate).exists()
+    assert (place / made).exists()
     outcomes = {path.stem: json.loads(path.read_text()) for path in (place / "lora-export-reports").glob("*.json")}
     assert {name: outcome["outcome"] for name, outcome in outcomes.items()} == dict.fromkeys(names, "same")
 

@@ -39,10 +39,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-@pytest.mark.parametrize("name", ["org/small", "org/small@main", f"org/small@{COMMIT}"])
+@pytest.mark.parametrize(
+    "name", ["org/small", "org/small@main", f"org/small@{COMMIT}", "org/small.gguf", "org/ov.xml", "org/small@v.gguf"]
+)
 def test_a_name_in_the_cache_is_its_snapshot(cache: Path, name: str) -> None:
     messages: list[str] = []
-    assert locate(name, messages.append) == cache / "models--org--small/snapshots" / COMMIT
+    repository, _, revision = name.partition("@")
+    if repository != "org/small":
+        cached(cache, repository, {"config.json": "{}"})
+    elif revision:
+        (cache / "models--org--small/refs" / revision).write_text(COMMIT)
+    snapshot = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT
+    assert locate(name, messages.append) == snapshot
     assert messages == [f"{name}: the snapshot {COMMIT} in the Hugging Face cache"]
 
 
@@ -63,7 +71,7 @@ def test_another_name_is_refused_with_the_command_that_gets_it(cache: Path, name
 
 
 @pytest.mark.parametrize(
-    "path", ["missing", "a/b/c", "models/x.onnx", "models/x.gguf", "net.py:make", "dir/net.py", "/org/small", "~/org"]
+    "path", ["missing", "a/b/c", "models/x.onnx", "a/models/x.gguf", "net.py:make", "dir/net.py", "/org/small", "~/org"]
 )
 def test_other_paths_are_left_alone(cache: Path, path: str) -> None:
     assert locate(path, print) == Path(path)

@@ -223,6 +223,8 @@ with (stage_folder if kind == "folder" else stage_file)(target, inputs=[], strea
     (stage / "b" if kind == "folder" else target).write_bytes(sys.argv[3].encode() * int(sys.argv[4]))
     if kind == "folder":
         store_output.begun_at(stage).add("b", "its recipe", {})
+    for name in sys.argv[5:]:
+        (stage / name).write_bytes(b"of the other")
     print(flush=True)
     sys.stdin.readline()
     if kind == "folder":
@@ -245,12 +247,13 @@ def frozen_run(
     *,
     is_awake_before: bool,
     begins: str = "",
+    small: tuple[str, ...] = (),
 ) -> Callable[[], int | None]:
     """Let this process freeze before it changes an object, once another one is there, until another run has its output.
 
     Returns what ends the other run, where that has not ended before, and gives its exit code.
     """
-    command = [sys.executable, "-c", OTHER, kind, str(stored / "out/m"), content, str(times)]
+    command = [sys.executable, "-c", OTHER, kind, str(stored / "out/m"), content, str(times), *small]
     check, others = Bucket.refuse_fenced, list[subprocess.Popen[str]]()
 
     def freeze(bucket: Bucket, key: str) -> None:
@@ -292,6 +295,54 @@ def test_a_file_that_is_put_too_late_without_a_condition_is_withdrawn(
     else:  # the other one saw it, and publishes nothing
         assert code != 0 and stored.files("out/m") == {}
     assert stored.uploads() == [] and MARK not in stored.objects()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(
+    ("small", "late", "code"),
+    [((), "c", 0), (("d",), "c", 0), (("d",), "d", 1)],
+    ids=["no other file", "another file", "the same file"],
+)
+def test_a_late_file_is_in_no_output_of_the_next_run(
+    small: tuple[str, ...], late: str, code: int, streamed: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run has not recorded a file of this name when the late one is put."""
+    frozen = f"out/m/{late}"
+    other = frozen_run(stored, monkeypatch, "folder", frozen, "b", is_awake_before=True, small=small)
+    with (
+        pytest.raises(OutputFailed, match="another run"),
+        stage_folder(stored / "out/m", inputs=[], streamed=streamed) as stage,
+    ):
+        (stage / late).write_bytes(b"late")
+    assert other() == code
+    if code == 0:
+        assert list(stored.files("out/m")) == ["b", *small, MANIFEST] and damage((stored / "out/m").newly()) == []
+    else:  # it saw that, and what it has recorded stays for the next one
+        assert stored.objects().keys() == {MARK, "out/m/b"}
+
+
+@pytest.mark.parametrize(("content", "stays"), [("late", True), ("new!", False), (None, False)])
+def test_a_late_file_is_withdrawn_that_the_next_run_did_not_see_at_its_end(
+    content: str | None, stays: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = Bucket.refuse_fenced
+
+    def freeze(bucket: Bucket, key: str) -> None:
+        check(bucket, key)
+        if key == "out/m/c":
+            sealed = {}
+            if content is not None:
+                stored.put(key, content.encode())
+                sealed = {"c": stored.objects()[key]["ETag"]}
+            stored.put(MARK, begun(process=1, host="elsewhere", run="r", sealed=sealed))
+            awake = time.time() + store_output.TRUSTED
+            monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+
+    monkeypatch.setattr(Bucket, "refuse_fenced", freeze)
+    late = pytest.raises(OutputFailed, match="another run")
+    with late, stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        (stage / "c").write_bytes(b"late")
+    assert ("out/m/c" in stored.objects()) is stays
 
 
 @pytest.mark.parametrize("content", ["late", "new!"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lora_export.verification.against_checkpoint.result import AuditedWeight
 
 _T = TypeVar("_T")
 OnJudged = Callable[[int], None]
+PATIENCE = 2.0  # seconds in which audits end after Ctrl-C; one that hashes a large file is left to the process's end
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +123,14 @@ class AuditInStep(Generic[_T]):
         self._waits.acquire()
 
     def end(self, error: BaseException) -> None:
-        """Raise an error in it where it waits for its judgements, or comes to wait. It is ended then."""
+        """Raise an error in it where it waits for its judgements, or comes to wait."""
         self.error = error
         self._may_run.release()
+
+    def wait_until_ended(self, seconds: float) -> None:
+        """Wait until its thread has ended, for so long at most."""
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(max(0, seconds))
 
     def judge_all(
         self, tensors: Sequence[str], by_tensor: Sequence[Sequence[Judgement]], on_judged: OnJudged
@@ -174,6 +179,9 @@ def audits_in_step(functions: Sequence[Callable[[AuditInStep[_T]], _T]]) -> list
     except BaseException as error:  # Ctrl-C: all of them end, too
         for one in audits:
             one.end(error)
+        until = time.monotonic() + PATIENCE
+        for one in audits:
+            one.wait_until_ended(until - time.monotonic())
         raise
     return [_returned(one.result) for one in audits]
 

@@ -112,9 +112,9 @@ def test_the_base_is_read_once(place: Path, reads: Counter[tuple[str, int]]) -> 
     assert found.keys() == of_one.keys() and sum(found.values()) < 2 * sum(of_one.values())
 
 
-@pytest.mark.parametrize("at_work", [False, True])
-def test_an_interrupt_ends_all(at_work: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that wait, the one that is at work, and those that have not begun."""
+@pytest.mark.parametrize(("at_work", "is_long"), [(False, False), (True, False), (True, True)])
+def test_an_interrupt_ends_all(at_work: bool, is_long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait, the one that is at work, and those that have not begun. What takes long is not waited for."""
     ended, may_go_on, threads = list[AuditInStep[None]](), threading.Event(), threading.active_count()
 
     def audit(one: AuditInStep[None]) -> None:
@@ -124,7 +124,7 @@ def test_an_interrupt_ends_all(at_work: bool, monkeypatch: pytest.MonkeyPatch) -
             ended.append(one)
 
     def working(one: AuditInStep[None]) -> None:
-        assert may_go_on.wait(60)
+        assert may_go_on.wait(20 if is_long else 60)
         audit(one)
 
     class Interrupted(AuditInStep[None]):
@@ -133,10 +133,12 @@ def test_an_interrupt_ends_all(at_work: bool, monkeypatch: pytest.MonkeyPatch) -
                 return super().go_on()
             if at_work:
                 self._thread.start()
-            may_go_on.set()
+            if not is_long:
+                may_go_on.set()
             raise KeyboardInterrupt
 
     monkeypatch.setattr(in_step, "AuditInStep", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         audits_in_step([audit, working, audit])
-    assert len(ended) == 1 + at_work and threading.active_count() == threads
+    assert len(ended) == 1 + (at_work and not is_long) and threading.active_count() == threads + is_long
+    may_go_on.set()
