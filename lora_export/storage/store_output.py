@@ -36,9 +36,8 @@ from lora_export.storage.system_calls import deferred_signals
 
 READS = 5  # of an object that changes meanwhile
 RENEWED, LEASE = 30, timedelta(minutes=5)  # seconds between signs of life; how long the last one counts
-TIME_TO_DELETE = (
-    10  # seconds in which the object that a run has emptied is still that run's, which deletes it within half
-)
+# Seconds in which the object that a run has emptied is still that run's, which deletes it within half of them
+TIME_TO_DELETE = 10
 # Seconds for which the last one is proof enough: a request that begins then ends, by its deadline, within the lease
 TRUSTED = 2 * RENEWED
 assert timedelta(seconds=TRUSTED) + DEADLINE < LEASE

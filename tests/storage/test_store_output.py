@@ -322,7 +322,7 @@ def test_a_late_file_is_in_no_output_of_the_next_run(
 
 
 @pytest.mark.parametrize(("content", "stays"), [("late", True), ("new!", False), (None, False)])
-def test_a_late_file_is_withdrawn_that_the_next_run_did_not_see_at_its_end(
+def test_a_late_file_that_the_next_run_did_not_see_is_withdrawn(
     content: str | None, stays: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = Bucket.refuse_fenced

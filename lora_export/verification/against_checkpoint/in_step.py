@@ -23,7 +23,7 @@ from lora_export.verification.against_checkpoint.result import AuditedWeight
 
 _T = TypeVar("_T")
 OnJudged = Callable[[int], None]
-PATIENCE = 2.0  # seconds in which audits end after Ctrl-C; one that hashes a large file is left to the process's end
+TIME_TO_END = 2.0  # seconds in which audits end after Ctrl-C; one that hashes a large file is left to the process's end
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +179,7 @@ def audits_in_step(functions: Sequence[Callable[[AuditInStep[_T]], _T]]) -> list
     except BaseException as error:  # Ctrl-C: all of them end, too
         for one in audits:
             one.end(error)
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + TIME_TO_END
         for one in audits:
             one.wait_until_ended(until - time.monotonic())
         raise
