@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 
 # Each worker of pytest has one thread: two that share the processor's cores wait for each other.
 # Compiled files are kept, wherever an environment forbids it: pytest rewrites 9,000 assertions, 20 seconds a worker.
-PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# One worker more than there are cores: a tenth of the time, a worker waits for a child, a disk or a clock.
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-node soak defects mutants names check bench site release clean

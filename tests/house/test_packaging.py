@@ -380,11 +380,14 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
     return run("env", *settings, "make", "PYTHON=./python", *arguments, cwd=checkout)
 
 
+WITH_WORKERS = f"-m pytest -n {(os.cpu_count() or 1) + 1} --maxprocesses 8 --dist worksteal"
+
+
 @pytest.mark.parametrize(
     ("target", "extra", "works"),
     [
-        ("test", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m not slow and not soak"),
-        ("test-slow", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m slow and not soak"),
+        ("test", "dev", f"{WITH_WORKERS} -m not slow and not soak"),
+        ("test-slow", "dev", f"{WITH_WORKERS} -m slow and not soak"),
         ("soak", "dev", "-m pytest -s -m soak and not matrix"),
         ("demo", "demo", "samples/demo.py"),  # of a python that lacks what it needs
     ],
