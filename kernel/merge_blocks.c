@@ -2,7 +2,7 @@
 // blocks have: one pass over the bytes. A tile of a few rows is decoded, summed and encoded in the first cache.
 //
 // The arithmetic is that of `lora_export.storage.gguf_blocks`, operation by operation, so that equal sums get equal
-// codes: no product is fused with a sum outside of BA.
+// codes. The product of a step and a code is exact in fp32: it is the same whether it is fused with a sum or not.
 
 #include "merge_rows.c"
 
@@ -100,7 +100,6 @@ INLINE void write_codes(const Plane plane, uint8_t *block, int64_t elements, int
 INLINE Floats all(float value) { return (Floats){0} + value; }
 
 INLINE Floats element(Codes codes, float first, float step, float offset) {
-#pragma clang fp contract(off)
     Floats number = __builtin_convertvector(__builtin_convertvector(codes, Integers), Floats) + first;
     Floats product = number * step;
     return product + offset;
@@ -112,7 +111,6 @@ INLINE Floats where(Integers is, Floats one, Floats other) { return (Floats)(((I
 
 // The codes nearest to these sums: see `BlockCodec.nearest`.
 INLINE Codes nearest(Floats sum, float first, float last, float step, float offset, int is_odd, Codes stored) {
-#pragma clang fp contract(off)
     const float whole = 12582912;  // 1.5 * 2^23: a small number added to it is rounded to a whole one
     Floats position = (sum - offset) / (step == 0 ? __builtin_inff() : step);
     position = where(position < first, all(first), where(position > last, all(last), position));
