@@ -68,7 +68,8 @@ def read_methods(path: Path) -> tuple[ProgramMethod, ...]:
                 plans = list(buffer.tables(buffer.root, _PLANS))
                 methods = tuple(_method(buffer, plan) for plan in plans)
             except (struct.error, ValueError) as error:
-                raise InputRefused(f"{path} is a damaged .pte file: {error}") from error
+                fault = "an offset leads out of it" if isinstance(error, struct.error) else error
+                raise InputRefused(f"{path} is a damaged .pte file: {fault}") from error
     refuse_unprintable((name for method in methods for name in (method.name, *method.backends)), str(path))
     return methods
 

@@ -87,6 +87,11 @@ def test_what_is_no_program_is_refused(content: bytes, tmp_path: Path) -> None:
         read_methods(program(tmp_path / "m.pte", content))
 
 
+def test_an_offset_beyond_the_file_is_told_in_words(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"is a damaged \.pte file: an offset leads out of it$"):
+        read_methods(program(tmp_path / "m.pte", b"\xff\xff\xff\x7fET12" + PROGRAM[8:]))
+
+
 def test_a_damaged_program_is_read_or_refused(tmp_path: Path) -> None:
     choose, refused = random.Random(0), 0
     for number in range(600):
