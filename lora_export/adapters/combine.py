@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,7 +233,7 @@ def combine_in_plan(plan: Plan, combination: Combination, together: Sequence[str
     """
     if combination.is_exact:
         return plan
-    refuse_beyond_pairs(_without_tables(plan.adapters), named("combine", combination.method))
+    refuse_beyond_pairs(_without(_tables(plan.adapters), plan.adapters), named("combine", combination.method))
     names = together or [adapter.name for adapter in plan.adapters]
     if len(names) < 2:
         raise InputRefused(f"{named('combine', combination.method)} combines several adapters, and there is one")
@@ -254,7 +254,8 @@ def combine_adapters(
     twice.
     """
     strengths = checked_strengths(adapters, strengths)
-    refuse_beyond_pairs(_without_tables(adapters), "a combined adapter")
+    tables = _tables(adapters)
+    refuse_beyond_pairs(_without(tables, adapters), "a combined adapter")
     if len(adapters) < 2 and not combination.is_exact:
         raise InputRefused(f"{named('combine', combination.method)} combines several adapters, and there is one")
     terms: dict[str, tuple[Term, ...]] = {}
@@ -270,7 +271,7 @@ def combine_adapters(
         name=name,
         format="combined",
         pairs={module: term.pair for module, term in combined.items()},
-        replaced=_tables(adapters),
+        replaced=tables,
         layouts=_layouts(adapters),
         # The endings of all; none where those of one are not fully known.
         targets=tuple(sorted({target for adapter in adapters for target in adapter.targets})) if is_known else (),
@@ -328,9 +329,8 @@ def _tables(adapters: Sequence[Adapter]) -> dict[str, NDArray[Any]]:
     return tables
 
 
-def _without_tables(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters without the tables that the combination has."""
-    tables = _tables(adapters)
+def _without(tables: Collection[str], adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters without the tables of these names that stand beside their pairs."""
 
     def others(adapter: Adapter) -> dict[str, NDArray[Any]]:
         own = {name for name in tables if name.removesuffix(".weight") in adapter.pairs}

@@ -166,9 +166,8 @@ def read_images(images: Sequence[Path], model: ImageText, settings: GenerationSe
     processor = open_image_processor(folder)
     for path in map(Path, images):
         input_files.must_be_regular(path)
-    options = {} if rule is None else rule.options
     with refusing_failures("the image processor fails on the images"):
-        made = processor([read_image(Path(path)) for path in images], return_tensors="np", **options)
+        made = processor([read_image(Path(path)) for path in images], return_tensors="np", **rule.options)
     if lacking := [name for name in model.image_inputs if name not in made]:
         raise InputRefused(f"the image processor in {folder} makes no {', '.join(lacking)}, which the graph takes")
     if np.any(made.get("num_crops", 0)):
