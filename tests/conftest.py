@@ -8,6 +8,7 @@ import logging.handlers
 import os
 import signal
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from lora_export.runtime.environment_probes import CUDA
 if TYPE_CHECKING:
     from support.programs import ProgramFiles
     from support.stores import Stored
+
+
+SLOW_COLLECTION = 0.03  # seconds
 
 
 @functools.cache
@@ -61,12 +65,34 @@ def pytest_collection(session: pytest.Session) -> None:
 
 def pytest_collection_finish() -> None:
     # The garbage collector need not visit thousands of tests and all modules each time: a third of the time of exports.
-    gc.collect()
-    gc.freeze()
+    collector.freeze_if_slow()
+    gc.callbacks.append(collector.notice)
     gc.set_threshold(100_000, 20, 20)
     gc.enable()
     if "onnxruntime" in sys.modules:
         one_thread_a_session()
+
+
+class Collector:
+    """Garbage is collected as ever, but what modules hold is visited once: tests import more and more of them."""
+
+    def __init__(self) -> None:
+        self._began, self._is_slow = 0.0, True
+
+    def notice(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._began = time.thread_time()
+        elif time.thread_time() - self._began > SLOW_COLLECTION:
+            self._is_slow = True
+
+    def freeze_if_slow(self) -> None:
+        if self._is_slow:
+            gc.collect()
+            gc.freeze()
+            self._is_slow = False
+
+
+collector = Collector()
 
 
 def one_thread_a_session() -> None:
@@ -82,6 +108,7 @@ def one_thread_a_session() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    collector.freeze_if_slow()
     if "lora_export.models.export" in sys.modules:
         keep_exports(item)
     if sys.platform == "linux" and "lora_export.runtime.torchscript.runner" in sys.modules:
