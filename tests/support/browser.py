@@ -21,10 +21,16 @@ from support.local_server import Silent
 NODE = Path(os.environ.get("NODE_FOLDER", ROOT / ".venv" / "node"))  # where `make test-node` installs packages of npm
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt install chromium")
-NODE = Path(os.environ.get("NODE_FOLDER", ROOT / ".venv" / "node"))  # where `make test-node` installs packages of npm
-needs_onnxruntime_web = pytest.mark.skipif(
-    not (NODE / "node_modules" / "onnxruntime-web").is_dir(), reason=f"no onnxruntime-web in {NODE}: make test-node"
-)
+
+
+def needs_package(name: str) -> pytest.MarkDecorator:
+    """A mark that skips a test, with the reason, where a package of npm is missing."""
+    return pytest.mark.skipif(
+        not (NODE / "node_modules" / name).is_dir(), reason=f"no {name} in {NODE}: make test-node"
+    )
+
+
+needs_onnxruntime_web = needs_package("onnxruntime-web")
 
 # What a page's module calls with its result. A script that fails reports that, instead of nothing.
 REPORT = """<script>

@@ -158,12 +158,26 @@ def test_openvino_is_named_where_it_is_not_installed(graph: Path, monkeypatch: p
 @pytest.mark.slow
 @needs_chromium
 @needs_onnxruntime_web
-def test_a_graph_in_a_browser_is_the_adapted_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [
+        ("bert", "merged"),
+        ("vit", "merged"),
+        ("llama", "merged"),
+        ("bert", "inputs"),
+        ("vit", "inputs"),
+        ("llama", "inputs"),
+    ],
+)
+def test_a_graph_in_a_browser_is_the_adapted_model(
+    model: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NODE_FOLDER", str(NODE))
-    base, graph = small_model("bert", tmp_path / "base"), tmp_path / "m.onnx"
-    adapter = small_adapter("bert", base, tmp_path / "fr")
-    le.export_onnx(base, graph, adapters=adapter, verify=False)
-    result = le.verify(graph, base, adapters=adapter, runner=f"{IN_BROWSER}:Page")
+    base, graph, file = small_model(model, tmp_path / "base"), tmp_path / "m.onnx", tmp_path / "fr.onnx_adapter"
+    adapter, other = small_adapter(model, base, tmp_path / "fr"), small_adapter(model, base, tmp_path / "de", seed=2)
+    plain = {"required_inputs": True} if mode == "inputs" else {}  # onnxruntime-web passes no optional inputs
+    le.export_onnx(base, graph, adapters=adapter, lora=mode, verify=False, **plain)
+    options = {"runner": f"{IN_BROWSER}:Page"} | ({"onnx_adapter": file} if plain else {})
+    result = le.verify(graph, base, adapters=adapter, **options)
     assert result.verdict.same and "run by onnxruntime-web 1." in str(result), str(result)
-    without = le.verify(graph, base, runner=f"{IN_BROWSER}:Page")
-    assert without.verdict.outcome == "different", str(without)
+    assert le.verify(graph, base, adapters=other, **options).verdict.outcome == "different"
