@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,3 +135,27 @@ def prints(path: str) -> Run:
         return run(inputs)
 
     return call
+
+
+def gguf_by_transformers(path: str) -> Run:
+    """The logits of a GGUF file, as transformers reads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(Path(path).parent, gguf_file=Path(path).name).eval()
+
+    def call(inputs: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            return {"logits": model(**{name: torch.from_numpy(one) for name, one in inputs.items()}).logits.numpy()}
+
+    return call
+
+
+def base_of_gguf(path: str) -> Run:
+    """Those of `base.gguf` in its folder."""
+    return gguf_by_transformers(str(Path(path).with_name("base.gguf")))
+
+
+def last_token_of_gguf(path: str) -> Run:
+    run = gguf_by_transformers(path)
+    return lambda inputs: {"logits": run(inputs)["logits"][:, -1]}
