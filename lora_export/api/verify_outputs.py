@@ -34,6 +34,7 @@ from lora_export.api.verify_weights import judge_weights
 from lora_export.artifacts.artifact import Artifact
 from lora_export.callbacks import in_stages, note_each
 from lora_export.errors import Different, EnvironmentLacking, InputRefused, RuntimeRefused, Undecided
+from lora_export.graph.cache_names import MASK
 from lora_export.isolation.limits import LEAST_TIMEOUT, REQUEST_SECONDS, TIMES_PYTORCH
 from lora_export.lora import Adapter
 from lora_export.plan import FLOATS, Plan
@@ -186,7 +187,7 @@ class RunOutputs(NamedTuple):
     own: Runs
     loaded: Runs | None
     refusal: str
-    unjudged: Mapping[str, NDArray[np.bool_]]  # case -> positions before the first token, [batch, sequence]
+    padding: Mapping[str, NDArray[np.bool_]]  # case -> positions that are no tokens, [batch, sequence]: not compared
 
     @property
     def figures(self) -> dict[str, float]:
@@ -209,7 +210,7 @@ class RunOutputs(NamedTuple):
         return math.sqrt(sum(self._square(case, one[case], other[case]) for case in one))
 
     def _square(self, case: str, one: Arrays, other: Arrays) -> float:
-        total, skipped = 0.0, self.unjudged.get(case)
+        total, skipped = 0.0, self.padding.get(case)
         for name, value in one.items():
             if name in other and str(value.dtype) in FLOATS:
                 difference = value.astype(np.float64) - other[name]
@@ -272,17 +273,17 @@ def _run(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter
     theirs = None
     if request.runner is not None:
         theirs = RegisteredRunner(request.runner, candidate, timeout=request.seconds)
-    inputs = inputs_of_proof(
+    cases = inputs_of_proof(
         adapted.model, theirs or runner, seed=seed, user_inputs=own_inputs, adapters=adapted.adapters
-    )
-    cases = inputs.cases
+    ).cases
     off = {name: runner.run(arrays) for name, arrays in cases.items()}
     attach_adapters(adapted.model.module, adapted.adapters, adapted.strengths)
     exact = {name: runner.run(arrays) for name, arrays in cases.items()}
     floats = resolve_model(_as_floats(candidate, base, folder / "candidate"), inputs=own_inputs, streamed=True)
     own_runner = ModuleRunner(floats.module)
     own = {name: own_runner.run(arrays) for name, arrays in cases.items()}
-    outputs = RunOutputs(exact, off, own, None, "", inputs.unjudged)
+    padding = {name: arrays[MASK] == 0 for name, arrays in cases.items() if MASK in arrays}
+    outputs = RunOutputs(exact, off, own, None, "", padding)
     if theirs is not None:
         with contextlib.closing(theirs):
             return outputs._replace(loaded=_of_runner(theirs, cases, own))
