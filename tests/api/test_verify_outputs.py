@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 import lora_export as le
 from lora_export.api import verify_outputs
-from lora_export.api.verify_outputs import _seconds
+from lora_export.api.verify_outputs import RunOutputs, _seconds
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
@@ -147,6 +147,16 @@ def test_a_merged_gguf_file_has_the_config_beside_its_base(tmp_path: Path) -> No
     result = le.verify(out, base, adapters=tmp_path / "a", strict=True)
     assert result and list(result.about["quantisation_error"]) == ["of_rounding"]
     assert any("transformers does not read this GGUF file" in note for note in result.verdict.notes)
+
+
+def test_outputs_of_a_library_are_compared_with_those_of_the_base_too() -> None:
+    def run(token: float, padding: float = 0) -> Any:
+        return {"case": {"logits": np.array([[[token], [padding]]], np.float32)}}
+
+    padding = {"case": np.array([[False, True]])}
+    outputs = RunOutputs(run(1), run(0), run(0.9), run(0.25, 9), "", padding)
+    assert outputs.figures == pytest.approx({"of_rounding": 0.1, "of_library": 0.65}, rel=1e-5)
+    assert outputs.is_nearer_to_base and not outputs._replace(loaded=run(0.5, 9)).is_nearer_to_base
 
 
 @pytest.mark.parametrize(("runner", "outcome"), [("gguf_by_transformers", "same"), ("base_of_gguf", "undecided")])
