@@ -8,7 +8,7 @@ Of a merged folder that stayed quantised, or GGUF file, its weights decide, and 
     loaded     The candidate as transformers loads and runs it, with the library of its scheme; or as `runner` does.
 
 ‖exact - off‖ is the adapter's effect. ‖own - exact‖ is what the rounding of the merge costs: each number is proven to
-be what its record says, so that nothing else is in it. ‖loaded - own‖ is the library's own arithmetic.
+be what its record states, so that nothing else is in it. ‖loaded - own‖ is the library's own arithmetic.
 """
 
 from __future__ import annotations
