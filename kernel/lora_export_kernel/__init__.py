@@ -74,6 +74,13 @@ class Planes(NamedTuple):
         has_code = all(form in FORMS or form == (32, 8, 0) for form in forms)
         return bool(INSTRUCTIONS) and len(self.planes) <= PLANES and has_code
 
+    def fit(self, elements: int, nbytes: int) -> bool:
+        """Whether they have so many codes, in blocks of so many bytes."""
+        return all(
+            chunks * width * 8 == elements * bits and 0 <= start <= nbytes - chunks * width
+            for start, chunks, width, bits in self.planes
+        )
+
 
 def _instructions() -> str:
     if platform.machine().lower() in ("arm64", "aarch64"):
@@ -135,28 +142,46 @@ def merge_blocks(
     """Fill `output` with the codes nearest to W + b @ a on the steps and offsets of the blocks, which stay.
 
     `blocks` and `output` are (rows, blocks, bytes), `steps` and `offsets` (rows, blocks, groups), all finite. `b` and
-    `figures` are those of `merge_rows`, `a` is (rank, columns). Returns whether every sum is finite.
+    `figures` are those of `merge_rows`, `a` is (rank, columns). Returns whether every sum is finite. Raises ValueError
+    for arrays that do not fit each other.
     """
     rows, count, groups = steps.shape
-    columns = a.shape[1]
-    assert all(one.flags.c_contiguous for one in (blocks, output, steps, offsets, b, a)) and stored.are_known
-    assert blocks.shape == output.shape == (rows, count, blocks.shape[2]) and offsets.shape == steps.shape
-    assert b.shape == (rows, len(a)) and columns % count == 0 and columns // count in (32, 256)
+    columns, nbytes = a.shape[1], blocks.shape[2]
+    _require_types(np.uint8, blocks, output)
+    _require_types(np.float32, steps, offsets, b, a)
+    _require_types(np.float64, figures)
+    _require(all(one.flags.c_contiguous for one in (blocks, output, steps, offsets, b, a)), "an array has gaps")
+    _require(blocks.shape == output.shape == (rows, count, nbytes), "the output is not like the blocks")
+    _require(offsets.shape == steps.shape and b.shape == (rows, len(a)), "steps, offsets or B have other rows")
+    elements = columns // max(1, count)
+    _require(columns in (32 * count, 256 * count), "A has other columns than the blocks")
+    _require(groups in (elements // 16, elements // 32), "the blocks have other groups than the steps")
+    _require(stored.are_known and stored.fit(elements, nbytes), "the planes are not those of the blocks")
     np.copyto(output, blocks)
     planes, tile = [_Plane(*plane) for plane in stored.planes], np.empty(TILE_BYTES + 64, np.uint8)
     job = _BlockJob(
         *(rows, columns, len(a), -(-tile.ctypes.data // 64) * 64),
         *(one.ctypes.data for one in (blocks, output, steps, offsets, b, a)),
         figures=None if figures is None else figures.ctypes.data,
-        elements=columns // count,
-        bytes=blocks.shape[2],
-        group=columns // count // groups,
+        elements=elements,
+        bytes=nbytes,
+        group=elements // groups,
         first=stored.first,
         count=stored.count,
         planes=len(planes),
         plane=(_Plane * PLANES)(*planes),
     )
     return not _library().merge_blocks(ctypes.byref(job))
+
+
+def _require(is_right: bool, what: str) -> None:
+    """Raise ValueError where C would read or write beyond an array."""
+    if not is_right:
+        raise ValueError(f"arrays do not fit each other: {what}")
+
+
+def _require_types(dtype: type[np.generic], *arrays: NDArray[Any] | None) -> None:
+    _require(all(one is None or one.dtype == dtype for one in arrays), f"one is not of {dtype.__name__}")
 
 
 def squared_norms(weight: NDArray[Any], b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -174,6 +199,10 @@ def _run(
     **others: NDArray[Any] | None,
 ) -> int:
     target = weight if output is None else output
+    _require_types(np.float32, a, b)
+    _require(b.flags.c_contiguous and a.flags.c_contiguous, "A or B has gaps")
+    _require(b.shape == (len(weight), len(a)) and a.shape[1] == weight.shape[1], "A and B are not those of the weight")
+    _require(target.shape == weight.shape, "the output is not like the weight")
     job = _Job(
         *(*weight.shape, len(a)),
         weight_stride=weight.strides[0] // weight.itemsize,
@@ -186,6 +215,4 @@ def _run(
         a=a.ctypes.data,
         output=None if output is None else output.ctypes.data,
     )
-    assert b.flags.c_contiguous and a.flags.c_contiguous and b.shape == (len(weight), len(a))
-    assert a.shape[1] == weight.shape[1] == target.shape[1] and len(target) == len(weight)
     return int(_library().merge_rows(ctypes.byref(job)))

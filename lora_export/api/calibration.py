@@ -16,7 +16,6 @@ from lora_export.isolation.limits import MAX_ROW
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage.atomic_output import refuse_lack_of_space
-from lora_export.storage.gguf_blocks import FLAT
 from lora_export.storage.input_files import read_text
 from lora_export.storage.npz import read_arrays
 from lora_export.storage.store_copy import on_disk
@@ -24,7 +23,7 @@ from lora_export.training.records.opening import ROW_READERS, open_records
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.gguf.base import GgufBase, open_base
-from lora_export.weights.gguf.floats import write_as_floats
+from lora_export.weights.gguf.floats import size_in_floats, write_as_floats
 from lora_export.weights.gguf.merge import merge_gguf
 from lora_export.weights.merge import merge_checkpoint
 
@@ -81,10 +80,9 @@ def _merged_as_folder(plan: Plan, base: GgufBase, folder: Path, with_tokenizer: 
 def _bytes_at_once(plan: Plan, base: GgufBase) -> int:
     """The size of the merge in which what changes is fp32, and of its copy in which no weight is in blocks."""
     changed = {step.spec.stored_name for step in plan.steps}
-    in_fp32 = {name: 4 * math.prod(tensor.shape) for name, tensor in base.tensors.items()}
-    flat = {name: tensor.stop - tensor.start for name, tensor in base.tensors.items() if tensor.type in FLAT}
-    merged = base.file.path.stat().st_size + sum(in_fp32[name] for name in changed)
-    return merged + sum(size if name in changed else flat.get(name, size) for name, size in in_fp32.items())
+    in_fp32 = sum(4 * math.prod(base.tensors[name].shape) for name in changed)
+    others = sum(size_in_floats(tensor) for name, tensor in base.tensors.items() if name not in changed)
+    return base.file.size + 2 * in_fp32 + others
 
 
 def _texts(path: Path, on_message: OnMessage) -> list[str]:

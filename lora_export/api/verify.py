@@ -107,7 +107,8 @@ def verify(options: VerifyOptions) -> Verification:
 
     `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder or a merged .safetensors file; or
     the address of a server, as text: https://host/v1.
-    `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, a .pt2, or `(module, inputs)`.
+    `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, a .pt2, or `(module, inputs)`; for a
+    merged GGUF file, the one that it was merged into.
     Without a model, `base` is a checkpoint: nothing is run, and every tensor of a merged folder or file is compared
     with W + s·BA in fp64; PyTorch is not needed. A merged diffusion pipeline is compared with the base's folder. A
     weight whose layout is unknown is `undecided`.
@@ -195,12 +196,18 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     _refuse_unexpected(candidate, request)
     with candidate.unchanged(), no_adapter_as_model(request.model or request.base, request.adapters):
         if request.model is not None:
-            is_quantised = candidate.is_quantised and request.origin is not None and request.origin.is_quantised
-            judge = judge_quantised if is_quantised else judge_outputs
+            judge = judge_quantised if _stayed_quantised(candidate, request.origin) else judge_outputs
             return judge(candidate, request)
         if request.checkpoint.kind is ArtifactKind.PIPELINE:
             return audit_pipeline(candidate, request, load_adapters(request.adapters, of_models=True))
         return judge_weights(candidate, request)
+
+
+def _stayed_quantised(candidate: Artifact, origin: Artifact | None) -> bool:
+    """Whether both are quantised, as a merge keeps it: a GGUF file of a GGUF file."""
+    if origin is None or (candidate.kind is ArtifactKind.GGUF) != (origin.kind is ArtifactKind.GGUF):
+        return False
+    return candidate.is_quantised and origin.is_quantised
 
 
 def _request(options: VerifyOptions) -> VerifyRequest:

@@ -289,7 +289,9 @@ class Artifact:
 
     @cached_property
     def is_quantised(self) -> bool:
-        """Whether a folder states in its config that its weights are quantised."""
+        """Whether a folder states in its config that its weights are quantised; a GGUF file may, in each tensor."""
+        if self.kind is ArtifactKind.GGUF:
+            return True
         config = self.path / CONFIG
         return config.is_file() and bool(json_files.read_json(config).get(QUANTIZATION))
 

@@ -63,7 +63,7 @@ def load_image_processor(model: Model) -> Any:
 def _beside(model: Model, what: str, opened: Callable[[Path], Any]) -> Any:
     if not model.is_huggingface:
         raise InputRefused(f"{model.source} has no {what}: it is no Hugging Face folder. Give arrays (.npz)")
-    with _quiet(_transformers()):
+    with quiet(_transformers()):
         return opened(Path(model.source))
 
 
@@ -110,7 +110,7 @@ def from_folder(
     transformers = _transformers()
     if head:
         _refuse_missing_class(transformers, folder, fields)
-    with _quiet(transformers):
+    with quiet(transformers):
         weights = streamed_folder(checkpoint, dtype) if streamed and (may_add or dtype is torch.float32) else None
         module, new = _pretrained(transformers, checkpoint, fields, dtype, weights, base or TrainedBase())
     notes: list[str] = []
@@ -327,7 +327,7 @@ def _transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """No progress bars and no load report: a head with new weights is expected here. And no question on stdin."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()

@@ -63,8 +63,8 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     opener = RUNNERS.get(candidate.kind) if how.options.runner is None else _registered
     if opener is None:
         if candidate.kind is ArtifactKind.GGUF:
-            way = named("base", "BASE.gguf")
-            raise InputRefused(f"{candidate.path} is verified by its weights: {way}, and no model")
+            way = named("model", "BASE.gguf")
+            raise InputRefused(f"{candidate.path} is compared with the GGUF file that it was merged into: {way}")
         *first, last = sorted(kind.suffixes[0] for kind in RUNNERS if kind.suffixes)
         raise InputRefused(
             f"{candidate.path}: a candidate is an {', '.join(first)} or {last} file, or a Hugging Face folder, or what "

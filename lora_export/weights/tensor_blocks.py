@@ -193,10 +193,11 @@ def _write_nothing(_source: Bytes, _target: Bytes, _scratch: Bytes) -> None:
 
 
 def changed_blocks(
-    source: Path, read_fd: int, tensor: OutputTensor, target: Entry, backend: Backend
+    source: Path, read_fd: int, tensor: OutputTensor, target: Entry, backend: Backend, *, may_measure: bool = True
 ) -> Iterator[Block]:
     """Blocks of whole rows that change a tensor. The work of a block returns a list of Statistics.
 
+    They count nothing without `may_measure`: for a caller that measures what it makes of the rows.
     Where DoRA's outputs are columns, or all rows change together, the tensor is read once more, before its first block.
     """
     target = replace(target, shape=tensor.source.shape)
@@ -219,7 +220,7 @@ def changed_blocks(
             old.stop if change.reads_itself else old.start + rows.stop * old.row_bytes,
             target.start + rows.start * target.row_bytes,
             target.start + rows.stop * target.row_bytes,
-            work=functools.partial(change.make, rows, own_parts, measured),
+            work=functools.partial(change.make, rows, own_parts, measured and may_measure),
         )
 
 
@@ -364,7 +365,7 @@ class EncodedTensor(OutputTensor):
     def blocks(self, source: Path, read_fd: int, start: int, backend: Backend) -> Iterator[tuple[Block, bool]]:
         """The blocks of the tensor, which begins there in the output, and whether the statistics count each."""
         floats = Entry(self.name, self.dtype, self.source.shape, 0, math.prod(self.source.shape) * self.dtype.itemsize)
-        found = list(changed_blocks(source, read_fd, self, floats, backend))
+        found = list(changed_blocks(source, read_fd, self, floats, backend, may_measure=False))
         rows = [slice(each.target_start // floats.row_bytes, each.target_stop // floats.row_bytes) for each in found]
         step = self.step if self.is_one or len(self.patches) != 1 else self.patches[0].step
         for block, own, measured in zip(found, rows, blocks_to_measure(step, rows), strict=True):

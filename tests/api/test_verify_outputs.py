@@ -10,11 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from gguf import MODEL_ARCH
 from onnxruntime import InferenceSession
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import lora_export as le
-from lora_export.api.verify_outputs import _seconds
+from lora_export.api import verify_outputs
+from lora_export.api.verify_outputs import RunOutputs, _seconds
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
@@ -24,6 +27,8 @@ from support import RUNNERS
 from support.api import MODEL
 from support.endpoints import reply, running
 from support.exporters import checkpoint_of, torchscript
+from support.gguf_files import Kind, llama, runnable, write_llama, write_model
+from support.peft_models import trained
 
 
 def test_another_adapter_is_different_and_returned(place: Path) -> None:
@@ -93,6 +98,75 @@ def test_any_file_is_a_candidate_of_a_runner(place: Path, tmp_path: Path) -> Non
         le.verify(engine, MODEL, adapters=place / "adapter")
     with pytest.raises(WrongUsage, match="a runner chooses its own"):
         le.verify(place / "m.onnx", MODEL, adapters=place / "adapter", runner="openvino", provider="cuda")
+
+
+def merged_gguf(folder: Path, kind: Kind, **options: Any) -> tuple[Path, dict[str, Any]]:
+    """A GGUF file of a Llama with an adapter merged into it, and what it is verified against."""
+    base = write_llama(folder / "base.gguf", kind, fields=runnable)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+    trained(llama(), r=4, lora_alpha=0.1, target_modules=names).save_pretrained(folder / "a")
+    options = {"dtype_of": {"*": "keep"}, "min_retention": 0.0, **options}
+    out = le.merge(base, [folder / "a"], folder / "out.gguf", **options).output
+    return Path(out), {"model": base, "adapters": [folder / "a"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [(Kind.F32, 0, 1e-5), (Kind.F16, 1e-4, 0.01), (Kind.Q8_0, 0.03, 0.5), (Kind.Q4_K, 0.2, 0.8)],
+    ids=str,
+)
+def test_a_merged_gguf_file_runs_beside_its_base(kind: Kind, least: float, most: float, tmp_path: Path) -> None:
+    out, beside = merged_gguf(tmp_path, kind)
+    result = le.verify(out, strict=True, **beside)
+    figures = result.about["quantisation_error"]
+    assert result, str(result)
+    # transformers' own reader of GGUF files finds the same weights
+    assert least <= figures["of_rounding"] <= most and figures["of_library"] < 1e-5
+    half, beside = merged_gguf(tmp_path, kind, weights=[0.5], overwrite=True)
+    assert le.verify(half, **beside).verdict.outcome == "different"
+
+
+def test_a_merged_gguf_file_that_shows_nothing_is_undecided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, beside = merged_gguf(tmp_path, Kind.Q4_0)
+    assert le.verify(out, **beside)
+    monkeypatch.setattr(verify_outputs, "MOST_COST", 0.1)
+    result = le.verify(out, **beside)
+    assert result.verdict.outcome == "undecided" and "no output shows that they are merged" in str(result)
+
+
+def test_a_merged_gguf_file_has_the_config_beside_its_base(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(**sizes, vocab_size=32, max_position_embeddings=32)).eval()
+    base = write_model(tmp_path / "base.gguf", MODEL_ARCH.BERT, model)
+    trained(model, r=2, target_modules=["query", "value"]).save_pretrained(tmp_path / "a")
+    out = le.merge(base, tmp_path / "a", tmp_path / "elsewhere" / "out.gguf", min_retention=0.9).output
+    with pytest.raises(InputRefused, match=r"Put the model's config\.json beside it"):
+        le.verify(out, base, adapters=tmp_path / "a")
+    model.config.save_pretrained(tmp_path)
+    result = le.verify(out, base, adapters=tmp_path / "a", strict=True)
+    assert result and list(result.about["quantisation_error"]) == ["of_rounding"]
+    assert any("transformers does not read this GGUF file" in note for note in result.verdict.notes)
+
+
+def test_outputs_of_a_library_are_compared_with_those_of_the_base_too() -> None:
+    def run(token: float, padding: float = 0) -> Any:
+        return {"case": {"logits": np.array([[[token], [padding]]], np.float32)}}
+
+    padding = {"case": np.array([[False, True]])}
+    outputs = RunOutputs(run(1), run(0), run(0.9), run(0.25, 9), "", padding)
+    assert outputs.figures == pytest.approx({"of_rounding": 0.1, "of_library": 0.65}, rel=1e-5)
+    assert outputs.is_nearer_to_base and not outputs._replace(loaded=run(0.5, 9)).is_nearer_to_base
+
+
+@pytest.mark.parametrize(("runner", "outcome"), [("gguf_by_transformers", "same"), ("base_of_gguf", "undecided")])
+def test_a_runner_runs_a_merged_gguf_file(runner: str, outcome: str, tmp_path: Path) -> None:
+    out, beside = merged_gguf(tmp_path, Kind.Q8_0)
+    result = le.verify(out, runner=f"{RUNNERS}:{runner}", **beside)
+    assert result.verdict.outcome == outcome
+    assert f"as {RUNNERS}:{runner} runs it, they are" in str(result)
+    with pytest.raises(RuntimeRefused, match=r"returns logits \[.*\], and the model logits \["):
+        le.verify(out, runner=f"{RUNNERS}:last_token_of_gguf", **beside)
 
 
 @pytest.mark.parametrize(

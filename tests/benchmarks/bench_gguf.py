@@ -1,12 +1,13 @@
 """A merge into a GGUF file beside the copy of its bytes, and beside a merge into as many bytes of bf16.
 
 The file has the shape of a Llama of 1.1 billion parameters, in Q8_0 and in Q4_K, with random codes. Each merge is
-measured by NumPy and by compiled code.
+measured by NumPy and by compiled code. With calibration the model runs, and has to stay out of memory.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ RUNS = 3
 COPY, PLAIN, MERGE = "`cp` and `sync`", "merge into as many bytes of bf16", "merge into GGUF"
 FAST_PLAIN, FAST_MERGE = f"{PLAIN}, compiled", f"{MERGE}, compiled"
 MOST_MEMORY = 300  # MiB
+MOST_CALIBRATED = 2048  # MiB: PyTorch, the largest tensor in fp32, and the matrices of the widest inputs
 MOST_TIMES = 4.0  # the merge of as many bytes of bf16
 SCALES = {**HALVES, Kind.Q8_0: {0: 0.0006}}  # the positions of fp16 numbers in a block, and these
 
@@ -36,6 +38,12 @@ def model(path: Path, kind: Kind, shape: LlamaShape) -> Path:
     writer.add_embedding_length(shape.hidden)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.key_value_heads)
+    writer.add_context_length(2048)
+    writer.add_feed_forward_length(shape.inner)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(shape.words)
+    writer.add_tokenizer_model("no_vocab")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.layers)
     for name, size in shape.tensors.items():
         is_matrix = len(size) == 2
@@ -76,3 +84,23 @@ def test_a_gguf_file_costs_a_few_merges_of_its_bytes(
     goal(name, results, MERGE, PLAIN, MOST_TIMES)
     goal(f"{name}, compiled", results, FAST_MERGE, FAST_PLAIN, MOST_TIMES)
     assert max(run.peak for name in (MERGE, FAST_MERGE) for run in results[name]) <= MOST_MEMORY
+
+
+def test_calibration_does_not_load_the_model(tmp_path: Path) -> None:
+    shape = LlamaShape()
+    base = model(tmp_path / "base.gguf", Kind.Q4_K, shape)
+    own = adapter(tmp_path / "adapter", ["self_attn.q_proj", "mlp.down_proj"], replace(shape, layers=1))
+    config = own / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "layers_to_transform": [0]}))
+    inputs, out = tmp_path / "inputs.npz", tmp_path / "out.gguf"
+    np.savez(inputs, input_ids=np.random.default_rng(0).integers(0, shape.words, (40, 64)))
+    line = [sys.executable, "-m", "lora_export", "merge", base, own, "-o", out, "--min-retention", "0"]
+    found = run([*line, "--calibration", inputs])
+    floats = 4 * sum(int(np.prod(size)) for size in shape.tensors.values()) / 2**20
+    keep(
+        "merge into GGUF, calibrated",
+        f"Q4_K, two layers calibrated by 2,560 tokens: {found.used:.0f} s of processor time, of which the run of the "
+        f"model is the largest part; {found.peak:.0f} MiB at the peak, and the model has {floats:.0f} MiB in fp32. "
+        f"{machine()}",
+    )
+    assert found.peak <= MOST_CALIBRATED

@@ -67,9 +67,9 @@ def test_a_graph_gets_positions_where_the_inputs_have_none(tmp_path: Path) -> No
     assert open_candidate(open_artifact(tmp_path / "m.onnx"), HowToOpen(base)).run(inputs)["y"].tolist() == [[0, 1, 2]]
 
 
-def test_a_gguf_file_is_no_candidate_beside_a_model(tmp_path: Path) -> None:
+def test_a_gguf_file_is_no_candidate_beside_another_model(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputRefused, match=r'm\.gguf is verified by its weights: base="BASE\.gguf", and no model'):
+    with pytest.raises(InputRefused, match=r'm\.gguf is compared with the GGUF file .*: model="BASE\.gguf"'):
         open_candidate(open_artifact(tmp_path / "m.gguf"), HowToOpen(MODEL))
 
 

@@ -114,6 +114,17 @@ def write_model(
     return written(writer, path)
 
 
+def stacked_experts(path: Path) -> Path:
+    """A file of Qwen3-MoE with the stacks of one layer alone."""
+    writer, rng = gguf.GGUFWriter(str(path), "qwen3moe"), np.random.default_rng(0)
+    writer.add_block_count(1)
+    writer.add_expert_count(3)
+    for part, shape in (("gate", (3, 64, 32)), ("up", (3, 64, 32)), ("down", (3, 32, 64))):
+        stored = gguf.quants.quantize(rng.standard_normal(shape).astype(np.float32), Kind.Q8_0)
+        writer.add_tensor(f"blk.0.ffn_{part}_exps.weight", stored, raw_dtype=Kind.Q8_0)
+    return written(writer, path)
+
+
 def _of_files(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a model, the stacks of its experts under the names that the package gguf maps."""
     for name, value in model.state_dict().items():

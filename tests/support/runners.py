@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,3 +137,47 @@ def prints(path: str) -> Run:
         return run(inputs)
 
     return call
+
+
+def gguf_by_transformers(path: str) -> Run:
+    """The logits of a GGUF file, as transformers reads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(Path(path).parent, gguf_file=Path(path).name).eval()
+
+    def call(inputs: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            return {"logits": model(**{name: torch.from_numpy(one) for name, one in inputs.items()}).logits.numpy()}
+
+    return call
+
+
+def base_of_gguf(path: str) -> Run:
+    """Those of `base.gguf` in its folder."""
+    return gguf_by_transformers(str(Path(path).with_name("base.gguf")))
+
+
+def last_token_of_gguf(path: str) -> Run:
+    run = gguf_by_transformers(path)
+    return lambda inputs: {"logits": run(inputs)["logits"][:, -1]}
+
+
+class GgufByLlamaCpp:
+    """The logits of a GGUF file in llama.cpp, in an environment of its own. It runs one text, and nothing behind it."""
+
+    limits = {"input_ids": [(1, 1), (1, 64)], "attention_mask": [(1, 1), (1, 64)]}  # noqa: RUF012
+    plans_memory = True  # the limits are those of the batch, too
+
+    def __init__(self, path: str):
+        script = Path(__file__).with_name("llama_cpp_logits.py")
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self._process = subprocess.Popen([os.environ["LLAMA_CPP_PYTHON"], script, "f32", path], **pipes)
+
+    def __call__(self, inputs: dict[str, Any]) -> Any:
+        assert self._process.stdin and self._process.stdout
+        tokens, count = inputs["input_ids"][0].tolist(), int(inputs["attention_mask"].sum())
+        self._process.stdin.write(f"{tokens[:count]}\n")
+        self._process.stdin.flush()
+        found = np.array(json.loads(self._process.stdout.readline()), np.float32)
+        return {"logits": np.pad(found, [(0, len(tokens) - count), (0, 0)])[None]}

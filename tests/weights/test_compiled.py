@@ -25,7 +25,7 @@ from lora_export.storage.gguf_blocks import CODECS, BlockCodec
 from lora_export.storage.gguf_file import BY_NAME
 from lora_export.weights import apply_step, compiled
 from lora_export.weights.apply_step import StepRows, apply_by_numpy, apply_on_processor
-from support.gguf_files import Kind, values_of, write_llama
+from support.gguf_files import Kind, stacked_experts, values_of, write_llama
 from support.handmade import base_file, peft_adapter
 
 HOME = Path(sys.prefix) / "kernel"  # where `make` puts it: other tests merge by NumPy, as most users do
@@ -311,6 +311,63 @@ def test_a_merge_into_gguf_is_that_of_numpy(tmp_path, monkeypatch, kind):
         assert (own.retention, own.noise, own.changed) == pytest.approx(
             (its.retention, its.noise, its.changed), rel=1e-4
         )
+
+
+@pytest.mark.parametrize("experts", [(1,), (0, 2)])
+@pytest.mark.usefixtures("kernel")
+def test_experts_without_an_adapter_keep_their_bytes(tmp_path, monkeypatch, experts):
+    base, random = stacked_experts(tmp_path / "base.gguf"), np.random.default_rng(0)
+    factors = random.integers(-3, 4, (2, 32)) / 8, random.integers(-3, 4, (64, 2)) / 8
+    adapter = peft_adapter(
+        tmp_path / "adapter", {f"model.layers.0.mlp.experts.{one}.up_proj": factors for one in experts}
+    )
+    options = {"dtype_of": {"*": "keep"}, "min_retention": 0}
+    with monkeypatch.context() as without:
+        without.setattr(compiled, "kernel", lambda: None)
+        want = merge(base, [adapter], output=tmp_path / "numpy.gguf", **options).report
+    monkeypatch.delattr(BlockCodec, "encode")
+    found = merge(base, [adapter], output=tmp_path / "compiled.gguf", **options).report
+    ours, theirs, before = (values_of(tmp_path / f"{name}.gguf") for name in ("compiled", "numpy", "base"))
+    name = "blk.0.ffn_up_exps.weight"
+    assert [n for n in range(3) if not np.array_equal(ours[name][n], before[name][n])] == list(experts)
+    assert all(np.array_equal(ours[one], theirs[one]) for one in before)
+    figures = [(one.relative_change, one.retention, one.noise, one.changed) for one in (*found.results, *want.results)]
+    assert len(figures) == 2 and figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"output": np.zeros((2, 2, 34), np.uint8)},
+        {"blocks": np.zeros((3, 2, 33), np.uint8), "output": np.zeros((3, 2, 33), np.uint8)},
+        {"steps": np.ones((3, 2, 1))},
+        {"offsets": np.zeros((2, 2, 1), np.float32)},
+        {"b": np.ones((2, 4), np.float32)},
+        {"b": np.ones((4, 3), np.float32).T},
+        {"a": np.ones((4, 96), np.float32)},
+        {"a": np.ones((5, 64), np.float32)},
+        {"stored": [(2, 2, 32, 8)]},
+        {"stored": [(3, 1, 32, 8)]},
+        {"figures": np.zeros(5, np.float32)},
+    ],
+    ids=" ".join,
+)
+def test_arrays_that_do_not_fit_are_refused(kernel, wrong):
+    blocks, steps = np.zeros((3, 2, 34), np.uint8), np.ones((3, 2, 1), np.float32)
+    given = {"blocks": blocks, "output": blocks.copy(), "steps": steps, "offsets": 0 * steps, "stored": [(2, 1, 32, 8)]}
+    given |= {"b": np.ones((3, 4), np.float32), "a": np.ones((4, 64), np.float32), "figures": np.zeros(5)}
+    assert kernel.merge_blocks(**given | {"stored": kernel.Planes(given["stored"], -128, 256)})
+    given |= wrong
+    with pytest.raises(ValueError, match="arrays do not fit each other"):
+        kernel.merge_blocks(**given | {"stored": kernel.Planes(given["stored"], -128, 256)})
+
+
+@pytest.mark.parametrize("wrong", ["weight", "output", "b", "a"])
+def test_matrices_that_do_not_fit_are_refused(kernel, wrong):
+    given = {name: np.ones((4, 4), np.float32) for name in ("weight", "output", "b", "a")}
+    assert kernel.merge_rows(**given)
+    with pytest.raises(ValueError, match="arrays do not fit each other"):
+        kernel.merge_rows(**given | {wrong: np.ones((5, 5), np.float32)})
 
 
 @pytest.mark.usefixtures("numpy_fails")

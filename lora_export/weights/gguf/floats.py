@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from lora_export.names.families import EXPERT
 from lora_export.storage import safetensors_file
+from lora_export.storage.gguf_blocks import FLAT
+from lora_export.storage.gguf_file import GgufTensor
 from lora_export.storage.json_files import write_json
 from lora_export.weights.gguf.base import GgufBase
 
@@ -29,6 +32,16 @@ def write_as_floats(base: GgufBase, folder: Path) -> None:
             safetensors_file.write(folder / f"{number}.safetensors", tensors, {"format": "pt"})
         places |= dict.fromkeys(tensors, f"{number}.safetensors")
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+
+
+def bytes_as_floats(base: GgufBase) -> int:
+    """How large those files are."""
+    return sum(size_in_floats(tensor) for tensor in base.tensors.values())
+
+
+def size_in_floats(tensor: GgufTensor) -> int:
+    """The bytes of a tensor where blocks become fp32."""
+    return tensor.stop - tensor.start if tensor.type in FLAT else 4 * math.prod(tensor.shape)
 
 
 def _zeros(base: GgufBase) -> dict[str, NDArray[Any]]:

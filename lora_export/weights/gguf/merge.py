@@ -350,26 +350,30 @@ def _changed_blocks(
 
 
 def _at_once(stored: _Stored, rows: slice, source: Bytes, target: Bytes, measured: bool) -> list[Statistics] | None:
-    """Sum and store rows on their scales by compiled code; None where it does not do that to each of the rows."""
+    """Sum and store rows on their scales by compiled code, and copy those without a change; None where it cannot."""
     change, kind = stored.change, stored.type
     assert change is not None
     if kind != stored.tensor.type or change.inputs is not None or compiled.kernel() is None:
         return None
     before, after = (each.reshape(rows.stop - rows.start, -1, kind.nbytes) for each in (source, target))
-    total, done = np.zeros(5), 0
+    total, is_copied, codec = np.zeros(5), np.ones(len(before), bool), codec_of(change.name, kind)
     for patch in change.all_patches:
         own = patch.within(rows)
         if own is None:
             continue
         here = slice(own.start + patch.rows.start - rows.start, own.stop + patch.rows.start - rows.start)
         blocks = (each[here].reshape(-1, kind.nbytes) for each in (before, after))
-        codec, is_whole = codec_of(change.name, kind), patch.columns == EVERY_ROW
+        is_whole = patch.columns == EVERY_ROW
         found = compiled.merged_blocks(patch.step, own, codec, *blocks, measured=measured) if is_whole else None
         if found is None:
             return None
         total += found
-        done += own.stop - own.start
-    if done != len(before) or (measured and not is_in_range(total[:2])):
+        is_copied[here] = False
+    if is_copied.any():  # experts without an adapter
+        after[is_copied] = before[is_copied]
+        values = decoded(change.name, codec, before[is_copied].reshape(-1, kind.nbytes))
+        total[0] += np.square(values, dtype=np.float64).sum() if measured else 0
+    if measured and not is_in_range(total[:2]):
         return None
     statistics = Statistics(change.name)
     if measured:

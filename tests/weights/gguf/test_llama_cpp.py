@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lora_export
-from support import ROOT
+from support import ROOT, RUNNERS
 from support.endpoints import Served, serving
 from support.gguf_files import Kind, calibration_of, llama, runnable, write_llama
 from support.llama_cpp_runs import PYTHON
@@ -64,6 +64,18 @@ def test_a_merged_file_is_the_base_with_its_adapter(
     how = "calibrated" if is_calibrated else "nearest"
     print(f"{kind.name} {types}, {how}: KL of the merge {left:.3g}, of the adapter {own:.3g}: {left / own:.2g}")
     assert own > 1e-3 and left <= most * own
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0, Kind.Q4_0], ids=str)
+def test_verify_runs_a_merged_file_in_llama_cpp(tmp_path: Path, kind: Kind) -> None:
+    base = write_llama(tmp_path / "base.gguf", kind, fields=runnable)
+    model = trained(llama(), r=4, lora_alpha=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
+    model.save_pretrained(tmp_path / "a")
+    out = lora_export.merge(base, [tmp_path / "a"], tmp_path / "out.gguf").output
+    result = lora_export.verify(out, base, adapters=tmp_path / "a", runner=f"{RUNNERS}:GgufByLlamaCpp")
+    print(f"{kind.name}: {result.about['quantisation_error']}")
+    assert result, str(result)
+    assert result.about["quantisation_error"]["of_library"] < (1e-4 if kind == Kind.F32 else 0.1)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from support.gguf_files import (
     llama,
     llama_rows,
     runnable,
+    stacked_experts,
     types_of,
     values_of,
     write_llama,
@@ -252,20 +253,9 @@ def test_rows_of_words_are_replaced(tmp_path: Path) -> None:
     assert np.array_equal(np.delete(table, [3, 5], 0), np.delete(values_of(base)["token_embd.weight"], [3, 5], 0))
 
 
-def experts(path: Path) -> Path:
-    """A file of Qwen3-MoE with the stacks of one layer alone."""
-    writer, rng = gguf.GGUFWriter(str(path), "qwen3moe"), np.random.default_rng(0)
-    writer.add_block_count(1)
-    writer.add_expert_count(3)
-    for part, shape in (("gate", (3, 64, 32)), ("up", (3, 64, 32)), ("down", (3, 32, 64))):
-        stored = gguf.quants.quantize(rng.standard_normal(shape).astype(np.float32), Kind.Q8_0)
-        writer.add_tensor(f"blk.0.ffn_{part}_exps.weight", stored, raw_dtype=Kind.Q8_0)
-    return written(writer, path)
-
-
 @pytest.mark.parametrize(("types", "stored"), [({}, "Q8_0"), ({"*": "F32"}, "F32")])
 def test_one_expert_of_a_stack_changes(tmp_path: Path, types: dict[str, str], stored: str) -> None:
-    base, rng = experts(tmp_path / "base.gguf"), np.random.default_rng(1)
+    base, rng = stacked_experts(tmp_path / "base.gguf"), np.random.default_rng(1)
     a, b = (rng.standard_normal(shape).astype(np.float32) / 4 for shape in ((2, 32), (64, 2)))
     adapter = peft_adapter(tmp_path / "a", {f"{LAYER}mlp.experts.1.up_proj": (a, b)})
     lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", dtype_of=types)
@@ -344,7 +334,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         "down_proj.weight is stored as IQ2_XS, which is not supported",
     ),
     "another model": (
-        lambda folder: experts(folder / "base.gguf"),
+        lambda folder: stacked_experts(folder / "base.gguf"),
         {},
         "e has no weight for model.layers.0.self_attn.q_proj",
     ),
