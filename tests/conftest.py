@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +22,8 @@ from lora_export.runtime.environment_probes import CUDA
 if TYPE_CHECKING:
     from support.programs import ProgramFiles
     from support.stores import Stored
+
+frozen = SimpleNamespace(modules=0)  # how many modules the garbage collector no longer visits
 
 
 @functools.cache
@@ -61,14 +64,22 @@ def pytest_collection(session: pytest.Session) -> None:
 
 def pytest_collection_finish() -> None:
     # The garbage collector need not visit thousands of tests and all modules each time: a third of the time of exports.
-    gc.collect()
-    gc.freeze()
+    freeze_what_was_imported()
     gc.set_threshold(100_000, 20, 20)
     gc.enable()
     if "onnxruntime" in sys.modules:
         one_thread_a_session()
     if "peft" in sys.modules:  # each saved adapter would get a page in Markdown, half the time of saving it
         sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
+
+
+def freeze_what_was_imported() -> None:
+    """Nor what tests import later: accelerate collects garbage after each training, most of a short one's time."""
+    imported = len(sys.modules)
+    if imported > frozen.modules + 100:
+        frozen.modules = imported
+        gc.collect()
+        gc.freeze()
 
 
 def one_thread_a_session() -> None:
@@ -84,6 +95,7 @@ def one_thread_a_session() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    freeze_what_was_imported()
     if "lora_export.models.export" in sys.modules:
         keep_exports(item)
     if sys.platform == "linux" and "lora_export.runtime.torchscript.runner" in sys.modules:
