@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import peft
@@ -72,11 +74,16 @@ def test_folded_it_is_pefts_merge_times_the_strength(one):
             assert (value - before - strength * change).abs().max() <= 4e-6 * change.abs().max() + 1e-6, name
 
 
-def test_rows_and_the_transpose_give_the_same_change(one):
+def pairs_and_weights(one: Trained) -> Iterator[tuple[Any, np.ndarray]]:
+    """Each pair of the adapter, and the weight that it changes, (out, in)."""
     (adapter,) = load_adapters([one.adapter])
     for module, stored in adapter.pairs.items():
         weight = one.before[f"{module}.weight"].numpy()
-        weight = weight.T if module in ("back", "table") else weight
+        yield stored, weight.T if module in ("back", "table") else weight
+
+
+def test_rows_and_the_transpose_give_the_same_change(one):
+    for stored, weight in pairs_and_weights(one):
         pair = stored.for_weight(weight.shape)
         whole, (exact, _) = pair.change(weight), exact_change(pair, weight)
         np.testing.assert_allclose(whole, exact, atol=4e-6 * (np.abs(exact).max() + np.abs(weight).max()))
@@ -95,10 +102,7 @@ def test_rows_and_the_transpose_give_the_same_change(one):
 
 
 def test_some_outputs_change_as_in_the_whole_or_are_refused(one):
-    (adapter,) = load_adapters([one.adapter])
-    for module, stored in adapter.pairs.items():
-        weight = one.before[f"{module}.weight"].numpy()
-        weight = weight.T if module in ("back", "table") else weight
+    for stored, weight in pairs_and_weights(one):
         rows = np.arange(len(weight))[len(weight) // 3 :]
         whole = stored.for_weight(weight.shape).change(weight)
         try:
