@@ -279,9 +279,8 @@ def frozen_run(
 
 @pytest.mark.parametrize(
     ("content", "times", "streamed", "is_awake_before"),
-    [  # each value with each other
-        ("late", PARTS, True, True),
-        ("late", PARTS, False, False),
+    [  # all four of equal contents; each value with each other of the rest
+        *(("late", PARTS, streamed, is_awake) for streamed in (True, False) for is_awake in (True, False)),
         ("new!", PARTS, True, False),
         ("new!", PARTS, False, True),
         ("new!", 1, True, True),
