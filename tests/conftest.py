@@ -8,10 +8,10 @@ import logging.handlers
 import os
 import signal
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from support.programs import ProgramFiles
     from support.stores import Stored
 
-
-SLOW_COLLECTION = 0.03  # seconds
+frozen = SimpleNamespace(modules=0)  # how many modules the garbage collector no longer visits
 
 
 @functools.cache
@@ -65,34 +64,22 @@ def pytest_collection(session: pytest.Session) -> None:
 
 def pytest_collection_finish() -> None:
     # The garbage collector need not visit thousands of tests and all modules each time: a third of the time of exports.
-    collector.freeze_if_slow()
-    gc.callbacks.append(collector.notice)
+    freeze_what_was_imported()
     gc.set_threshold(100_000, 20, 20)
     gc.enable()
     if "onnxruntime" in sys.modules:
         one_thread_a_session()
+    if "peft" in sys.modules:  # each saved adapter would get a page in Markdown, half the time of saving it
+        sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
 
 
-class Collector:
-    """Garbage is collected as ever, but what modules hold is visited once: tests import more and more of them."""
-
-    def __init__(self) -> None:
-        self._began, self._is_slow = 0.0, True
-
-    def notice(self, phase: str, _: dict[str, int]) -> None:
-        if phase == "start":
-            self._began = time.thread_time()
-        elif time.thread_time() - self._began > SLOW_COLLECTION:
-            self._is_slow = True
-
-    def freeze_if_slow(self) -> None:
-        if self._is_slow:
-            gc.collect()
-            gc.freeze()
-            self._is_slow = False
-
-
-collector = Collector()
+def freeze_what_was_imported() -> None:
+    """Nor what tests import later: accelerate collects garbage after each training, most of a short one's time."""
+    imported = len(sys.modules)
+    if imported > frozen.modules + 100:
+        frozen.modules = imported
+        gc.collect()
+        gc.freeze()
 
 
 def one_thread_a_session() -> None:
@@ -108,7 +95,7 @@ def one_thread_a_session() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    collector.freeze_if_slow()
+    freeze_what_was_imported()
     if "lora_export.models.export" in sys.modules:
         keep_exports(item)
     if sys.platform == "linux" and "lora_export.runtime.torchscript.runner" in sys.modules:

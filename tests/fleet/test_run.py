@@ -215,7 +215,7 @@ def test_a_former_output_that_is_named_again_is_own(
 ) -> None:
     step, name = PUBLISHED[kind]
     home = stored / "x" if in_store else place / "x"
-    for folder in ("x/first", "x/second", "x/first", "x/second"):
+    for folder in ("x/second", "x/first", "x/second"):
         output = str(stored / folder) if in_store else folder
         (place / "fleet.toml").write_text(BASES + step.replace("release", output))
         assert le.run_fleet("plan", "fleet.toml").problems == ()
@@ -440,7 +440,6 @@ def test_a_fleet_from_store_to_store(place: Path, monkeypatch: pytest.MonkeyPatc
     first[beside] = b"{}"
     changed = [name for name, content in stored.files("release").items() if content != first[name]]
     assert changed and all(name.startswith("fr") for name in changed)
-    assert run_here(monkeypatch)[1] == []
 
 
 def test_a_glob_in_a_store_that_matches_nothing_is_refused(place: Path, stored: Stored) -> None:

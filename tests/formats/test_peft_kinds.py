@@ -30,7 +30,9 @@ from support.peft_kinds import CASES, LAYOUT, Layers, Trained, differences, grap
 
 README = ROOT / "tests/README.md"
 TABLE = "kinds of PEFT's adapters"
-NOT_HERE = "not in this test"  # layers that are not linear
+NOT_HERE = "not in this test"  # in graphs: layers that are not linear
+# PyTorch with the adapter attached is slow: a reference for one case of each kind and its layers.
+JUDGED_BY_PYTORCH = {(case.config, case.targets): name for name, case in reversed(CASES.items())}.values()
 
 
 def merge(one: Trained, folder: Path) -> str:
@@ -111,7 +113,8 @@ def outcome(way: str, one: Trained, folder: Path) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_each_way_has_the_outcome_of_the_table(tmp_path, name):
     one = trained(CASES[name], tmp_path)
-    found = {way: outcome(way, one, tmp_path) for way in WAYS}
+    left_out = () if name in JUDGED_BY_PYTORCH else ("verify --model",)
+    found = {way: NOT_HERE if way in left_out else outcome(way, one, tmp_path) for way in WAYS}
     if os.environ.get("LORA_EXPORT_TABLES"):
         recorded = tables.rows(tables.text(README, TABLE)) if name != next(iter(CASES)) else {}
         tables.put(README, TABLE, tables.table(recorded | {name: found}, "kind"))

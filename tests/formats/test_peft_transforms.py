@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
 from peft.tuners.boft import layer as boft
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lora_export as le
 from lora_export import layers, plan
@@ -72,52 +74,16 @@ def test_folded_it_is_pefts_merge_times_the_strength(one):
             assert (value - before - strength * change).abs().max() <= 4e-6 * change.abs().max() + 1e-6, name
 
 
-def test_as_lora_its_merge_is_pefts(one, tmp_path):
-    out, merged = tmp_path / "lora", tmp_path / "merged.safetensors"
-    options = {"to": "peft", "as_kind": "lora", "rank": 18, "base": one.base, "layout": LAYOUT}
-    if any("bias" in name for name in one.changed):  # LoRA has no part for these
-        with pytest.raises(InputRefused, match="its bias changes too"):
-            le.convert(one.adapter, out, **options)
-        return
-    le.convert(one.adapter, out, **options)
-    assert all(type(pair) is LoraPair for pair in le.load_adapter(out).pairs.values())
-    le.merge(one.base, out, merged, layout=LAYOUT)
-    for name, value in load_file(merged).items():
-        change = np.abs(np.asarray(one.merged[name]) - np.asarray(one.before[name])).max()
-        assert np.abs(value.numpy() - np.asarray(one.merged[name])).max() <= 1e-5 * change + 1e-6, name
-    with pytest.raises(InputRefused, match="follows from the weight"):
-        le.convert(one.adapter, tmp_path / "without", to="peft", as_kind="lora", rank=18)
-
-
-def test_a_merge_in_small_blocks_is_that_of_whole_weights(one, tmp_path, monkeypatch):
-    le.merge(one.base, one.adapter, tmp_path / "whole.safetensors", layout=LAYOUT)
-    monkeypatch.setattr(block_copy, "BLOCK", 64)  # bytes: less than two rows
-    monkeypatch.setattr(matrix_on_disk, "COLUMNS_BYTES", 64)
-    le.merge(one.base, one.adapter, tmp_path / "blocks.safetensors", layout=LAYOUT)
-    whole, blocks = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "blocks"))
-    for name, value in whole.items():
-        assert (blocks[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
-    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", 128)
-    assert le.verify(tmp_path / "whole.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
-
-
-def test_a_merge_is_judged_by_another_formula(one, tmp_path):
-    out = tmp_path / "out.safetensors"
-    le.merge(one.base, one.adapter, out, layout=LAYOUT)
-    verdict = le.verify(out, base=one.base, adapters=one.adapter, layout=LAYOUT)
-    assert verdict, str(verdict)
-    wrong = load_file(out)
-    name = next(name for name, value in wrong.items() if not torch.equal(value, one.before[name]))
-    wrong[name] = wrong[name] + 1e-3 * (wrong[name] - one.before[name])
-    save_file(wrong, tmp_path / "wrong.safetensors")
-    assert not le.verify(tmp_path / "wrong.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
-
-
-def test_rows_and_the_transpose_give_the_same_change(one):
+def pairs_and_weights(one: Trained) -> Iterator[tuple[Any, np.ndarray]]:
+    """Each pair of the adapter, and the weight that it changes, (out, in)."""
     (adapter,) = load_adapters([one.adapter])
     for module, stored in adapter.pairs.items():
         weight = one.before[f"{module}.weight"].numpy()
-        weight = weight.T if module in ("back", "table") else weight
+        yield stored, weight.T if module in ("back", "table") else weight
+
+
+def test_rows_and_the_transpose_give_the_same_change(one):
+    for stored, weight in pairs_and_weights(one):
         pair = stored.for_weight(weight.shape)
         whole, (exact, _) = pair.change(weight), exact_change(pair, weight)
         np.testing.assert_allclose(whole, exact, atol=4e-6 * (np.abs(exact).max() + np.abs(weight).max()))
@@ -136,10 +102,7 @@ def test_rows_and_the_transpose_give_the_same_change(one):
 
 
 def test_some_outputs_change_as_in_the_whole_or_are_refused(one):
-    (adapter,) = load_adapters([one.adapter])
-    for module, stored in adapter.pairs.items():
-        weight = one.before[f"{module}.weight"].numpy()
-        weight = weight.T if module in ("back", "table") else weight
+    for stored, weight in pairs_and_weights(one):
         rows = np.arange(len(weight))[len(weight) // 3 :]
         whole = stored.for_weight(weight.shape).change(weight)
         try:
@@ -150,6 +113,31 @@ def test_some_outputs_change_as_in_the_whole_or_are_refused(one):
             continue
         np.testing.assert_allclose(pair.change(weight[rows]), whole[rows], atol=1e-5 * np.abs(whole).max())
         np.testing.assert_allclose(exact_change(pair, weight[rows])[0], whole[rows], atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("name", {name.partition(":")[0]: name for name in reversed(OWN)}.values())
+def test_a_merge_in_small_blocks_is_that_of_whole_weights(name, tmp_path, monkeypatch):
+    one = trained(CASES[name], tmp_path)
+    le.merge(one.base, one.adapter, tmp_path / "whole.safetensors", layout=LAYOUT)
+    monkeypatch.setattr(block_copy, "BLOCK", 64)  # bytes: less than two rows
+    monkeypatch.setattr(matrix_on_disk, "COLUMNS_BYTES", 64)
+    le.merge(one.base, one.adapter, tmp_path / "blocks.safetensors", layout=LAYOUT)
+    whole, blocks = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "blocks"))
+    for tensor, value in whole.items():
+        assert (blocks[tensor] - value).abs().max() <= 2e-6 * value.abs().max(), tensor
+    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", 128)
+    assert le.verify(tmp_path / "whole.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
+
+
+@pytest.mark.parametrize(("name", "is_of_weights"), [("HRA: linear", True), ("Road: road_1", False)])
+def test_lora_takes_its_change_of_a_base_and_none_of_a_bias(name, is_of_weights, tmp_path):
+    one = trained(CASES[name], tmp_path)
+    options = {"to": "peft", "as_kind": "lora", "rank": 18}
+    with pytest.raises(InputRefused, match="follows from the weight" if is_of_weights else "its bias changes too"):
+        le.convert(one.adapter, tmp_path / "lora", **options, **{} if is_of_weights else {"base": one.base})
+    if is_of_weights:
+        le.convert(one.adapter, tmp_path / "lora", **options, base=one.base, layout=LAYOUT)
+        assert all(type(pair) is LoraPair for pair in le.load_adapter(tmp_path / "lora").pairs.values())
 
 
 @pytest.mark.parametrize("name", ["Deft: qr", "IA3: inputs without biases"])

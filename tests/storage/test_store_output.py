@@ -277,9 +277,16 @@ def frozen_run(
     return ended
 
 
-@pytest.mark.parametrize("is_awake_before", [True, False], ids=["meanwhile", "afterwards"])
-@pytest.mark.parametrize("streamed", [True, False])
-@pytest.mark.parametrize(("content", "times"), [("late", PARTS), ("new!", PARTS), ("new!", 1)])
+@pytest.mark.parametrize(
+    ("content", "times", "streamed", "is_awake_before"),
+    [  # all four of equal contents; each value with each other of the rest
+        *(("late", PARTS, streamed, is_awake) for streamed in (True, False) for is_awake in (True, False)),
+        ("new!", PARTS, True, False),
+        ("new!", PARTS, False, True),
+        ("new!", 1, True, True),
+        ("new!", 1, False, False),
+    ],
+)
 def test_a_file_that_is_put_too_late_without_a_condition_is_withdrawn(
     content: str, times: int, streamed: bool, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,12 +32,23 @@ _numbers = itertools.count()
 @functools.cache
 def endpoint() -> str:
     """The address of moto's server, which is started once in a process."""
+    from moto import backends
     from moto.server import ThreadedMotoServer
 
+    services = frozenset(backends.list_of_moto_modules())  # it reads its own folder at each request
+    backends.list_of_moto_modules = lambda: services
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     return "http://127.0.0.1:{1}".format(*server.get_host_and_port())
+
+
+@functools.cache
+def client() -> Any:
+    """Another client of that server, made once in a process."""
+    import boto3
+
+    return boto3.client("s3", endpoint_url=endpoint(), region_name="us-east-1")
 
 
 def use(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
@@ -51,10 +62,7 @@ class Stored:
     """A bucket of its own, and another client that reads and writes it."""
 
     def __init__(self) -> None:
-        import boto3
-
-        self.name = f"bucket-{next(_numbers)}"
-        self.client: Any = boto3.client("s3", endpoint_url=endpoint(), region_name="us-east-1")
+        self.name, self.client = f"bucket-{next(_numbers)}", client()
         self.client.create_bucket(Bucket=self.name)
 
     def __truediv__(self, key: str) -> StorePath:

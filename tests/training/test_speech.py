@@ -53,8 +53,10 @@ def test_a_decoder_has_the_loss_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(found, theirs(**features, labels=labels).loss, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize(("name", "masks_padding"), [("wav2vec2", True), ("wav2vec2", False), ("hubert", True)])
+@pytest.mark.parametrize(
+    ("name", "masks_padding", "reduction"),
+    [("wav2vec2", True, "mean"), ("wav2vec2", True, "sum"), ("wav2vec2", False, "mean"), ("hubert", True, "sum")],
+)
 def test_frames_have_the_loss_of_transformers(name: str, masks_padding: bool, reduction: str, tmp_path: Path) -> None:
     base = small_ctc(tmp_path / "base", name, masks_padding=masks_padding, reduction=reduction)
     loaded, data = data_for(base, rows(tmp_path, TEXTS[name]))

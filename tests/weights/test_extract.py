@@ -30,7 +30,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_peft_computes_what_the_tuned_model_computes(tmp_path: Path, name: str) -> None:
+def test_peft_computes_what_the_tuned_model_computes_and_a_merge_is_it(tmp_path: Path, name: str) -> None:
     tuned = base_and_tuned(name, tmp_path, parts=CHANGED[name])
     result = le.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=RANK)
     assert result.share > 0.999999 and all(layer.rank == RANK for layer in result.layers)
@@ -42,16 +42,10 @@ def test_peft_computes_what_the_tuned_model_computes(tmp_path: Path, name: str) 
     found, expected = (model(**inputs_of(name)).logits.detach() for model in (loaded, tuned))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
     assert (expected - plain).abs().max() > 0.05
-
-
-@pytest.mark.parametrize("name", CHANGED)
-def test_a_merge_makes_the_tuned_model_again(tmp_path: Path, name: str) -> None:
-    base_and_tuned(name, tmp_path, parts=CHANGED[name])
-    le.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=RANK)
     le.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    tuned, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("tuned", "merged"))
-    assert tuned.keys() == merged.keys()
-    for tensor, value in tuned.items():
+    wanted, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("tuned", "merged"))
+    assert wanted.keys() == merged.keys()
+    for tensor, value in wanted.items():
         np.testing.assert_allclose(merged[tensor], value, atol=2e-6, err_msg=tensor)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from support.handmade import add_tensors, peft_adapter
 from support.quantised_weights import WEIGHTS, quantised, weights_in
 
 ONE_LAYER = [kind for kind in WEIGHTS if kind != "mxfp4"]
+JUDGED_EVERYWHERE = ("compressed int4", "gptq 4", "nf4, double")  # also after promotion, and with new scales
 
 
 def base_of(folder: Path, kind: str, **fields: Any) -> Path:
@@ -47,10 +50,11 @@ def floats_of(folder: Path) -> dict[str, np.ndarray]:
     return {name: weight.astype(np.float64) for name, weight in weights_in(folder).items()}
 
 
-def adapter_of(folder: Path, shape: tuple[int, ...], size: float) -> tuple[Path, np.ndarray]:
-    """An adapter of `a.fc`, and its change."""
+def adapter_of(folder: Path, shape: tuple[int, ...], size: float, *, unchanged: int = 0) -> tuple[Path, np.ndarray]:
+    """An adapter of `a.fc`, and its change, which is zero in the first rows."""
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(2, shape[1])).astype(np.float32), rng.normal(size=(shape[0], 2)).astype(np.float32) * size
+    b[:unchanged] = 0
     return peft_adapter(folder, {"a.fc": (a, b)}), b.astype(np.float64) @ a.astype(np.float64)
 
 
@@ -59,63 +63,83 @@ def stored_in(folder: Path) -> dict[str, bytes]:
     return {name: bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy()) for name, tensor in tensors.items()}
 
 
+class KeptMerge:
+    """A merge of one adapter into a base of this kind that stays quantised, `layer` as its report has it."""
+
+    def __init__(
+        self, folder: Path, kind: str, size: Callable[[np.ndarray], float], *, unchanged: int = 0, **options: Any
+    ) -> None:
+        self.kind, self.base, self.out = kind, base_of(folder / "base", kind), folder / "merged"
+        self.before = floats_of(self.base)
+        self.weight = self.before["a.fc.weight"]
+        adapter = folder / "adapter"
+        self.adapter, self.change = adapter_of(adapter, self.weight.shape, size(self.weight), unchanged=unchanged)
+        self.report = lora_export.merge(self.base, [self.adapter], self.out, keep_quantised=True, **options).report
+        assert self.report is not None
+        (self.layer,) = self.report.layers
+
+    def assert_other_weight_stays(self) -> None:
+        assert np.array_equal(floats_of(self.out)["b.other.weight"], self.before["b.other.weight"])
+
+    def assert_judged(self, *, everywhere: bool = False) -> None:
+        """The output is the same. With one bit of a part of `a.fc` flipped, or of any tensor, it is different."""
+        flipped = "" if everywhere or self.kind in JUDGED_EVERYWHERE else "a.fc."
+        assert self.verdict().startswith("same")
+        tensors = load_file(self.out / "model.safetensors")
+        for name, tensor in tensors.items():
+            if not name.startswith(flipped):
+                continue
+            changed = tensor.clone()
+            flat = changed.view(-1).view(torch.uint8)
+            middle = tensor.numel() // 2 * tensor.element_size()
+            flat[middle + tensor.element_size() - 1 if tensor.is_floating_point() else middle] ^= 1  # its sign's byte
+            save_file(tensors | {name: changed}, self.out / "model.safetensors", {"format": "pt"})
+            assert self.verdict().startswith("different"), name
+
+    def verdict(self) -> str:
+        try:
+            return str(verify(self.out, base=self.base, adapters=[self.adapter]))
+        except InputRefused as refused:  # it describes no weight any more
+            return f"different: {refused}"
+
+
+def fraction_of_std(part: float) -> Callable[[np.ndarray], float]:
+    return lambda weight: weight.std() * part
+
+
+def fraction_of_largest(part: float) -> Callable[[np.ndarray], float]:
+    return lambda weight: np.abs(weight).max() * part
+
+
 @pytest.mark.parametrize("kind", ONE_LAYER)
 def test_large_change_is_kept_in_the_scheme(kind: str, tmp_path: Path) -> None:
-    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
-    before = floats_of(base)
-    weight = before["a.fc.weight"]
-    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, weight.std() / 4)
-    result = lora_export.merge(base, [adapter], out, keep_quantised=True)
-    assert result.report is not None
-    (layer,) = result.report.layers
+    merge = KeptMerge(tmp_path, kind, fraction_of_std(1 / 4))
+    base, out, layer, change = merge.base, merge.out, merge.layer, merge.change
     assert layer.is_kept and layer.stored == layer.scheme and layer.weight == "a.fc.weight"
     one, other = stored_in(base), stored_in(out)
     changed = {name for name in one if one[name] != other[name]}
     assert one.keys() == other.keys() and len(changed) == 1
     assert changed <= {"a.fc.weight", "a.fc.weight_packed", "a.fc.qweight"}
     assert (base / "config.json").read_bytes() == (out / "config.json").read_bytes()
-    after = floats_of(out)["a.fc.weight"]
-    moved = after - weight
+    moved = floats_of(out)["a.fc.weight"] - merge.weight
     assert layer.retention == pytest.approx((moved * change).sum() / np.square(change).sum(), rel=2e-3)
     assert layer.noise == pytest.approx(np.linalg.norm(moved - change) / np.linalg.norm(change), rel=5e-3)
     assert layer.retention > 0.5 and layer.noise < 1
-    assert_judged(out, base, adapter)
-
-
-def assert_judged(out: Path, base: Path, adapter: Path) -> None:
-    """The output is the same; with one bit of any tensor flipped, it is different."""
-    assert str(verify(out, base=base, adapters=[adapter])).startswith("same")
-    tensors = load_file(out / "model.safetensors")
-    for name, tensor in tensors.items():
-        changed = tensor.clone()
-        flat = changed.view(-1).view(torch.uint8)
-        middle = tensor.numel() // 2 * tensor.element_size()
-        flat[middle + tensor.element_size() - 1 if tensor.is_floating_point() else middle] ^= 1  # its sign's byte
-        save_file(tensors | {name: changed}, out / "model.safetensors", {"format": "pt"})
-        try:
-            verdict = str(verify(out, base=base, adapters=[adapter]))
-        except InputRefused:  # it describes no weight any more
-            continue
-        assert verdict.startswith("different"), name
+    merge.assert_judged(everywhere=True)
 
 
 @pytest.mark.parametrize("kind", ONE_LAYER)
 def test_small_change_is_promoted_to_floats(kind: str, tmp_path: Path) -> None:
-    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
-    before = floats_of(base)
-    weight = before["a.fc.weight"]
-    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, np.abs(weight).max() / 1000)
-    result = lora_export.merge(base, [adapter], out, keep_quantised=True, min_retention=0.9)
-    assert result.report is not None
-    (layer,) = result.report.layers
+    merge = KeptMerge(tmp_path, kind, fraction_of_largest(1 / 1000), min_retention=0.9)
+    base, out, layer = merge.base, merge.out, merge.layer
     assert layer.why.endswith("% of its change would be left") and layer.stored in ("float32", "bfloat16", "float16")
-    after = floats_of(out)
     stored = load_file(out / "model.safetensors")["a.fc.weight"]
     assert str(stored.dtype) == f"torch.{layer.stored}"
-    np.testing.assert_allclose(after["a.fc.weight"], weight + change, rtol=2.0**-8, atol=1e-6)
-    assert np.array_equal(after["b.other.weight"], before["b.other.weight"])
+    after = floats_of(out)["a.fc.weight"]
+    np.testing.assert_allclose(after, merge.weight + merge.change, rtol=2.0**-8, atol=1e-6)
+    merge.assert_other_weight_stays()
     assert not [name for name in stored_in(out) if name.startswith("a.fc.") and name != "a.fc.weight"]
-    assert_judged(out, base, adapter)
+    merge.assert_judged()
     if json.loads((base / "config.json").read_text())["quantization_config"]:  # files for ComfyUI have no config
         assert states_float(out, "a.fc") and not states_float(out, "b.other") and not states_float(base, "a.fc")
 
@@ -126,25 +150,15 @@ FEWER_BITS = [kind for kind in ONE_LAYER if kind.startswith(("compressed int", "
 @pytest.mark.parametrize("kind", FEWER_BITS)
 def test_change_that_8_bits_hold_is_promoted_to_them(kind: str, tmp_path: Path) -> None:
     """Each step is a sixteenth (or so) of the base's: numbers that do not change keep their values."""
-    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
-    before = floats_of(base)
-    weight = before["a.fc.weight"]
-    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, np.abs(weight).max() / 100)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    name = "base_model.model.a.fc.lora_B.weight"
-    tensors[name][:8] = 0
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    change[:8] = 0
-    result = lora_export.merge(base, [adapter], out, keep_quantised=True, min_retention=0.8)
-    assert result.report is not None
-    (layer,) = result.report.layers
+    merge = KeptMerge(tmp_path, kind, fraction_of_largest(1 / 100), unchanged=8, min_retention=0.8)
+    out, layer, weight, change = merge.out, merge.layer, merge.weight, merge.change
     assert layer.why and "8-bit" in layer.stored and layer.stored != layer.scheme
-    after = floats_of(out)
-    assert np.array_equal(after["a.fc.weight"][:8], weight[:8])
-    moved = after["a.fc.weight"] - weight
+    after = floats_of(out)["a.fc.weight"]
+    assert np.array_equal(after[:8], weight[:8])
+    moved = after - weight
     assert np.linalg.norm(moved - change) < 0.45 * np.linalg.norm(change)  # of 2 bits many numbers are at the end
-    assert np.array_equal(after["b.other.weight"], before["b.other.weight"])
-    assert_judged(out, base, adapter)
+    merge.assert_other_weight_stays()
+    merge.assert_judged()
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     if kind.startswith("gptq"):
         assert quantization["dynamic"] == {r"+:^a\.fc$": {"bits": 8}}
@@ -158,35 +172,22 @@ def test_change_that_8_bits_hold_is_promoted_to_them(kind: str, tmp_path: Path) 
         if key in quantization:
             fields = {"dtype": "float32", "quantization_config": {**quantization, key: value}}
             (out / "config.json").write_text(json.dumps(fields))
-    try:
-        verdict = str(verify(out, base=base, adapters=[adapter]))
-    except InputRefused as refused:  # of words that no stated number of bits fits
-        verdict = f"different: {refused}"
-    assert verdict.startswith("different")
+    assert merge.verdict().startswith("different")
 
 
 @pytest.mark.parametrize("kind", ONE_LAYER)
 def test_new_scales_are_those_of_the_rule(kind: str, tmp_path: Path) -> None:
     """Eight rows do not change. A change of twice the weight would be cut off on the scales that it has."""
-    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
-    before = floats_of(base)
-    weight = before["a.fc.weight"]
-    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, 2 * weight.std())
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors["base_model.model.a.fc.lora_B.weight"][:8] = 0
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    change[:8] = 0
-    result = lora_export.merge(base, [adapter], out, keep_quantised=True, rescale=True, min_retention=0)
-    assert result.report is not None
-    (layer,) = result.report.layers
+    merge = KeptMerge(tmp_path, kind, fraction_of_std(2), unchanged=8, rescale=True, min_retention=0)
+    layer, change = merge.layer, merge.change
     is_new = layer.stored == f"{layer.scheme}, new scales"
     assert is_new == (kind not in ("nf4, double", "fp8 without scales"))  # scales that are quantised again, and none
     if is_new and layer.is_kept:
-        after = floats_of(out)["a.fc.weight"]
+        after = floats_of(merge.out)["a.fc.weight"]
         most = 0.7 if kind == "gptq 2" else 0.45
-        assert np.linalg.norm(after - weight - change) < most * np.linalg.norm(change)
-        assert np.array_equal(floats_of(out)["b.other.weight"], before["b.other.weight"])
-    assert_judged(out, base, adapter)
+        assert np.linalg.norm(after - merge.weight - change) < most * np.linalg.norm(change)
+        merge.assert_other_weight_stays()
+    merge.assert_judged()
 
 
 @pytest.mark.parametrize(
@@ -200,11 +201,9 @@ def test_new_scales_are_those_of_the_rule(kind: str, tmp_path: Path) -> None:
     ],
 )
 def test_rule_divides_the_largest_number(kind: str, name: str, numbers: int, reach: float, tmp_path: Path) -> None:
-    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
-    weight = floats_of(base)["a.fc.weight"]
-    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, 2 * weight.std())
-    lora_export.merge(base, [adapter], out, keep_quantised=True, rescale=True, min_retention=0)
-    flat = np.abs(weight + change).reshape(-1)
+    merge = KeptMerge(tmp_path, kind, fraction_of_std(2), rescale=True, min_retention=0)
+    base, out = merge.base, merge.out
+    flat = np.abs(merge.weight + merge.change).reshape(-1)
     largest = np.maximum.reduceat(flat, np.arange(0, len(flat), numbers))
     found = load_file(out / "model.safetensors")[f"a.fc.{name}"].float().numpy().reshape(-1)
     np.testing.assert_allclose(found, largest / reach, rtol=2**-7)
@@ -213,7 +212,7 @@ def test_rule_divides_the_largest_number(kind: str, name: str, numbers: int, rea
     record = json.loads((out / "lora_export.json").read_text())
     assert '"rescaled": ["a.fc.weight"]' in json.dumps(record)
     (out / "lora_export.json").write_text(json.dumps(record).replace('"rescaled": ["a.fc.weight"]', '"rescaled": []'))
-    assert f"a.fc.{name} is not the base's" in str(verify(out, base=base, adapters=[adapter]))
+    assert f"a.fc.{name} is not the base's" in merge.verdict()
 
 
 def test_scales_that_cannot_be_halved_need_floats(tmp_path: Path) -> None:
@@ -232,8 +231,6 @@ def states_float(folder: Path, module: str) -> bool:
     lists = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
     named = [name for key in lists for name in config.get(key) or ()]
     patterns = [pattern for pattern in config.get("dynamic", {}) if pattern.startswith("-:")]
-    import re
-
     return module in named or any(re.match(pattern[2:], module) for pattern in patterns)
 
 
@@ -295,7 +292,7 @@ def test_promotion_needs_a_place_in_the_config(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-@pytest.mark.parametrize("kind", ONE_LAYER)
+@pytest.mark.parametrize("kind", ["compressed int4", "gptq 4", "nf4, double", "fp8 without scales"])
 def test_change_below_the_floats_of_a_promoted_layer_is_refused(kind: str, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", kind)
     weight = floats_of(base)["a.fc.weight"]
@@ -432,15 +429,11 @@ def test_large_weights_are_measured_in_a_sample(tmp_path: Path, monkeypatch: pyt
     """Blocks of a few rows: those that are measured before the merge are those that the report has."""
     monkeypatch.setattr(block_copy, "BLOCK", 1 << 10)
     monkeypatch.setattr(tensor_blocks, "LEAST_MEASURED", 400)
-    base = base_of(tmp_path / "base", "gptq 4")
-    weight = floats_of(base)["a.fc.weight"]
-    adapter, _ = adapter_of(tmp_path / "adapter", weight.shape, weight.std() / 4)
-    result = lora_export.merge(base, [adapter], tmp_path / "out", keep_quantised=True)
-    assert result.report is not None
-    (layer,), (written,) = result.report.layers, result.report.results
+    merge = KeptMerge(tmp_path, "gptq 4", fraction_of_std(1 / 4))
+    layer, (written,) = merge.layer, merge.report.results
     assert (layer.retention, layer.noise) == (written.retention, written.noise)
-    assert 0 < written.elements < weight.size
-    assert verify(tmp_path / "out", base=base, adapters=[adapter])
+    assert 0 < written.elements < merge.weight.size
+    assert merge.verdict().startswith("same")
 
 
 def test_scales_may_be_in_another_file(tmp_path: Path) -> None:

@@ -89,8 +89,9 @@ def adapters_for(model: str, weights: Mapping[str, torch.Tensor], folder: Path) 
     }
 
 
-@pytest.mark.parametrize("form", ["scaled", "stated", "plain"])
-@pytest.mark.parametrize("model", MODULES)
+@pytest.mark.parametrize(
+    ("model", "form"), [("Flux", "stated"), ("Wan", "scaled"), ("UNet", "plain"), ("UNet", "stated")]
+)
 def test_adapters_of_every_dialect_are_merged(model: str, form: str, tmp_path: Path) -> None:
     weights = original_weights(model)
     base, out = in_8_bits(weights, form, tmp_path / "base.safetensors"), tmp_path / "out.safetensors"

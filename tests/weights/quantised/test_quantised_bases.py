@@ -388,5 +388,5 @@ def damaged(stored: dict[str, torch.Tensor], name: str, fault: str) -> dict[str,
     elif fault == "other dtype":
         tensors[name] = own.to(torch.int16)
     else:
-        tensors[name] = torch.zeros(0 if fault == "empty" else 1 << 20, *own.shape[1:]).to(own.dtype)
+        tensors[name] = torch.zeros(0 if fault == "empty" else 1 << 12, *own.shape[1:]).to(own.dtype)
     return tensors
