@@ -29,6 +29,8 @@ from support.graphs import a_graph
 from support.slow import slow
 from support.small_models import small_model
 
+pytestmark = pytest.mark.usefixtures("undiagnosed")
+
 
 def verdict_of(graph: ir.Model, model: Model, folder: Path) -> parity.Verdict:
     folder.mkdir()

@@ -38,6 +38,8 @@ from support import FACTORIES
 from support.graphs import in_int8, quantised
 from support.wide_model import adapter_for_wide
 
+pytestmark = pytest.mark.usefixtures("undiagnosed")
+
 Change = Callable[[NDArray[Any]], NDArray[Any]]
 
 

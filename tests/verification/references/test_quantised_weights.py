@@ -46,6 +46,8 @@ from support.graphs import quantised
 from support.handmade import peft_adapter
 from support.wide_model import adapter_for_wide
 
+UNDIAGNOSED = pytest.mark.usefixtures("undiagnosed")
+
 
 @pytest.fixture(scope="module")
 def wide() -> Model:
@@ -213,6 +215,7 @@ def test_correct_requantised_merge_is_same(
     assert re.search(r"They contain (8\d|99|100)% of the change on average", note)
 
 
+@UNDIAGNOSED
 @SCHEMES
 @pytest.mark.parametrize("fault", ["scale x 1.1", "missing in one", "one row of B lost", "an integer off by one"])
 def test_wrong_requantised_merge_is_different(
@@ -248,6 +251,7 @@ PROMOTED = {
 }
 
 
+@UNDIAGNOSED
 @pytest.mark.parametrize("case", PROMOTED)
 def test_promoted_layers_are_w_and_its_change(case: str, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     scheme, strength, operator = PROMOTED[case]
@@ -463,6 +467,7 @@ def stripped(graph: ir.Model) -> ir.Model:
     return graph
 
 
+@UNDIAGNOSED
 @pytest.mark.parametrize("names", ["with names", "without names"])
 def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: Path) -> None:
     """Names are matched by the checkpoint's content, which a merged weight no longer has."""
