@@ -40,8 +40,10 @@ def judged(base: Path, adapter: Path, out: Path) -> Any:
     return lora_export.verify(out, base=base, adapters=[adapter])
 
 
-@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(kind, size) for number, kind in enumerate(KINDS) for size in (0.01, 1.0 if number % 2 else 0.1)],
+)
 def test_a_right_merge_is_the_same(tmp_path: Path, kind: str, size: float) -> None:
     proof = judged(*merged(tmp_path, Kind[kind], size))
     changed = [weight for weight in proof.verdict.weights if weight.fate == "changed"]
