@@ -42,8 +42,7 @@ def judged(base: Path, adapter: Path, out: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"),
-    [(kind, size) for number, kind in enumerate(KINDS) for size in (0.01, 1.0 if number % 2 else 0.1)],
+    ("kind", "size"), [(kind, size) for number, kind in enumerate(KINDS) for size in (0.01, 1.0 if number % 2 else 0.1)]
 )
 def test_a_right_merge_is_the_same(tmp_path: Path, kind: str, size: float) -> None:
     proof = judged(*merged(tmp_path, Kind[kind], size))

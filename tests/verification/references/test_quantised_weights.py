@@ -509,10 +509,7 @@ def only_site(text: str, name: str = "fc.weight") -> Site:
 @pytest.mark.parametrize(
     ("zeros", "expected"),
     # Integers 0 to 15 less 8, times 0.5 and -2; with zero points, less 3 and less 10.
-    [
-        ("", [[-4, 0.5, 3.5], [16, 2, -14]]),
-        (", uint8[2,1] z = {3, 10}", [[-1.5, 0.5, 6], [20, 2, -10]]),
-    ],
+    [("", [[-4, 0.5, 3.5], [16, 2, -14]]), (", uint8[2,1] z = {3, 10}", [[-1.5, 0.5, 6], [20, 2, -10]])],
 )
 def test_nearest_value_of_four_bits(zeros: str, expected: list[list[float]]) -> None:
     site = only_site(f"""
