@@ -11,12 +11,7 @@ import pytest
 
 from lora_export import cli
 from lora_export.artifacts.artifact import open_artifact
-from lora_export.artifacts.files import (
-    GRAPH_FILES,
-    adapter_of_file,
-    file_for_graph,
-    graphs_in,
-)
+from lora_export.artifacts.files import GRAPH_FILES, adapter_of_file, file_for_graph, graphs_in
 from lora_export.errors import InputRefused
 from lora_export.storage import input_files
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from defects import other_tools
+from defects import other_tools, subjects
 from defects.seeded_defects import Defect
 from defects.subjects import Column
 from lora_export.errors import EnvironmentLacking, LoraExportError
@@ -37,7 +37,7 @@ class Undiagnosed(PyTorchReferences):
 def judged(runner: Runner, column: Column, adapter: Adapter, *, seed: int = 0) -> Judged:
     """Our verdict on a candidate, and those of other tools on the same outputs."""
     try:
-        result = prove(runner, Undiagnosed(column.base, [adapter], seed=seed))
+        result = prove(runner, Undiagnosed(column.base, [adapter], seed=seed, cache=subjects.folder() / "cache"))
     except EnvironmentLacking as refusal:
         others: Any = runner
         others.placement = dataclasses.replace(others.placement, requested_provider="CPUExecutionProvider")

@@ -363,16 +363,16 @@ class Column:
 
     @property
     def base(self) -> Model:
-        return in_fp16(self.subject) if self.form == HALF else loaded(self._source)
+        return in_fp16(self.subject) if self.form == HALF else loaded(self.exported)
 
     @property
-    def _source(self) -> str:
+    def exported(self) -> str:
         """The subject whose graph is exported: its weights have the same names."""
         return f"masked{self.subject}" if self.form == FILLED else self.subject
 
     def graph(self, made_of: Adapter) -> ir.Model:
         """The graph of the base with an adapter in it, or with inputs for adapters."""
-        program = _exported(self._source).clone()
+        program = _exported(self.exported).clone()
         if self.form == FOUR_BITS:
             program = quantised(program)
             for node in program.graph:

@@ -18,6 +18,7 @@ from defects.seeded_defects import DEFECTS
 from defects.subjects import Column
 from lora_export.verification import parity
 from support import TESTS, tables
+from support.slow import slow
 
 README = TESTS / "README.md"
 QUICK = [  # one export, of a small net
@@ -39,10 +40,8 @@ OTHER_FORMS = [
     Column("moenet", "checkpoint"),
     Column("mixtral", "nodes"),
 ]
-EXPORTED_SLOWLY = {"internvl", "mixtral"}
-SOME_FORMS = [
-    pytest.param(column, marks=pytest.mark.slow if column.subject in EXPORTED_SLOWLY else ()) for column in OTHER_FORMS
-]
+EXPORTED_ALONE = {"internvl", "mixtral", "maskednet"}  # no other test needs these graphs
+SOME_FORMS = [slow(column) if column.exported in EXPORTED_ALONE else column for column in OTHER_FORMS]
 NOT_BROKEN = "–"
 # What a graph in fp16 does by itself, or rounds away: no defects there. Dropout has no effect in fp16, and the
 # converter clamps the constants that an overflow needs.

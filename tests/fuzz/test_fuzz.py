@@ -1,7 +1,7 @@
 """Fuzzing every reader of files that nobody vouches for: what was found before, hypothesis, and coverage-guided runs.
 
-`make test` replays the corpus and tries a few inputs, always the same; `make soak` tries others for
-LORA_EXPORT_FUZZ_SECONDS a target (180 unless told) in each of the two ways, and says how many they were.
+`make test` replays the corpus and tries a few inputs, always the same, and `make test-slow` more. `make soak` tries
+others for LORA_EXPORT_FUZZ_SECONDS a target (180 unless told) in each of the two ways, and says how many they were.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from fuzz import strategies
 from fuzz.every_target import GOOD, TARGETS
 from fuzz.targets import Target
+from support.slow import slow
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 SECONDS = float(os.environ.get("LORA_EXPORT_FUZZ_SECONDS", "180"))
-SHORT = 30  # inputs a target in `make test`
+SHORT = 15  # inputs a target in `make test`
 BATCH = 1000  # inputs between two looks at the clock
 
 EVERY_TARGET = pytest.mark.parametrize("name", TARGETS)
@@ -68,9 +69,10 @@ def tried(name: str, target: Target, *, count: int, start: int | None) -> list[b
 
 
 @EVERY_TARGET
-def test_odd_inputs_are_read_or_refused(name: str) -> None:
-    accepted = tried(name, TARGETS[name], count=SHORT, start=None)
-    assert len(accepted) >= SHORT // 2 and not all(accepted)
+@pytest.mark.parametrize("count", [SHORT, slow(4 * SHORT)])
+def test_odd_inputs_are_read_or_refused(name: str, count: int) -> None:
+    accepted = tried(name, TARGETS[name], count=count, start=None)
+    assert len(accepted) >= count // 2 and not all(accepted)
 
 
 @pytest.mark.soak

@@ -93,11 +93,7 @@ def candidate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_verify_annotates_on_stderr_and_writes_the_summary(
-    candidate: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    as_json: bool,
+    candidate: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
     (tmp_path / "summary.md").write_text("before\n")
     capsys.readouterr()

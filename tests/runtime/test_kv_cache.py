@@ -24,14 +24,7 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import model
 from lora_export.models.load import load_model
-from lora_export.runtime.kv_cache import (
-    DECODE_STEPS,
-    CacheRunner,
-    turns,
-    undivided,
-    with_cache,
-    with_registered_cache,
-)
+from lora_export.runtime.kv_cache import DECODE_STEPS, CacheRunner, turns, undivided, with_cache, with_registered_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.verification import parity

@@ -78,6 +78,8 @@ class Made:
     graph: ir.Model
     folder: Path
     runner: Callable[[OnnxRunner], OnnxRunner] = lambda runner: runner
+    values: Any = None  # of an adapter file, in the mode `inputs`, and its contract
+    contract: Any = None
 
     def weight(self, module: str) -> ir.Value:
         """The initializer of a base weight."""
@@ -120,13 +122,13 @@ def make(mode: str, folder: Path, *adapters: Adapter) -> Made:
     else:
         contract = insert_inputs(graph, found, [step.weight for step in steps.low_rank])
         values = onnx_adapter.input_values(contract, steps, adapters[0].name)
-        made.values, made.contract = values, contract  # type: ignore[attr-defined]
+        made.values, made.contract = values, contract
     return made
 
 
 def proven(made: Made, *adapters: Adapter, **options: Any) -> Proof:
     save_graph(made.graph, made.folder, "graph.onnx")
-    if hasattr(made, "values"):
+    if made.values is not None:
         path = made.folder / "a.onnx_adapter"
         onnx_adapter.write(path, made.values, made.contract, sha256="00")
         made.runner = lambda runner: runner.with_adapter(path)

@@ -31,6 +31,7 @@ from support.endpoints import (
     verified,
     with_peft,
 )
+from support.slow import slow
 
 PROTOCOLS = ("prompt_logprobs", "echo", "next tokens", "chat")
 
@@ -93,8 +94,13 @@ def with_half_cache(folders: Folders, adapter: Path | None) -> Logits:
     return lambda ids: model(input_ids=ids, past_key_values=Cache(), use_cache=True).logits[0]
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize(
+    ("begins", "protocol"),
+    [
+        *((True, protocol) for protocol in PROTOCOLS),
+        *((False, protocol) if protocol == "echo" else slow(False, protocol) for protocol in PROTOCOLS),
+    ],
+)
 def test_a_right_serving_is_the_same(protocol: str, begins: bool, folders: Folders, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", begins=begins)
     model = served(base, folders.adapter, protocol)
@@ -130,15 +136,16 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-QUICK = ("the adapter is not used", "a beginning is added", "tokens are dropped")  # by all protocols
+QUICK = {("the adapter is not used", protocol) for protocol in PROTOCOLS}  # beside all by the first protocol
+QUICK |= {("a beginning is added", "chat"), ("tokens are dropped", "echo")}
 
 
 @pytest.mark.parametrize(
     ("fault", "protocol"),
     [
-        pytest.param(fault, protocol, marks=() if not number or fault in QUICK else pytest.mark.slow)
+        (fault, protocol) if protocol == PROTOCOLS[0] or (fault, protocol) in QUICK else slow(fault, protocol)
         for fault in FAULTS
-        for number, protocol in enumerate(PROTOCOLS)
+        for protocol in PROTOCOLS
     ],
 )
 def test_a_wrong_serving_is_different(fault: str, protocol: str, folders: Folders) -> None:
@@ -167,10 +174,7 @@ WRONG_MODELS: dict[str, Callable[[Folders], Logits]] = {
     ("fault", "protocol"),
     [
         *((fault, "prompt_logprobs") for fault in WRONG_MODELS),
-        *(
-            pytest.param(fault, "chat", marks=pytest.mark.slow)
-            for fault in ("a head is dropped", "the cache of another adapter")
-        ),
+        *(slow(fault, "chat") for fault in ("a head is dropped", "the cache of another adapter")),
     ],
 )
 def test_a_wrong_model_is_different(fault: str, protocol: str, folders: Folders, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from lora_export.verification.references.deployed_module import dtype_name
 from support import FACTORIES
 from support.proofs import an_adapter, bf16_merge, folded
 
+pytestmark = pytest.mark.usefixtures("undiagnosed")
+
 
 @pytest.fixture
 def scaled() -> model.Model:

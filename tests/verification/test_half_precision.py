@@ -19,6 +19,8 @@ from lora_export.verification.parity import Outcome, Verdict
 from lora_export.verification.proof import prove
 from lora_export.verification.references.attached_module import attached_copy
 
+pytestmark = pytest.mark.usefixtures("undiagnosed")
+
 LAYERS = range(2)
 PAIRS = [f"model.layers.{number}.self_attn.{name}_proj" for number in LAYERS for name in "qk"]
 

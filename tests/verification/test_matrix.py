@@ -47,6 +47,8 @@ from support.exported_models import eager
 from support.exporters import VOCABULARY_SIZE, a_bert, a_gpt2, a_llama
 from support.small_models import MODELS
 
+pytestmark = pytest.mark.usefixtures("undiagnosed")
+
 SPREAD = 0.15  # of A and B
 slow = pytest.mark.slow
 

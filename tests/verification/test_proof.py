@@ -37,16 +37,13 @@ def test_merged_module_is_same_on_untraced_shapes(scaled: model.Model) -> None:
     assert {tested.input for tested in result.verdict.sensitivity} == {"rows", "weights"}
 
 
-def test_base_without_its_adapter_is_different(scaled: model.Model) -> None:
-    result = prove(torch_runners.ModuleRunner(scaled.module), PyTorchReferences(scaled, [an_adapter()]))
-    assert result.verdict.outcome is parity.Outcome.DIFFERENT
-    assert result.exit_code == 4
-    assert "without its adapters" in str(result.verdict)
-
-
-def test_scale_off_by_a_tenth_is_different(scaled: model.Model) -> None:
-    result = prove(folded(scaled, an_adapter(), strength=1.1), PyTorchReferences(scaled, [an_adapter()]))
-    assert result.verdict.outcome is parity.Outcome.DIFFERENT
+@pytest.mark.parametrize(("strength", "says"), [(0.0, "without its adapters"), (1.1, "")])
+def test_an_adapter_of_another_strength_is_different(scaled: model.Model, strength: float, says: str) -> None:
+    base = torch_runners.ModuleRunner(scaled.module)
+    candidate = folded(scaled, an_adapter(), strength=strength) if strength else base
+    result = prove(candidate, PyTorchReferences(scaled, [an_adapter()]))
+    assert result.verdict.outcome is parity.Outcome.DIFFERENT and result.exit_code == 4
+    assert says in str(result.verdict)
 
 
 def test_adapter_too_weak_to_detect_is_undecided(scaled: model.Model) -> None:
@@ -59,10 +56,6 @@ def test_strengths_reach_the_reference(scaled: model.Model) -> None:
     half = folded(scaled, an_adapter(), strength=0.5)
     assert prove(half, PyTorchReferences(scaled, [an_adapter()], strengths=[0.5])).verdict.same
     assert not prove(half, PyTorchReferences(scaled, [an_adapter()])).verdict.same
-
-
-def test_model_without_adapters_is_same_as_itself(scaled: model.Model) -> None:
-    assert prove(torch_runners.ModuleRunner(scaled.module), PyTorchReferences(scaled)).verdict.same
 
 
 class IgnoresAnInput(torch_runners.ModuleRunner):

@@ -173,10 +173,7 @@ DEFECTS = [zeroed, scaled, doubled, transposed, not_finite]
     ],
 )
 def test_a_wrong_merge_is_different(
-    programs: ProgramFiles,
-    tmp_path: Path,
-    name: str,
-    defect: Callable[[peft.PeftModel], None],
+    programs: ProgramFiles, tmp_path: Path, name: str, defect: Callable[[peft.PeftModel], None]
 ) -> None:
     subject = SUBJECTS[name]
     wrong = subject.export(subject.merged(defect), tmp_path / "wrong.pt2")

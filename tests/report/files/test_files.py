@@ -83,8 +83,7 @@ def test_a_card_has_the_verdict_the_hashes_and_the_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("proof", "message"),
-    [(Proof(SAME), "proven: same"), (Proof(DIFFERENT), "different"), (None, "not proven")],
+    ("proof", "message"), [(Proof(SAME), "proven: same"), (Proof(DIFFERENT), "different"), (None, "not proven")]
 )
 def test_a_badge_is_a_picture_of_the_outcome(proof: Proof | None, message: str) -> None:
     text = badge.of_error({"error": "x"}, 1.0) if proof is None else badge.of_proof(proof)

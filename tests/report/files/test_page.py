@@ -20,18 +20,7 @@ from lora_export.runtime.runner import Placement
 from lora_export.verification import against_checkpoint, parity
 from lora_export.verification.parity import Verdict, judge
 from lora_export.verification.proof import Proof
-from support.verdicts import (
-    ABOUT,
-    AS_DOCUMENT,
-    DIFFERENT,
-    LAYERS,
-    NOTHING,
-    ON_CPU,
-    SAME,
-    STRAYED,
-    UNDECIDED,
-    case,
-)
+from support.verdicts import ABOUT, AS_DOCUMENT, DIFFERENT, LAYERS, NOTHING, ON_CPU, SAME, STRAYED, UNDECIDED, case
 
 
 class Read(HTMLParser):

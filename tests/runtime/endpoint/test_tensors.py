@@ -142,10 +142,7 @@ def test_numbers_travel_as_json_where_the_server_does_not_describe_itself(
     ],
 )
 def test_other_bytes_are_refused(output: Any, length: str, message: str) -> None:
-    with (
-        server(output, is_binary=True, length=length) as address,
-        pytest.raises(RuntimeRefused, match=message),
-    ):
+    with server(output, is_binary=True, length=length) as address, pytest.raises(RuntimeRefused, match=message):
         open_tensors_of(f"{address}/models/m", None, 10).run(INPUTS)
 
 

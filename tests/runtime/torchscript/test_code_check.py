@@ -6,30 +6,13 @@ import pytest
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.runtime.torchscript.code_check import (
-    ON_TENSORS,
-    ON_VALUES,
-    SCRIPT_OPERATORS,
-    check_code,
-    check_pickle,
-)
+from lora_export.runtime.torchscript.code_check import ON_TENSORS, ON_VALUES, SCRIPT_OPERATORS, check_code, check_pickle
 
 REGISTERED = {schema.name.partition("::")[2] for schema in torch._C._jit_get_all_schemas()}
 
 
 def test_no_listed_operator_touches_files_processes_or_foreign_memory() -> None:
-    suspicious = (
-        "file",
-        "save",
-        "print",
-        "fork",
-        "rpc",
-        "wait",
-        "set_data",
-        "resize",
-        "sparse",
-        "set_source",
-    )
+    suspicious = ("file", "save", "print", "fork", "rpc", "wait", "set_data", "resize", "sparse", "set_source")
     assert not [name for name in SCRIPT_OPERATORS if any(word in name for word in suspicious)]
     assert not {"set_", "_print", "open", "import"} & SCRIPT_OPERATORS
 

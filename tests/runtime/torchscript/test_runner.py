@@ -160,7 +160,6 @@ def test_memory_of_a_script_is_bounded(tmp_path: Path) -> None:
         runner.run(X)
 
 
-@pytest.mark.processes
 def test_script_without_end_is_stopped(tmp_path: Path) -> None:
     class Endless(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -92,26 +93,58 @@ ADAPTERS = [
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float64": np.float64}
 
 
-PIECES = (1 << 22, 1000)  # in place of those of the fixture: several rows at once, and fewer at the end
+@pytest.fixture(autouse=True)
+def piece_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", getattr(request, "param", WHOLE))
 
 
-@pytest.mark.parametrize("piece_bytes", PIECES, ids=["whole", "in pieces"], indirect=True)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", ADAPTERS)
+WHOLE, SEVERAL_ROWS, A_ROW = 1 << 22, 1000, 1  # bytes of a piece: of several rows, the last has fewer
+
+
+class Merge(NamedTuple):
+    out: Path
+    base: Path
+    adapter: Path
+
+
+def merged(folder: Path, dtype: str = "float32", make: Callable[[Path], Path] = plain, *options: object) -> Merge:
+    """A merge beside its base and its adapter."""
+    files = Merge(folder / "m.safetensors", the_base(folder / "base.safetensors", DTYPES[dtype]), make(folder / "ad"))
+    assert run("merge", files.base, files.adapter, "-o", files.out, *options) == 0
+    return files
+
+
+def spoiled(files: Merge, spoil: Callable[[Tensors], object]) -> Merge:
+    tensors = {key: array.copy() for key, array in load_file(files.out).items()}
+    spoil(tensors)
+    save_file(tensors, files.out)
+    return files
+
+
+def told_different(files: Merge, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert run("verify", files.out, "--base", files.base, "-a", files.adapter) == 4
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "piece_bytes"),
+    [  # each kind of adapter in two dtypes, each dtype with several kinds
+        (make, tuple(DTYPES)[number % 4], pieces)
+        for place, make in enumerate(ADAPTERS)
+        for number, pieces in ((place, WHOLE), (place + 1 + place // 4, SEVERAL_ROWS))
+    ],
+    indirect=["piece_bytes"],
+)
 def test_a_merge_is_the_same(
     make: Callable[[Path], Path], dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, adapter, out = (
-        the_base(tmp_path / "base.safetensors", DTYPES[dtype]),
-        make(tmp_path / "ad"),
-        tmp_path / "m.safetensors",
-    )
-    assert run("merge", base, adapter, "-o", out) == 0, capsys.readouterr()
-    code, document = verified(capsys, out, base, adapter)
+    files = merged(tmp_path, dtype, make)
+    code, document = verified(capsys, *files)
     assert (code, document["outcome"]) == (0, "same"), document
     changed = [weight for weight in document["weights"] if weight["fate"] != "kept"]
     assert changed and all(all(weight["controls"].values()) for weight in changed)
-    assert len(document["weights"]) == len(load_file(out))
+    assert len(document["weights"]) == len(load_file(files.out))
     assert max(weight["error"] for weight in changed) <= 1
 
 
@@ -232,64 +265,48 @@ DEFECTS: dict[str, tuple[Callable[[Any], Callable[[Tensors], None]], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Merge]:
+    return {dtype: merged(tmp_path_factory.mktemp(dtype), dtype) for dtype in ("float32", "bfloat16")}
+
+
+@pytest.mark.parametrize(("dtype", "piece_bytes"), [("float32", A_ROW), ("bfloat16", WHOLE)], indirect=["piece_bytes"])
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_is_detected_and_named(
-    name: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, dtype: str, right: dict[str, Merge], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, reason = DEFECTS[name]
-    base, adapter, out = (
-        the_base(tmp_path / "base.safetensors", DTYPES[dtype]),
-        plain(tmp_path / "ad"),
-        tmp_path / "m.safetensors",
-    )
-    assert run("merge", base, adapter, "-o", out) == 0, capsys.readouterr()
-    tensors = {key: array.copy() for key, array in load_file(out).items()}
-    make(DTYPES[dtype])(tensors)
-    save_file(tensors, out)
-    capsys.readouterr()
-    assert run("verify", out, "--base", base, "-a", adapter) == 4
-    printed = capsys.readouterr().out
+    files = right[dtype]._replace(out=shutil.copy(right[dtype].out, tmp_path))
+    printed = told_different(spoiled(files, make(DTYPES[dtype])), capsys)
     assert printed.startswith("different: ") and re.search(reason, printed), printed
 
 
 def test_a_change_rounded_before_the_sum_is_detected_in_bf16(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, adapter, out = (
-        the_base(tmp_path / "base.safetensors", ml_dtypes.bfloat16),
-        plain(tmp_path / "ad"),
-        tmp_path / "m.safetensors",
-    )
-    assert run("merge", base, adapter, "-o", out) == 0
-    tensors = {key: array.copy() for key, array in load_file(out).items()}
-    twice(ml_dtypes.bfloat16)(tensors)
-    save_file(tensors, out)
-    capsys.readouterr()
-    assert run("verify", out, "--base", base, "-a", adapter) == 4
-    printed = capsys.readouterr().out
+    printed = told_different(spoiled(merged(tmp_path, "bfloat16"), twice(ml_dtypes.bfloat16)), capsys)
     assert "a.weight: different" in printed and "rounded before it was added" in printed
 
 
-def test_wrong_heads_rows_and_biases_are_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = the_base(tmp_path / "base.safetensors")
-    for make, name in (
-        (with_a_head, "new_head.weight"),
-        (with_token_rows, "embed.weight"),
-        (with_biases, "a.bias"),
-        (with_shifted_biases, "a.bias"),
-    ):
-        adapter, out = make(tmp_path / make.__name__), tmp_path / f"{make.__name__}.safetensors"
-        assert run("merge", base, adapter, "-o", out) == 0
-        tensors = {key: array.copy() for key, array in load_file(out).items()}
-        if name == "new_head.weight":
-            tensors[name] *= np.float32(1.0001)
-        else:
-            tensors[name] = WEIGHTS[name]
-        save_file(tensors, out)
-        capsys.readouterr()
-        assert run("verify", out, "--base", base, "-a", adapter) == 4
-        assert f"{name}: different" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("make", "name", "wrong"),
+    [
+        (with_a_head, "new_head.weight", lambda right: right * np.float32(1.0001)),
+        (with_token_rows, "embed.weight", lambda _: WEIGHTS["embed.weight"]),
+        (with_biases, "a.bias", lambda _: WEIGHTS["a.bias"]),
+        (with_shifted_biases, "a.bias", lambda _: WEIGHTS["a.bias"]),
+    ],
+)
+def test_wrong_heads_rows_and_biases_are_detected(
+    make: Callable[[Path], Path],
+    name: str,
+    wrong: Callable[[NDArray[Any]], NDArray[Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = merged(tmp_path, make=make)
+    spoiled(files, lambda tensors: tensors.update({name: wrong(tensors[name])}))
+    assert f"{name}: different" in told_different(files, capsys)
 
 
 def test_a_change_hidden_by_rounding_is_undecided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,18 +333,16 @@ def test_controls_without_effect_are_not_required(tmp_path: Path, capsys: pytest
     )
 
 
-@pytest.mark.parametrize("piece_bytes", PIECES, ids=["whole", "in pieces"], indirect=True)
+@pytest.mark.parametrize("piece_bytes", [WHOLE, SEVERAL_ROWS], indirect=True)
 def test_a_changed_weight_has_the_figures_of_the_merge_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, adapter = the_base(tmp_path / "base.safetensors", ml_dtypes.bfloat16), plain(tmp_path / "ad")
-    out = tmp_path / "m.safetensors"
-    assert run("merge", base, adapter, "-o", out, "--json") == 0
+    files = merged(tmp_path, "bfloat16", plain, "--json")
     results = json.loads(capsys.readouterr().out)["results"]
-    _, document = verified(capsys, out, base, adapter)
+    _, document = verified(capsys, *files)
     found = {weight["name"]: weight for weight in document["weights"]}
     assert len(results) == len(PAIRS)
-    before, after = load_file(base), load_file(out)
+    before, after = load_file(files.base), load_file(files.out)
     for step in results:
         weight = found[step["weight"]]
         for figure in ("relative_change", "retention", "noise"):
@@ -341,17 +356,15 @@ def test_a_changed_weight_has_the_figures_of_the_merge_report(
 
 
 def test_results_have_the_order_of_the_base_whatever_their_sizes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    right: dict[str, Merge], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
-    assert run("merge", base, adapter, "-o", out) == 0
-    _, document = verified(capsys, out, base, adapter)
-    assert [weight["name"] for weight in document["weights"]] == list(safetensors_file.open_file(base).entries)
+    _, document = verified(capsys, *right["float32"])
+    names = list(safetensors_file.open_file(right["float32"].base).entries)
+    assert [weight["name"] for weight in document["weights"]] == names
 
 
-def test_progress_comes_from_one_thread_and_covers_every_byte(tmp_path: Path) -> None:
-    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
-    assert run("merge", base, adapter, "-o", out) == 0
+def test_progress_comes_from_one_thread_and_covers_every_byte(right: dict[str, Merge]) -> None:
+    out, base, adapter = right["float32"]
     threads, done = set(), []
 
     def shown(event: lora_export.Progress) -> None:
@@ -366,8 +379,7 @@ def test_progress_comes_from_one_thread_and_covers_every_byte(tmp_path: Path) ->
 def test_a_file_that_becomes_shorter_ends_the_audit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
-    assert run("merge", base, adapter, "-o", out) == 0
+    out, base, adapter = merged(tmp_path)
     judged, begun = judge_rounded, []
 
     def shortened(name: str, *rest: Any) -> AuditedWeight:
@@ -403,11 +415,7 @@ def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
 BASE = [[1.5, 2.0, -0.0], [4.0, np.nan, 6.0], [7.0, 8.0, 9.0]]
 HEAD = np.float32([[1, 2, 3], [4, 5, 6], [7, 8, 9.25]])
 ROW = TokenRows(np.array([2]), np.float32([[10, 11, 12]]))
-
-
-@pytest.fixture(autouse=True, params=[1, 1 << 22], ids=["row by row", "whole"])
-def piece_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", request.param)
+EITHER = pytest.mark.parametrize("piece_bytes", [A_ROW, WHOLE], indirect=True)
 
 
 def judged(
@@ -417,12 +425,14 @@ def judged(
     return judge_rounded("fc.weight", step, before, stored(folder / "merged.safetensors", values, dtype))
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float64])
 def test_a_kept_tensor_has_the_bits_of_the_base(tmp_path: Path, dtype: Any) -> None:
     found = judged(tmp_path, np.asarray(BASE, np.float32).astype(dtype), dtype=dtype)
     assert (found.fate, found.outcome, found.elements, found.controls) == (Fate.KEPT, Outcome.SAME, 9, {})
 
 
+@EITHER
 @pytest.mark.parametrize(
     ("position", "value"), [((0, 2), 0.0), ((1, 1), -np.nan), ((2, 2), np.nextafter(np.float32(9), 10))]
 )
@@ -434,6 +444,7 @@ def test_another_bit_is_another_number(tmp_path: Path, position: tuple[int, int]
     assert found.why == "1 of 9 entries are not the base's"
 
 
+@EITHER
 def test_a_replaced_tensor_has_the_bits_of_the_adapter(tmp_path: Path) -> None:
     step = Step(matrix("fc.weight", 3, 3), replace=HEAD)
     found = judged(tmp_path, HEAD, step)
@@ -444,12 +455,14 @@ def test_a_replaced_tensor_has_the_bits_of_the_adapter(tmp_path: Path) -> None:
     assert (wrong.outcome, wrong.why) == (Outcome.DIFFERENT, "4 of 9 entries are not the adapter's")
 
 
+@EITHER
 def test_a_tensor_that_the_base_lacks_is_compared_with_the_adapters(tmp_path: Path) -> None:
     step = Step(matrix("fc.weight", 3, 3), replace=HEAD, added=True)
     assert judged(tmp_path, HEAD, step, base=None).controls == {"base": True}
     assert judged(tmp_path, HEAD + 1, step, base=None).off == 9
 
 
+@EITHER
 def test_replaced_rows_leave_the_others_to_the_base(tmp_path: Path) -> None:
     step, values = Step(matrix("fc.weight", 3, 3), token_rows=ROW), np.float32(BASE)
     values[2] = [10, 11, 12]
@@ -462,6 +475,7 @@ def test_replaced_rows_leave_the_others_to_the_base(tmp_path: Path) -> None:
     assert judged(tmp_path, values, step).off == 1
 
 
+@EITHER
 def test_an_adapter_that_replaces_nothing_is_not_detected(tmp_path: Path) -> None:
     found = judged(tmp_path, BASE, Step(matrix("fc.weight", 3, 3), replace=np.float32(BASE)))
     assert (found.outcome, found.controls) == (Outcome.SAME, {"base": False})

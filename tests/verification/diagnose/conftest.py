@@ -1,4 +1,4 @@
-"""One case on one thread: every case shows the fault, and the modules are tiny."""
+"""One case on one thread: every case shows the fault, and the modules are tiny. No peers decide about precision."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from lora_export.models import model
+from lora_export.verification import against_pytorch
 
 
 @pytest.fixture(autouse=True)
 def _one_case_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(model, "CHECKED_SIZES", model.CHECKED_SIZES[1:2])
+    monkeypatch.setattr(against_pytorch.PreparedPyTorch, "further_peers", lambda *_: ())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,14 +15,10 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.lora import LoraPair
-from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.lora import Adapter, LoraPair
 from lora_export.verification.diagnose import root_cause
 from lora_export.verification.diagnose.first_difference import figures_of
 from lora_export.verification.parity import Outcome
-from lora_export.verification.proof import prove
 from support.diagnosed_graphs import (
     DOWN,
     KEY,
@@ -82,6 +79,20 @@ def as_bf16(weight: NDArray[Any]) -> NDArray[Any]:
     return weight.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What is damaged in a graph with an adapter, and what the diagnosis says: the first module, and why."""
+
+    mode: str
+    damage: Callable[[Made], object]
+    first: str
+    says: str | tuple[str, ...]
+    inserted: tuple[Adapter, ...] = (the_adapter(),)
+    judged: tuple[Adapter, ...] | None = None  # the right ones, where others were inserted
+    never: str = "\0"  # what it does not say
+
+
+# The weight of a module, with its adapter merged into it
 MERGED: Mapping[str, tuple[str, Callable[[NDArray[Any]], NDArray[Any]], str]] = {
     "missing": (QUERY, lambda w: w - delta(QUERY), "its adapter is missing"),
     "half": (VALUE, lambda w: w - delta(VALUE) / 2, "has 0.5 times the correct strength (scale 3)"),
@@ -97,32 +108,16 @@ MERGED: Mapping[str, tuple[str, Callable[[NDArray[Any]], NDArray[Any]], str]] = 
     "bf16": (UP, as_bf16, "its weights are rounded to bfloat16"),
     "no base": (OUT, lambda w: delta(OUT), "the base's weight is missing"),
     "other's base": (VALUE, lambda w: base_weight(KEY) + delta(VALUE), f"its weight is that of {KEY}"),
-    "other base": (
-        DOWN,
-        lambda w: w + 0.01 * np.cos(np.arange(512)).reshape(16, 32),
-        "off the sum of base and",
-    ),
+    "other base": (DOWN, lambda w: w + 0.01 * np.cos(np.arange(512)).reshape(16, 32), "off the sum of base and"),
 }
 
 
-@pytest.mark.parametrize("defect", MERGED)
-def test_wrongly_merged_weight_is_found_and_explained(defect: str, tmp_path: Path) -> None:
-    module, damage, reason = MERGED[defect]
-    made = make("merged", tmp_path, the_adapter())
-    made.change(module, damage)
-    result = proven(made, the_adapter())
-    assert result.verdict.outcome is Outcome.DIFFERENT
-    assert result.diagnosis is not None and result.diagnosis.first == module
-    assert reason in result.diagnosis.why
+def changed(module: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Callable[[Made], None]:
+    return lambda made: made.change(module, change)
 
 
-def test_unexplained_fault_is_reported_as_such(tmp_path: Path) -> None:
-    made = make("nodes", tmp_path, the_adapter())
-    rng = np.random.default_rng(5)
-    made.put(made.factor(f"{OUT}.lora_B.weight"), rng.standard_normal((RANK, 16)))
-    result = proven(made, the_adapter())
-    assert result.diagnosis is not None and result.diagnosis.first == OUT
-    assert root_cause.NOT_EXPLAINED in result.diagnosis.why
+def noise_as_b(made: Made) -> None:
+    made.put(made.factor(f"{OUT}.lora_B.weight"), np.random.default_rng(5).standard_normal((RANK, 16)))
 
 
 def b_transposed(made: Made) -> None:
@@ -130,9 +125,9 @@ def b_transposed(made: Made) -> None:
     made.put(value, stored(made.graph, value.name or "").reshape(16, RANK).T)
 
 
-def b_times(factor: float, module: str) -> Callable[[Made], None]:
+def b_times(factor: float, module: str, name: str = "") -> Callable[[Made], None]:
     def damage(made: Made) -> None:
-        value = made.factor(f"{module}.lora_B.weight")
+        value = made.factor(f"{module}.lora_B{name}.weight")
         made.put(value, stored(made.graph, value.name or "") * factor)
 
     return damage
@@ -168,36 +163,6 @@ def without_bias(made: Made) -> None:
     made.put(made.factor(f"{UP}.bias"), np.zeros(32))
 
 
-NODES: Mapping[str, tuple[str, Callable[[Made], None], str]] = {
-    "B transposed": (OUT, b_transposed, "its B is transposed"),
-    "rsLoRA": (KEY, b_times(5**0.5, KEY), "as if alpha were divided by the root of the rank"),
-    "no branch": (UP, without_branch, "its adapter is missing"),
-    "elsewhere": (OUT, reads_elsewhere, f"its adapter reads the input of {QUERY}"),
-    "wrong layer": (QUERY, on_the_wrong_layer, f"it has the adapter of {KEY}"),
-    "other base": (VALUE, other_base, "its stored weight is not the base's: they are"),
-    "no bias": (UP, without_bias, "its bias is missing"),
-}
-
-
-@pytest.mark.parametrize("defect", NODES)
-def test_wrongly_inserted_branch_is_found_and_explained(defect: str, tmp_path: Path) -> None:
-    module, damage, reason = NODES[defect]
-    made = make("nodes", tmp_path, the_adapter())
-    damage(made)
-    result = proven(made, the_adapter())
-    assert result.diagnosis is not None and result.diagnosis.first == module
-    assert reason in result.diagnosis.why
-
-
-def test_one_missing_adapter_of_two_is_named(tmp_path: Path) -> None:
-    both = the_adapter(), the_adapter("de", 1)
-    made = make("nodes", tmp_path, *both)
-    made.put(made.factor(f"{VALUE}.lora_B.de.weight"), np.zeros((RANK, 16)))
-    result = proven(made, *both)
-    assert result.diagnosis is not None and result.diagnosis.first == VALUE
-    assert "its adapter de is missing" in result.diagnosis.why and "fr" not in result.diagnosis.why
-
-
 def no_magnitude(made: Made) -> None:
     mul = made.node(name=f"/{KEY}/lora_magnitude_vector/Mul")
     for node, index in mul.outputs[0].uses():
@@ -211,63 +176,18 @@ def norm_of_the_base(made: Made) -> None:
     made.put(made.factor(f"{KEY}.lora_magnitude_vector.weight"), length)
 
 
-DORA: Mapping[str, tuple[Callable[[Made], None], str]] = {
-    "no magnitude": (no_magnitude, "DoRA's magnitude is missing"),
-    "norm of W": (norm_of_the_base, "divided by the norm of W, and not of W + BA"),
-}
-
-
-@pytest.mark.parametrize("defect", DORA)
-def test_wrong_dora_is_explained(defect: str, tmp_path: Path) -> None:
-    damage, reason = DORA[defect]
-    made = make("nodes", tmp_path, the_dora())
-    damage(made)
-    result = proven(made, the_dora())
-    assert result.diagnosis is not None and result.diagnosis.first == KEY
-    assert reason in result.diagnosis.why
-
-
-def test_wrongly_scaled_adapter_file_is_wrong_in_every_module(tmp_path: Path) -> None:
-    made = make("inputs", tmp_path, the_adapter())
+def stronger_file(made: Made) -> None:
     made.values = {name: 1.1 * array if "lora_B" in name else array for name, array in made.values.items()}
-    result = proven(made, the_adapter())
-    assert result.diagnosis is not None and result.diagnosis.first == QUERY
-    assert "as if it were a tenth too strong" in result.diagnosis.why
-    assert "5 are wrong, 5 in the same way" in result.diagnosis.why
 
 
-def test_adapter_file_with_another_modules_factors_is_explained(tmp_path: Path) -> None:
-    made = make("inputs", tmp_path, the_adapter())
+def file_of_another_module(made: Made) -> None:
     other = the_adapter().pairs[VALUE]
     made.values[f"{KEY}.lora_A.weight"] = other.a.T.copy()
     made.values[f"{KEY}.lora_B.weight"] = other.b.T * np.float32(SCALE)
-    result = proven(made, the_adapter())
-    assert result.diagnosis is not None and result.diagnosis.first == KEY
-    assert f"it has the adapter of {VALUE}" in result.diagnosis.why
 
 
-def test_graph_without_its_adapter_file_is_explained(tmp_path: Path) -> None:
-    made = make("inputs", tmp_path, the_adapter())
-    save_graph(made.graph, tmp_path, "graph.onnx")
-    result = prove(OnnxRunner(tmp_path / "graph.onnx"), PyTorchReferences(bert(), [the_adapter()]))
-    assert result.diagnosis is not None and result.diagnosis.first == QUERY
-    assert "its adapter is missing" in result.diagnosis.why and "onnx_adapter=" in result.diagnosis.why
-
-
-def test_wrong_adapter_id_names_the_correct_one(tmp_path: Path) -> None:
-    made = make("rows", tmp_path, the_adapter(), the_adapter("de", 1))
-    result = proven(made, the_adapter("de", 1))
-    assert result.diagnosis is not None and result.diagnosis.first == QUERY
-    assert "with adapter id 2 (de) its output would be correct" in result.diagnosis.why
-
-
-def test_wrong_scale_in_one_module_of_rows_is_explained(tmp_path: Path) -> None:
-    made = make("rows", tmp_path, the_adapter())
-    b_times(3, DOWN)(made)
-    result = proven(made, the_adapter())
-    assert result.diagnosis is not None and result.diagnosis.first == DOWN
-    assert "as if the scale, 3, were applied twice" in result.diagnosis.why
-    assert "with adapter id" not in result.diagnosis.why
+def without_file(made: Made) -> None:
+    made.values = None
 
 
 def without_mask(made: Made) -> None:
@@ -296,29 +216,62 @@ def another_activation(made: Made) -> None:
         node.replace_input_with(index, relu.outputs[0])
 
 
-BETWEEN = {
-    "mask": (without_mask, VALUE, OUT, "it is as if the input attention_mask were all ones"),
-    "norm": (another_norm, OUT, UP, "between the two, in no such layer"),
-    "activation": (another_activation, UP, DOWN, "between the two, in no such layer"),
+def nothing(made: Made) -> None:
+    """The graph is as it was made, for other adapters."""
+
+
+def on_words() -> Adapter:
+    """The adapter, and a pair of the embedding beside it."""
+    rng = np.random.default_rng(0)
+    pair = LoraPair(0.3 * rng.standard_normal((2, 50)), 0.3 * rng.standard_normal((16, 2)), 1.0, embedding=True)
+    return an_adapter({WORDS: pair, **the_adapter().pairs}, sha256="ee")
+
+
+BOTH, DORA = (the_adapter(), the_adapter("de", 1)), (the_dora(),)
+AFTER, BETWEEN = "; {}, which runs before it, agrees", "between the two, in no such layer"
+MASK = (without_mask, OUT, (AFTER.format(VALUE), "it is as if the input attention_mask were all ones"))
+NORM = (another_norm, UP, (AFTER.format(OUT), BETWEEN))
+ACTIVATION = (another_activation, DOWN, (AFTER.format(UP), BETWEEN))
+NO_OTHER = ("its adapter is missing", "none is wrong")
+OTHER_ID = "with adapter id 2 (de) its output would be correct"
+ALL_SAME = ("as if it were a tenth too strong", "5 are wrong, 5 in the same way")
+FAULTS = {
+    **{f"merged, {name}": Fault("merged", changed(of, how), of, says) for name, (of, how, says) in MERGED.items()},
+    "nodes, noise": Fault("nodes", noise_as_b, OUT, root_cause.NOT_EXPLAINED),
+    "nodes, B transposed": Fault("nodes", b_transposed, OUT, "its B is transposed"),
+    "nodes, rsLoRA": Fault("nodes", b_times(5**0.5, KEY), KEY, "as if alpha were divided by the root of the rank"),
+    "nodes, no branch": Fault("nodes", without_branch, UP, "its adapter is missing"),
+    "nodes, elsewhere": Fault("nodes", reads_elsewhere, OUT, f"its adapter reads the input of {QUERY}"),
+    "nodes, wrong layer": Fault("nodes", on_the_wrong_layer, QUERY, f"it has the adapter of {KEY}"),
+    "nodes, other base": Fault("nodes", other_base, VALUE, "its stored weight is not the base's: they are"),
+    "nodes, no bias": Fault("nodes", without_bias, UP, "its bias is missing"),
+    "nodes, one of two": Fault("nodes", b_times(0, VALUE, ".de"), VALUE, "its adapter de is missing", BOTH, never="fr"),
+    "nodes, no embedding": Fault("nodes", nothing, WORDS, NO_OTHER, judged=(on_words(),)),
+    "nodes, no magnitude": Fault("nodes", no_magnitude, KEY, "DoRA's magnitude is missing", DORA),
+    "nodes, norm of W": Fault("nodes", norm_of_the_base, KEY, "divided by the norm of W, and not of W + BA", DORA),
+    "inputs, stronger": Fault("inputs", stronger_file, QUERY, ALL_SAME),
+    "inputs, another's": Fault("inputs", file_of_another_module, KEY, f"it has the adapter of {VALUE}"),
+    "inputs, no file": Fault("inputs", without_file, QUERY, ("its adapter is missing", "onnx_adapter=")),
+    "rows, another id": Fault("rows", nothing, QUERY, OTHER_ID, BOTH, BOTH[1:]),
+    "rows, scale": Fault(
+        "rows", b_times(3, DOWN), DOWN, "as if the scale, 3, were applied twice", never="with adapter id"
+    ),
+    **{
+        f"{mode}, {name}": Fault(mode, *fault)
+        for name, fault in {"mask": MASK, "norm": NORM, "activation": ACTIVATION}.items()
+        for mode in ("merged", "rows")
+    },
 }
 
 
-@pytest.mark.parametrize("mode", ["merged", "rows"])
-@pytest.mark.parametrize("defect", BETWEEN)
-def test_fault_between_modules_is_located(defect: str, mode: str, tmp_path: Path) -> None:
-    damage, before, after, reason = BETWEEN[defect]
-    made = make(mode, tmp_path, the_adapter())
-    damage(made)
-    result = proven(made, the_adapter())
-    assert result.diagnosis is not None and result.diagnosis.first == after
-    assert f"; {before}, which runs before it, agrees" in result.diagnosis.why
-    assert reason in result.diagnosis.why
-
-
-def test_missing_adapter_of_an_embedding_is_explained(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    pair = LoraPair(0.3 * rng.standard_normal((2, 50)), 0.3 * rng.standard_normal((16, 2)), 1.0, embedding=True)
-    adapter = an_adapter({WORDS: pair, **the_adapter().pairs}, sha256="ee")
-    result = proven(make("nodes", tmp_path, the_adapter()), adapter)
-    assert result.diagnosis is not None and result.diagnosis.first == WORDS
-    assert "its adapter is missing" in result.diagnosis.why and "none is wrong" in result.diagnosis.why
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_in_its_module_and_explained(name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    made = make(fault.mode, tmp_path, *fault.inserted)
+    fault.damage(made)
+    result = proven(made, *(fault.judged or fault.inserted))
+    assert result.verdict.outcome is Outcome.DIFFERENT
+    assert result.diagnosis is not None and result.diagnosis.first == fault.first
+    for sentence in [fault.says] if isinstance(fault.says, str) else fault.says:
+        assert sentence in result.diagnosis.why
+    assert fault.never not in result.diagnosis.why

@@ -10,12 +10,7 @@ import pytest
 
 from lora_export.lora import LoraPair
 from lora_export.plan import Step, Term
-from lora_export.verification.diagnose.diagnosis import (
-    LayerObservation,
-    apply_matrix,
-    expected_dora_factors,
-    factors,
-)
+from lora_export.verification.diagnose.diagnosis import LayerObservation, apply_matrix, expected_dora_factors, factors
 from support.plans import BA, matrix, pair
 
 X = np.float64([[1, 0, 0], [0, 1, 2]])

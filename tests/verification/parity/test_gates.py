@@ -102,9 +102,7 @@ def test_only_tail_gate_detects_one_bad_element_in_a_million(monkeypatch: pytest
     assert judge([case]).same
 
 
-def test_only_bulk_gate_detects_errors_beside_a_spike_of_pytorch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_bulk_gate_detects_errors_beside_a_spike_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     # PyTorch is off by 1 in one element of 1024 and by 1e-6 elsewhere. Its rmse, 1/32, allows 1/16 everywhere.
     case = make(own=with_spike(1.0, 1e-6 * OWN), error=0.05 * ERROR, effect=64 * EFFECT)
     assert failed_gates(case) == ["bulk"]
@@ -117,9 +115,7 @@ def test_bulk_gate_passes_a_candidate_with_the_same_spike() -> None:
     assert judge([make(own=with_spike(1.0, 1e-6 * OWN), error=with_spike(1.5, 1e-6 * ERROR))], sensitivity=TRIED).same
 
 
-def test_only_effect_gate_detects_error_large_relative_to_weak_adapter(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_effect_gate_detects_error_large_relative_to_weak_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     # The error is 20 % of the effect, allowed are 2 × 10.5 %. The controls are 100 % and 22.4 % away.
     case = make(own=0.105 * OWN, error=0.2 * ERROR, effect=EFFECT)
     verdict = judge([case], sensitivity=TRIED)

@@ -72,13 +72,7 @@ def test_second_proof_runs_no_reference_and_gives_the_same_verdict(scaled, runs,
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1},
-        {"strengths": [0.5]},
-        {"adapter": dataclasses.replace(an_adapter(), sha256="0b")},
-    ],
-    ids=str,
+    "change", [{"seed": 1}, {"strengths": [0.5]}, {"adapter": dataclasses.replace(an_adapter(), sha256="0b")}], ids=str
 )
 def test_other_seed_strengths_or_adapter_miss_the_cache(scaled, runs, tmp_path, change):
     proven(scaled, tmp_path)

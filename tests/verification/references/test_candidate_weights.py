@@ -45,6 +45,8 @@ from support.slow import slow_but
 from support.small_layers import a_linear, a_model
 from support.small_models import small_model
 
+pytestmark = pytest.mark.usefixtures("undiagnosed")
+
 MODEL = from_module(a_model(), torch.ones(2, 3))
 
 

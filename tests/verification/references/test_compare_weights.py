@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,17 +86,24 @@ ADAPTERS = {
 }  # fmt: skip
 
 
+@functools.cache
 def planned(kind: str) -> plan.Plan | None:
     adapter = ADAPTERS[kind]
     return None if adapter is None else plan.make([adapter], layers.specs(MODULE))
 
 
-def merged(kind: str, dtype: Any = np.float32) -> Tensors:
-    """The tensors of the module with an adapter folded in by PyTorch, in a dtype."""
+@functools.cache
+def folded(kind: str) -> nn.Module:
+    """The module with an adapter folded in by PyTorch."""
     module, steps = copy.deepcopy(MODULE), planned(kind)
     if steps is not None:
         layers.fold(module, steps)
-    return {name: value.detach().numpy().astype(dtype) for name, value in module.state_dict().items()}
+    return module
+
+
+def merged(kind: str, dtype: Any = np.float32) -> Tensors:
+    """A copy of its tensors, in a dtype."""
+    return {name: value.detach().numpy().astype(dtype) for name, value in folded(kind).state_dict().items()}
 
 
 def compared(

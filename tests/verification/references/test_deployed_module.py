@@ -124,10 +124,7 @@ def test_activations_round_to_127_levels_of_each_block() -> None:
     module.layer = nn.Linear(4, 4, bias=False)
     nn.init.eye_(module.layer.weight)
     weight = np.eye(4, dtype=np.float32)
-    round_activations(
-        module,
-        {"layer.weight": in_int8(weight)},
-    )
+    round_activations(module, {"layer.weight": in_int8(weight)})
     answer = module.layer(torch.tensor([[127.0, 3.4, 0.0, 0.0], [1.0, 0.5, -12.7, 0.34]]))
     expected = [[127, 3, 0, 0], [1, 64 / 127, -12.7, 0.3]]
     np.testing.assert_allclose(answer.detach().numpy(), expected, rtol=1e-6)
@@ -179,10 +176,7 @@ def test_peers_of_a_run_in_fp32_are_its_merge_and_moved_weights() -> None:
     candidate = folded(base, adapter)
     prepared = references.prepare(candidate, references.inputs(candidate))
     peers = list(prepared.further_peers(lambda _: None))
-    assert [peer.note for peer in peers] == [
-        MERGED_MODULE,
-        *[MOVED_WEIGHTS] * DRAWS_OF_ROUNDING,
-    ]
+    assert [peer.note for peer in peers] == [MERGED_MODULE, *[MOVED_WEIGHTS] * DRAWS_OF_ROUNDING]
     for name, arrays in prepared.inputs.cases.items():
         own = prepared.deployed.run(arrays)["output_0"]
         outputs = [peer.outputs[name]["output_0"] for peer in peers]

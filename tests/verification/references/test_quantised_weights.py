@@ -46,6 +46,9 @@ from support.graphs import quantised
 from support.handmade import peft_adapter
 from support.wide_model import adapter_for_wide
 
+DIFFERENT = parity.Outcome.DIFFERENT
+UNDIAGNOSED = pytest.mark.usefixtures("undiagnosed")
+
 
 @pytest.fixture(scope="module")
 def wide() -> Model:
@@ -75,12 +78,16 @@ def exact(graph: ir.Model, level: int) -> ir.Model:
     return graph
 
 
+def verdict_of(path: Path, model: Model, *adapters: Adapter, **how: Any) -> parity.Verdict:
+    return prove(OnnxRunner(path), PyTorchReferences(model, adapters, **how)).verdict
+
+
 @pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
 def test_adapter_beside_quantised_weights_is_same_and_distance_noted(
     as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path
 ) -> None:
     path = beside(exact(quantised(graph.clone(), as_pairs=as_pairs), 0), adapter_for_wide(4.0), tmp_path)
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide(4.0)])).verdict
+    verdict = verdict_of(path, wide, adapter_for_wide(4.0))
     assert verdict.same, str(verdict)
     (note,) = [note for note in verdict.notes if "quantised" in note]
     weights = quantised_weights.find(path, wide)
@@ -112,7 +119,7 @@ def in_file(model: Model, read: list[str]) -> Model:
 def test_weights_in_a_file_give_way_to_the_quantised_ones(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = beside(exact(quantised(graph.clone()), 0), adapter_for_wide(4.0), tmp_path)
     model = in_file(wide, [])
-    assert prove(OnnxRunner(path), PyTorchReferences(model, [adapter_for_wide(4.0)])).verdict.same
+    assert verdict_of(path, model, adapter_for_wide(4.0)).same
     found = quantised_weights.find(path, model)
     module = quantised_weights.with_dequantised_weights(model, found).module
     assert torch.equal(module.get_parameter("up.weight"), torch.from_numpy(found["up.weight"].values))
@@ -128,19 +135,13 @@ def test_graph_of_floats_is_compared_with_no_weight(wide: Model, graph: ir.Model
 def test_gates_stay_tight_beside_quantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     few = exact(quantised(graph.clone()), 0)
     path = beside(few, adapter_for_wide(1.01), tmp_path)  # far less than the weights' rounding
-    assert (
-        prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()])).verdict.outcome
-        is parity.Outcome.DIFFERENT
-    )
+    assert verdict_of(path, wide, adapter_for_wide()).outcome is DIFFERENT
 
 
 def test_quantised_graph_without_the_adapter_is_different(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = saved(exact(quantised(graph.clone()), 0), tmp_path)
-    assert prove(OnnxRunner(path), PyTorchReferences(wide)).verdict.same
-    assert (
-        prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()])).verdict.outcome
-        is parity.Outcome.DIFFERENT
-    )
+    assert verdict_of(path, wide).same
+    assert verdict_of(path, wide, adapter_for_wide()).outcome is DIFFERENT
 
 
 def test_float_graph_has_no_dequantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
@@ -205,7 +206,7 @@ def test_correct_requantised_merge_is_same(
 ) -> None:
     base = saved(exact(quantised(graph.clone(), **scheme), 0), tmp_path)
     path = requantised(base, adapter_for_wide(), tmp_path / "merged")
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], origin=base)).verdict
+    verdict = verdict_of(path, wide, adapter_for_wide(), origin=base)
     assert verdict.same, str(verdict)
     costs = [each.figures.merge_loss for each in verdict.comparisons if each.figures]
     assert all(cost is not None and 0.001 < cost < (0.3 if scheme in ({}, {"bits": 8}) else 0.6) for cost in costs)
@@ -213,6 +214,7 @@ def test_correct_requantised_merge_is_same(
     assert re.search(r"They contain (8\d|99|100)% of the change on average", note)
 
 
+@UNDIAGNOSED
 @SCHEMES
 @pytest.mark.parametrize("fault", ["scale x 1.1", "missing in one", "one row of B lost", "an integer off by one"])
 def test_wrong_requantised_merge_is_different(
@@ -235,8 +237,8 @@ def test_wrong_requantised_merge_is_different(
             return array
 
         path = with_other(path, off, tmp_path / "off")
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [right], origin=base)).verdict
-    assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
+    verdict = verdict_of(path, wide, right, origin=base)
+    assert verdict.outcome is DIFFERENT, str(verdict)
 
 
 PROMOTED = {
@@ -248,6 +250,7 @@ PROMOTED = {
 }
 
 
+@UNDIAGNOSED
 @pytest.mark.parametrize("case", PROMOTED)
 def test_promoted_layers_are_w_and_its_change(case: str, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     scheme, strength, operator = PROMOTED[case]
@@ -277,31 +280,31 @@ def test_promoted_layers_are_w_and_its_change(case: str, wide: Model, graph: ir.
         return before if before.shape == array.shape else before.T
 
     assert outcomes(path) == {parity.Outcome.SAME}
-    assert outcomes(with_other(path, off, tmp_path / "off")) == {parity.Outcome.DIFFERENT}
+    assert outcomes(with_other(path, off, tmp_path / "off")) == {DIFFERENT}
     if operator != "MatMulNBits":
-        assert outcomes(with_other(path, unmerged, tmp_path / "unmerged")) == {parity.Outcome.DIFFERENT}
+        assert outcomes(with_other(path, unmerged, tmp_path / "unmerged")) == {DIFFERENT}
     part = replace(adapter, pairs={"up": adapter.pairs["up"]})
     # In few bits, W is the nearest to W + ΔW: that is no wrong number, but it has lost the change.
     assert parity.Outcome.SAME not in outcomes(requantised(base, part, tmp_path / "missing", 0.5))
     pair = replace(adapter.pairs["down"], scale=1.1 * adapter.pairs["down"].scale)
     scaled = replace(adapter, pairs={**adapter.pairs, "down": pair})
-    assert outcomes(requantised(base, scaled, tmp_path / "scaled", 0.5)) == {parity.Outcome.DIFFERENT}
+    assert outcomes(requantised(base, scaled, tmp_path / "scaled", 0.5)) == {DIFFERENT}
 
 
 def test_requantised_merge_multiplied_in_int8_is_decided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 4), tmp_path)
     path = requantised(base, adapter_for_wide(), tmp_path / "merged")
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], origin=base)).verdict
+    verdict = verdict_of(path, wide, adapter_for_wide(), origin=base)
     assert verdict.same, str(verdict)
     wrong = requantised(base, adapter_for_wide(1.5), tmp_path / "wrong")
-    verdict = prove(OnnxRunner(wrong), PyTorchReferences(wide, [adapter_for_wide()], origin=base)).verdict
-    assert verdict.outcome is parity.Outcome.DIFFERENT
+    verdict = verdict_of(wrong, wide, adapter_for_wide(), origin=base)
+    assert verdict.outcome is DIFFERENT
 
 
 def test_adapter_below_the_second_rounding_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, adapter_for_wide(0.05), tmp_path / "merged")
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide(0.05)], origin=base)).verdict
+    verdict = verdict_of(path, wide, adapter_for_wide(0.05), origin=base)
     assert verdict.outcome is parity.Outcome.UNDECIDED, str(verdict)
     (reason,) = verdict.distinct_reasons
     assert reason.gate == "loss" and "a graph of more bits" in reason.remedy
@@ -326,7 +329,7 @@ def merged_before(wide: Model, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_merge_quantised_once_needs_no_origin(wide: Model, merged_before: Path) -> None:
     path = merged_before
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()])).verdict
+    verdict = verdict_of(path, wide, adapter_for_wide())
     assert verdict.same, str(verdict)
     weights = quantised_weights.find(path, wide, plan.make([adapter_for_wide()], layers.specs(wide.module)))
     for name, weight in weights.items():
@@ -339,9 +342,7 @@ def test_merge_quantised_once_needs_no_origin(wide: Model, merged_before: Path) 
 def test_strength_of_a_merged_adapter_is_applied(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, adapter_for_wide(0.5), tmp_path / "merged")
-    verdict = prove(
-        OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], strengths=[0.5], origin=base)
-    ).verdict
+    verdict = verdict_of(path, wide, adapter_for_wide(), strengths=[0.5], origin=base)
     assert verdict.same, str(verdict)
     assert any(re.search(r"They contain (99|100)% of the change", note) for note in verdict.notes)
 
@@ -356,15 +357,15 @@ def test_one_wrong_integer_of_a_merge_quantised_once_is_different(
         return array
 
     wrong = with_other(merged_before, off, tmp_path / "off")
-    verdict = prove(OnnxRunner(wrong), PyTorchReferences(wide, [adapter_for_wide()])).verdict
-    assert verdict.outcome is parity.Outcome.DIFFERENT
+    verdict = verdict_of(wrong, wide, adapter_for_wide())
+    assert verdict.outcome is DIFFERENT
 
 
 def test_weights_without_an_adapter_must_equal_the_origins(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     alone = replace(adapter_for_wide(), pairs={"up": adapter_for_wide().pairs["up"]})
     one = requantised(base, alone, tmp_path / "one")
-    assert prove(OnnxRunner(one), PyTorchReferences(wide, [alone], origin=base)).verdict.same
+    assert verdict_of(one, wide, alone, origin=base).same
     both = requantised(base, adapter_for_wide(), tmp_path / "both")
     with pytest.raises(Different, match=r"no adapter changes are not those of .*m.onnx: down.weight"):
         prove(OnnxRunner(both), PyTorchReferences(wide, [alone], origin=base))
@@ -375,7 +376,7 @@ def test_adapter_beside_the_origins_weights_is_no_merge(wide: Model, graph: ir.M
     (tmp_path / "base").mkdir()
     base = saved(few.clone(), tmp_path / "base")
     path = beside(few, adapter_for_wide(), tmp_path)
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], origin=base)).verdict
+    verdict = verdict_of(path, wide, adapter_for_wide(), origin=base)
     assert verdict.same and not any("merged into" in note for note in verdict.notes)
 
 
@@ -446,10 +447,10 @@ def test_transposed_parameter_is_merged_and_verified(tmp_path: Path) -> None:
 
     a, b = rng.normal(size=(2, 40)) / 8, rng.normal(size=(120, 2)) / 8
     path = requantised(base, adapter(0.2), tmp_path / "merged")
-    verdict = prove(OnnxRunner(path), PyTorchReferences(turned, [adapter(0.2)], origin=base)).verdict
+    verdict = verdict_of(path, turned, adapter(0.2), origin=base)
     assert verdict.same, str(verdict)
     assert any("merged into 1 quantised weights" in note for note in verdict.notes)
-    wrong = prove(OnnxRunner(path), PyTorchReferences(turned, [adapter(0.22)], origin=base)).verdict
+    wrong = verdict_of(path, turned, adapter(0.22), origin=base)
     assert "weights" in {reason.gate for reason in wrong.reasons}
 
 
@@ -463,6 +464,7 @@ def stripped(graph: ir.Model) -> ir.Model:
     return graph
 
 
+@UNDIAGNOSED
 @pytest.mark.parametrize("names", ["with names", "without names"])
 def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: Path) -> None:
     """Names are matched by the checkpoint's content, which a merged weight no longer has."""
@@ -480,7 +482,7 @@ def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: 
         MergeRun(file_name="m.onnx", requantise=True),
     )
     path = tmp_path / "merged" / "m.onnx"
-    verdict = prove(OnnxRunner(path), PyTorchReferences(llama, [adapter], origin=base)).verdict
+    verdict = verdict_of(path, llama, adapter, origin=base)
     assert verdict.same, str(verdict)
     assert any("merged into 12 quantised weights" in note for note in verdict.notes)
     with pytest.raises(
@@ -492,8 +494,8 @@ def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: 
         prove(OnnxRunner(path), PyTorchReferences(llama, [adapter]))
     name = "model.layers.1.self_attn.q_proj"
     scaled = replace(adapter, pairs={**adapter.pairs, name: replace(adapter.pairs[name], scale=2.2)})
-    wrong = prove(OnnxRunner(path), PyTorchReferences(llama, [scaled], origin=base)).verdict
-    assert wrong.outcome is parity.Outcome.DIFFERENT
+    wrong = verdict_of(path, llama, scaled, origin=base)
+    assert wrong.outcome is DIFFERENT
     assert [reason.text.partition(":")[0] for reason in wrong.reasons if reason.gate == "weights"] == [f"{name}.weight"]
 
 
@@ -507,10 +509,7 @@ def only_site(text: str, name: str = "fc.weight") -> Site:
 @pytest.mark.parametrize(
     ("zeros", "expected"),
     # Integers 0 to 15 less 8, times 0.5 and -2; with zero points, less 3 and less 10.
-    [
-        ("", [[-4, 0.5, 3.5], [16, 2, -14]]),
-        (", uint8[2,1] z = {3, 10}", [[-1.5, 0.5, 6], [20, 2, -10]]),
-    ],
+    [("", [[-4, 0.5, 3.5], [16, 2, -14]]), (", uint8[2,1] z = {3, 10}", [[-1.5, 0.5, 6], [20, 2, -10]])],
 )
 def test_nearest_value_of_four_bits(zeros: str, expected: list[list[float]]) -> None:
     site = only_site(f"""
@@ -592,7 +591,7 @@ def test_verify_command_takes_the_origin_of_a_requantised_merge(
 
 def test_pytorchs_error_includes_int8_rounding(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = beside(exact(quantised(graph.clone()), 4), adapter_for_wide(4.0), tmp_path)
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide(4.0)])).verdict
+    verdict = verdict_of(path, wide, adapter_for_wide(4.0))
     assert verdict.same, str(verdict)
     assert any("in int8" in note for note in verdict.notes)
     ratios = [each.figures.ratio for each in verdict.comparisons if each.figures and each.figures.ratio]
