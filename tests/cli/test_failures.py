@@ -123,10 +123,10 @@ def test_misfits_and_figures_are_in_the_document(place: Path, capsys: pytest.Cap
 
 
 def test_no_document_without_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for code, arguments in refusals(place).values():
-        if code in (2, 3):
-            assert call(*arguments) == code
-            assert capsys.readouterr().out == ""
+    for case in ("merge: missing adapter", "merge: no adapter", "verify: nothing to compare"):
+        code, arguments = refusals(place)[case]
+        assert call(*arguments) == code
+        assert capsys.readouterr().out == ""
     assert call("merge", place / "base.safetensors", place / "nowhere", "-o", place / "x", "--", "--json") == 3
     assert capsys.readouterr().out == ""
 

@@ -429,22 +429,6 @@ def test_rows_that_mix_up_adapters_are_never_published(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["onnx", "torchscript", "verify"])
-def test_an_adapter_as_an_argument_is_refused_with_its_option(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = () if command == "verify" else ("-o", tmp_path / "out")
-    assert call(command, MODEL, "my adapter", "another", *output) == 2
-    told = capsys.readouterr().err
-    assert "unexpected argument my adapter. An adapter is given by -a: -a my adapter" in told
-    assert f"Usage: lora-export {command}" in told
-
-
-def test_rows_without_adapters_are_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("onnx", MODEL, "-o", tmp_path / "out.onnx", "--lora", "rows") == 2
-    assert "--lora rows needs the adapters" in capsys.readouterr().err
-
-
 # --- verify ---
 
 
