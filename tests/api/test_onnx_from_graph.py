@@ -423,7 +423,6 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(
         (("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx"), 2, "--dtype is the precision of a PyTorch model"),
         (("verify", "x.pt", "--model", SPOTTER), 2, "--dtype are for .onnx files"),
         (("verify", "base.onnx", "--base", "base.onnx"), 2, "with --base nothing is run"),
-        (("verify", "base.onnx", "--model", "x.pt2"), 3, "x.pt2 has one precision, which its graph names"),
     ],
 )
 def test_a_precision_that_cannot_be_is_refused(
@@ -619,7 +618,6 @@ def test_the_users_inputs_are_one_more_case(place: Path, tmp_path: Path, capsys:
         (["{place}/base.onnx", "-a", "{place}/odd"], 3, "the base has no weight for no.such"),
         (["{place}/base.onnx", "-a", "{place}/fr", "--base", "{place}/none"], 3, "none"),
         (["{place}/base.onnx", "--lora", "inputs", "--target", "quary"], 3, "`quary` matches no linear layer"),
-        (["{place}/base.onnx", "-a", "{place}/fr", "--target", "query"], 2, "--target is for --lora inputs"),
     ],
 )
 def test_what_cannot_be_done_is_told_and_leaves_nothing(

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -19,7 +17,7 @@ from lora_export import cli
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.storage import block_copy
 from support.folder_contents import folder_contents
-from support.graphs import quantised, stored
+from support.graphs import stored
 from support.handmade import base_file, graph_file, peft_adapter
 from support.merged_graphs import WEIGHTS, A, B, packed_graph
 
@@ -43,20 +41,6 @@ def test_base_of_another_graph_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert cli.run(line) == 3  # nor without a base
     assert cli.run(["merge", str(base), str(adapter), "-o", str(tmp_path / "o"), "--base", str(base)]) == 2
     assert not (tmp_path / "out.onnx").exists()
-
-
-def test_quantised_weight_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weight = RNG.normal(size=(64, 32)).astype(np.float32)
-    float_graph = graph_file(tmp_path / "f.onnx", {"fc.weight": weight})
-    proto = ir.to_proto(quantised(ir.from_proto(onnx.load(float_graph))))
-    onnx.save(proto, tmp_path / "q.onnx")
-    base = base_file(tmp_path / "base.safetensors", {"fc.weight": weight.T})
-    adapter = peft_adapter(tmp_path / "ad", {"fc": (RNG.normal(size=(2, 64)), RNG.normal(size=(32, 2)))})
-    before = folder_contents(tmp_path)
-    line = ["merge", str(tmp_path / "q.onnx"), str(adapter), "-o", str(tmp_path / "m.onnx"), "--base", str(base)]
-    assert cli.run(line) == 3
-    assert "fc.weight is quantised (4 bits in blocks of 32)" in capsys.readouterr().err
-    assert folder_contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,3 @@ def test_wrong_usage_ends_with_2(
 ) -> None:
     assert call("train", MODEL, "--data", data, "-o", data.parent / "ad", *words) == 2
     assert message in capsys.readouterr().err and not (data.parent / "ad").exists()
-
-
-def test_a_missing_file_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", MODEL, "--data", tmp_path / "none.npz", "-o", tmp_path / "ad") == 3
-    assert "none.npz" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
