@@ -33,7 +33,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.storage.hashes import file_hash
 from lora_export.verification.proof import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
 from support import FACTORIES
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.exported_models import eager, exported, inputs, with_changes
 from support.exporters import EXPORTERS, OPTIMISERS, assert_computes_merged_model, checkpoint_of, save_adapter, stripped
 from support.graphs import quantised, tensor_bytes
@@ -109,9 +109,7 @@ def assert_is_pytorchs(runner: OnnxRunner, adapter: Path, strength: float = 1.0)
 
 
 @pytest.mark.parametrize("mode", ["merged", "nodes"])
-def test_adapters_in_a_graph_are_what_pytorch_computes(
-    place: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapters_in_a_graph_are_what_pytorch_computes(place: Path, tmp_path: Path, mode: str, capsys: Capture) -> None:
     out = tmp_path / "out.onnx"
     words = ("-a", place / "fr", "--weight", "0.5", "--lora", mode, "-o", out)
     code, told = answer(capsys, "onnx", place / "base.onnx", *words)
@@ -130,9 +128,7 @@ def test_adapters_in_a_graph_are_what_pytorch_computes(
     assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
 
 
-def test_adapters_as_inputs_of_a_graph_are_what_pytorch_computes(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapters_as_inputs_of_a_graph_are_what_pytorch_computes(place: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out.onnx"
     words = ("-a", place / "fr", "-a", place / "de", "--target", "output.dense", "--lora", "inputs", "-o", out)
     code, told = answer(capsys, "onnx", place / "base.onnx", *words)
@@ -151,9 +147,7 @@ def test_adapters_as_inputs_of_a_graph_are_what_pytorch_computes(
     assert "takes adapters already. " in capsys.readouterr().err
 
 
-def test_adapters_by_row_of_a_graph_are_what_pytorch_computes(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapters_by_row_of_a_graph_are_what_pytorch_computes(place: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out.onnx"
     words = ("-a", place / "fr", "-a", place / "de", "--lora", "rows", "-o", out)
     code, told = answer(capsys, "onnx", place / "base.onnx", *words)
@@ -165,9 +159,7 @@ def test_adapters_by_row_of_a_graph_are_what_pytorch_computes(
 
 
 @pytest.mark.parametrize("name", ["bits", slow("pairs")])
-def test_an_adapter_stands_beside_four_bits(
-    place: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_stands_beside_four_bits(place: Path, tmp_path: Path, name: str, capsys: Capture) -> None:
     out = tmp_path / "out.onnx"
     words = ("-a", place / "fr", "--lora", "nodes", "-o", out)
     code, told = answer(capsys, "onnx", place / f"{name}.onnx", *words)
@@ -214,7 +206,7 @@ def spotter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [slow("merged"), slow("nodes"), slow("inputs"), "rows"])
 def test_a_graph_is_proven_against_the_model_that_it_was_made_from(
-    spotter: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+    spotter: Path, tmp_path: Path, mode: str, capsys: Capture
 ) -> None:
     words = ("-a", spotter / "fr", "--lora", mode, "--model", SPOTTER, "-o", tmp_path / "out.onnx")
     code, told = answer(capsys, "onnx", spotter / "base.onnx", *words)
@@ -269,7 +261,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("mode", [slow("inputs"), "rows"])
 @pytest.mark.parametrize("with_model", [False, True])
 def test_an_int8_base_is_judged_by_its_origin(
-    rounded: tuple[Path, str], tmp_path: Path, mode: str, with_model: bool, capsys: pytest.CaptureFixture[str]
+    rounded: tuple[Path, str], tmp_path: Path, mode: str, with_model: bool, capsys: Capture
 ) -> None:
     folder, factory = rounded
     out, reference = tmp_path / "out.onnx", ("--model", factory) if with_model else ()
@@ -287,7 +279,7 @@ def test_an_int8_base_is_judged_by_its_origin(
 
 @pytest.mark.parametrize("mode", [slow("inputs"), "rows"])
 def test_verify_judges_such_a_base_by_the_graph_that_it_is_given(
-    rounded: tuple[Path, str], tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+    rounded: tuple[Path, str], tmp_path: Path, mode: str, capsys: Capture
 ) -> None:
     folder, factory = rounded
     out, adapter = tmp_path / "out.onnx", ("-a", folder / "fr")
@@ -307,7 +299,7 @@ def test_verify_judges_such_a_base_by_the_graph_that_it_is_given(
 
 
 def test_the_graph_itself_or_other_outputs_are_no_origin(
-    rounded: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rounded: tuple[Path, str], tmp_path: Path, capsys: Capture
 ) -> None:
     folder, factory = rounded
     code, told = answer(capsys, "verify", folder / "base.onnx", "--model", factory, "--base", folder / "base.onnx")
@@ -326,7 +318,7 @@ def test_the_graph_itself_or_other_outputs_are_no_origin(
 
 
 def test_a_fused_int8_base_must_be_close_to_its_origin(
-    rounded: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rounded: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     folder, factory = rounded
     out, right = tmp_path / "out.onnx", OnnxRunner.run
@@ -349,7 +341,7 @@ def test_a_fused_int8_base_must_be_close_to_its_origin(
     assert off_by(1.005) in (4, 5)
 
 
-def test_half_precision_and_int8_in_one_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_precision_and_int8_in_one_graph(tmp_path: Path, capsys: Capture) -> None:
     factory, rng = f"{SPOTTER.rpartition(':')[0]}:stacked", np.random.default_rng(0)
     base = load_model(factory, dtype=torch.float16)
     graph = export.to_onnx(base.module, base.example_inputs(), axes=base.axes)
@@ -366,7 +358,7 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
     tmp_path: Path,
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     folder, factory = rounded
     right = onnx_steps.save_graph
@@ -391,9 +383,7 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
 
 
 @pytest.mark.slow
-def test_a_model_in_half_precision_is_exported_and_judged_in_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_in_half_precision_is_exported_and_judged_in_it(tmp_path: Path, capsys: Capture) -> None:
     factory, rng, out = f"{SPOTTER.rpartition(':')[0]}:stacked", np.random.default_rng(0), tmp_path / "out.onnx"
     sides = rng.standard_normal((3, 32)), 0.3 * rng.standard_normal((64, 3))
     for name, alpha in {"fr": 6, "scaled": 7}.items():
@@ -481,7 +471,7 @@ def test_a_wrong_weave_is_different_and_never_published(
     name: str,
     fault: Fault,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     right = getattr(place_of, name)
 
@@ -496,7 +486,7 @@ def test_a_wrong_weave_is_different_and_never_published(
 
 
 def test_a_wrong_adapter_file_is_different_and_never_published(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     right = onnx_adapter.input_values
 
@@ -511,9 +501,7 @@ def test_a_wrong_adapter_file_is_different_and_never_published(
 
 
 @pytest.mark.parametrize("mode", ["merged", "nodes"])
-def test_an_adapter_too_faint_to_see_is_undecided(
-    place: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_too_faint_to_see_is_undecided(place: Path, tmp_path: Path, mode: str, capsys: Capture) -> None:
     weak = an_adapter_in(tmp_path / "weak", alpha=1e-6)
     words = ("onnx", place / "base.onnx", "-a", weak, "--lora", mode, "-o", tmp_path / "out.onnx")
     assert call(*words) == 5
@@ -528,9 +516,7 @@ def test_an_adapter_too_faint_to_see_is_undecided(
 
 
 @pytest.mark.parametrize("mode", ["inputs", "slots"])
-def test_all_linear_is_every_linear_layer_but_the_head(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
-) -> None:
+def test_all_linear_is_every_linear_layer_but_the_head(place: Path, tmp_path: Path, capsys: Capture, mode: str) -> None:
     out = tmp_path / "out.onnx"
     words = ("--lora", mode, "--target", "all-linear", "--names", "peft", "-o", out)
     code, told = answer(capsys, "onnx", place / "base.onnx", *words)
@@ -547,9 +533,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(
 # --- names ---
 
 
-def test_a_graph_that_lost_its_names_is_named_by_its_checkpoint(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_graph_that_lost_its_names_is_named_by_its_checkpoint(place: Path, tmp_path: Path, capsys: Capture) -> None:
     stripped(place / "base.onnx", tmp_path / "bare.onnx")
     words = ("onnx", tmp_path / "bare.onnx", "-a", place / "fr", "--lora", "nodes", "-o", tmp_path / "out.onnx")
     assert call(*words) == 3
@@ -579,9 +563,7 @@ def lengths(place: Path, folder: Path) -> Path:
     return folder / "lengths.onnx"
 
 
-def test_inputs_that_nobody_can_make_are_asked_for(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inputs_that_nobody_can_make_are_asked_for(place: Path, tmp_path: Path, capsys: Capture) -> None:
     words = ("onnx", lengths(place, tmp_path), "-a", place / "fr", "-o", tmp_path / "out.onnx")
     assert call(*words) == 3
     told = capsys.readouterr().err
@@ -593,7 +575,7 @@ def test_inputs_that_nobody_can_make_are_asked_for(
     assert any(" is the only case: " in note for note in told["proof"]["notes"])
 
 
-def test_the_users_inputs_are_one_more_case(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_users_inputs_are_one_more_case(place: Path, tmp_path: Path, capsys: Capture) -> None:
     np.savez(tmp_path / "mine.npz", **feeds())
     words = ("onnx", place / "base.onnx", "-a", place / "fr", "-o", tmp_path / "out.onnx")
     code, told = answer(capsys, *words, "--inputs", tmp_path / "mine.npz")
@@ -621,7 +603,7 @@ def test_the_users_inputs_are_one_more_case(place: Path, tmp_path: Path, capsys:
     ],
 )
 def test_what_cannot_be_done_is_told_and_leaves_nothing(
-    place: Path, tmp_path: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, words: list[str], code: int, message: str, capsys: Capture
 ) -> None:
     rng = np.random.default_rng(0)
     peft_adapter(place / "odd", {"no.such": (rng.standard_normal((2, 16)), rng.standard_normal((16, 2)))})
@@ -632,9 +614,7 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_an_adapter_is_inserted_once_and_a_second_is_recorded(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_is_inserted_once_and_a_second_is_recorded(place: Path, tmp_path: Path, capsys: Capture) -> None:
     first = tmp_path / "first.onnx"
     assert call("onnx", place / "base.onnx", "-a", place / "fr", "-o", first) == 0
     for mode in ("merged", "nodes", "rows"):
@@ -647,9 +627,7 @@ def test_an_adapter_is_inserted_once_and_a_second_is_recorded(
     assert "start from the graph without it" in capsys.readouterr().err.lower()
 
 
-def test_other_commands_still_want_a_pytorch_model(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_commands_still_want_a_pytorch_model(place: Path, tmp_path: Path, capsys: Capture) -> None:
     assert call("torchscript", place / "base.onnx", "-a", place / "fr", "-o", tmp_path / "x.pt") == 3
     assert "is no model" in capsys.readouterr().err
     assert call("verify", place / "base.onnx", "--model", place / "base.onnx", "-a", place / "fr") == 3
@@ -767,7 +745,7 @@ def test_merge_takes_weights_out_of_the_graph(place: Path, tmp_path: Path) -> No
     assert_is_pytorchs(OnnxRunner(out), place / "fr")
 
 
-def test_shared_file_that_moves_or_changes_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shared_file_that_moves_or_changes_is_reported(tmp_path: Path, capsys: Capture) -> None:
     """By `verify` and by `inspect`, in one line; and a new base leaves the weights that a product needs."""
     base, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
     rng = np.random.default_rng(0)
@@ -807,7 +785,7 @@ def test_shared_file_that_moves_or_changes_is_reported(tmp_path: Path, capsys: p
     ],
 )  # fmt: skip
 def test_graphs_of_every_maker(
-    name: str, exporter: str, after: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, exporter: str, after: str, mode: str, tmp_path: Path, capsys: Capture
 ) -> None:
     path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
     EXPORTERS[exporter](name, path)
@@ -825,9 +803,7 @@ def test_graphs_of_every_maker(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("proof", ["", "--no-verify"])
-def test_rows_in_a_fused_graph_that_lost_its_shapes(
-    proof: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_in_a_fused_graph_that_lost_its_shapes(proof: str, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out.onnx"
     EXPORTERS["dynamo"]("gpt2", tmp_path / "model.onnx")
     OPTIMISERS["extended"](tmp_path / "model.onnx", tmp_path / "fused.onnx")
@@ -842,7 +818,7 @@ def test_rows_in_a_fused_graph_that_lost_its_shapes(
     assert_computes_merged_model(out, "gpt2", adapter, adapter_ids=torch.ones(3, dtype=torch.int64))
 
 
-def test_what_keeps_a_graph_from_showing_its_shapes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_keeps_a_graph_from_showing_its_shapes_is_told(tmp_path: Path, capsys: Capture) -> None:
     body = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
     g (float[batch, 3] x, int64[batch] kind) => (float[batch, 2] y)
     <float[3, 2] "fc.weight" = {1, 2, 3, 4, 5, 6}, float[3] none = {0, 0, 0}> {
@@ -865,9 +841,7 @@ def test_what_keeps_a_graph_from_showing_its_shapes_is_told(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("mode", ["merged", slow("nodes")])
-def test_a_graph_in_half_precision_is_judged_by_what_it_can_hold(
-    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_graph_in_half_precision_is_judged_by_what_it_can_hold(mode: str, tmp_path: Path, capsys: Capture) -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 40)).half().eval()
     path = tmp_path / "half.onnx"
@@ -884,7 +858,7 @@ def test_a_graph_in_half_precision_is_judged_by_what_it_can_hold(
     assert all(1e-5 < loss < 1e-2 for loss in losses) if mode == "merged" else losses == [None] * len(losses)
 
 
-def test_a_merge_that_rounding_takes_away_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_merge_that_rounding_takes_away_is_refused(tmp_path: Path, capsys: Capture) -> None:
     rng = np.random.default_rng(0)
     path = graph_file(tmp_path / "half.onnx", {"up.weight": rng.standard_normal((32, 40)).astype(np.float16)})
     pairs = {"up": (1e-3 * rng.standard_normal((2, 32)), 1e-3 * rng.standard_normal((40, 2)))}
@@ -908,9 +882,7 @@ endless (float[batch, 3] x) => (float[batch, 2] y)
 
 
 @pytest.mark.parametrize("mode", ["merged", "rows"])
-def test_loop_without_end_is_stopped_by_the_time_limit(
-    tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_loop_without_end_is_stopped_by_the_time_limit(tmp_path: Path, mode: str, capsys: Capture) -> None:
     onnx.save(onnx.parser.parse_model(ENDLESS), tmp_path / "endless.onnx")
     peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
     words = ["onnx", tmp_path / "endless.onnx", "-a", tmp_path / "adapter", "-o", tmp_path / "o.onnx", "--lora", mode]

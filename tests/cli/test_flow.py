@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from lora_export import cli, formats
 from lora_export.models.load import load_model
 from support import FACTORIES
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.handmade import graph_file
 from support.slow import slow
 
@@ -56,9 +56,7 @@ def test_training_reaches_attention_and_is_what_it_says_it_is(place: Path) -> No
     assert not any(pair.is_identity for pair in adapter.pairs.values())
 
 
-def test_training_is_repeatable_and_better_than_nothing(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_is_repeatable_and_better_than_nothing(place: Path, tmp_path: Path, capsys: Capture) -> None:
     options = ("--rank", "4", "--alpha", "8", "--epochs", "6", "--learning-rate", "1e-2", "--batch-size", "16")
     code, told = answer(capsys, "train", MODEL, "--data", place / "signals.npz", "-o", tmp_path / "again", *options)
     assert code == 0
@@ -69,9 +67,7 @@ def test_training_is_repeatable_and_better_than_nothing(
 
 
 @pytest.mark.parametrize("mode", [slow("merged"), "nodes"])
-def test_onnx_is_proven_published_and_proven_again(
-    place: Path, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_onnx_is_proven_published_and_proven_again(place: Path, mode: str, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out.onnx"
     code, told = answer(capsys, "onnx", MODEL, "-a", place / "adapter", "-o", out, "--lora", mode)
     assert (code, told["proof"]["outcome"]) == (0, "same")
@@ -93,7 +89,7 @@ def test_onnx_is_proven_published_and_proven_again(
 
 @pytest.mark.parametrize("mode", ["merged", slow("nodes")])
 def test_torchscript_is_proven_published_and_proven_again(
-    place: Path, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, mode: str, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "out.pt"
     code, told = answer(capsys, "torchscript", MODEL, "-a", place / "adapter", "-o", out, "--lora", mode)
@@ -102,19 +98,19 @@ def test_torchscript_is_proven_published_and_proven_again(
     assert (code, told["outcome"]) == (0, "same")
 
 
-def test_a_state_dict_is_merged_and_proven(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_dict_is_merged_and_proven(place: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "merged.safetensors"
     assert call("merge", place / "base.safetensors", place / "adapter", "-o", out) == 0
     code, told = answer(capsys, "verify", out, "--model", MODEL, "-a", place / "adapter")
     assert (code, told["outcome"]) == (0, "same")
 
 
-def test_a_module_that_was_never_merged_is_different(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_module_that_was_never_merged_is_different(place: Path, capsys: Capture) -> None:
     code, told = answer(capsys, "verify", place / "base.safetensors", "--model", MODEL, "-a", place / "adapter")
     assert (code, told["outcome"]) == (4, "different")
 
 
-def test_half_the_strength_is_different(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_the_strength_is_different(place: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "half.safetensors"
     assert call("merge", place / "base.safetensors", place / "adapter", "-o", out, "--weight", "0.5") == 0
     code, _ = answer(capsys, "verify", out, "--model", MODEL, "-a", place / "adapter")
@@ -124,7 +120,7 @@ def test_half_the_strength_is_different(place: Path, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.fault(43)
-def test_cuda_that_is_not_there_is_exit_6(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_that_is_not_there_is_exit_6(place: Path, tmp_path: Path, capsys: Capture) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: the refusal cannot be seen here")
     out = tmp_path / "out.onnx"
@@ -135,7 +131,7 @@ def test_cuda_that_is_not_there_is_exit_6(place: Path, tmp_path: Path, capsys: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_no_graph_is_exit_8(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_graph_is_exit_8(place: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "noise.onnx").write_bytes(b"no graph")
     assert call("verify", tmp_path / "noise.onnx", "--model", MODEL, "-a", place / "adapter") == 8
     assert "onnxruntime refused" in capsys.readouterr().err
@@ -165,7 +161,7 @@ def test_a_file_that_is_no_graph_is_exit_8(place: Path, tmp_path: Path, capsys: 
 def test_what_cannot_be_done_is_told_with_its_code_and_leaves_nothing(
     place: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
     arguments: list[str],
     code: int,
     message: str,
@@ -215,7 +211,7 @@ def test_packages_that_are_missing_or_do_not_load_are_exit_6(tmp_path: Path) -> 
 
 
 @pytest.mark.fault(43)
-def test_a_gpu_that_is_too_small_is_exit_6(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_that_is_too_small_is_exit_6(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def too_large(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
@@ -224,9 +220,7 @@ def test_a_gpu_that_is_too_small_is_exit_6(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err.startswith("Error: there is not enough memory: CUDA out of memory.")
 
 
-def test_memory_that_pytorch_cannot_allocate_is_exit_6(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_that_pytorch_cannot_allocate_is_exit_6(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(cli.cli, "main", lambda *_, **__: torch.empty(1 << 58))
     assert call("inspect", "x") == 6
     assert capsys.readouterr().err.startswith(f"Error: there is not enough memory for {4 << 58:,} bytes at once")
@@ -241,7 +235,7 @@ def test_what_a_gpu_says_when_it_is_too_small_is_known() -> None:
 
 @pytest.mark.fault(44)
 def test_tf32_by_the_environment_is_refused_for_a_proof_on_cuda(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     assert call("onnx", MODEL, "-o", tmp_path / "out.onnx", "--provider", "cuda") == 6
@@ -252,7 +246,7 @@ def test_tf32_by_the_environment_is_refused_for_a_proof_on_cuda(
 @pytest.mark.slow
 @pytest.mark.fault(44)
 def test_variables_that_change_results_are_in_file_and_verdict(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variables = {"NVIDIA_TF32_OVERRIDE": "1", "ORT_CUDA_GEMM_OPTIONS": "3"}
     for name, value in variables.items():
@@ -265,9 +259,7 @@ def test_variables_that_change_results_are_in_file_and_verdict(
 
 
 @pytest.mark.slow
-def test_inspect_shows_an_adapter_a_checkpoint_and_a_graph(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_shows_an_adapter_a_checkpoint_and_a_graph(place: Path, tmp_path: Path, capsys: Capture) -> None:
     code, told = answer(capsys, "inspect", place / "adapter")
     assert code == 0
     assert told["pairs"]["head"]["scale"] == 2.0
