@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from support import FACTORIES
 from support.cli import Capture, answer, call
 from support.exported_models import eager, exported, inputs, with_changes
 from support.exporters import EXPORTERS, OPTIMISERS, assert_computes_merged_model, checkpoint_of, save_adapter, stripped
-from support.graphs import quantised, tensor_bytes
+from support.graphs import quantised, record_of, tensor_bytes
 from support.handmade import graph_file, peft_adapter
 
 LAYER = "bert.encoder.layer.0"
@@ -75,13 +74,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def record(path: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(
-        {entry.key: entry.value for entry in onnx.load(path).metadata_props}["lora_export"]
-    )
-    return told
-
-
 def hash_of(path: Path) -> str:
     return file_hash(path, "xxh3_128")
 
@@ -118,7 +110,7 @@ def test_adapters_in_a_graph_are_what_pytorch_computes(place: Path, tmp_path: Pa
     assert told["proof"]["about"]["model"]["source"] == str(place / "base.onnx")
     assert "torch" not in told["proof"]["about"]
     assert_is_pytorchs(OnnxRunner(out), place / "fr", 0.5)
-    there = record(out)
+    there = record_of(out)
     (adapter,) = there["adapters"]
     assert adapter.items() >= {"name": "fr", "format": "peft", "sha256": formats.load(place / "fr").sha256}.items()
     assert (adapter["weight"], len(adapter["ranks"]), len(adapter["alphas"])) == (0.5, 1, 1)
@@ -214,7 +206,7 @@ def test_a_graph_is_proven_against_the_model_that_it_was_made_from(
     proofs = [told["proof"], *told.get("adapters", {}).values()]
     assert {proof["outcome"] for proof in proofs} == {"same"}
     assert {proof["about"]["model"]["source"] for proof in proofs} == {SPOTTER}
-    assert "against" not in record(tmp_path / "out.onnx")["verdict"]
+    assert "against" not in record_of(tmp_path / "out.onnx")["verdict"]
 
 
 def test_another_model_is_different(spotter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +265,7 @@ def test_an_int8_base_is_judged_by_its_origin(
     by_nodes = any(note.startswith(NODE_BY_NODE) for note in told["proof"]["notes"])
     by_bits = UNCHANGED in told["proof"]["notes"]
     assert (by_bits, by_nodes) == (told["bits_of_base"], not told["bits_of_base"])
-    assert record(out)["verdict"]["against"] == AGAINST
+    assert record_of(out)["verdict"]["against"] == AGAINST
     assert all(("against" in proof["about"]) != with_model for proof in told["adapters"].values())
 
 
@@ -396,7 +388,7 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(tmp_path: Path, 
     assert {value.dtype for value in load_graph(out).graph.initializers.values() if len(value.shape) == 2} == {
         ir.DataType.FLOAT16
     }
-    assert record(out)["settings"]["dtype"] == "float16"
+    assert record_of(out)["settings"]["dtype"] == "float16"
 
     def verified(adapter: str, *more: Any) -> tuple[int, Any]:
         return answer(capsys, "verify", out, "--model", factory, "-a", tmp_path / adapter, *more)
@@ -509,7 +501,7 @@ def test_an_adapter_too_faint_to_see_is_undecided(place: Path, tmp_path: Path, m
     assert "undecided" in told and "the PyTorch model that the graph was exported from (--model MODEL), or" in told
     assert [path.name for path in tmp_path.iterdir()] == ["weak"]
     assert call(*words, "--no-verify") == 0
-    assert record(tmp_path / "out.onnx")["verdict"] == {"outcome": "not verified", "why": "--no-verify"}
+    assert record_of(tmp_path / "out.onnx")["verdict"] == {"outcome": "not verified", "why": "--no-verify"}
 
 
 # --- where adapters to come may stand ---
@@ -621,7 +613,7 @@ def test_an_adapter_is_inserted_once_and_a_second_is_recorded(place: Path, tmp_p
         assert call("onnx", first, "-a", f"x={place / 'fr'}", "-o", tmp_path / "out.onnx", "--lora", mode) == 3
         assert "already contains the adapter x (merged as fr" in capsys.readouterr().err
     assert call("onnx", first, "-a", place / "de", "-o", tmp_path / "second.onnx", "--lora", "nodes") == 0
-    assert [adapter["name"] for adapter in record(tmp_path / "second.onnx")["adapters"]] == ["fr", "de"]
+    assert [adapter["name"] for adapter in record_of(tmp_path / "second.onnx")["adapters"]] == ["fr", "de"]
     assert call("onnx", tmp_path / "second.onnx", "-a", f"x={an_adapter_in(tmp_path / 'it', seed=3)}", "-o",
                 tmp_path / "out.onnx", "--lora", "nodes") == 3  # fmt: skip
     assert "start from the graph without it" in capsys.readouterr().err.lower()
@@ -659,7 +651,7 @@ def test_weights_beside_the_graph_are_read_where_they_are(place: Path, tmp_path:
     out = tmp_path / "out" / "out.onnx"
     out.parent.mkdir()
     assert call("onnx", tmp_path / "apart.onnx", "-a", place / "fr", "-o", out, "--lora", "nodes") == 0
-    assert set(record(out)["base"]) == {"apart.onnx", "apart.data"}
+    assert set(record_of(out)["base"]) == {"apart.onnx", "apart.data"}
     assert_is_pytorchs(OnnxRunner(out), place / "fr")
 
 
@@ -675,8 +667,8 @@ def test_what_is_merged_is_what_merge_writes_and_lies_where_it_lay(place: Path, 
     }
     large = [value.const_value for value in weights[0].values() if value.const_value.nbytes >= MIN_EXTERNAL_BYTES]
     assert large and all(isinstance(tensor, ir.ExternalTensor) for tensor in large)
-    assert record(proven / "out.onnx")["base"] == record(merged / "out.onnx")["base"]
-    assert record(proven / "out.onnx")["base"]["apart.data"] == {"xxh3_128": hash_of(tmp_path / "apart.data")}
+    assert record_of(proven / "out.onnx")["base"] == record_of(merged / "out.onnx")["base"]
+    assert record_of(proven / "out.onnx")["base"]["apart.data"] == {"xxh3_128": hash_of(tmp_path / "apart.data")}
     properties = [entry.key for entry in onnx.load(proven / "out.onnx").metadata_props]
     assert len(properties) == len(set(properties))
     assert_is_pytorchs(OnnxRunner(proven / "out.onnx"), place / "fr")
@@ -729,7 +721,7 @@ def test_changed_weights_are_beside_a_graph_whose_base_has_them_there(place: Pat
     (own,) = tmp_path.glob("fr.onnx.*.data")
     changed = sum(4 * rows * columns for rows, columns in TARGETS.values() if rows * columns >= 256)
     assert changed <= own.stat().st_size < changed + 4096 * len(TARGETS)  # each keeps its place in a page
-    assert record(out)["base"]["w.data"] == {"xxh3_128": hash_of(tmp_path / "w.data")}
+    assert record_of(out)["base"]["w.data"] == {"xxh3_128": hash_of(tmp_path / "w.data")}
     assert_is_pytorchs(OnnxRunner(out), place / "fr")
     assert call("onnx", out, "-a", place / "de", "-o", tmp_path / "both.onnx") == 0  # and is a base itself
     assert "lora_export.shared_weights" not in load_graph(tmp_path / "both.onnx").metadata_props

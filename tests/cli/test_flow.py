@@ -19,6 +19,7 @@ from lora_export import cli, formats
 from lora_export.models.load import load_model
 from support import FACTORIES
 from support.cli import Capture, answer, call
+from support.graphs import record_of
 from support.handmade import graph_file
 from support.slow import slow
 
@@ -74,7 +75,7 @@ def test_onnx_is_proven_published_and_proven_again(place: Path, mode: str, tmp_p
     graph = onnx.load(out)
     branches = [value.name for value in graph.graph.initializer if "lora_A" in value.name]
     assert ("encoder.layers.0.self_attn.lora_A.weight" in branches) == (mode == "nodes")
-    record = json.loads({entry.key: entry.value for entry in graph.metadata_props}["lora_export"])
+    record = record_of(out)
     assert record["adapters"][0]["sha256"] == formats.load(place / "adapter").sha256
     assert record["verdict"]["outcome"] == "same"
     reports = tmp_path / "verdict.json", tmp_path / "verdict.xml"
@@ -254,7 +255,7 @@ def test_variables_that_change_results_are_in_file_and_verdict(
     out = tmp_path / "out.onnx"
     code, told = answer(capsys, "onnx", MODEL, "-a", place / "adapter", "-o", out)
     assert code == 0 and variables.items() <= told["proof"]["about"].items()
-    record = json.loads({entry.key: entry.value for entry in onnx.load(out).metadata_props}["lora_export"])
+    record = record_of(out)
     assert record["verdict"]["variables"] == variables
 
 

@@ -29,6 +29,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.references.attached_module import attached_copy
 from support.cli import Capture, answer, call
+from support.graphs import record_of
 from support.handmade import peft_adapter
 from support.small_models import small_adapter, small_model
 from support.swapping import MODEL
@@ -60,12 +61,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def record(path: Path) -> dict[str, Any]:
-    text = {entry.key: entry.value for entry in onnx.load(path).metadata_props}["lora_export"]
-    told: dict[str, Any] = json.loads(text)
-    return told
-
-
 def signal(batch: int = 3, length: int = 7) -> dict[str, Any]:
     return {"signal": np.random.default_rng(1).standard_normal((batch, 4, length)).astype(np.float32)}
 
@@ -75,7 +70,7 @@ def signal(batch: int = 3, length: int = 7) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_inputs_are_proven_one_adapter_after_the_other_and_the_base(place: Path) -> None:
-    verdict = record(place / "graph.onnx")["verdict"]
+    verdict = record_of(place / "graph.onnx")["verdict"]
     assert verdict["outcome"] == "same" and verdict["bits_of_base"] is True
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"fr": "same", "legal": "same"}
     assert {path.name for path in place.iterdir() if path.is_file()} == {
@@ -188,7 +183,7 @@ def test_files_of_adapters_that_exist_are_kept_until_overwrite_is_said(
     assert "fr.onnx_adapter exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["fr.onnx_adapter"]
     assert call(*words, "--overwrite", "--no-verify") == 0
-    assert record(tmp_path / "out.onnx")["verdict"]["outcome"] == "not verified"
+    assert record_of(tmp_path / "out.onnx")["verdict"]["outcome"] == "not verified"
     assert onnx_adapter.read(tmp_path / "fr.onnx_adapter").values
 
 
@@ -324,7 +319,7 @@ def rows(place: Path) -> Path:
 
 
 def test_rows_are_proven_for_every_id_and_mixed(rows: Path) -> None:
-    verdict = record(rows)["verdict"]
+    verdict = record_of(rows)["verdict"]
     assert verdict["outcome"] == verdict["mixed"]["outcome"] == "same" and verdict["bits_of_base"] is True
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"fr": "same", "legal": "same"}
 
@@ -464,7 +459,7 @@ def with_dora(place: Path) -> Path:
 
 @pytest.mark.slow
 def test_dora_and_convolutions_are_proven_as_inputs_beside_plain_lora(with_dora: Path) -> None:
-    verdict = record(with_dora)["verdict"]
+    verdict = record_of(with_dora)["verdict"]
     assert verdict["outcome"] == "same"
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}
     base = with_dora.parents[1] / "base.onnx"
@@ -506,7 +501,7 @@ def test_rows_with_dora_and_convolutions_are_proven_for_every_id_and_mixed(place
     adapter = dora_adapter(tmp_path / "dora", seed=3)
     words = ("-a", adapter, "-a", place / "fr", "--lora", "rows", "-o", tmp_path / "rows.onnx")
     assert call("onnx", MODEL, *words) == 0
-    verdict = record(tmp_path / "rows.onnx")["verdict"]
+    verdict = record_of(tmp_path / "rows.onnx")["verdict"]
     assert verdict["outcome"] == verdict["mixed"]["outcome"] == "same"
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}
 
@@ -523,7 +518,7 @@ def test_a_fixed_rank_leaves_no_dynamic_shape_of_an_adapter(
     code, found = answer(capsys, "onnx", MODEL, *words, "-o", out, "--lora", mode, "--max-rank", "6")
     assert (code, found["proof"]["outcome"], found["bits_of_base"]) == (0, "same", True)
     assert {name: proof["outcome"] for name, proof in found["adapters"].items()} == {"fr": "same", "legal": "same"}
-    assert record(out)["settings"]["max_rank"] == 6
+    assert record_of(out)["settings"]["max_rank"] == 6
     graph = onnx.load(out).graph
     factors = [tensor for tensor in graph.initializer if tensor.name.endswith(("lora_A.weight", "lora_B.weight"))]
     assert factors and all(6 in tensor.dims for tensor in factors)
@@ -606,7 +601,7 @@ def test_a_row_of_several_adapters_is_what_peft_adds_up(berts: Path, tmp_path: P
         capsys, "onnx", berts / "base", *words, "--lora", "rows", "--adapters-per-row", "2", "-o", graph
     )
     assert (code, found["several"]["outcome"], found["mixed"]["outcome"]) == (0, "same", "same")
-    assert record(graph)["settings"]["per_row"] == 2 and record(graph)["verdict"]["several"]["outcome"] == "same"
+    assert record_of(graph)["settings"]["per_row"] == 2 and record_of(graph)["verdict"]["several"]["outcome"] == "same"
     model = peft.PeftModel.from_pretrained(transformers.BertModel.from_pretrained(berts / "base"), berts / "fr", "fr")
     model.load_adapter(berts / "de", "de")
     ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))

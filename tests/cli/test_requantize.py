@@ -11,7 +11,7 @@ from lora_export import cli
 from lora_export.graph.onnx_file.reading import load_graph
 from support.cli import Capture
 from support.folder_contents import folder_contents
-from support.graphs import quantised
+from support.graphs import quantised, record_of
 from support.handmade import base_file, peft_adapter
 from support.requantised_graphs import (
     A,
@@ -75,7 +75,7 @@ def test_quantised_weight_without_option_is_refused_with_advice(tmp_path: Path, 
     assert cli.run(merge_command(path, adapter, "--requantize", "--dry-run")) == 0
     assert "note: quantised again: 1 of the weights, 4 bits in blocks of 32" in capsys.readouterr().err
     assert cli.run(merge_command(path, adapter, "--requantize")) == 0
-    record = json.loads(load_graph(tmp_path / "merged.onnx").metadata_props["lora_export"])
+    record = record_of(tmp_path / "merged.onnx")
     assert record["settings"]["requantize"] is True
     assert (
         cli.run(merge_command(tmp_path / "merged.onnx", adapter, "--requantize")) == 3
@@ -93,7 +93,7 @@ def test_onnx_merges_into_quantised_weights_and_proves_it(tmp_path: Path, capsys
     assert cli.run([*command, "--requantize"]) == 0
     screen = capsys.readouterr().out
     assert "0 kept in their scheme, 1 promoted" in screen and "\nsame: " in screen
-    record = json.loads(load_graph(out).metadata_props["lora_export"])
+    record = record_of(out)
     assert record["settings"]["requantize"] is True and record["verdict"]["outcome"] == "same"
     assert (
         cli.run([*command, "--requantize", "--min-retention", "0", "--json", "--overwrite"]) == 5
