@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 
@@ -21,7 +19,7 @@ from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.proof import Proof
 from lora_export.verification.references.base_graph import BaseGraph
 from support.api import Recorder
-from support.graphs import a_graph, an_adapter
+from support.graphs import a_graph, an_adapter, record_of
 from support.small_graphs import DELTA, LINEAR, LINEAR_WEIGHT, PAIR
 from support.verdicts import SAME
 
@@ -108,8 +106,7 @@ def test_a_wrong_base_is_named(tmp_path: Path) -> None:
 def test_a_file_records_its_proofs(tmp_path: Path, proofs: OnnxProofs | None, fields: dict[str, Any]) -> None:
     path = written(tmp_path, options("nodes", FR))
     record_in(path, {"base": {"sha256": "ab"}}, proofs)
-    text = {entry.key: entry.value for entry in onnx.load(path).metadata_props}["lora_export"]
-    record = json.loads(text)
+    record = record_of(path)
     assert record["base"] == {"sha256": "ab"} and fields.items() <= record["verdict"].items()
     is_swapped = proofs is not None and proofs.unlike_base is not None
     assert ("adapters" in record["verdict"], "mixed" in record["verdict"]) == (is_swapped, is_swapped)

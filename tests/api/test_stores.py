@@ -238,22 +238,27 @@ WRITTEN: dict[str, tuple[Callable[[Path], None], Callable[[At], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRITTEN)
 def test_outputs_in_a_store_have_the_bytes_of_local_ones(
-    local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch, name: str
+    local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare, make = WRITTEN[name]
-    prepare(local)
+    def make_all(place: Path | Stored) -> None:
+        for number, (_, make) in enumerate(WRITTEN.values()):
+            make(lambda key, folder=f"out/{number}/": str(place / key.replace("out/", folder)))
+
+    for prepare in dict.fromkeys(prepare for prepare, _ in WRITTEN.values()):
+        prepare(local)
     stored.put("", local)
-    make(lambda key: local / key)
+    make_all(local)
     monkeypatch.setattr(tempfile, "tempdir", str(local / "nowhere"))
     monkeypatch.chdir(local / "merged")
     before = folder_contents(local)
-    make(lambda key: str(stored / key))
-    expected = folder_contents(local / "out")
-    if name == "extract":  # its config names its base, and its manifest has the config's hash
-        expected |= {f"a/{each}": stored.get(f"out/a/{each}") for each in ("adapter_config.json", "lora_export.json")}
-    assert stored.files("out") == expected and folder_contents(local) == before
+    make_all(stored)
+    for number, name in enumerate(WRITTEN):
+        found, expected = stored.files(f"out/{number}"), folder_contents(local / f"out/{number}")
+        if name == "extract":  # its config names its base, and its manifest has the config's hash
+            expected |= {f"a/{each}": found[f"a/{each}"] for each in ("adapter_config.json", "lora_export.json")}
+        assert found == expected, name
+    assert folder_contents(local) == before
 
 
 def test_no_secret_leaves_the_environment(

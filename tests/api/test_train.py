@@ -72,14 +72,11 @@ def labelled(label: object) -> list[dict[str, object]]:
 
 # name -> the base, the rows, the class of the model that reads the result, and options
 TASKS: dict[str, tuple[str, list[dict[str, object]], str, dict[str, object]]] = {
-    "causal": ("llama", [{"text": words(n, 5)} for n in range(12)], "ForCausalLM", {}),
     "packed": ("llama", [{"text": words(n, 5)} for n in range(12)], "ForCausalLM", {"packing": True}),
     "conv1d": ("gpt2", [{"body": words(n, 5)} for n in range(12)], "ForCausalLM", {"columns": {"text": "body"}}),
     "completion": ("llama", [{"prompt": words(n, 3), "completion": "good"} for n in range(12)], "ForCausalLM", {}),
-    "4 bits": ("llama", [{"text": words(n, 5)} for n in range(12)], "ForCausalLM", {"quantize_base": "nf4"}),
     "conv1d in 4 bits": ("gpt2", [{"text": words(n, 5)} for n in range(12)], "ForCausalLM", {"quantize_base": "nf4"}),
     "seq2seq": ("t5", [{"prompt": words(n, 3), "completion": "good"} for n in range(12)], "ForSeq2SeqLM", {}),
-    "classes": ("bert", labelled(lambda n: ["x", "y"][n % 2]), "ForSequenceClassification", {}),
     "several": ("bert", labelled(lambda n: ["x", "y", "z"][: n % 4]), "ForSequenceClassification", {}),
     "values": ("bert", labelled(lambda n: n / 8), "ForSequenceClassification", {}),
     "classes in 4 bits": (

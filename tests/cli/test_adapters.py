@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from support.api import MODEL, an_adapter
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.handmade import base_file, peft_adapter
 
 A, B = [[1, 2, 3]], [[1], [10]]
@@ -71,7 +71,7 @@ RESIZE = ("resize", "big", "-o", "small")
     ],
 )
 def test_an_error_has_its_exit_code_and_leaves_nothing(
-    place: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: int, message: str
+    place: Path, capsys: Capture, words: tuple[str, ...], code: int, message: str
 ) -> None:
     before = sorted(place.iterdir())
     assert call(*words) == code
@@ -79,14 +79,14 @@ def test_an_error_has_its_exit_code_and_leaves_nothing(
     assert sorted(place.iterdir()) == before
 
 
-def test_combine_prints_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_combine_prints_one_line(place: Path, capsys: Capture) -> None:
     assert call(*COMBINE, "both", "--weight", "1", "--weight", "2") == 0
     assert capsys.readouterr().out == "wrote both: 1 pair of rank 2 or less, 1 from several adapters\n"
     assert call("merge", "zeros.safetensors", "both", "-o", "out.safetensors") == 0
     assert load_file(place / "out.safetensors")["fc.weight"].tolist() == [[1, 6, 3], [10, 20, 30]]
 
 
-def test_a_combination_is_one_document(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_combination_is_one_document(place: Path, capsys: Capture) -> None:
     assert call(*COMBINE, "both", "--combine", "linear", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {
         "output": "both",
@@ -97,7 +97,7 @@ def test_a_combination_is_one_document(place: Path, capsys: pytest.CaptureFixtur
     }
 
 
-def test_merge_combines_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_combines_by_name(place: Path, capsys: Capture) -> None:
     assert call(*MERGE, "out.safetensors", "--combine", "magnitude_prune", "--density", "0.5") == 0
     assert "note: the pairs of each weight are combined by magnitude_prune (density 0.5), as PEFT" in (
         capsys.readouterr().err
@@ -106,14 +106,14 @@ def test_merge_combines_by_name(place: Path, capsys: pytest.CaptureFixture[str])
     assert load_file(place / "out.safetensors")["fc.weight"].tolist() == [[0, 2, 6], [0, 10, 30]]
 
 
-def test_pairs_and_whole_tensors_are_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_and_whole_tensors_are_printed(place: Path, capsys: Capture) -> None:
     assert call(*EXTRACT, "--rank", "2") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["wrote adapter: 1 pair of rank 2, 92.9% of ‖ΔW‖²", "1 tensor saved whole: norm.weight"]
     assert lines[3].split() == ["fc", "3", "x", "3", "2", "3", "3.742", "92.9%"]
 
 
-def test_an_extraction_is_one_document(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_extraction_is_one_document(place: Path, capsys: Capture) -> None:
     assert call(*EXTRACT, "--energy", "0.6", "--exclude", "norm", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "lora-export/extract-result/1"
@@ -121,14 +121,14 @@ def test_an_extraction_is_one_document(place: Path, capsys: pytest.CaptureFixtur
     assert (document["whole"], document["excluded"]) == ([], ["norm.weight"])
 
 
-def test_the_share_of_each_layer_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_share_of_each_layer_is_printed(place: Path, capsys: Capture) -> None:
     assert call(*RESIZE, "--rank", "2") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "wrote small: 2 pairs of rank 2, 92.9% of ‖ΔW‖²"
     assert lines[2].split() == ["fc", "3", "x", "3", "2", "3", "3.742", "92.9%"]
 
 
-def test_json_has_every_layer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_every_layer(place: Path, capsys: Capture) -> None:
     assert call(*RESIZE, "--energy", "0.6", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "lora-export/resize-result/1" and document["output"] == "small"
@@ -145,7 +145,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_what_was_written_is_printed(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_written_is_printed(graph: Path, tmp_path: Path, capsys: Capture) -> None:
     adapter, out = an_adapter(tmp_path / "fr"), tmp_path / "fr.onnx_adapter"
     capsys.readouterr()
     assert call("convert", adapter, "--for", graph, "-o", out) == 0
@@ -163,24 +163,20 @@ def test_the_weight_is_a_factor_on_the_scale(graph: Path, tmp_path: Path) -> Non
     assert call(*line, half) == 0 and call(*line, one) == 0
 
 
-def test_an_adapter_that_does_not_fit_ends_with_3(
-    graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_that_does_not_fit_ends_with_3(graph: Path, tmp_path: Path, capsys: Capture) -> None:
     other = peft_adapter(tmp_path / "other", {"elsewhere": ([[1.0] * 8], [[1.0]] * 8)})
     assert call("convert", other, "--for", graph, "-o", tmp_path / "o.onnx_adapter") == 3
     assert "elsewhere" in capsys.readouterr().err and not (tmp_path / "o.onnx_adapter").exists()
 
 
-def test_an_existing_file_is_kept_without_overwrite(
-    graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_file_is_kept_without_overwrite(graph: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "fr.onnx_adapter"
     out.write_bytes(b"old")
     assert call("convert", an_adapter(tmp_path / "fr"), "--for", graph, "-o", out) == 7
     assert out.read_bytes() == b"old" and "--overwrite" in capsys.readouterr().err
 
 
-def test_a_conversion_to_lora_reports_what_each_layer_keeps(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_conversion_to_lora_reports_what_each_layer_keeps(place: Path, capsys: Capture) -> None:
     code, document = answer(capsys, *AS_LORA, "--min-kept", "0.64")
     assert (code, document["pairs"], document["share"]) == (0, 2, pytest.approx(9 / 14))
     assert [(layer["module"], layer["rank"], layer["of_rank"]) for layer in document["layers"]] == [

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from support.api import MODEL
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.small_models import MODELS, small_model, words_tokenizer
 
 
@@ -32,9 +32,7 @@ def reviews(path: Path, classes: int = 2) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_a_decoder_without_padding_id_is_trained_merged_and_proven(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_decoder_without_padding_id_is_trained_merged_and_proven(name: str, tmp_path: Path, capsys: Capture) -> None:
     base = words_tokenizer(small_model(name, tmp_path / "base"))
     assert json.loads((base / "config.json").read_text()).get("pad_token_id") is None
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
@@ -48,9 +46,7 @@ def test_a_decoder_without_padding_id_is_trained_merged_and_proven(
     assert (code, document["proof"]["outcome"]) == (0, "same")
 
 
-def test_a_tokenizer_without_padding_is_refused_before_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tokenizer_without_padding_is_refused_before_training(tmp_path: Path, capsys: Capture) -> None:
     base = words_tokenizer(small_model("llama", tmp_path / "base"), pad=None)
     data = reviews(tmp_path / "reviews.jsonl")
     code, document = answer(capsys, "train", base, "--data", data, "-o", tmp_path / "adapter")
@@ -59,7 +55,7 @@ def test_a_tokenizer_without_padding_is_refused_before_training(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "reviews.jsonl"]
 
 
-def test_a_padding_token_without_a_row_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_padding_token_without_a_row_is_refused(tmp_path: Path, capsys: Capture) -> None:
     base = small_model("llama", tmp_path / "base")
     tokenizer = transformers.AutoTokenizer.from_pretrained(words_tokenizer(tmp_path / "tokenizer"))
     tokenizer.add_tokens([f"word{number}" for number in range(60)])
@@ -81,9 +77,7 @@ def three_labels(tmp_path: Path) -> Path:
     return words_tokenizer(tmp_path / "base")
 
 
-def test_another_number_of_labels_is_refused_with_both(
-    three_labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_number_of_labels_is_refused_with_both(three_labels: Path, tmp_path: Path, capsys: Capture) -> None:
     data = reviews(tmp_path / "reviews.jsonl", 2)
     code, document = answer(capsys, "train", three_labels, "--data", data, "-o", tmp_path / "adapter")
     assert code == 3
@@ -94,7 +88,7 @@ def test_another_number_of_labels_is_refused_with_both(
 
 
 def test_a_head_of_another_number_of_labels_is_refused_by_name(
-    three_labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    three_labels: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     config = MODELS["bert"][1]()
     model = transformers.BertForSequenceClassification(config)
@@ -105,9 +99,7 @@ def test_a_head_of_another_number_of_labels_is_refused_by_name(
     assert "classifier.weight is (3, 16) in the folder, and (2, 16) by the config" in document["error"]
 
 
-def test_examples_that_the_model_cannot_take_are_the_models_failure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_examples_that_the_model_cannot_take_are_the_models_failure(tmp_path: Path, capsys: Capture) -> None:
     rows = np.ones((24, 5, 7), np.float32)  # its layer takes 8 numbers
     np.savez(tmp_path / "a.npz", rows=rows, weights=np.ones((24, 5), np.float32), labels=np.ones((24, 5, 8)))
     code, document = answer(capsys, "train", MODEL, "--data", tmp_path / "a.npz", "-o", tmp_path / "adapter")
@@ -181,9 +173,7 @@ def fed(graph: onnxruntime.InferenceSession, texts: dict[str, torch.Tensor], ids
 @pytest.mark.parametrize(
     "name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in list(WITH_HEADS)[1:])]
 )
-def test_rows_have_the_heads_and_the_labels_of_their_adapters(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_have_the_heads_and_the_labels_of_their_adapters(name: str, tmp_path: Path, capsys: Capture) -> None:
     base = a_classifier(name, tmp_path / "base", 3)
     counts = {"base": 3, "fr": 2, "de": 5}
     adapters = {
@@ -246,9 +236,7 @@ def test_heads_of_equal_labels_are_what_peft_chooses_by_row(equal_heads: Path, t
 
 
 @pytest.mark.slow
-def test_other_labels_than_the_graph_s_need_the_model(
-    equal_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_labels_than_the_graph_s_need_the_model(equal_heads: Path, tmp_path: Path, capsys: Capture) -> None:
     words = ("-a", equal_heads / "more", "--lora", "rows", "-o", tmp_path / "rows.onnx")
     code, found = answer(capsys, "onnx", equal_heads / "base.onnx", *words)
     assert code == 3 and "classifier.weight: 4 labels, the graph's has 3" in found["error"]
@@ -258,7 +246,7 @@ def test_other_labels_than_the_graph_s_need_the_model(
 
 @pytest.mark.slow
 def test_labels_that_should_be_absent_and_are_not_are_different(
-    equal_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    equal_heads: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     words, graph = ("-a", equal_heads / "more"), tmp_path / "rows.onnx"
     assert call("onnx", equal_heads / "base", *words, "--lora", "rows", "-o", graph) == 0
@@ -273,7 +261,7 @@ def test_labels_that_should_be_absent_and_are_not_are_different(
 
 @pytest.mark.slow
 def test_a_head_that_the_base_lacks_is_refused_with_the_way_out(
-    equal_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    equal_heads: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     transformers.AutoModel.from_pretrained(equal_heads / "base").save_pretrained(tmp_path / "bare")
     words = ("-a", equal_heads / "fr", "--lora", "rows", "-o", tmp_path / "rows.onnx")
@@ -285,7 +273,7 @@ def test_a_head_that_the_base_lacks_is_refused_with_the_way_out(
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", [3, 4])
 def test_heads_by_row_stay_floats_in_a_quantised_graph(
-    labels: int, equal_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labels: int, equal_heads: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     words, graph = ("-a", equal_heads / ("fr" if labels == 3 else "more")), tmp_path / "rows.onnx"
     assert call("onnx", equal_heads / "base", *words, "--lora", "rows", "--quantize", "int8", "-o", graph) == 0

@@ -19,7 +19,7 @@ from lora_export.models.load import load_model
 from lora_export.runtime.kv_cache import DECODE_STEPS, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support import FACTORIES
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.decoders import FEATURES, WORDS, export_with_cache
 from support.decoders import a_graph as a_decoder
 from support.exporters import checkpoint_of, model_of, save_adapter, save_tokenizer, stripped
@@ -72,7 +72,7 @@ def runners(path: Path, mode: str) -> tuple[OnnxRunner | None, OnnxRunner]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_decoder_is_proven_against_the_model_that_it_was_made_from(
-    place: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, mode: str, capsys: Capture
 ) -> None:
     code, told = answer(capsys, *words(place, "right", mode, tmp_path / "out.onnx"))
     assert code == 0
@@ -98,7 +98,7 @@ def assert_all_same_by_steps(told: Any, *, swapped: bool) -> None:
     assert told.get("bits_of_base", True)
 
 
-def test_the_folder_of_a_decoder_is_its_graph(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folder_of_a_decoder_is_its_graph(place: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "genai_config.json").write_text("{}")
     for graph, code in (("right", 0), ("wrong", 4)):
@@ -111,7 +111,7 @@ def test_the_folder_of_a_decoder_is_its_graph(place: Path, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_decoder_that_keeps_its_cache_wrongly_is_never_published(
-    place: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, mode: str, capsys: Capture
 ) -> None:
     assert call(*words(place, "wrong", mode, tmp_path / "out.onnx")) == 4
     assert "different" in capsys.readouterr().err
@@ -121,9 +121,7 @@ def test_a_decoder_that_keeps_its_cache_wrongly_is_never_published(
 # --- what exporters make ---
 
 
-def assert_command_proves(
-    graph: Path, mode: str, folder: Path, capsys: pytest.CaptureFixture[str], *, precision: str = "fp32"
-) -> None:
+def assert_command_proves(graph: Path, mode: str, folder: Path, capsys: Capture, *, precision: str = "fp32") -> None:
     """In this mode, of a Llama's graph; and `verify` says the same of what it published."""
     adapter, out, base = save_adapter("llama", folder / "a"), folder / "out.onnx", checkpoint_of("llama")
     given = ("-a", adapter, "--model", base, *(("--dtype", "float16") if precision == "fp16" else ()))
@@ -142,9 +140,7 @@ def assert_command_proves(
 
 @slow
 @pytest.mark.parametrize("mode", MODES)
-def test_a_decoder_of_the_dynamo_exporter_is_proven(
-    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_decoder_of_the_dynamo_exporter_is_proven(mode: str, tmp_path: Path, capsys: Capture) -> None:
     module: Any = model_of("llama")
     export_with_cache(module, tmp_path / "cached.onnx")
     assert_command_proves(tmp_path / "cached.onnx", mode, tmp_path, capsys)
@@ -155,9 +151,7 @@ def test_a_decoder_of_the_dynamo_exporter_is_proven(
     ("precision", "mode"),
     [*((precision, mode) for precision in ("fp32", "fp16") for mode in MODES), *(("int4", mode) for mode in MODES[1:])],
 )
-def test_a_decoder_of_genais_builder_is_proven(
-    precision: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_decoder_of_genais_builder_is_proven(precision: str, mode: str, tmp_path: Path, capsys: Capture) -> None:
     save_tokenizer(checkpoint_of("llama"))
     graph = build_genai_graph(checkpoint_of("llama"), tmp_path / "built", precision)
     assert_command_proves(graph, mode, tmp_path, capsys, precision=precision)
@@ -176,7 +170,7 @@ def test_a_builders_graph_that_tells_no_size_of_a_head_decodes(tmp_path: Path) -
 
 
 @slow
-def test_rows_in_a_builders_graph_without_names_and_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_in_a_builders_graph_without_names_and_shapes(tmp_path: Path, capsys: Capture) -> None:
     save_tokenizer(checkpoint_of("llama"))
     graph = build_genai_graph(checkpoint_of("llama"), tmp_path / "built", "fp32")
     bare = graph.with_name("bare.onnx")

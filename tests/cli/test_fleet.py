@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.fleets import FLEET, run_here, small_fleet
 from support.handmade import peft_adapter
 
@@ -18,7 +18,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return small_fleet(tmp_path)
 
 
-def test_a_plan_is_a_table_and_what_does_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_a_table_and_what_does_not_fit(place: Path, capsys: Capture) -> None:
     assert call("fleet", "plan", "fleet.toml") == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].split() == ["step", "jobs", "done", "memory", "of", "each", "reads", "writes", "time"]
@@ -32,9 +32,7 @@ def test_a_plan_is_a_table_and_what_does_not_fit(place: Path, capsys: pytest.Cap
     assert code == document["exit_code"] == 3 and document["schema"] == "lora-export/fleet-plan/1"
 
 
-def test_status_ends_with_the_worst(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_ends_with_the_worst(place: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "fleet.toml").write_text(FLEET + "weight = [0.5]\n")
     run_here(monkeypatch)
     assert call("fleet", "status", "fleet.toml", "--report", "s.xml") == 4
@@ -48,7 +46,7 @@ def test_status_ends_with_the_worst(
     assert capsys.readouterr().out == "2 done, 2 different\n"
 
 
-def test_options_of_a_run_are_of_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_a_run_are_of_a_run(place: Path, capsys: Capture) -> None:
     assert call("fleet", "status", "fleet.toml", "-j", "2") == 2
     assert "-j is for `fleet run`" in capsys.readouterr().err
     assert call("fleet", "plan", "fleet.toml", "--report", "x.xml") == 2
@@ -57,7 +55,7 @@ def test_options_of_a_run_are_of_a_run(place: Path, capsys: pytest.CaptureFixtur
     assert not (place / "fleet.records").exists()
 
 
-def test_messages_of_workers_spell_flags(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_of_workers_spell_flags(place: Path, capsys: Capture) -> None:
     (place / "release" / "de").mkdir(parents=True)
     (place / "release" / "de" / "mine").write_text("x")
     code, document = answer(capsys, "fleet", "run", "fleet.toml")

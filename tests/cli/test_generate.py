@@ -30,7 +30,7 @@ from support.generators import (
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder `base`, its adapter `fr`, and its graph for rows in the folder `served`."""
     folder = tmp_path_factory.mktemp("served")
-    base, adapter = small_decoder("gpt2", folder / "base"), decoder_adapter(folder / "base", folder / "fr")
+    base, adapter = small_decoder("llama", folder / "base"), decoder_adapter(folder / "base", folder / "fr")
     options = ("--lora", "rows", "--with-cache", "--fuse", "cpu", "--no-verify")
     assert call("onnx", base, "-a", f"fr={adapter}", "-o", folder / "served", *options) == 0
     return folder
@@ -101,8 +101,6 @@ def test_options_of_an_export_do_not_go_with_a_graph(
 def test_model_that_generates_nothing_is_refused_before_the_export(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import transformers as hf
-
     config = hf.BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )

@@ -17,7 +17,7 @@ from lora_export import cli
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.storage import hashes
 from support import FACTORIES
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.content_graphs import GEMM, OTHER, PACKED, QKV, WEIGHT, K, base_checkpoint, product_graph
 from support.gguf_files import Kind, write_llama
 from support.handmade import base_file, graph_file, peft_adapter
@@ -26,7 +26,7 @@ SPOTTER = f"{FACTORIES}:spotter"
 LAYERS = ("encoder.layers.0.linear1", "encoder.layers.1.linear1")  # 32 x 16
 
 
-def test_a_gguf_file_shows_its_types_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_file_shows_its_types_of_blocks(tmp_path: Path, capsys: Capture) -> None:
     path = write_llama(tmp_path / "a.gguf", lambda name: Kind.Q4_K if "mlp" in name else Kind.F16)
     assert cli.run(["inspect", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -53,14 +53,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lines(capsys: pytest.CaptureFixture[str], *words: str | Path) -> list[str]:
+def lines(capsys: Capture, *words: str | Path) -> list[str]:
     capsys.readouterr()
     assert call("inspect", *words) == 0
     return capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.slow
-def test_a_graph_shows_what_it_takes_to_use_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_graph_shows_what_it_takes_to_use_it(place: Path, capsys: Capture) -> None:
     found = le.inspect(place / "rows.onnx")
     digests = [adapter.sha256 for adapter in found.adapters]
     assert [(adapter.name, adapter.id) for adapter in found.adapters] == [("fr", 1), ("de", 2)]
@@ -79,9 +79,7 @@ def test_a_graph_shows_what_it_takes_to_use_it(place: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("mode", ["merged", "nodes", "inputs", "rows"])
-def test_adapters_are_no_layers_and_the_mode_is_told(
-    place: Path, capsys: pytest.CaptureFixture[str], mode: str
-) -> None:
+def test_adapters_are_no_layers_and_the_mode_is_told(place: Path, capsys: Capture, mode: str) -> None:
     base = le.inspect(place / "merged.onnx")
     found = le.inspect(place / f"{mode}.onnx")
     assert found.mode == mode and len(found.linear) == len(base.linear) > 4
@@ -101,9 +99,7 @@ def test_adapters_are_no_layers_and_the_mode_is_told(
     assert ("lora_A" in "\n".join(lines(capsys, place / f"{mode}.onnx", "--all"))) is (mode != "merged")
 
 
-def test_adapters_and_checkpoints_have_a_line_a_kind(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapters_and_checkpoints_have_a_line_a_kind(place: Path, tmp_path: Path, capsys: Capture) -> None:
     shown = lines(capsys, place / "fr")
     assert shown[0].startswith("fr: peft, 2 low-rank pairs, ")
     assert shown[1].startswith("  encoder.layers.*.linear1  32 x 16, rank 2, scale 1, ‖ΔW‖ ") and len(shown) == 7
@@ -127,7 +123,7 @@ def test_adapters_and_checkpoints_have_a_line_a_kind(
     assert not answer(capsys, "inspect", place / "old.onnx_adapter")[1]["has_hash"]
 
 
-def test_a_hostile_record_is_shown_and_does_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hostile_record_is_shown_and_does_no_harm(tmp_path: Path, capsys: Capture) -> None:
     graph_file(tmp_path / "m.onnx", {"up.weight": np.eye(4, dtype=np.float32)})
     graph = onnx.load(tmp_path / "m.onnx")
     hostile = '{"adapters": [{"name": "\\u001b[2J\\nx", "weight": "much"}], "base": [1], "verdict": {"outcome": NaN}}'
@@ -139,7 +135,7 @@ def test_a_hostile_record_is_shown_and_does_no_harm(tmp_path: Path, capsys: pyte
     assert code == 0 and document["verdict"]["outcome"] is None and document["adapters"][0]["weight"] is None
 
 
-def test_layers_without_a_name_lead_to_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_without_a_name_lead_to_the_base(tmp_path: Path, capsys: Capture) -> None:
     graph_file(tmp_path / "m.onnx", {"val_3": np.eye(4, dtype=np.float32)})
     (line, *_) = lines(capsys, tmp_path / "m.onnx")
     assert line.endswith(
@@ -150,7 +146,7 @@ def test_layers_without_a_name_lead_to_the_base(tmp_path: Path, capsys: pytest.C
 # --- `lora-export inspect`: graphs, adapters and checkpoints. ---
 
 
-def test_sites_and_naming_attempts_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sites_and_naming_attempts_are_shown(tmp_path: Path, capsys: Capture) -> None:
     save_graph(product_graph(PACKED.T), tmp_path, "model.onnx")
     base_checkpoint(tmp_path, {**QKV, "other.weight": K})
     assert cli.run(["inspect", str(tmp_path / "model.onnx"), "--all"]) == 0
@@ -162,7 +158,7 @@ def test_sites_and_naming_attempts_are_shown(tmp_path: Path, capsys: pytest.Capt
     assert "which equals k.weight and other.weight" in shown
 
 
-def test_json_contains_sites_and_unnamed_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_contains_sites_and_unnamed_layers(tmp_path: Path, capsys: Capture) -> None:
     save_graph(product_graph(PACKED.T), tmp_path, "model.onnx")
     base_checkpoint(tmp_path, {**QKV, "other.weight": K})
     line = ["inspect", str(tmp_path / "model.onnx"), "--base", str(tmp_path / "base.safetensors"), "--json"]
@@ -185,7 +181,7 @@ def test_json_contains_sites_and_unnamed_layers(tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_base_that_does_not_fit_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], tensors: Any, arguments: list[str], code: int, message: str
+    tmp_path: Path, capsys: Capture, tensors: Any, arguments: list[str], code: int, message: str
 ) -> None:
     save_graph(product_graph(WEIGHT, GEMM, name="a.weight"), tmp_path, "model.onnx")
     checkpoint = base_checkpoint(tmp_path, tensors)
@@ -198,7 +194,7 @@ def test_base_that_does_not_fit_is_refused(
 # --- other files ---
 
 
-def test_an_adapter_is_shown_with_rank_and_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_is_shown_with_rank_and_scale(tmp_path: Path, capsys: Capture) -> None:
     adapter = peft_adapter(tmp_path / "fr", {"fc": ([[1.0, 2.0]], [[1.0], [2.0], [3.0]])}, lora_alpha=3)
     assert cli.run(["inspect", str(adapter)]) == 0
     assert "fc" in capsys.readouterr().out
@@ -206,9 +202,7 @@ def test_an_adapter_is_shown_with_rank_and_scale(tmp_path: Path, capsys: pytest.
     assert (code, document["pairs"]["fc"]["scale"], document["name"]) == (0, 3.0, "fr")
 
 
-def test_an_adapter_of_another_format_is_shown_with_its_facts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_of_another_format_is_shown_with_its_facts(tmp_path: Path, capsys: Capture) -> None:
     tensors = {"lora_down": np.ones((2, 3), np.float32), "lora_up": np.ones((4, 2), np.float32)}
     named = {f"lora_unet_fc.{name}.weight": value for name, value in tensors.items()}
     path = tmp_path / "style.safetensors"
@@ -227,9 +221,7 @@ def test_an_adapter_of_another_format_is_shown_with_its_facts(
     assert (pair["scale"], document["parameters"]) == (0.5, 14)
 
 
-def test_a_checkpoint_is_shown_with_shapes_and_unknown_layouts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_is_shown_with_shapes_and_unknown_layouts(tmp_path: Path, capsys: Capture) -> None:
     path = base_file(tmp_path / "base.safetensors", {"square.weight": np.ones((4, 4)), "bias": np.ones(4)})
     size = f"{path.stat().st_size:,}"
     assert cli.run(["inspect", str(path)]) == 0
@@ -245,13 +237,13 @@ def test_a_checkpoint_is_shown_with_shapes_and_unknown_layouts(
     )  # fmt: skip
 
 
-def test_a_tied_tensor_is_shown_with_its_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tied_tensor_is_shown_with_its_other_names(tmp_path: Path, capsys: Capture) -> None:
     path = base_file(tmp_path / "base.safetensors", {"emb": np.ones((2, 3))}, metadata={"head": "emb"})
     assert cli.run(["inspect", str(path)]) == 0
     assert "  emb  2 x 3 float32, also head" in capsys.readouterr().out.splitlines()
 
 
-def test_options_for_another_kind_of_file_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_for_another_kind_of_file_end_with_2(tmp_path: Path, capsys: Capture) -> None:
     adapter = peft_adapter(tmp_path / "fr", {"fc": ([[1.0, 2.0]], [[1.0], [2.0]])})
     assert cli.run(["inspect", str(adapter), "--base", "x"]) == 2
     assert cli.run(["inspect", str(adapter), "--check"]) in (2, 3)

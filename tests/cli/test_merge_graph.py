@@ -10,16 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_export import cli
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.storage import block_copy
+from support.cli import Capture
 from support.folder_contents import folder_contents
-from support.graphs import quantised, stored
+from support.graphs import stored
 from support.handmade import base_file, graph_file, peft_adapter
 from support.merged_graphs import WEIGHTS, A, B, packed_graph
 
@@ -31,7 +30,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_copy, "BLOCK", 1000)
 
 
-def test_base_of_another_graph_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_of_another_graph_is_refused(tmp_path: Path, capsys: Capture) -> None:
     graph, base = packed_graph(tmp_path / "folder")
     tensors = load_file(base)
     tensors["attn.q_proj.weight"][3, 3] += 1
@@ -45,20 +44,6 @@ def test_base_of_another_graph_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "out.onnx").exists()
 
 
-def test_quantised_weight_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weight = RNG.normal(size=(64, 32)).astype(np.float32)
-    float_graph = graph_file(tmp_path / "f.onnx", {"fc.weight": weight})
-    proto = ir.to_proto(quantised(ir.from_proto(onnx.load(float_graph))))
-    onnx.save(proto, tmp_path / "q.onnx")
-    base = base_file(tmp_path / "base.safetensors", {"fc.weight": weight.T})
-    adapter = peft_adapter(tmp_path / "ad", {"fc": (RNG.normal(size=(2, 64)), RNG.normal(size=(32, 2)))})
-    before = folder_contents(tmp_path)
-    line = ["merge", str(tmp_path / "q.onnx"), str(adapter), "-o", str(tmp_path / "m.onnx"), "--base", str(base)]
-    assert cli.run(line) == 3
-    assert "fc.weight is quantised (4 bits in blocks of 32)" in capsys.readouterr().err
-    assert folder_contents(tmp_path) == before
-
-
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
@@ -66,9 +51,7 @@ def test_quantised_weight_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("lora_export.rows", "its rows choose among the adapters in it"),
     ],
 )
-def test_graph_with_adapter_inputs_is_refused(
-    tmp_path: Path, key: str, reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_graph_with_adapter_inputs_is_refused(tmp_path: Path, key: str, reason: str, capsys: Capture) -> None:
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, **{key: "{}"})
     peft_adapter(tmp_path / "ad", {"up": (A, B)})
     assert cli.run(["merge", str(path), str(tmp_path / "ad"), "-o", str(tmp_path / "out.onnx"), "--dry-run"]) == 3
@@ -83,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_graph_is_merged_and_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_graph_is_merged_and_reported(folder: Path, capsys: Capture) -> None:
     assert cli.run(["merge", "base.onnx", "ad", "-o", "m.onnx", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["output"], [result["weight"] for result in document["results"]]) == ("m.onnx", ["up.weight"])
@@ -91,7 +74,7 @@ def test_graph_is_merged_and_reported(folder: Path, capsys: pytest.CaptureFixtur
     assert document["bytes"] == sum(path.stat().st_size for path in folder.glob("m.onnx*"))
 
 
-def test_overwriting_removes_old_data_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overwriting_removes_old_data_file(folder: Path, capsys: Capture) -> None:
     assert cli.run(["merge", "base.onnx", "ad", "-o", "m.onnx"]) == 0
     (old,) = folder.glob("m.onnx.*.data")
     assert cli.run(["merge", "base.onnx", "ad", "-o", "m.onnx", "--overwrite", "--weight", "2"]) == 0
@@ -99,7 +82,7 @@ def test_overwriting_removes_old_data_file(folder: Path, capsys: pytest.CaptureF
     assert new != old and f"removed {old.name}" in capsys.readouterr().err
 
 
-def test_dry_run_prints_plan_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_plan_and_writes_nothing(folder: Path, capsys: Capture) -> None:
     before = folder_contents(folder)
     assert cli.run(["merge", "base.onnx", "ad", "-o", "m.onnx", "--dry-run"]) == 0
     assert "up.weight" in capsys.readouterr().out
@@ -145,7 +128,7 @@ def lost(folder: Path) -> list[str]:
     ],
 )
 def test_refused_merge_writes_nothing(
-    folder: Path, capsys: pytest.CaptureFixture[str], line: Callable[[Path], list[str]], code: int, message: str
+    folder: Path, capsys: Capture, line: Callable[[Path], list[str]], code: int, message: str
 ) -> None:
     arguments = line(folder)
     before = folder_contents(folder)
@@ -155,9 +138,7 @@ def test_refused_merge_writes_nothing(
 
 
 @pytest.mark.parametrize("command", [["merge", "lost.onnx", "ad"], ["onnx", "lost.onnx", "-a", "ad", "--no-verify"]])
-def test_base_is_named_where_the_graph_lost_its_names(
-    folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]
-) -> None:
+def test_base_is_named_where_the_graph_lost_its_names(folder: Path, capsys: Capture, command: list[str]) -> None:
     graph_file(folder / "lost.onnx", {"onnx::MatMul_7": WEIGHTS["up.weight"]})
     before = folder_contents(folder)
     assert cli.run([*command, "-o", "m.onnx"]) == 3

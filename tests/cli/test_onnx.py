@@ -28,7 +28,8 @@ from lora_export.models.load import load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.references.attached_module import attached_copy
-from support.cli import answer, call
+from support.cli import Capture, answer, call
+from support.graphs import record_of
 from support.handmade import peft_adapter
 from support.small_models import small_adapter, small_model
 from support.swapping import MODEL
@@ -60,12 +61,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def record(path: Path) -> dict[str, Any]:
-    text = {entry.key: entry.value for entry in onnx.load(path).metadata_props}["lora_export"]
-    told: dict[str, Any] = json.loads(text)
-    return told
-
-
 def signal(batch: int = 3, length: int = 7) -> dict[str, Any]:
     return {"signal": np.random.default_rng(1).standard_normal((batch, 4, length)).astype(np.float32)}
 
@@ -75,7 +70,7 @@ def signal(batch: int = 3, length: int = 7) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_inputs_are_proven_one_adapter_after_the_other_and_the_base(place: Path) -> None:
-    verdict = record(place / "graph.onnx")["verdict"]
+    verdict = record_of(place / "graph.onnx")["verdict"]
     assert verdict["outcome"] == "same" and verdict["bits_of_base"] is True
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"fr": "same", "legal": "same"}
     assert {path.name for path in place.iterdir() if path.is_file()} == {
@@ -114,9 +109,7 @@ def test_onnxruntimes_own_loader_computes_what_pytorch_computes(place: Path) -> 
 
 
 @pytest.mark.slow
-def test_no_adapter_but_targets_make_a_graph_for_adapters_to_come(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_adapter_but_targets_make_a_graph_for_adapters_to_come(place: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "empty.onnx"
     code, told = answer(
         capsys, "onnx", MODEL, "-o", out, "--lora", "inputs", "--target", "all-linear", "--names", "peft"
@@ -132,7 +125,7 @@ def test_no_adapter_but_targets_make_a_graph_for_adapters_to_come(
 
 @pytest.mark.slow
 def test_an_adapter_that_was_written_wrongly_is_never_published(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     right = onnx_adapter.input_values
 
@@ -150,7 +143,7 @@ def test_an_adapter_that_was_written_wrongly_is_never_published(
 
 @pytest.mark.slow
 def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     right = onnx_steps.insert_inputs
 
@@ -168,9 +161,7 @@ def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
 
 
 @pytest.mark.slow
-def test_graphs_in_one_folder_share_an_equal_adapter_file(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_graphs_in_one_folder_share_an_equal_adapter_file(place: Path, tmp_path: Path, capsys: Capture) -> None:
     words = ("onnx", MODEL, "-a", place / "fr", "--lora", "inputs", "--no-verify", "-o")
     assert call(*words, tmp_path / "new/one.onnx") == call(*words, tmp_path / "new/two.onnx") == 0
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["fr.onnx_adapter", "one.onnx", "two.onnx"]
@@ -184,7 +175,7 @@ def test_graphs_in_one_folder_share_an_equal_adapter_file(
 
 @pytest.mark.slow
 def test_files_of_adapters_that_exist_are_kept_until_overwrite_is_said(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "fr.onnx_adapter").write_text("mine")
     words = ("onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs")
@@ -192,7 +183,7 @@ def test_files_of_adapters_that_exist_are_kept_until_overwrite_is_said(
     assert "fr.onnx_adapter exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["fr.onnx_adapter"]
     assert call(*words, "--overwrite", "--no-verify") == 0
-    assert record(tmp_path / "out.onnx")["verdict"]["outcome"] == "not verified"
+    assert record_of(tmp_path / "out.onnx")["verdict"]["outcome"] == "not verified"
     assert onnx_adapter.read(tmp_path / "fr.onnx_adapter").values
 
 
@@ -208,7 +199,7 @@ def test_files_of_adapters_that_exist_are_kept_until_overwrite_is_said(
     ],
 )
 def test_what_inputs_cannot_be_made_of_is_told(
-    place: Path, tmp_path: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, words: list[str], code: int, message: str, capsys: Capture
 ) -> None:
     given = [word.format(place=place) for word in words]
     assert call("onnx", MODEL, "-o", tmp_path / "out.onnx", *given) == code
@@ -220,7 +211,7 @@ def test_what_inputs_cannot_be_made_of_is_told(
 
 
 def test_a_later_adapter_is_converted_and_computes_what_pytorch_computes(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     later, out = adapters(tmp_path, seed=7) / "fr", tmp_path / "next.onnx_adapter"
     words = ("convert", later, "--to", "onnx_adapter", "--for", place / "graph.onnx", "-o", out)
@@ -247,7 +238,7 @@ def test_convert_writes_the_bytes_that_onnx_wrote(place: Path, tmp_path: Path) -
             )
 
 
-def test_inspect_shows_what_an_adapters_file_holds(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_what_an_adapters_file_holds(place: Path, capsys: Capture) -> None:
     held = onnx_adapter.read(place / "fr.onnx_adapter")
     capsys.readouterr()
     assert call("inspect", place / "fr.onnx_adapter", "--json") == 0
@@ -291,7 +282,7 @@ def harmed(place: Path, folder: Path, what: str) -> Path:
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused_before_writing(
-    place: Path, tmp_path: Path, what: str, messages: list[str], capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, what: str, messages: list[str], capsys: Capture
 ) -> None:
     wrong = harmed(place, tmp_path, what)
     out = tmp_path / "out.onnx_adapter"
@@ -301,9 +292,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_writing(
     assert [path.name for path in tmp_path.iterdir()] == [what]
 
 
-def test_a_graph_that_is_not_made_for_it_is_refused(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_graph_that_is_not_made_for_it_is_refused(place: Path, tmp_path: Path, capsys: Capture) -> None:
     words = ("convert", place / "fr", "--to", "onnx_adapter", "-o", tmp_path / "x", "--for")
     assert call(*words, place / "base.onnx") == 3
     assert "does not record where it takes adapters" in capsys.readouterr().err
@@ -330,7 +319,7 @@ def rows(place: Path) -> Path:
 
 
 def test_rows_are_proven_for_every_id_and_mixed(rows: Path) -> None:
-    verdict = record(rows)["verdict"]
+    verdict = record_of(rows)["verdict"]
     assert verdict["outcome"] == verdict["mixed"]["outcome"] == "same" and verdict["bits_of_base"] is True
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"fr": "same", "legal": "same"}
 
@@ -347,7 +336,7 @@ def test_each_row_of_a_mixed_batch_equals_the_inputs_graph(place: Path, rows: Pa
     assert np.abs(expected - alone[0])[[0, 2, 3, 4]].max(1).min() > 1e-2
 
 
-def test_verify_judges_one_id(place: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_judges_one_id(place: Path, rows: Path, capsys: Capture) -> None:
     words = ("verify", rows, "--model", MODEL)
     legal = ("-a", place / "legal", "--weight", "-0.5")
     assert call(*words, *legal, "--adapter-id", "2") == 0
@@ -358,9 +347,7 @@ def test_verify_judges_one_id(place: Path, rows: Path, capsys: pytest.CaptureFix
     assert "has no input adapter_ids" in capsys.readouterr().err
 
 
-def test_verify_judges_all_ids_and_their_mixtures_at_once(
-    place: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_judges_all_ids_and_their_mixtures_at_once(place: Path, rows: Path, capsys: Capture) -> None:
     words = ("verify", rows, "--model", MODEL, "--json")
     fr, legal = ("-a", place / "fr"), ("-a", place / "legal")
     capsys.readouterr()
@@ -381,9 +368,7 @@ def test_verify_judges_all_ids_and_their_mixtures_at_once(
     assert "has 2 adapters (fr, legal), not 1: give them in that order" in capsys.readouterr().err
 
 
-def test_verify_tells_where_it_goes_wrong_and_why(
-    place: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_tells_where_it_goes_wrong_and_why(place: Path, rows: Path, tmp_path: Path, capsys: Capture) -> None:
     report = tmp_path / "verdict.json"
     words = ("verify", rows, "--model", MODEL, "--adapter-id", "1")
     code, told = answer(capsys, *words, "-a", place / "fr", "--weight", "7", "--report", report)
@@ -401,9 +386,7 @@ def test_verify_tells_where_it_goes_wrong_and_why(
 
 
 @pytest.mark.slow
-def test_verify_compares_every_module_where_it_is_asked_to(
-    place: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_compares_every_module_where_it_is_asked_to(place: Path, rows: Path, capsys: Capture) -> None:
     words = ("verify", rows, "--model", MODEL, "--adapter-id", "1", "-a", place / "fr")
     code, told = answer(capsys, *words)
     assert (code, told["diagnosis"]) == (0, None)
@@ -414,7 +397,7 @@ def test_verify_compares_every_module_where_it_is_asked_to(
 
 
 def test_rows_that_mix_up_adapters_are_never_published(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     class Confused(OnnxRunner):
         def run(self, inputs: Arrays) -> Arrays:
@@ -429,28 +412,10 @@ def test_rows_that_mix_up_adapters_are_never_published(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["onnx", "torchscript", "verify"])
-def test_an_adapter_as_an_argument_is_refused_with_its_option(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = () if command == "verify" else ("-o", tmp_path / "out")
-    assert call(command, MODEL, "my adapter", "another", *output) == 2
-    told = capsys.readouterr().err
-    assert "unexpected argument my adapter. An adapter is given by -a: -a my adapter" in told
-    assert f"Usage: lora-export {command}" in told
-
-
-def test_rows_without_adapters_are_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("onnx", MODEL, "-o", tmp_path / "out.onnx", "--lora", "rows") == 2
-    assert "--lora rows needs the adapters" in capsys.readouterr().err
-
-
 # --- verify ---
 
 
-def test_verify_refuses_an_adapter_for_another_base(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_refuses_an_adapter_for_another_base(place: Path, tmp_path: Path, capsys: Capture) -> None:
     there = onnx_adapter.read(place / "fr.onnx_adapter")
     given = {name: onnx_adapter.array_of_ort_value(value) for name, value in there.values.items()}
     onnx_adapter.write(tmp_path / "foreign", given, Contract("12345678", "", ()), sha256="0")
@@ -494,7 +459,7 @@ def with_dora(place: Path) -> Path:
 
 @pytest.mark.slow
 def test_dora_and_convolutions_are_proven_as_inputs_beside_plain_lora(with_dora: Path) -> None:
-    verdict = record(with_dora)["verdict"]
+    verdict = record_of(with_dora)["verdict"]
     assert verdict["outcome"] == "same"
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}
     base = with_dora.parents[1] / "base.onnx"
@@ -503,7 +468,7 @@ def test_dora_and_convolutions_are_proven_as_inputs_beside_plain_lora(with_dora:
 
 
 def test_dora_of_next_week_is_converted_with_the_graphs_own_weights(
-    with_dora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    with_dora: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     later, out = dora_adapter(tmp_path / "later", seed=8), tmp_path / "later.onnx_adapter"
     words = ("convert", later, "--to", "onnx_adapter", "-o", out, "--weight", "0.5", "--for")
@@ -514,9 +479,7 @@ def test_dora_of_next_week_is_converted_with_the_graphs_own_weights(
     assert call(*words, "1") == 4
 
 
-def test_dora_for_a_graph_without_dora_is_refused_with_advice(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dora_for_a_graph_without_dora_is_refused_with_advice(place: Path, tmp_path: Path, capsys: Capture) -> None:
     rng = np.random.default_rng(0)
     later = peft_adapter(tmp_path / "later", {"head": a_pair(rng, 3, 16, 2)}, use_dora=True)
     tensors = load_file(later / "adapter_model.safetensors")
@@ -538,7 +501,7 @@ def test_rows_with_dora_and_convolutions_are_proven_for_every_id_and_mixed(place
     adapter = dora_adapter(tmp_path / "dora", seed=3)
     words = ("-a", adapter, "-a", place / "fr", "--lora", "rows", "-o", tmp_path / "rows.onnx")
     assert call("onnx", MODEL, *words) == 0
-    verdict = record(tmp_path / "rows.onnx")["verdict"]
+    verdict = record_of(tmp_path / "rows.onnx")["verdict"]
     assert verdict["outcome"] == verdict["mixed"]["outcome"] == "same"
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}
 
@@ -549,13 +512,13 @@ def test_rows_with_dora_and_convolutions_are_proven_for_every_id_and_mixed(place
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["inputs", "rows"])
 def test_a_fixed_rank_leaves_no_dynamic_shape_of_an_adapter(
-    mode: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mode: str, place: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out, words = tmp_path / "fixed.onnx", ("-a", place / "fr", "-a", place / "legal")
     code, found = answer(capsys, "onnx", MODEL, *words, "-o", out, "--lora", mode, "--max-rank", "6")
     assert (code, found["proof"]["outcome"], found["bits_of_base"]) == (0, "same", True)
     assert {name: proof["outcome"] for name, proof in found["adapters"].items()} == {"fr": "same", "legal": "same"}
-    assert record(out)["settings"]["max_rank"] == 6
+    assert record_of(out)["settings"]["max_rank"] == 6
     graph = onnx.load(out).graph
     factors = [tensor for tensor in graph.initializer if tensor.name.endswith(("lora_A.weight", "lora_B.weight"))]
     assert factors and all(6 in tensor.dims for tensor in factors)
@@ -566,7 +529,7 @@ def test_a_fixed_rank_leaves_no_dynamic_shape_of_an_adapter(
 
 @pytest.mark.parametrize("mode", ["inputs", "rows"])
 def test_a_rank_above_the_fixed_one_is_refused_with_both(
-    mode: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mode: str, place: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     words = ("-o", tmp_path / "out.onnx", "--lora", mode, "--max-rank", "3")
     code, found = answer(capsys, "onnx", place / "base.onnx", "-a", place / "fr", *words)
@@ -576,9 +539,7 @@ def test_a_rank_above_the_fixed_one_is_refused_with_both(
 
 
 @pytest.mark.slow
-def test_convert_pads_to_the_fixed_rank_of_a_graph(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_pads_to_the_fixed_rank_of_a_graph(place: Path, tmp_path: Path, capsys: Capture) -> None:
     graph = tmp_path / "fixed.onnx"
     words = ("--lora", "inputs", "--target", "linear2", "--max-rank", "3")
     assert call("onnx", MODEL, "-a", place / "legal", *words, "-o", graph) == 0
@@ -602,7 +563,7 @@ def test_convert_pads_to_the_fixed_rank_of_a_graph(
 
 @pytest.mark.slow
 def test_a_graph_of_plain_inputs_is_proven_and_takes_other_adapters(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     graph, made = tmp_path / "plain.onnx", tmp_path / "fr.onnx_adapter"
     words = ("-a", place / "legal", "--target", "all-linear", "--required-inputs", "-o", graph)
@@ -634,15 +595,13 @@ def berts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_row_of_several_adapters_is_what_peft_adds_up(
-    berts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_row_of_several_adapters_is_what_peft_adds_up(berts: Path, tmp_path: Path, capsys: Capture) -> None:
     graph, words = tmp_path / "rows.onnx", ("-a", berts / "fr", "-a", berts / "de")
     code, found = answer(
         capsys, "onnx", berts / "base", *words, "--lora", "rows", "--adapters-per-row", "2", "-o", graph
     )
     assert (code, found["several"]["outcome"], found["mixed"]["outcome"]) == (0, "same", "same")
-    assert record(graph)["settings"]["per_row"] == 2 and record(graph)["verdict"]["several"]["outcome"] == "same"
+    assert record_of(graph)["settings"]["per_row"] == 2 and record_of(graph)["verdict"]["several"]["outcome"] == "same"
     model = peft.PeftModel.from_pretrained(transformers.BertModel.from_pretrained(berts / "base"), berts / "fr", "fr")
     model.load_adapter(berts / "de", "de")
     ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
@@ -669,7 +628,7 @@ def test_a_row_of_several_adapters_is_what_peft_adds_up(
 
 @pytest.mark.slow
 def test_a_graph_that_adds_up_wrongly_is_never_published(
-    berts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    berts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     right = RowScales.of_positions
     monkeypatch.setattr(RowScales, "of_positions", lambda self, nodes, x: x)

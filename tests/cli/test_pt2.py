@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import save_file
 
 from fuzz.targets import run
 from lora_export import cli
 from support import FACTORIES
+from support.cli import Capture
 from support.factories import Wide
 from support.programs import SUBJECTS, ProgramFiles, export
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
+def call(capsys: Capture, *arguments: object) -> tuple[int, Any, str]:
     capsys.readouterr()
     code = cli.run([str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -28,9 +28,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, A
 FACTORY = f"{FACTORIES}:wide"
 
 
-def test_verify_takes_a_pt2_as_candidate_and_as_model(
-    programs: ProgramFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_takes_a_pt2_as_candidate_and_as_model(programs: ProgramFiles, tmp_path: Path, capsys: Capture) -> None:
     base, merged, adapter = programs.base("mlp"), programs.merged("mlp"), programs.adapter_folder("mlp")
     report = tmp_path / "verdict.json"
     code, result, _ = call(capsys, "verify", merged, "--model", base, "-a", adapter, "--report", report, "--json")
@@ -43,7 +41,7 @@ def test_verify_takes_a_pt2_as_candidate_and_as_model(
 
 
 def test_an_exported_graph_is_verified_against_a_program(
-    programs: ProgramFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    programs: ProgramFiles, tmp_path: Path, capsys: Capture
 ) -> None:
     torch.manual_seed(0)
     base = export(Wide(), SUBJECTS["mlp"].inputs, tmp_path / "base.pt2", dynamic=2)
@@ -55,9 +53,7 @@ def test_an_exported_graph_is_verified_against_a_program(
     assert (code, result["outcome"]) == (4, "different")
 
 
-def test_a_program_cannot_be_exported_or_trained(
-    programs: ProgramFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_program_cannot_be_exported_or_trained(programs: ProgramFiles, tmp_path: Path, capsys: Capture) -> None:
     base = programs.base("mlp")
     np.savez(tmp_path / "data.npz", rows=np.ones((4, 5, 64), np.float32), labels=np.ones((4, 5, 64), np.float32))
     for command in (

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from lora_export import cli
 from lora_export.graph.onnx_file.reading import load_graph
+from support.cli import Capture
 from support.folder_contents import folder_contents
-from support.graphs import quantised
+from support.graphs import quantised, record_of
 from support.handmade import base_file, peft_adapter
 from support.requantised_graphs import (
     A,
@@ -25,9 +25,7 @@ from support.requantised_graphs import (
 )
 
 
-def test_a_layer_that_would_lose_its_change_is_promoted_and_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_layer_that_would_lose_its_change_is_promoted_and_reported(tmp_path: Path, capsys: Capture) -> None:
     base = quantised(float_graph(tmp_path / "f.onnx"))
     path = save_model(base, tmp_path / "q.onnx")
     adapter = peft_adapter(tmp_path / "ad", {"fc": (A, B * 0.003)})
@@ -55,7 +53,7 @@ def test_a_layer_that_would_lose_its_change_is_promoted_and_reported(
     assert report["base_bytes"] == path.stat().st_size
 
 
-def test_a_change_that_no_form_holds_is_refused_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_change_that_no_form_holds_is_refused_with_advice(tmp_path: Path, capsys: Capture) -> None:
     path = save_model(quantised(float_graph(tmp_path / "f.onnx", W.astype(np.float16))), tmp_path / "q.onnx")
     adapter = peft_adapter(tmp_path / "ad", {"fc": (A, B * 1e-5)})
     before = folder_contents(tmp_path)
@@ -67,9 +65,7 @@ def test_a_change_that_no_form_holds_is_refused_with_advice(tmp_path: Path, caps
     assert folder_contents(tmp_path) == before
 
 
-def test_quantised_weight_without_option_is_refused_with_advice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quantised_weight_without_option_is_refused_with_advice(tmp_path: Path, capsys: Capture) -> None:
     path = save_model(quantised(float_graph(tmp_path / "f.onnx")), tmp_path / "q.onnx")
     adapter = peft_adapter(tmp_path / "ad", {"fc": (A, B)})
     assert cli.run(merge_command(path, adapter)) == 3
@@ -79,7 +75,7 @@ def test_quantised_weight_without_option_is_refused_with_advice(
     assert cli.run(merge_command(path, adapter, "--requantize", "--dry-run")) == 0
     assert "note: quantised again: 1 of the weights, 4 bits in blocks of 32" in capsys.readouterr().err
     assert cli.run(merge_command(path, adapter, "--requantize")) == 0
-    record = json.loads(load_graph(tmp_path / "merged.onnx").metadata_props["lora_export"])
+    record = record_of(tmp_path / "merged.onnx")
     assert record["settings"]["requantize"] is True
     assert (
         cli.run(merge_command(tmp_path / "merged.onnx", adapter, "--requantize")) == 3
@@ -88,7 +84,7 @@ def test_quantised_weight_without_option_is_refused_with_advice(
     assert cli.run([*merge_command(base, adapter)[:-1], str(tmp_path / "m.safetensors"), "--requantize"]) == 2
 
 
-def test_onnx_merges_into_quantised_weights_and_proves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnx_merges_into_quantised_weights_and_proves_it(tmp_path: Path, capsys: Capture) -> None:
     path = save_model(quantised(float_graph(tmp_path / "f.onnx")), tmp_path / "q.onnx")
     adapter, out = peft_adapter(tmp_path / "ad", {"fc": (A, B * 0.05)}), tmp_path / "out.onnx"
     command = ["onnx", str(path), "-a", str(adapter), "-o", str(out)]
@@ -97,7 +93,7 @@ def test_onnx_merges_into_quantised_weights_and_proves_it(tmp_path: Path, capsys
     assert cli.run([*command, "--requantize"]) == 0
     screen = capsys.readouterr().out
     assert "0 kept in their scheme, 1 promoted" in screen and "\nsame: " in screen
-    record = json.loads(load_graph(out).metadata_props["lora_export"])
+    record = record_of(out)
     assert record["settings"]["requantize"] is True and record["verdict"]["outcome"] == "same"
     assert (
         cli.run([*command, "--requantize", "--min-retention", "0", "--json", "--overwrite"]) == 5

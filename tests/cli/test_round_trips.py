@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_export.models.load import load_model
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.small_models import small_model, words_tokenizer
 
 TEXTS = (
@@ -47,9 +47,7 @@ def example_data(name: str, base: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*TEXTS, *IMAGES)]
 )
-def test_what_train_makes_is_merged_exported_and_proven(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_train_makes_is_merged_exported_and_proven(name: str, tmp_path: Path, capsys: Capture) -> None:
     base, adapter, merged = small_model(name, tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
     data = example_data(name, base, tmp_path)
     assert call("train", base, "--data", data, "-o", adapter, "--epochs", "3", "--learning-rate", "1e-2") == 0

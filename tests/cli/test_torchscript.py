@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from support.api import MODEL, an_adapter
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 
 
-def test_the_verdict_and_the_file_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_and_the_file_are_printed(tmp_path: Path, capsys: Capture) -> None:
     adapter, out = an_adapter(tmp_path / "adapter"), tmp_path / "m.pt"
     assert call("torchscript", MODEL, "-a", adapter, "-o", out) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -18,34 +16,14 @@ def test_the_verdict_and_the_file_are_printed(tmp_path: Path, capsys: pytest.Cap
     assert lines[-1] == f"wrote {out} ({out.stat().st_size:,} bytes)"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["merged", "nodes"])
-def test_json_has_the_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str) -> None:
-    adapter, out = an_adapter(tmp_path / "adapter"), tmp_path / "m.pt"
-    code, document = answer(capsys, "torchscript", MODEL, "-a", adapter, "--lora", mode, "-o", out)
-    assert (code, document["output"], document["proof"]["outcome"]) == (0, str(out), "same")
-    assert call("verify", out, "--model", MODEL, "-a", adapter) == 0
-
-
-def test_without_a_proof_the_file_is_published_and_that_is_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_proof_the_file_is_published_and_that_is_printed(tmp_path: Path, capsys: Capture) -> None:
     assert call("torchscript", MODEL, "--no-verify", "-o", tmp_path / "m.pt") == 0
     assert capsys.readouterr().out.splitlines()[0] == "not verified (--no-verify)"
     code, document = answer(capsys, "torchscript", MODEL, "--no-verify", "-o", tmp_path / "m.pt", "--overwrite")
     assert (code, document["proof"]) == (0, None)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--lora", "inputs"), "Invalid value for '--lora'"),
-        (("adapter",), "An adapter is given by -a: -a adapter"),
-        (("--weight", "2"), "--weight is a factor on an adapter, and there is no adapter (-a)"),
-    ],
-)
-def test_what_torchscript_does_not_take_is_refused(
-    tmp_path: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call("torchscript", MODEL, *words, "-o", tmp_path / "m.pt") == 2
-    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+def test_a_weight_without_an_adapter_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    assert call("torchscript", MODEL, "--weight", "2", "-o", tmp_path / "m.pt") == 2
+    assert "--weight is a factor on an adapter, and there is no adapter (-a)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

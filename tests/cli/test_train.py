@@ -15,7 +15,7 @@ import pytest
 from lora_export import formats
 from lora_export.cli.train import MEASURED
 from support.api import MODEL
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.small_models import small_model, words_tokenizer
 
 
@@ -26,7 +26,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data.npz"
 
 
-def test_scores_and_the_adapter_are_printed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_and_the_adapter_are_printed(data: Path, capsys: Capture) -> None:
     out = data.parent / "ad"
     assert call("train", MODEL, "--data", data, "-o", out, "--rank", "2", "--epochs", "1") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -35,7 +35,7 @@ def test_scores_and_the_adapter_are_printed(data: Path, capsys: pytest.CaptureFi
     assert lines[-1] == f"wrote {out} ({formats.load(out).parameters:,} numbers)"
 
 
-def test_json_has_the_figures_of_the_training(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_figures_of_the_training(data: Path, capsys: Capture) -> None:
     out = data.parent / "ad"
     line = ("train", MODEL, "--data", data, "-o", out, "--rank", "3", "--alpha", "6", "--batch-size", "4")
     code, document = answer(capsys, *line, "--epochs", "2", "--holdout", "0.5")
@@ -48,7 +48,7 @@ def test_json_has_the_figures_of_the_training(data: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-def test_several_ranks_print_a_table(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_ranks_print_a_table(data: Path, capsys: Capture) -> None:
     out = data.parent / "ad"
     line = ("train", MODEL, "--data", data, "-o", out, "--rank", "2", "--rank", "4", "--compare", "full,frozen")
     assert call(*line, "--epochs", "1") == 0
@@ -63,7 +63,7 @@ def test_several_ranks_print_a_table(data: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_columns_of_the_data_may_have_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_of_the_data_may_have_other_names(tmp_path: Path, capsys: Capture) -> None:
     base = words_tokenizer(small_model("llama", tmp_path / "base"))
     (tmp_path / "a.csv").write_text("body,kind\n" + "a good film,1\nbad film,2\n" * 4)
     line = ("train", base, "--data", tmp_path / "a.csv", "-o", tmp_path / "ad", "--column", "text=body", "--rank", "2")
@@ -77,7 +77,7 @@ def test_columns_of_the_data_may_have_other_names(tmp_path: Path, capsys: pytest
     assert "has no column none; it has body, kind" in capsys.readouterr().err
 
 
-def test_patterns_are_read_and_wrong_ones_are_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_patterns_are_read_and_wrong_ones_are_refused(data: Path, capsys: Capture) -> None:
     line = ("train", MODEL, "--data", data, "--epochs", "1", "--rank", "2", "-o", data.parent / "ad")
     assert call(*line, "--target-pattern", "d.*e", "--rank-pattern", "d[e]nse=3", "--alpha-pattern", "dense=4.5") == 0
     (pair,) = formats.load(data.parent / "ad").pairs.values()
@@ -101,9 +101,7 @@ def test_patterns_are_read_and_wrong_ones_are_refused(data: Path, capsys: pytest
 
 
 @pytest.mark.slow
-def test_a_killed_and_an_interrupted_training_end_with_the_same_bits(
-    data: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_and_an_interrupted_training_end_with_the_same_bits(data: Path, capfd: Capture) -> None:
     """SIGKILL, then --resume and Ctrl-C, then the command that this prints: the curve of one whole run."""
     out, whole = data.parent / "ad", data.parent / "whole"
     line = ["train", MODEL, "--data", str(data), "--rank", "2", "--batch-size", "4", "--epochs", "400"]
@@ -143,7 +141,7 @@ def test_rslora_divides_by_the_root_of_the_rank(data: Path) -> None:
 
 
 def test_a_base_in_4_bits_needs_bitsandbytes_and_a_folder(
-    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    data: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = ("train", MODEL, "-o", data.parent / "ad", "--quantize-base", "nf4")
     assert call(*line, "--data", data) == 3
@@ -168,7 +166,7 @@ def test_the_command_that_continues_is_printed_by_one_process(
     printed: str,
     data: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -200,13 +198,6 @@ def test_the_command_that_continues_is_printed_by_one_process(
         (("--packing",), "--packing is for texts that a causal language model continues"),
     ],
 )
-def test_wrong_usage_ends_with_2(
-    data: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_usage_ends_with_2(data: Path, words: tuple[str, ...], message: str, capsys: Capture) -> None:
     assert call("train", MODEL, "--data", data, "-o", data.parent / "ad", *words) == 2
     assert message in capsys.readouterr().err and not (data.parent / "ad").exists()
-
-
-def test_a_missing_file_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", MODEL, "--data", tmp_path / "none.npz", "-o", tmp_path / "ad") == 3
-    assert "none.npz" in capsys.readouterr().err and list(tmp_path.iterdir()) == []

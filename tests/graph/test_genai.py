@@ -171,42 +171,6 @@ def assert_generates(tokens: list[int], module: Any, other: Any) -> None:
     assert expected != pytorch_tokens(other)
 
 
-@pytest.mark.slow
-def test_genai_generates_tokens_of_pytorch_with_merged_adapter(
-    base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
-) -> None:
-    graph, (module, adapter) = build_graph("fp32"), adapted
-    folder = genai_folder(graph, tmp_path / "folded")
-    assert run(["merge", str(graph), str(adapter), "-o", str(folder / "model.onnx"), "--base", str(base)]) == 0
-    assert_generates(generated(folder), module, pytorch(base))
-    assert generated(graph.parent) == pytorch_tokens(pytorch(base))
-
-
-@slow
-def test_genai_generates_tokens_of_pytorch_with_adapter_nodes(
-    base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
-) -> None:
-    graph, (module, adapter) = build_graph("fp32"), adapted
-    folder = genai_folder(graph, tmp_path / "nodes")
-    model, found = load_with_sites(graph, base)
-    insert_nodes(model, found, plan.make([formats.load(adapter)], found.specs))
-    save_graph(model, folder, "model.onnx")
-    assert_generates(generated(folder), module, pytorch(base))
-
-
-@slow
-def test_genai_generates_tokens_of_pytorch_with_loaded_adapter(
-    base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
-) -> None:
-    graph, (module, adapter) = build_graph("fp32"), adapted
-    folder = genai_folder(graph, tmp_path / "inputs")
-    model, found = load_with_sites(graph, base)
-    file = insert_and_write_adapter(model, found, formats.load(adapter), folder)
-    save_graph(model, folder, "model.onnx")
-    assert_generates(generated(folder, file), module, pytorch(base))
-    assert generated(folder) == pytorch_tokens(pytorch(base))
-
-
 def insert_and_write_adapter(model: ir.Model, found: Sites, adapter: Adapter, folder: Path) -> Path:
     """Insert inputs for adapters into the graph, and write this adapter into the folder."""
     steps = plan.make([adapter], found.specs)
@@ -216,27 +180,38 @@ def insert_and_write_adapter(model: ir.Model, found: Sites, adapter: Adapter, fo
     return path
 
 
+# The default accuracy_level, 4, rounds the inputs of layers to 8 bits, which changes tokens by itself.
+FP32, INT4 = ("fp32",), ("int4", "accuracy_level=1")
+
+
 @slow
-@pytest.mark.parametrize("mode", ["nodes", "loaded by genai"])
-def test_genai_with_int4_generates_tokens_of_dequantised_model(
-    mode: str, base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("precision", "mode"), [(FP32, "merged"), (FP32, "nodes"), (FP32, "inputs"), (INT4, "nodes"), (INT4, "inputs")]
+)
+def test_genai_generates_the_tokens_of_pytorch_with_the_adapter(
+    precision: tuple[str, ...], mode: str, base: Path, build_graph: Build, adapted: tuple[Any, Path], tmp_path: Path
 ) -> None:
-    # The default accuracy_level, 4, rounds the inputs of layers to 8 bits, which changes tokens by itself.
-    graph, (module, adapter) = build_graph("int4", "accuracy_level=1"), adapted
-    folder = genai_folder(graph, tmp_path / "beside int4")
-    model, found = load_with_sites(graph, base)
-    rounded = with_weights(module, {site.name: site.matrix for site in found.linear})
-    file = None
-    if mode == "nodes":
-        insert_nodes(model, found, plan.make([formats.load(adapter)], found.specs))
+    graph, (module, adapter) = build_graph(*precision), adapted
+    folder, file = genai_folder(graph, tmp_path / "out"), None
+    reference, other = module, pytorch(base)
+    if mode == "merged":
+        assert run(["merge", str(graph), str(adapter), "-o", str(folder / "model.onnx"), "--base", str(base)]) == 0
     else:
-        file = insert_and_write_adapter(model, found, formats.load(adapter), folder)
-    save_graph(model, folder, "model.onnx")
-    assert_generates(generated(folder, file), rounded, module)
+        model, found = load_with_sites(graph, base)
+        if precision == INT4:
+            reference, other = with_weights(module, {site.name: site.matrix for site in found.linear}), module
+        if mode == "nodes":
+            insert_nodes(model, found, plan.make([formats.load(adapter)], found.specs))
+        else:
+            file = insert_and_write_adapter(model, found, formats.load(adapter), folder)
+        save_graph(model, folder, "model.onnx")
+    assert_generates(generated(folder, file), reference, other)
+    if precision == FP32 and mode != "nodes":
+        assert generated(folder if file else graph.parent) == pytorch_tokens(pytorch(base))
 
 
 @slow
-@pytest.mark.parametrize("precision", [("fp32",), ("int4", "accuracy_level=1")], ids=["fp32", "int4"])
+@pytest.mark.parametrize("precision", [FP32, INT4], ids=["fp32", "int4"])
 def test_rows_of_builder_graph_decode_with_their_adapters(
     precision: tuple[str, ...], base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:

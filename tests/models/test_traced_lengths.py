@@ -28,7 +28,7 @@ from lora_export.verification.proof import prove
 from support.generators import BART_LIKE
 from support.small_models import MODELS, TEXT
 
-WIDE = TEXT | {"max_position_embeddings": 256}
+WIDE = TEXT | {"num_hidden_layers": 1, "max_position_embeddings": 256}
 
 
 def big_bird(**fields: Any) -> Any:
@@ -44,7 +44,7 @@ def deepseek(topk: int = 24) -> Any:
     config = transformers.DeepseekV32Config(
         **WIDE, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
         kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_key_value_heads=4,
-        first_k_dense_replace=2, index_topk=topk, index_head_dim=8, index_n_heads=2, bos_token_id=1, eos_token_id=2,
+        first_k_dense_replace=1, index_topk=topk, index_head_dim=8, index_n_heads=2, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return transformers.DeepseekV32ForCausalLM(config)
 

@@ -11,6 +11,8 @@ import pytest
 
 from lora_export import cli
 
+Capture = pytest.CaptureFixture[str]
+
 
 def call(*arguments: str | Path) -> int:
     return cli.run([str(argument) for argument in arguments])

@@ -34,7 +34,7 @@ LLAMA_LIKE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-OPT: dict[str, Any] = {**LLAMA_LIKE, "ffn_dim": 64, "word_embed_proj_dim": 32}
+OPT: dict[str, Any] = {**LLAMA_LIKE, "num_hidden_layers": 1, "ffn_dim": 64, "word_embed_proj_dim": 32}
 STATES = {**LLAMA_LIKE, "num_hidden_layers": 3}
 MAMBA: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 MAMBA |= {"tie_word_embeddings": False}

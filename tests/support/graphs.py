@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
@@ -34,6 +37,12 @@ def a_graph(body: str, *, modules: Mapping[str, str] | None = None, **origins: s
     for name, origin in origins.items():
         model.graph.initializers[name].metadata_props[FOLDED_FROM] = repr([origin])
     return model
+
+
+def record_of(path: Path) -> Any:
+    """What the file of a graph records of its origin, its settings and its verdict."""
+    entries = onnx.load(path, load_external_data=False).metadata_props
+    return json.loads(next(entry.value for entry in entries if entry.key == "lora_export"))
 
 
 def run(model: ir.Model, **feeds: Any) -> Arrays:

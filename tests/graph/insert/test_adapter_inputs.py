@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract, read_contract
 from lora_export.lora import Adapter, LoraPair, TokenRows
-from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
-from support.graphs import a_graph, an_adapter, contents, linear_specs, run
+from support.graphs import a_graph, an_adapter, run
 from support.insertion import CONVOLUTION, CONVOLUTION_PAIR, X, adapter_inputs, with_inputs
 from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE, TIED_TABLE
 
@@ -134,37 +131,6 @@ def test_adapter_beyond_low_rank_is_refused_by_name(adapter: Adapter, message: s
     with pytest.raises(InputRefused, match=re.escape(message)):
         onnx_adapter.refuse_beyond_low_rank([an_adapter({"m": PAIR}, name="good"), adapter])
     onnx_adapter.refuse_beyond_low_rank([an_adapter({"m": PAIR}, name="good")])
-
-
-def random_adapter(contract: Contract, *, seed: int = 1) -> tuple[Adapter, dict[str, NDArray[Any]]]:
-    """A pair with a rank of its own for each place, and ΔW by weight in the layout of the model."""
-    rng = np.random.default_rng(seed)
-    pairs, changes = {}, {}
-    for number, place in enumerate(contract.places):
-        rank, (out, into) = [1, 4, 2, 7, 3][number % 5], place.shape
-        pair = LoraPair(a=rng.standard_normal((rank, into)), b=rng.standard_normal((out, rank)), scale=0.3)
-        pairs[re.sub(r"\.(in_proj_)?weight$", "", place.weight)] = pair
-        changes[place.weight] = 0.3 * (pair.b.astype(np.float64) @ pair.a.astype(np.float64))
-    return an_adapter(pairs), changes
-
-
-@EVERY_MODEL
-def test_export_with_mixed_ranks_equals_pytorch(name: str) -> None:
-    made = exported(name)
-    base = made.graph.clone()
-    contract = with_inputs(made.graph, *(spec.name for spec in linear_specs(made.graph)))
-    assert contents(base).items() < contents(made.graph).items()
-    adapter, changes = random_adapter(contract)
-    fed = adapter_inputs(contract, adapter)
-    reference = with_changes(made.module, changes)
-    for batch, length in [(1, 5), (3, 12), (2, 1)]:
-        feeds = inputs(name, batch, length, seed=2)
-        arrays = {key: value.numpy() for key, value in feeds.items()}
-        output, off, before = run(made.graph, **arrays, **fed), run(made.graph, **arrays), run(base, **arrays)
-        for key, value in eager(reference, feeds).items():
-            np.testing.assert_allclose(output[key], value, rtol=1e-4, atol=1e-5)
-            assert np.abs(value - before[key]).max() > 1e-2
-            assert off[key].tobytes() == before[key].tobytes()
 
 
 def test_dora_without_input_for_factor_is_refused() -> None:

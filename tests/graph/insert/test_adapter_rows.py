@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.errors import InputRefused
@@ -20,8 +17,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_rows import AdapterStacks
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.lora import Adapter, LoraPair
-from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
-from support.graphs import a_graph, an_adapter, contents, linear_specs, run, stored
+from support.graphs import a_graph, an_adapter, contents, run, stored
 from support.insertion import CONVOLUTION, CONVOLUTION_PAIR, OTHER_PAIR, TWO_LAYERS, X, row_ids, with_rows
 from support.small_graphs import GEMM, PAIR, SHARED, SQUARE
 
@@ -109,42 +105,6 @@ def test_overflow_and_second_insertion_are_refused() -> None:
     with_rows(model, an_adapter({"m": PAIR}))
     with pytest.raises(InputRefused, match="adapter_ids already"):
         with_rows(model, an_adapter({"m": PAIR}))
-
-
-def random_adapter(model: ir.Model, name: str, *, rank: int, every: int) -> tuple[Adapter, dict[str, NDArray[Any]]]:
-    """A pair for every n-th linear layer (n is `every`), and ΔW by weight."""
-    rng = np.random.default_rng(rank)
-    pairs, changes = {}, {}
-    for spec in linear_specs(model)[::every]:
-        out, into = spec.matrix
-        pair = LoraPair(a=rng.standard_normal((rank, into)), b=rng.standard_normal((out, rank)), scale=0.3)
-        pairs[re.sub(r"\.(in_proj_)?weight$", "", spec.name)] = pair
-        changes[spec.name] = 0.3 * (pair.b.astype(np.float64) @ pair.a.astype(np.float64))
-    return an_adapter(pairs, name=name), changes
-
-
-@EVERY_MODEL
-def test_mixed_batch_of_export_equals_pytorch_row_by_row(name: str) -> None:
-    made = exported(name)
-    base = made.graph.clone()
-    (one, first), (two, second) = (
-        random_adapter(base, "one", rank=3, every=1),
-        random_adapter(base, "two", rank=5, every=2),
-    )
-    with_rows(made.graph, one, two, batch="batch")
-    modules = [made.module, with_changes(made.module, first), with_changes(made.module, second)]
-    for batch, length in [(1, 5), (4, 12), (3, 1)]:
-        feeds = inputs(name, batch, length, seed=2)
-        arrays = {key: value.numpy() for key, value in feeds.items()}
-        chosen = (np.arange(batch) + 1) % 3
-        output = run(made.graph, **arrays, adapter_ids=chosen)
-        alone, before = [eager(module, feeds) for module in modules], run(base, **arrays)
-        for key, value in output.items():
-            expected = np.stack([alone[adapter][key][row] for row, adapter in enumerate(chosen)])
-            np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
-            assert np.abs(expected - before[key]).max() > 1e-2
-        off = run(made.graph, **arrays, adapter_ids=row_ids(*[0] * batch))
-        assert all(off[key].tobytes() == value.tobytes() for key, value in before.items())
 
 
 def test_fixed_rank_pads_every_stack() -> None:

@@ -24,7 +24,7 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
-from support.cli import answer, call
+from support.cli import Capture, answer, call
 from support.graphs import Arrays, an_adapter, run, stored
 from support.handmade import base_file, peft_adapter
 from support.one_weight_graphs import WEIGHT, X, attention, attention_graph, graph_reading
@@ -152,9 +152,7 @@ def test_an_unknown_activation_is_refused_with_advice() -> None:
 
 
 @pytest.mark.parametrize("mode", ["nodes", "inputs"])
-def test_command_verifies_attention_with_adapter(
-    packed: Any, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_verifies_attention_with_adapter(packed: Any, tmp_path: Path, mode: str, capsys: Capture) -> None:
     model, checkpoint, weights = packed
     save_graph(model, tmp_path, "base.onnx")
     plain = {name: LoraPair(a=pair.a, b=pair.b, scale=1.0) for name, pair in PAIRS.items()}

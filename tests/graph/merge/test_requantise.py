@@ -20,11 +20,11 @@ from lora_export.storage import block_copy
 from support.graphs import contents, quantised, run, stored
 from support.handmade import graph_file, peft_adapter
 from support.requantised_graphs import (
-    BLOCK_SIZES,
     DEQUANTISED,
     IN,
-    LOCATIONS,
+    OTHER_PLACES,
     OUT,
+    PLACES,
     RNG,
     A,
     B,
@@ -111,8 +111,7 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@BLOCK_SIZES
-@LOCATIONS
+@PLACES
 @pytest.mark.parametrize("kind", DEQUANTISED)
 def test_dequantize_linear_by_hand(
     kind: str, beside: bool, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,8 +137,7 @@ SCHEMES = pytest.mark.parametrize(
 )
 
 
-@BLOCK_SIZES
-@LOCATIONS
+@PLACES
 @pytest.mark.parametrize("symmetric", [True, False])
 @SCHEMES
 def test_each_integer_is_the_nearest_on_its_own_scale(
@@ -232,8 +230,7 @@ FORMS = {
 }
 
 
-@BLOCK_SIZES
-@LOCATIONS
+@OTHER_PLACES
 @pytest.mark.parametrize("case", FORMS)
 def test_a_layer_is_stored_in_the_narrowest_form_that_holds_its_change(
     case: str, beside: bool, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
