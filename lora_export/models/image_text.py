@@ -31,6 +31,7 @@ from lora_export.graph.cache_names import (
     ImageTokens,
 )
 from lora_export.models.cached_decoder import BATCH_SYMBOL, SEQUENCE_SYMBOL, export_decoder
+from lora_export.models.deepstack import all_features, embeds_of
 from lora_export.models.export import to_onnx
 from lora_export.models.image_encoders import PartOf, listed_images, masked_tiles, whole_images
 from lora_export.models.image_grids import grid_images
@@ -50,6 +51,7 @@ IMAGE_FAMILIES: Mapping[str, Images] = {  # by the type of the model
     "llava": Images(listed_images, towers=("clip_vision_model", "siglip_vision_model")),
     "qwen2_vl": Images(grid_images),
     "qwen2_5_vl": Images(grid_images),
+    "qwen3_vl": Images(grid_images),
     "gemma3": Images(whole_images, two_way=1),
     "paligemma": Images(whole_images, two_way=0),
     "internvl": Images(whole_images),
@@ -107,7 +109,7 @@ class _Embedding(PartOf):
     """The embeddings of tokens, without those of images."""
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {EMBEDS: self.model.get_input_embeddings()(input_ids)}
+        return {EMBEDS: embeds_of(self.model, input_ids)}
 
 
 def return_image_features(module: nn.Module) -> None:
@@ -116,6 +118,4 @@ def return_image_features(module: nn.Module) -> None:
 
 
 def _logits_and_features(outputs: Any) -> dict[str, torch.Tensor]:
-    found = outputs.image_outputs.pooler_output
-    images = found if isinstance(found, list | tuple) else [found]
-    return {LOGITS: outputs.logits, IMAGE_FEATURES: torch.cat([each.flatten(0, -2) for each in images])}
+    return {LOGITS: outputs.logits, IMAGE_FEATURES: all_features(outputs.image_outputs)}

@@ -23,7 +23,7 @@ from support.image_text import MARKERS, generated_by_transformers, image_files, 
 from support.small_models import small_model
 
 IMAGE_OF = dict.fromkeys(("llava", "paligemma", "internvl", "idefics3", "smolvlm"), "<image>") | MARKERS
-IMAGE_OF |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), "<vision_start> <image> <vision_end>")
+IMAGE_OF |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<vision_start> <image> <vision_end>")
 FAMILIES = [pytest.param(name, marks=() if name in ("llava", "gemma3") else pytest.mark.slow) for name in IMAGE_OF]
 
 

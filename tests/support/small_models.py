@@ -211,6 +211,16 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
             },
         ),
     ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        lambda: _qwen_vl(
+            "Qwen3VL",
+            {
+                "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 1],
+            },
+        ),
+    ),
 }  # fmt: skip
 
 
