@@ -22,7 +22,12 @@ from lora_export.verification.parity import Outcome
 from support.image_text import MARKERS, generated_by_transformers, image_files, image_text_adapter, image_text_model
 from support.small_models import small_model
 
-IMAGE_OF = dict.fromkeys(("llava", "paligemma", "internvl", "idefics3", "smolvlm"), "<image>") | MARKERS
+IMAGE_OF = (
+    dict.fromkeys(
+        ("llava", "llava_next", "pixtral", "mistral3", "paligemma", "internvl", "idefics3", "smolvlm"), "<image>"
+    )
+    | MARKERS
+)
 IMAGE_OF |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<vision_start> <image> <vision_end>")
 FAMILIES = [pytest.param(name, marks=() if name in ("llava", "gemma3") else pytest.mark.slow) for name in IMAGE_OF]
 
