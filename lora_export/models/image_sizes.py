@@ -58,9 +58,13 @@ def _rows(tower: Any, pixels: Tensor, sizes: Tensor, layers: int | Sequence[int]
     mask = mask.expand(-1, 1, rows * columns, -1)
     for layer in tower.transformer.layers:
         states.append(layer(states[-1], mask, position_embeddings=positions))
-    chosen = [layers] if isinstance(layers, int) else layers
-    found: Tensor = torch.cat([states[each] for each in chosen], -1).unflatten(1, (rows, columns))
+    found: Tensor = _chosen(states, layers).unflatten(1, (rows, columns))
     return found
+
+
+def _chosen(states: Sequence[Tensor], layers: int | Sequence[int]) -> Tensor:
+    """The hidden states behind one layer, or those of several side by side."""
+    return torch.cat([states[each] for each in ([layers] if isinstance(layers, int) else layers)], -1)
 
 
 def _inside(grid: Tensor, sizes: Tensor) -> Tensor:
@@ -94,21 +98,25 @@ class SizedTileEncoder(PartOf):
     """
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
-        model, config = self.model.base_model, self.model.config
-        layers = config.vision_feature_layer
-        states = model.vision_tower(pixel_values.flatten(0, 1), output_hidden_states=True).hidden_states
-        hidden = torch.cat([states[each] for each in ([layers] if isinstance(layers, int) else layers)], -1)
-        if config.vision_feature_select_strategy == "default":
-            hidden = hidden[:, 1:]
-        features = model.multi_modal_projector(hidden)
-        images, tiles, tokens = pixel_values.shape[0], pixel_values.shape[1], features.shape[1]
+        config, (images, tiles) = self.model.config, pixel_values.shape[:2]
         size = config.vision_config.image_size
         packing = packed_tiles(image_sizes, config.image_grid_pinpoints, size, size // config.vision_config.patch_size)
-        first = (torch.arange(images) * tiles * tokens)[:, None]
-        newline = images * tiles * tokens  # the row behind those of all tiles
-        index = torch.where(packing.token < 0, newline, packing.token + first)
-        rows = torch.cat([features.flatten(0, 1), model.image_newline[None]])
+        features = self._of_tiles(pixel_values.flatten(0, 1))
+        of_image = tiles * features.shape[1]
+        index = torch.where(
+            packing.token < 0, images * of_image, packing.token + torch.arange(images)[:, None] * of_image
+        )
+        rows = torch.cat([features.flatten(0, 1), self.model.base_model.image_newline[None]])
         return {FEATURES: rows[index[packing.is_read]], TOKEN_COUNTS: packing.is_read.sum(1)}
+
+    def _of_tiles(self, pixels: Tensor) -> Tensor:
+        """The features (tiles, tokens, features) of tiles (tiles, channels, height, width)."""
+        model, config = self.model.base_model, self.model.config
+        states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        hidden = _chosen(states, config.vision_feature_layer)
+        begin = 1 if config.vision_feature_select_strategy == "default" else 0  # behind the token of the whole tile
+        found: Tensor = model.multi_modal_projector(hidden[:, begin:])
+        return found
 
 
 class Packing(NamedTuple):
@@ -123,9 +131,8 @@ def packed_tiles(sizes: Tensor, resolutions: Sequence[Sequence[int]], size: int,
 
     `size` are the pixels along a tile, and `resolutions` the heights and widths that are divided into tiles.
     """
-    grid = (
-        torch.tensor(resolutions)[best_resolutions(sizes, resolutions)] // size * side
-    )  # rows and columns of tokens (images, 2)
+    best = torch.tensor(resolutions)[best_resolutions(sizes, resolutions)]
+    grid = best // size * side  # rows and columns of tokens (images, 2)
     most_rows, most_columns = (max(each[axis] for each in resolutions) // size * side for axis in (0, 1))
     row, column = torch.arange(most_rows)[:, None], torch.arange(most_columns + 1)  # the last one is a newline
     across = (grid[:, 1] // side)[:, None, None]

@@ -4,8 +4,8 @@ The vision encoder takes the images and returns `image_features` [tokens of all 
 The embedding takes `input_ids` [batch, sequence] and returns `inputs_embeds` [batch, sequence, features]. The program
 that runs the graphs puts the features in place of the embeddings of the images' tokens. The decoder is that of
 `cached_decoder`, with `inputs_embeds` in place of `input_ids`. That of a model whose tokens of an image attend to each
-other also takes `token_type_ids` [batch, past + sequence]. transformers.js has the same three graphs with the same
-names.
+other also takes `token_type_ids` [batch, past + sequence]. `deepstack` has what later layers add. transformers.js has
+the same three graphs with the same names.
 """
 
 from __future__ import annotations

@@ -133,7 +133,12 @@ def test_an_adapter_that_one_part_lacks_is_found(made: Path, inside: str, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("made", "lora"), [("llava", "inputs"), ("gemma3", "inputs"), ("gemma3", "nodes")], indirect=["made"]
+    ("made", "lora"),
+    [
+        *[("llava", "inputs"), ("gemma3", "inputs"), ("gemma3", "nodes")],
+        *[("qwen3_vl", "inputs"), ("llava_next", "nodes"), ("pixtral", "inputs"), ("mistral3", "inputs")],
+    ],
+    indirect=["made"],
 )
 def test_adapters_beside_the_weights_give_these_texts(made: Path, lora: str, tmp_path: Path) -> None:
     name, base, adapter = (made / "name").read_text(), made / "base", made / "adapter"
