@@ -184,7 +184,7 @@ def image_forms(config: Any, takes: Sequence[str], folder: Path) -> Iterator[Ima
     if GRIDS in takes:
         yield _patches(config, folder)
         return
-    if IMAGE_SIZES in takes and getattr(config.vision_config, "model_type", "") == ROW_TOWER:
+    if IMAGE_SIZES in takes and getattr(getattr(config, "vision_config", None), "model_type", "") == ROW_TOWER:
         yield _padded(config, folder)
         return
     shape, note = image_shape(config, folder)
@@ -271,7 +271,11 @@ def _patches(config: Any, folder: Path) -> ImageForm:
 
 def _padded(config: Any, folder: Path) -> ImageForm:
     """Images of several sizes, padded to one that is wider than high, and the height and width of each (Pixtral)."""
-    pixels, channels = pixels_of_token(config), getattr(config.vision_config, "num_channels", CHANNELS)
+    vision = config.vision_config
+    channels = getattr(vision, "num_channels", CHANNELS)
+    size, merged = getattr(vision, "patch_size", None), getattr(config, "spatial_merge_size", 1)
+    refuse_huge(folder, "a patch", (channels, size, merged))
+    pixels = pixels_of_token(config)
     tokens = torch.tensor([[HIGH, PATCHES_ACROSS[1]], [1, 2 * PATCHES_ACROSS[1] - 1]])  # high and wide
     refuse_huge(folder, "a padded image", (channels, *[(int(tokens.max()) + MORE_PADDING) * pixels] * 2))
     values = pixel_range(folder, channels)
@@ -296,7 +300,8 @@ def _tiled(config: Any, folder: Path, shape: tuple[int, int, int], note: str) ->
     _, high, wide = shape
     own = torch.tensor([[high, wide + wide // 2], [high + high // 4, 2 * wide + 1]])
     values = pixel_range(folder, shape[0])
-    counts = [1 + math.prod(resolutions[best]) // (high * wide) for best in best_resolutions(own, resolutions).tolist()]
+    best = [resolutions[number] for number in best_resolutions(own, resolutions).tolist()]
+    counts = [1 + -(-rows // high) * -(-columns // wide) for rows, columns in best]  # rounded up
 
     def sizes(images: int) -> Sizes:
         return {TILES: max(counts[:images]) + images % MORE_PADDING}
