@@ -51,7 +51,7 @@ def test_an_adapter_of_all_layers_loses_those_that_read_images(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_graph_of_texts_takes_an_adapter_of_all_layers_and_future_ones(tmp_path: Path) -> None:
+def test_a_graph_of_texts_takes_adapters_of_all_layers(tmp_path: Path) -> None:
     base = small_model("gemma3", tmp_path / "base")
     adapter, graph = small_adapter("gemma3", base, tmp_path / "adapter"), tmp_path / "texts.onnx"
     shape = {"task": "text-generation", "lora": "inputs", "target": "all-linear"}
