@@ -140,6 +140,13 @@ def generate(options: GenerateOptions) -> list[Generation]:
     return [Generation(prompt, tuple(new), text) for prompt, new, text in zip(prompts, generated, texts, strict=True)]
 
 
+def count_texts(source: str | Path, prompts: Sequence[Prompt], images: Sequence[Path]) -> int:
+    """How many texts `generate` makes: one for each prompt, or for each image that is no part of a prompt."""
+    if prompts and images and graphs_in(_graph_in(place(source))) == IMAGE_TEXT_FILES:
+        return len(prompts)
+    return len(images or prompts)
+
+
 def _opened(graph: Path, provider: str) -> Decoder | EncoderDecoder | ImageText:
     if not graph.is_dir():
         return Decoder(graph, provider)

@@ -56,13 +56,10 @@ def task_of(source: ModelSource, *, takes_images: bool = True) -> str:
 
 
 def _has_image_graphs(config: Mapping[str, Any]) -> bool:
-    """Whether the images of a model are exported. LLaVA's classes have other towers, too, such as that of Pixtral."""
-    from lora_export.models.image_text import IMAGE_FAMILIES  # torch
+    """Whether the images of a model are exported."""
+    from lora_export.models.image_text import image_family  # torch
 
-    kind, vision = config.get("model_type"), config.get("vision_config")
-    tower = vision.get("model_type") if isinstance(vision, dict) else None
-    family = IMAGE_FAMILIES.get(kind) if isinstance(kind, str) else None
-    return family is not None and tower in (None, *(family.towers or (tower,)))
+    return bool(image_family(config))
 
 
 def graph_files(task: str | None) -> tuple[str, ...]:

@@ -16,12 +16,16 @@ import numpy as np
 
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused
+from lora_export.graph.cache_names import IMAGE_SIZES
+from lora_export.models.image_sizes import ROW_TOWER
+from lora_export.models.image_text import image_family
 from lora_export.models.processors import PIXELS, open_image_processor, read_image, refusing_failures
 from lora_export.runtime.generation.decoder import ImageText
 from lora_export.runtime.runner import Arrays
 from lora_export.storage import input_files
 
-TileGrid = tuple[int, int]  # rows and columns of an image's tiles, without one of the whole; (0, 0): not divided
+# Rows and columns of an image's tiles, without one of the whole, or of its tokens; (0, 0): not divided
+TileGrid = tuple[int, int]
 
 
 class ImageSize(NamedTuple):
@@ -86,6 +90,12 @@ def _by_tile(image: Written) -> str:
     return f"{''.join(lines)}{end}{begin}<global-img>{tokens}{begin}"
 
 
+def _in_rows(image: Written) -> str:
+    """The image row by row, each with a token behind it."""
+    rows, columns = image.grid
+    return "[IMG_BREAK]".join([image.token * columns] * rows) + "[IMG_END]"
+
+
 def _begin_and_line(text: str, marker: str, tokenizer: Any) -> str:
     """Images, the token that begins a text, the text, and the end of its line."""
     before, found, after = text.rpartition(marker)
@@ -102,7 +112,8 @@ class ImageRule:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the image processor
 
 
-RULES: Mapping[str, ImageRule] = {  # by the type of the model
+RULES: Mapping[str, ImageRule] = {  # by the family of the model
+    ROW_TOWER: ImageRule(_in_rows),
     "gemma3": ImageRule(_in_lines, marker="boi_token"),
     "paligemma": ImageRule(frame=_begin_and_line),
     "internvl": ImageRule(_between_tokens, options={"crop_to_patches": True}),
@@ -111,8 +122,9 @@ RULES: Mapping[str, ImageRule] = {  # by the type of the model
 
 
 def rule_of(settings: GenerationSettings) -> ImageRule:
-    """The rule for the type of the model that a folder's config names."""
-    return RULES.get(str(settings.value("model_type")), ImageRule())
+    """The rule for the family of the model that a folder's config names."""
+    config = {name: settings.value(name) for name in ("model_type", "vision_config")}
+    return RULES.get(image_family(config), ImageRule())
 
 
 @dataclass(frozen=True)
@@ -162,12 +174,13 @@ def read_images(images: Sequence[Path], model: ImageText, settings: GenerationSe
     """
     if not images:
         return ReadImages()
-    folder, rule = settings.folder, rule_of(settings)
+    folder = settings.folder
+    options = {**rule_of(settings).options, **({"patch_size": model.pixels} if model.pixels else {})}
     processor = open_image_processor(folder)
     for path in map(Path, images):
         input_files.must_be_regular(path)
     with refusing_failures("the image processor fails on the images"):
-        made = processor([read_image(Path(path)) for path in images], return_tensors="np", **rule.options)
+        made = processor([read_image(Path(path)) for path in images], return_tensors="np", **options)
     if lacking := [name for name in model.image_inputs if name not in made]:
         raise InputRefused(f"the image processor in {folder} makes no {', '.join(lacking)}, which the graph takes")
     if np.any(made.get("num_crops", 0)):
@@ -175,6 +188,8 @@ def read_images(images: Sequence[Path], model: ImageText, settings: GenerationSe
     for name, sizes in model.image_inputs.items():
         refuse_other_shape(made[name].shape[1:], sizes[1:], name)
     inputs = {name: made[name].astype(np.float32 if name == PIXELS else np.int64) for name in model.image_inputs}
+    if model.pixels:
+        return ReadImages(inputs, grids=[(high, wide) for high, wide in (inputs[IMAGE_SIZES] // model.pixels).tolist()])
     rows, columns = (np.array(made.get(name, [0] * len(images))).reshape(-1).tolist() for name in ("rows", "cols"))
     grids = list(zip(rows, columns, strict=True))
     tiles = made.get("num_patches", [high * wide + 1 for high, wide in grids])

@@ -47,11 +47,12 @@ from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.cached_decoder import export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
+from lora_export.models.image_parts import image_parts, without_image_pairs
 from lora_export.models.image_text import export_image_text
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import is_streamed
 from lora_export.models.traced_lengths import OF_TEXTS, longest_traced
-from lora_export.options.export import IMAGE_TEXT_TO_TEXT
+from lora_export.options.export import IMAGE_TEXT_TO_TEXT, TEXT_GENERATION
 from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -72,8 +73,10 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         if options.task:
             base = generating_model(base, options.task, options.on_message)
         adapted = adapted_model(base, given.adapters, given.weights, given, given.on_message)
-        base = adapted.model
-        options = replace(given, adapters=adapted.adapters, weights=adapted.strengths)
+        base, adapters = adapted.model, adapted.adapters
+        if options.task == TEXT_GENERATION:
+            base, adapters = without_image_pairs(base, adapters, given.on_message)
+        options = replace(given, adapters=adapters, weights=adapted.strengths)
         del adapted  # it holds the weights
         options = options.without_head(layers.specs(base.module), stored_in_module(base.module))
         future = future_adapters(base, options)
@@ -141,8 +144,11 @@ def _read_when_needed(options: OnnxRequest, why_text_only: str) -> Model | None:
     base = _model(session, options, streamed=True)
     if not is_streamed(base.module):
         return None
-    base = adapted_model(base, options.adapters, options.weights, options, ignore).model
-    return base.without_images(why_text_only) if why_text_only else base
+    adapted = adapted_model(base, options.adapters, options.weights, options, ignore)
+    if options.task:
+        base = generating_model(adapted.model, options.task, ignore)
+        return without_image_pairs(base, adapted.adapters, ignore)[0] if options.task == TEXT_GENERATION else base
+    return adapted.model.without_images(why_text_only) if why_text_only else adapted.model
 
 
 def _exported(base: Model, options: OnnxRequest) -> tuple[Model, dict[str, ir.Model], str]:
@@ -224,6 +230,7 @@ def future_adapters(base: Model, options: OnnxRequest) -> list[Adapter]:
     if targets is None:
         return []
     linear: dict[str, Any] = {"rank": 1, "alpha": 1.0, "seed": 0, "name": "target", "linear_only": True}
+    linear["exclude"] = image_parts(base)
     return [layers.create_adapter(base.module, targets=targets, **linear)]
 
 

@@ -63,7 +63,9 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.adapter_values import generated_adapters, with_filled_slots
     from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
+    from lora_export.models.image_parts import without_image_pairs
     from lora_export.runtime.endpoint.runner import EndpointRunner
+    from lora_export.runtime.kv_cache import graph_of
     from lora_export.runtime.onnx_runner import OnnxRunner
     from lora_export.runtime.open_artifact import HowToOpen, open_candidate
     from lora_export.runtime.several_graphs import SeveralGraphs
@@ -111,6 +113,9 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             make_references = functools.partial(EndpointReferences, others=load_adapters(request.other))
         takes: Collection[str] = runner.axes or getattr(runner, "input_names", ())
         base = base.taking(takes).without_token_types(takes)
+        if graph_of(runner) is not None:
+            base, adapters = without_image_pairs(base, adapted.adapters, on_message)
+            adapted = replace(adapted, adapters=adapters)
         release_memory(of=fp64_bytes(base.module))
         references = make_references(
             base,

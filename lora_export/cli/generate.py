@@ -64,14 +64,14 @@ def generate_command(
     FOLDER is an output of `lora-export onnx --with-cache`, with the tokenizer beside the graphs, or an .onnx. A single
     text is shown while it is generated. The same seed gives the same text.
     """
-    from lora_export.api.generate import generate
+    from lora_export.api.generate import count_texts, generate
 
     if [bool(texts), bool(sounds), bool(images)].count(True) != 1 and not (texts and images and not sounds):
         raise WrongUsage(
             "give --prompt TEXT, --audio FILE for a speech model, or --image FILE for a model that reads images, "
             "with or without --prompt"
         )
-    streams = len(images or sounds or texts) == 1 and len(texts) < 2 and not as_json
+    streams = not as_json and count_texts(options["source"], sounds or texts, images) == 1
     results = generate(
         prompts=sounds or texts,
         images=images,

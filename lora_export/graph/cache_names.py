@@ -20,7 +20,9 @@ IMAGE_FEATURES = "image_outputs.pooler_output"  # of the model in PyTorch
 GRIDS, TOKEN_TYPES = "image_grid_thw", "token_type_ids"  # of images, and of tokens
 TOKEN_TYPE_INPUTS = ("mm_token_type_ids", TOKEN_TYPES)
 PIXEL_MASK = "pixel_attention_mask"  # of images: 0 where there is none
-IMAGE_INPUTS = ("pixel_values", GRIDS, PIXEL_MASK)  # of a vision encoder
+IMAGE_SIZES = "image_sizes"  # heights and widths
+IMAGE_INPUTS = ("pixel_values", GRIDS, PIXEL_MASK, IMAGE_SIZES)  # of a vision encoder
+TOKEN_COUNTS = "image_token_counts"  # its output where only it knows how many tokens each image has
 LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"  # of the cache's inputs and outputs: `past_key_values.0.key`
 KEY_VALUE = ("key", "value")
@@ -70,6 +72,7 @@ class ImageTokens:
     token: int
     merge: int = 0  # patches of a grid that become one token, along each side; 0: positions count the tokens
     two_way: int | None = None  # the type of the tokens that attend to each other in both directions; None: no token
+    pixels: int = 0  # of a token along each side, where images are rows of tokens
 
     @property
     def properties(self) -> dict[str, str]:
@@ -82,9 +85,9 @@ def image_tokens_of(metadata: Mapping[str, str], graph: Path) -> ImageTokens:
     if IMAGE_TOKENS_KEY not in metadata:
         raise InputRefused(f"{graph} does not record the token of its images: it was not made by lora-export")
     content = parse_json(metadata[IMAGE_TOKENS_KEY].encode(errors="surrogatepass"), f"the image token in {graph}")
-    numbers: list[Any] = [content.get("token"), content.get("merge", 0)]
+    numbers: list[Any] = [content.get("token"), content.get("merge", 0), content.get("pixels", 0)]
     two_way = content.get("two_way")
     is_type = two_way is None or (type(two_way) is int and two_way in (0, 1))
     if not is_type or not all(type(number) is int and 0 <= number < 1 << 31 for number in numbers):
         raise InputRefused(f"{graph} records no token of its images: {content!r}")
-    return ImageTokens(numbers[0], numbers[1], two_way)
+    return ImageTokens(numbers[0], numbers[1], two_way, numbers[2])

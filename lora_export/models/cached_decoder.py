@@ -13,6 +13,7 @@ of zeros, so that a graph of such a model takes one token of each row in a run.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import re
@@ -39,6 +40,7 @@ from lora_export.graph.cache_names import (
     PRESENT_RECURRENT,
     TOKEN_TYPES,
 )
+from lora_export.models.deepstack import deepstack_in_embeds, embeds_of
 from lora_export.models.export import exported_with_cache, name_axes
 from lora_export.models.model import Axes, ModelInputs
 from lora_export.models.tracing import USE_CACHE, cache_setting, is_hugging_face, named_failures, tracing
@@ -182,7 +184,8 @@ def export_decoder(
         inputs[TOKEN_TYPES], axes[TOKEN_TYPES] = torch.zeros_like(inputs[MASK]), axes[MASK]
     dynamic: dict[str, Any] = {name: dict.fromkeys(own, Dim.DYNAMIC) for name, own in axes.items()}
     dynamic[past.keyword] = [dict.fromkeys(own, Dim.DYNAMIC) for own in past.varying_axes]
-    with tracing(module), cache_setting(module, to=True):  # InternVL reads the setting of its config
+    features = deepstack_in_embeds(module) if takes_embeds else contextlib.nullcontext()
+    with tracing(module), cache_setting(module, to=True), features:  # InternVL reads the setting of its config
         program = exported_with_cache(module, {**inputs, past.keyword: past.cache, USE_CACHE: True}, dynamic, opset)
     for value in list(program.graph.inputs):  # a model may take positions and not read them
         if value.name == POSITION_IDS and not value.uses():
@@ -217,8 +220,8 @@ def _inputs(module: nn.Module, past: DecoderCache) -> tuple[ModelInputs, Axes]:
 
 def _with_embeds(module: Any, inputs: ModelInputs, axes: Axes) -> tuple[ModelInputs, Axes]:
     """The inputs with embeddings in place of token ids, and with positions on each axis of a grid."""
-    features = module.get_input_embeddings()(inputs[IDS])
-    inputs = {EMBEDS: features.detach(), **{name: value for name, value in inputs.items() if name != IDS}}
+    others = {name: value for name, value in inputs.items() if name != IDS}
+    inputs = {EMBEDS: embeds_of(module, inputs[IDS]).detach(), **others}
     axes = {EMBEDS: axes[IDS], **{name: own for name, own in axes.items() if name != IDS}}
     if POSITION_IDS in inputs and has_grid_positions(module):
         inputs[POSITION_IDS] = inputs[POSITION_IDS].expand(GRID_AXES, -1, -1).contiguous()

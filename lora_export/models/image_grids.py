@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.graph.cache_names import FEATURES
+from lora_export.models.deepstack import all_features
 from lora_export.models.image_encoders import PartOf
 
 TOWER = "visual"
@@ -68,6 +69,30 @@ def windows(places: PatchPlaces, grids: Tensor, merge: int, size: int) -> Window
     key = (window * size + row % size) * size + column % size
     order = torch.argsort(key)
     return Windows(order, window[order].repeat_interleave(merge**2))
+
+
+class PositionTaps(NamedTuple):
+    """The rows of a table of positions that each patch reads (patches, 4), and the weight of each."""
+
+    indices: Tensor
+    weights: Tensor
+
+
+def position_taps(places: PatchPlaces, grids: Tensor, side: int) -> PositionTaps:
+    """Where patches are in a table of `side` x `side` positions, whose corners are those of each image (Qwen3-VL)."""
+    (above, vertical), (left, horizontal) = (
+        _two_taps(place, grids[:, axis][places.image], side) for axis, place in ((1, places.row), (2, places.column))
+    )
+    indices = above[:, :, None] * side + left[:, None, :]
+    return PositionTaps(indices.flatten(1), (vertical[:, :, None] * horizontal[:, None, :]).flatten(1))
+
+
+def _two_taps(place: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The two neighbours (patches, 2) along a side of the table, and their weights in linear interpolation."""
+    exact = place.float() * (side - 1) / (size - 1).clamp(min=1)
+    first = exact.floor()
+    second = (first + 1).clamp(max=side - 1)  # of no weight where it is beyond the table
+    return torch.stack([first, second], 1).long(), torch.stack([1 - (exact - first), exact - first], 1)
 
 
 def _before(counts: Tensor) -> Tensor:
@@ -132,4 +157,7 @@ class GridEncoder(PartOf):
             size = tower.window_size // merge // tower.patch_size
             order, window = windows(places, image_grid_thw, merge, size)
             given |= {"window_index": order, "cu_window_seqlens": window, "max_window_seqlen": 1}
-        return {FEATURES: tower(pixel_values, grid_thw=image_grid_thw, **given).pooler_output}
+        if hasattr(tower, "num_grid_per_side"):
+            taps = position_taps(places, image_grid_thw, tower.num_grid_per_side)
+            given |= {"interp_indices": taps.indices, "interp_weights": taps.weights}
+        return {FEATURES: all_features(tower(pixel_values, grid_thw=image_grid_thw, **given))}

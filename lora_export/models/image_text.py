@@ -4,8 +4,8 @@ The vision encoder takes the images and returns `image_features` [tokens of all 
 The embedding takes `input_ids` [batch, sequence] and returns `inputs_embeds` [batch, sequence, features]. The program
 that runs the graphs puts the features in place of the embeddings of the images' tokens. The decoder is that of
 `cached_decoder`, with `inputs_embeds` in place of `input_ids`. That of a model whose tokens of an image attend to each
-other also takes `token_type_ids` [batch, past + sequence]. transformers.js has the same three graphs with the same
-names.
+other also takes `token_type_ids` [batch, past + sequence]. `deepstack` has what later layers add. transformers.js has
+the same three graphs with the same names.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from lora_export.graph.cache_names import (
     ImageTokens,
 )
 from lora_export.models.cached_decoder import BATCH_SYMBOL, SEQUENCE_SYMBOL, export_decoder
+from lora_export.models.deepstack import all_features, embeds_of
 from lora_export.models.export import to_onnx
 from lora_export.models.image_encoders import PartOf, listed_images, masked_tiles, whole_images
 from lora_export.models.image_grids import grid_images
+from lora_export.models.image_sizes import ROW_TOWER, pixels_of_token, row_images, sized_tiles
 from lora_export.models.model import Axes, Model, ModelInputs
 from lora_export.models.tracing import convert_outputs
 
@@ -42,20 +44,38 @@ class Images(NamedTuple):
     """How the images of one type of model are exported."""
 
     encoder: Callable[[Any], AbstractContextManager[nn.Module]]
-    towers: tuple[str, ...] = ()  # the types of its vision tower that are exported; empty: all
     two_way: int | None = None  # the type of the tokens that attend to each other in both directions; None: no token
 
 
-IMAGE_FAMILIES: Mapping[str, Images] = {  # by the type of the model
-    "llava": Images(listed_images, towers=("clip_vision_model", "siglip_vision_model")),
+IMAGE_FAMILIES: Mapping[str, Images] = {  # by the type of the model, and of a tower that decides alone
+    "llava": Images(listed_images),
+    ROW_TOWER: Images(row_images),
+    "llava_next": Images(sized_tiles),
     "qwen2_vl": Images(grid_images),
     "qwen2_5_vl": Images(grid_images),
+    "qwen3_vl": Images(grid_images),
     "gemma3": Images(whole_images, two_way=1),
     "paligemma": Images(whole_images, two_way=0),
     "internvl": Images(whole_images),
     "idefics3": Images(masked_tiles),
     "smolvlm": Images(masked_tiles),
 }
+# Models that have a tower of a type that their config names -> the types that are exported
+TOWERS: Mapping[str, tuple[str, ...]] = {
+    "llava": ("clip_vision_model", "siglip_vision_model", ROW_TOWER),
+    "llava_next": ("clip_vision_model", "siglip_vision_model"),
+    "mistral3": (ROW_TOWER,),
+}
+
+
+def image_family(config: Mapping[str, Any]) -> str:
+    """The key of IMAGE_FAMILIES for a model with this config; "" where there is none."""
+    kind, vision = config.get("model_type"), config.get("vision_config")
+    tower = vision.get("model_type") if isinstance(vision, dict) else None
+    if not isinstance(kind, str) or tower not in (None, *TOWERS.get(kind, (tower,))):
+        return ""
+    family = ROW_TOWER if kind in TOWERS and tower == ROW_TOWER else kind
+    return family if family in IMAGE_FAMILIES else ""
 
 
 class ImageTextGraphs(NamedTuple):
@@ -73,13 +93,15 @@ def export_image_text(model: Model, *, opset: int | None = None) -> ImageTextGra
     refuses a part of the model.
     """
     module: Any = model.module
-    images = IMAGE_FAMILIES[module.config.model_type]
+    family = image_family(module.config.to_dict())
+    images = IMAGE_FAMILIES[family]
     inputs = {name: value for name, value in model.example_inputs().items() if name in IMAGE_INPUTS}
     with images.encoder(module) as encoder:
         vision = _part(encoder, inputs, {name: model.axes[name] for name in inputs}, opset)
     merge = module.config.vision_config.spatial_merge_size if GRIDS in inputs else 0
+    pixels = pixels_of_token(module.config) if family == ROW_TOWER else 0
     (token,) = model.placeholders
-    vision.metadata_props.update(ImageTokens(token, merge, images.two_way).properties)
+    vision.metadata_props.update(ImageTokens(token, merge, images.two_way, pixels).properties)
     ids = {IDS: model.example_inputs()[IDS]}
     embedding = _part(_Embedding(module), ids, {IDS: {0: BATCH_SYMBOL, 1: SEQUENCE_SYMBOL}}, opset)
     with _token_types_behind_a_cache():
@@ -107,7 +129,7 @@ class _Embedding(PartOf):
     """The embeddings of tokens, without those of images."""
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {EMBEDS: self.model.get_input_embeddings()(input_ids)}
+        return {EMBEDS: embeds_of(self.model, input_ids)}
 
 
 def return_image_features(module: nn.Module) -> None:
@@ -116,6 +138,4 @@ def return_image_features(module: nn.Module) -> None:
 
 
 def _logits_and_features(outputs: Any) -> dict[str, torch.Tensor]:
-    found = outputs.image_outputs.pooler_output
-    images = found if isinstance(found, list | tuple) else [found]
-    return {LOGITS: outputs.logits, IMAGE_FEATURES: torch.cat([each.flatten(0, -2) for each in images])}
+    return {LOGITS: outputs.logits, IMAGE_FEATURES: all_features(outputs.image_outputs)}

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lora_export.errors import InputRefused
-from lora_export.graph.cache_names import GRIDS, PIXEL_MASK
+from lora_export.graph.cache_names import GRIDS, IMAGE_SIZES, PIXEL_MASK
+from lora_export.models.image_sizes import ROW_TOWER, best_resolutions, pixels_of_token
 from lora_export.models.model import Axes, ModelInputs, Sizes, in_dtype_of
 from lora_export.models.processors import PIXELS, PROCESSOR
 from lora_export.models.tracing import first_line
@@ -158,9 +159,10 @@ def _is_number(value: Any) -> bool:
 # --- Forms in which language models take images ---
 
 IMAGES, PATCHES = "images", "patches"  # symbols of the number of images, and of the patches of all of them
-IMAGE_SIZES = "image_sizes"  # an input
+HEIGHT, WIDTH, TILES = "height", "width", "tiles"  # symbols of padded images, and of the tiles of an image
 PATCHES_ACROSS = (2, 3)  # of the first image and the second, after the merge of neighbours; both are 2 high
 HIGH = 2
+MORE_PADDING = 3  # the number of images, modulo this, is added to the padding: it is not always that of the trace
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class ImageForm:
     axes: Axes  # that vary, of the inputs that `draw` makes
     draw: Callable[[int, torch.Generator], ModelInputs]  # of so many images
     patches: Callable[[int], int] = lambda _: 0  # of an image, by its number; 0 where they are no axis
+    sizes: Callable[[int], Sizes] = lambda _: {}  # that the number of images determines
     note: str = ""
 
 
@@ -180,6 +183,9 @@ def image_forms(config: Any, takes: Sequence[str], folder: Path) -> Iterator[Ima
     """
     if GRIDS in takes:
         yield _patches(config, folder)
+        return
+    if IMAGE_SIZES in takes and getattr(getattr(config, "vision_config", None), "model_type", "") == ROW_TOWER:
+        yield _padded(config, folder)
         return
     shape, note = image_shape(config, folder)
     values, sizes = pixel_range(folder, shape[0]), torch.tensor([shape[1:]])
@@ -199,16 +205,10 @@ def image_forms(config: Any, takes: Sequence[str], folder: Path) -> Iterator[Ima
     yield ImageForm({PIXELS: {0: IMAGES}}, whole, note=note)
     if IMAGE_SIZES not in takes:
         return
-    axes: Axes = {PIXELS: {0: IMAGES}, IMAGE_SIZES: {0: IMAGES}}
-    yield ImageForm(axes, whole_with_sizes, note=note)
+    yield ImageForm({PIXELS: {0: IMAGES}, IMAGE_SIZES: {0: IMAGES}}, whole_with_sizes, note=note)
     if tiles := _most_tiles(config, folder, shape):
         refuse_huge(folder, "the tiles of an image", (tiles, *shape))
-
-        def tiled(images: int, generator: torch.Generator) -> ModelInputs:
-            pixels = draw_pixels((images, tiles, *shape), values, generator)
-            return {PIXELS: pixels, IMAGE_SIZES: sizes.repeat(images, 1)}
-
-        yield ImageForm(axes, tiled, note=note)
+        yield _tiled(config, folder, shape, note)
 
 
 def _masked_edges(images: int, shape: Sequence[int], vision: Any, generator: torch.Generator) -> Tensor:
@@ -255,14 +255,63 @@ def _patches(config: Any, folder: Path) -> ImageForm:
     def patches(image: int) -> int:
         return int(grids[image % len(grids)].prod())
 
+    def all_patches(images: int) -> int:
+        return sum(map(patches, range(images)))
+
     def draw(images: int, generator: torch.Generator) -> ModelInputs:
-        count = sum(map(patches, range(images)))
+        count = all_patches(images)
         pixels = draw_pixels((count, channels, frames * size, size), values, generator)
         is_upright = torch.rand(images, 1, generator=generator) < 1 / 2  # as many patches: it may be drawn again alone
         own = grids.repeat(images, 1)[:images]
         return {PIXELS: pixels.reshape(count, -1), GRIDS: torch.where(is_upright, own[:, [0, 2, 1]], own)}
 
-    return ImageForm({PIXELS: {0: PATCHES}, GRIDS: {0: IMAGES}}, draw, patches)
+    axes: Axes = {PIXELS: {0: PATCHES}, GRIDS: {0: IMAGES}}
+    return ImageForm(axes, draw, patches, lambda images: {PATCHES: all_patches(images)})
+
+
+def _padded(config: Any, folder: Path) -> ImageForm:
+    """Images of several sizes, padded to one that is wider than high, and the height and width of each (Pixtral)."""
+    vision = config.vision_config
+    channels = getattr(vision, "num_channels", CHANNELS)
+    size, merged = getattr(vision, "patch_size", None), getattr(config, "spatial_merge_size", 1)
+    refuse_huge(folder, "a patch", (channels, size, merged))
+    pixels = pixels_of_token(config)
+    tokens = torch.tensor([[HIGH, PATCHES_ACROSS[1]], [1, 2 * PATCHES_ACROSS[1] - 1]])  # high and wide
+    refuse_huge(folder, "a padded image", (channels, *[(int(tokens.max()) + MORE_PADDING) * pixels] * 2))
+    values = pixel_range(folder, channels)
+
+    def sizes(images: int) -> Sizes:
+        longest = int(tokens[:images].max()) + images % MORE_PADDING
+        return {HEIGHT: longest * pixels, WIDTH: (longest + 1) * pixels}
+
+    def draw(images: int, generator: torch.Generator) -> ModelInputs:
+        drawn = draw_pixels((images, channels, *sizes(images).values()), values, generator)
+        is_upright = torch.rand(images, 1, generator=generator) < 1 / 2  # as many tokens: it may be drawn again alone
+        own = tokens.repeat(images, 1)[:images] * pixels
+        return {PIXELS: drawn, IMAGE_SIZES: torch.where(is_upright, own.flip(1), own)}
+
+    axes: Axes = {PIXELS: {0: IMAGES, 2: HEIGHT, 3: WIDTH}, IMAGE_SIZES: {0: IMAGES}}
+    return ImageForm(axes, draw, sizes=sizes)
+
+
+def _tiled(config: Any, folder: Path, shape: tuple[int, int, int], note: str) -> ImageForm:
+    """A whole image and its tiles, padded to a number of tiles, and the height and width of each image (LLaVA-NeXT)."""
+    resolutions = config.image_grid_pinpoints
+    _, high, wide = shape
+    own = torch.tensor([[high, wide + wide // 2], [high + high // 4, 2 * wide + 1]])
+    values = pixel_range(folder, shape[0])
+    best = [resolutions[number] for number in best_resolutions(own, resolutions).tolist()]
+    counts = [1 + -(-rows // high) * -(-columns // wide) for rows, columns in best]  # rounded up
+
+    def sizes(images: int) -> Sizes:
+        return {TILES: max(counts[:images]) + images % MORE_PADDING}
+
+    def draw(images: int, generator: torch.Generator) -> ModelInputs:
+        pixels = draw_pixels((images, sizes(images)[TILES], *shape), values, generator)
+        return {PIXELS: pixels, IMAGE_SIZES: own.repeat(images, 1)[:images]}
+
+    axes: Axes = {PIXELS: {0: IMAGES, 1: TILES}, IMAGE_SIZES: {0: IMAGES}}
+    return ImageForm(axes, draw, sizes=sizes, note=note)
 
 
 PLACEHOLDER_NAMES = ("image_token_id", "image_token_index")  # fields of a config
@@ -290,8 +339,7 @@ class ImagesInText:
 
     def derived(self, sizes: Sizes) -> Sizes:
         """The sizes of all inputs, from those with the length of the text alone as `sequence`."""
-        patches = {PATCHES: sum(map(self.form.patches, range(sizes[IMAGES])))} if PATCHES in sizes else {}
-        return {**sizes, "sequence": sizes["sequence"] + self._longest(sizes), **patches}
+        return {**sizes, "sequence": sizes["sequence"] + self._longest(sizes), **self.form.sizes(sizes[IMAGES])}
 
     def text_length(self, sizes: Sizes) -> int:
         """The tokens of a row beside its images. Raises InputRefused where too few are left."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.graph.cache_names import TOKEN_TYPES
-from lora_export.models.images import PATCHES, ImagesInText, is_token
+from lora_export.models.images import ImagesInText, is_token
 from lora_export.models.model import CHECKED_SIZES, Axes, Limits, MakeInputs, ModelInputs, Sizes
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
@@ -86,8 +86,8 @@ def text_part(
     left_out = _left_out(module, takes, has_images=images is not None, why=why) if avoided else ""
     if images is None:
         return Part(axes, make, not_judged=left_out)
-    sizes = {PATCHES: images.form.patches(0)}  # until the number of images determines it
-    return Part(axes | images.axes, make, sizes, note=images.form.note, not_judged=left_out)
+    first = images.form.sizes(1)  # until the number of images determines them
+    return Part(axes | images.axes, make, first, note=images.form.note, not_judged=left_out)
 
 
 def _left_out(module: Any, takes: list[str], *, has_images: bool, why: str) -> str:

@@ -259,8 +259,11 @@ class ImageTextRunner(SeveralGraphs):
 
     def features(self, inputs: Arrays) -> NDArray[Any]:
         """What the vision encoder makes of images, (tokens, features)."""
-        found: NDArray[Any] = self.vision.run({name: inputs[name] for name in self.image_inputs})[FEATURES]
-        return found
+        return self.encoded(inputs)[FEATURES]
+
+    def encoded(self, inputs: Arrays) -> Arrays:
+        """The outputs of the vision encoder for images."""
+        return self.vision.run({name: inputs[name] for name in self.image_inputs})
 
     def embeds(self, ids: NDArray[np.int64], features: NDArray[Any] | None) -> NDArray[Any]:
         """The embeddings (batch, tokens, features) of tokens, those of images from their features.

@@ -14,6 +14,8 @@ import transformers as hf
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from lora_export.api import generate
+from lora_export.artifacts.files import GRAPH_FILES, IMAGE_TEXT_FILES
 from lora_export.cli.generate import shown_text
 from support.cli import answer, call
 from support.generators import (
@@ -198,3 +200,28 @@ def test_either_texts_or_sounds_or_images_are_given(
 ) -> None:
     assert call("generate", place / "served", *given) == 2
     assert "give --prompt TEXT, --audio FILE for a speech model, or --image FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "prompts", "images", "count"),
+    [(IMAGE_TEXT_FILES, 1, 2, 1), (IMAGE_TEXT_FILES, 2, 1, 2), (GRAPH_FILES, 1, 2, 2), (GRAPH_FILES, 1, 1, 1)],
+)
+def test_a_single_text_is_shown_while_it_is_generated(
+    names: tuple[str, ...],
+    prompts: int,
+    images: int,
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+
+    def made(*, on_text: Any, **_: Any) -> list[generate.Generation]:
+        on_text(0, "streamed")
+        return [generate.Generation("w5", (1, 2), "whole")] * count
+
+    monkeypatch.setattr(generate, "generate", made)
+    assert call("generate", tmp_path, *["--prompt", "w5"] * prompts, *["--image", "a.png"] * images) == 0
+    assert capsys.readouterr().out == ("streamed\n" if count == 1 else "1. w5\nwhole\n2. w5\nwhole\n")

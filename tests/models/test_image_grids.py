@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from lora_export.models.deepstack import all_features
 from lora_export.models.image_grids import GridEncoder, attention_in_groups, patch_places, windows
 from lora_export.models.load import load_model
 from support.small_models import small_model
@@ -32,7 +33,7 @@ def test_places_and_windows_are_those_of_transformers(grids: list[list[int]]) ->
     assert counts.tolist() == ends.diff().tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_features_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     module = load_model(str(small_model(name, tmp_path))).module
     encoder = GridEncoder(module)
@@ -40,7 +41,7 @@ def test_features_are_those_of_the_model(name: str, tmp_path: Path) -> None:
         grid = torch.tensor(grids)
         patches = torch.randn(int(grid.prod(1).sum()), 96, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            expected = torch.cat(module.get_image_features(patches, grid).pooler_output)
+            expected = all_features(module.get_image_features(patches, grid))
             with attention_in_groups(module.base_model.visual):
                 found = encoder(patches, grid)["image_features"]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)

@@ -161,10 +161,28 @@ def test_whole_images_come_first_then_with_sizes_then_tiles(tmp_path: Path) -> N
     whole, sized, tiled = image_forms(config, ["pixel_values", "image_sizes"], tmp_path)
     assert shapes(whole.draw(2, generator())) == {"pixel_values": (2, 3, 8, 8)}
     assert shapes(sized.draw(2, generator())) == {"pixel_values": (2, 3, 8, 8), "image_sizes": (2, 2)}
-    # The whole image and the six tiles of the largest resolution
-    assert shapes(tiled.draw(2, generator())) == {"pixel_values": (2, 7, 3, 8, 8), "image_sizes": (2, 2)}
-    assert tiled.draw(1, generator())["image_sizes"].tolist() == [[8, 8]]
-    assert [form.axes["pixel_values"] for form in (whole, sized, tiled)] == [{0: "images"}] * 3
+    # The whole image, the two tiles of the first resolution or the six of the other, and padding
+    assert shapes(tiled.draw(1, generator())) == {"pixel_values": (1, 3 + 1, 3, 8, 8), "image_sizes": (1, 2)}
+    assert shapes(tiled.draw(2, generator())) == {"pixel_values": (2, 7 + 2, 3, 8, 8), "image_sizes": (2, 2)}
+    assert tiled.draw(2, generator())["image_sizes"].tolist() == [[8, 12], [10, 17]]
+    axes = [form.axes["pixel_values"] for form in (whole, sized, tiled)]
+    assert axes == [{0: "images"}, {0: "images"}, {0: "images", 1: "tiles"}]
+
+
+def test_padded_images_of_rows_have_several_sizes(tmp_path: Path) -> None:
+    vision = {"model_type": "pixtral", "patch_size": 4}
+    config = SimpleNamespace(vision_config=SimpleNamespace(**vision), spatial_merge_size=2)
+    (form,) = image_forms(config, ["pixel_values", "image_sizes"], tmp_path)
+    for images in (1, 2, 3):
+        made = form.draw(images, generator())
+        assert dict(zip(("height", "width"), made["pixel_values"].shape[2:], strict=True)) == form.sizes(images)
+        assert {tuple(sorted(size)) for size in made["image_sizes"].tolist()} == {(16, 24), (8, 40)} or images == 1
+        assert (made["image_sizes"].amax(0) <= torch.tensor(made["pixel_values"].shape[2:])).all()
+    assert len({tuple(form.sizes(images).values()) for images in (1, 2, 3)}) == 3
+    for changes in ({"patch_size": None}, {"patch_size": 0}, {"patch_size": 10**6}, {"num_channels": "a"}):
+        broken = SimpleNamespace(vision_config=SimpleNamespace(**{**vision, **changes}), spatial_merge_size=2)
+        with pytest.raises(InputRefused, match=r"a (patch|padded image) has the shape"):
+            list(image_forms(broken, ["pixel_values", "image_sizes"], tmp_path))
 
 
 def test_grids_hold_the_patches_that_are_drawn(tmp_path: Path) -> None:

@@ -63,8 +63,9 @@ def test_a_text_too_short_for_its_images_is_refused() -> None:
         inserted.text_length({"batch": 1, "images": 2, "sequence": 8})
 
 
-FAMILIES = ["llava", "paligemma", "gemma3", "internvl", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"]
-IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
+FAMILIES = ["llava", "paligemma", "gemma3", "internvl", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES += ["llava_next", "pixtral", "mistral3"]
+IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -84,7 +85,7 @@ def test_each_family_gets_as_many_placeholders_as_features(name: str, tmp_path: 
     assert 0 in rows and len(rows) >= 3  # rows without an image, with one, and with two
 
 
-@pytest.mark.parametrize("name", ["llava", "idefics3", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "idefics3", "qwen2_vl", "mistral3"])
 def test_another_draw_of_one_input_alone_is_valid(name: str, tmp_path: Path) -> None:
     model = load_model(str(small_model(name, tmp_path)))
     sizes = model.checked_sizes({})[2]

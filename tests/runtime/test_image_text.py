@@ -23,8 +23,9 @@ from support.image_text import MARKERS, generated_by_transformers, image_files, 
 from support.slow import slow_but
 from support.small_models import small_model
 
-IMAGE_OF = dict.fromkeys(("llava", "paligemma", "internvl", "idefics3", "smolvlm"), "<image>") | MARKERS
-IMAGE_OF |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), "<vision_start> <image> <vision_end>")
+PLAIN = "llava llava_next pixtral mistral3 paligemma internvl idefics3 smolvlm"
+IMAGE_OF = dict.fromkeys(PLAIN.split(), "<image>") | MARKERS
+IMAGE_OF |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<vision_start> <image> <vision_end>")
 FAMILIES = slow_but(["gemma3"], IMAGE_OF)  # whose tokens of an image attend to each other
 
 
@@ -129,7 +130,12 @@ def test_an_adapter_that_one_part_lacks_is_found(made: Path, inside: str, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("made", "lora"), [("llava", "inputs"), ("gemma3", "inputs"), ("gemma3", "nodes")], indirect=["made"]
+    ("made", "lora"),
+    [
+        *[("llava", "inputs"), ("gemma3", "inputs"), ("gemma3", "nodes")],
+        *[("qwen3_vl", "inputs"), ("llava_next", "nodes"), ("pixtral", "inputs"), ("mistral3", "inputs")],
+    ],
+    indirect=["made"],
 )
 def test_adapters_beside_the_weights_give_these_texts(made: Path, lora: str, tmp_path: Path) -> None:
     name, base, adapter = (made / "name").read_text(), made / "base", made / "adapter"

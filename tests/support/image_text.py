@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from support.small_models import MODELS, small_model
 # As in the configs of `small_models`, where 5 is an image's token
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<video>", "<image>", "<video_pad>", "<vision_start>", "<vision_end>"]
 TILES = ["<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2))]
+PARTS = [*TILES, "[IMG_BREAK]", "[IMG_END]"]
 WORDS = ["what", "is", "on", "this", "picture", "and", "that", "one", "?", ":", "compare", "with"]
 CHAT = (
     "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> "
@@ -65,6 +69,10 @@ def _qwen2_vl() -> Any:
 
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava": lambda: hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=SQUARE),
+    "llava_next": lambda: hf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size=SQUARE, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32], [16, 48]]
+    ),
+    **dict.fromkeys(("pixtral", "mistral3"), lambda: hf.PixtralImageProcessorPil(size={"longest_edge": 40})),
     "gemma3": lambda: hf.Gemma3ImageProcessorPil(size=SQUARE),
     "paligemma": lambda: hf.SiglipImageProcessorPil(size=SQUARE, image_seq_length=16),
     "internvl": lambda: hf.GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=False, max_patches=4),
@@ -74,14 +82,14 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
 
 
 def _tokenizer() -> Any:
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS, *TILES])}
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS, *PARTS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     extra = {"image_token": "<image>", "video_token": "<video_pad>"}
     extra |= {"vision_bos_token": "<vision_start>", "vision_eos_token": "<vision_end>"}
     extra |= {"boi_token": "<vision_start>", "eoi_token": "<vision_end>"}  # Gemma 3
     extra |= {"start_image_token": "<vision_start>", "end_image_token": "<vision_end>"}  # InternVL
-    extra |= {"context_image_token": "<image>"} | {f"tile_{number}": token for number, token in enumerate(TILES)}
+    extra |= {"context_image_token": "<image>"} | {f"part_{number}": token for number, token in enumerate(PARTS)}
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens=extra,
@@ -150,7 +158,21 @@ def _without_videos(processor: type[Any], *parts: Any, **options: Any) -> Any:
         return processor(*parts, mock.Mock(spec=[], model_input_names=[]), **options)
 
 
+def _pixtral(*parts: Any, merge: int = 1) -> Any:
+    """The processor of Pixtral, with the module of its image processor that needs no torchvision."""
+    package = "transformers.models.pixtral."
+    pil = importlib.import_module(f"{package}image_processing_pil_pixtral")
+    with mock.patch.dict(sys.modules, {f"{package}image_processing_pixtral": pil}):
+        own = importlib.import_module(f"{package}processing_pixtral")
+    return own.PixtralProcessor(*parts, patch_size=4, spatial_merge_size=merge, image_token="<image>")
+
+
 FULL_PROCESSORS: dict[str, Callable[..., Any]] = {
+    "llava_next": lambda *parts: hf.LlavaNextProcessor(
+        *parts, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ),
+    "pixtral": _pixtral,
+    "mistral3": functools.partial(_pixtral, merge=2),
     "gemma3": lambda *parts: hf.Gemma3Processor(*parts, image_seq_length=4),
     "paligemma": hf.PaliGemmaProcessor,
     "internvl": lambda *parts: _without_videos(hf.InternVLProcessor, *parts, image_seq_length=4),

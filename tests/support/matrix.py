@@ -34,9 +34,7 @@ from support.model_folders import MODEL_FOLDERS, saved_module
 from support.more_models import MORE_MODELS
 from support.small_models import MODELS, words_tokenizer
 
-# `runtime/test_image_text.py` has these, whose images take three graphs
-IN_THREE_GRAPHS = {"idefics3", "smolvlm"}
-EVERY_MODEL = {name: own for name, own in MODELS.items() if name not in IN_THREE_GRAPHS} | MORE_MODELS
+EVERY_MODEL = MODELS | MORE_MODELS
 NAMES = (*EVERY_MODEL, *MODEL_FOLDERS)
 MODES = ("merged", "nodes")
 TRANSFORMERS, OPTIMUM, GENAI = "transformers' exporter", "optimum-onnx", "genai builder"
@@ -57,7 +55,7 @@ LEFT_OUT = {
 }
 # Models whose images the exporter refuses: the graph takes texts alone, and no adapter is on the tower of images.
 TOWERS = r"visual|vision|multi_modal_projector"
-TEXTS_ALONE = {"llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+TEXTS_ALONE = {"llava", "llava_next", "pixtral", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 # What no graph of ours has: see tests/README.md for the reasons.
 REFUSED = {"canine", "mamba"}
 GENAI_BUILDS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "granite"}

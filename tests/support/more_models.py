@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers as hf
 
-from support.small_models import ENCODER_DECODER, GRID, IMAGE, LANGUAGE, TEXT, VISION
+from support.small_models import ENCODER_DECODER, IMAGE, TEXT, VISION
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 # Heads of 16: onnxruntime's attention with a cache takes no smaller ones.
@@ -19,15 +19,6 @@ LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_h
 
 def _of(name: str, **fields: Any) -> Callable[[], Any]:
     return lambda: getattr(hf, f"{name}Config")(**fields)
-
-
-def _qwen3_vl() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    text = {**LANGUAGE, **IDS, "rope_parameters": rope}
-    vision = {**GRID, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "num_position_embeddings": 16}
-    vision |= {"deepstack_visual_indexes": [0]}
-    tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
-    return hf.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
 
 
 def _sam() -> Any:
@@ -164,5 +155,4 @@ MORE_MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "patchtsmixer": ("PatchTSMixerForPrediction", _of("PatchTSMixer", **SERIES, num_layers=2, prediction_length=5)),
     # Texts with images among their tokens
-    "qwen3_vl": ("Qwen3VLForConditionalGeneration", _qwen3_vl),
 }  # fmt: skip

@@ -71,6 +71,21 @@ def _llava() -> Any:
     )  # fmt: skip
 
 
+def _llava_next() -> Any:
+    return hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION, **IMAGE), text_config=hf.LlamaConfig(**LANGUAGE),
+        image_token_index=5, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32], [16, 48]],
+    )  # fmt: skip
+
+
+def _pixtral(name: str) -> Any:
+    vision = hf.PixtralVisionConfig(**VISION, **IMAGE, head_dim=8)
+    merging = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+    merging = merging if name == "Llava" else {"spatial_merge_size": 2}
+    text = {**LANGUAGE, "model_type": "mistral"}
+    return getattr(hf, f"{name}Config")(vision_config=vision, text_config=text, image_token_index=5, **merging)
+
+
 def _paligemma() -> Any:
     vision = {**VISION, **IMAGE, "model_type": "siglip_vision_model", "vision_use_head": False}
     return hf.PaliGemmaConfig(
@@ -192,6 +207,9 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "clap": ("ClapModel", _clap),
     # Texts with images among their tokens
     "llava": ("LlavaForConditionalGeneration", _llava),
+    "llava_next": ("LlavaNextForConditionalGeneration", _llava_next),
+    "pixtral": ("LlavaForConditionalGeneration", lambda: _pixtral("Llava")),
+    "mistral3": ("Mistral3ForConditionalGeneration", lambda: _pixtral("Mistral3")),
     "paligemma": ("PaliGemmaForConditionalGeneration", _paligemma),
     "gemma3": ("Gemma3ForConditionalGeneration", _gemma3),
     "internvl": ("InternVLForConditionalGeneration", _internvl),
@@ -208,6 +226,16 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
             {
                 "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "window_size": 16,
                 "fullatt_block_indexes": [1],
+            },
+        ),
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        lambda: _qwen_vl(
+            "Qwen3VL",
+            {
+                "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 1],
             },
         ),
     ),

@@ -22,14 +22,17 @@ from lora_export.graph.cache_names import (
     DECODER_IDS,
     EMBEDS,
     ENCODER_MASK,
+    FEATURES,
     GRIDS,
     HIDDEN,
     IDS,
+    IMAGE_SIZES,
     LAST_HIDDEN,
     LOGITS,
     MASK,
     POSITION_IDS,
     PRESENT,
+    TOKEN_COUNTS,
     TOKEN_TYPES,
     past_of,
 )
@@ -337,6 +340,7 @@ class ImageText:
         self.decoder = Decoder(folder / MERGED_FILE, provider, EMBEDS, self.graphs.decoder)
         self.longest = self.graphs.longest
         self.token = self.graphs.tokens.token  # of an image
+        self.pixels = self.graphs.tokens.pixels  # of a token along each side, where images are rows of tokens; else 0
         self.image_inputs = {name: self.graphs.vision.axes[name] for name in self.graphs.image_inputs}
 
     def load(self, name: str) -> None:
@@ -359,7 +363,8 @@ class ImageTextRun:
 
     def __init__(self, model: ImageText, images: Arrays, adapter: str | None, tiles: Sequence[int]):
         self.model, self.images, self.adapter, self.tiles = model, images, adapter, tiles
-        self.features = model.graphs.features(images) if images else None
+        self.encoded = model.graphs.encoded(images) if images else {}
+        self.features = self.encoded.get(FEATURES)
         self.run: DecoderRun | None = None
         self.following: NDArray[np.int64] | None = None  # the next position of each row, where images have grids
         self.types: NDArray[np.int64] | None = None  # of all tokens so far, where the decoder takes them
@@ -372,6 +377,10 @@ class ImageTextRun:
         merge = self.model.graphs.tokens.merge
         if merge:
             return [int(patches) // merge**2 for patches in self.images[GRIDS].prod(1)]
+        if TOKEN_COUNTS in self.encoded:
+            return [int(count) for count in self.encoded[TOKEN_COUNTS]]
+        if self.model.pixels:
+            return [int(count) for count in (self.images[IMAGE_SIZES] // self.model.pixels).prod(1)]
         return [len(self.features) // sum(self.tiles) * tiles for tiles in self.tiles]
 
     def step(
