@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +141,13 @@ def sizes_of_branches(
 def is_stateful(module: object) -> bool:
     """Whether a model of transformers keeps a state, as Mamba and hybrids do. False for other modules."""
     return bool(getattr(module, "_is_stateful", False))
+
+
+def adding_to_all_tokens(decoder: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which Qwen3-VL's decoder adds the features of images to the hidden states of all tokens."""
+    name = "_deepstack_process"
+    private(type(decoder).__module__, type(decoder).__name__, name)
+    return mock.patch.object(decoder, name, lambda hidden, _, features: hidden + features)
 
 
 def fusions_for(provider: str) -> Iterator[tuple[Callable[[Any], Any], bool]]:

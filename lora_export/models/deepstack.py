@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
+
+from lora_export.layers.torch_internals import adding_to_all_tokens
 
 
 def deepstack_layers(module: Any) -> int:
@@ -53,7 +54,7 @@ def deepstack_in_embeds(module: Any) -> Iterator[None]:
 
     hook = decoder.register_forward_pre_hook(divide, with_kwargs=True)
     try:
-        with mock.patch.object(decoder, "_deepstack_process", lambda hidden, _, added: hidden + added):
+        with adding_to_all_tokens(decoder):
             yield
     finally:
         hook.remove()
