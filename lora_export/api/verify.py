@@ -21,7 +21,8 @@ from lora_export.api.load import (
     no_adapter_as_model,
     refuse_weights_alone,
 )
-from lora_export.api.verify_outputs import judge_outputs, judge_quantised
+from lora_export.api.verify_outputs import judge_outputs
+from lora_export.api.verify_quantised import judge_quantised
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, artifact_kind, open_artifact
@@ -105,8 +106,8 @@ class Verification:
 def verify(options: VerifyOptions) -> Verification:
     """Prove that a file computes what a PyTorch model with its adapters attached computes.
 
-    `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder or a merged .safetensors file; or
-    the address of a server, as text: https://host/v1.
+    `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder, a merged .safetensors or .gguf
+    file; or the address of a server, as text: https://host/v1.
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, a .pt2, or `(module, inputs)`; for a
     merged GGUF file, the one that it was merged into.
     Without a model, `base` is a checkpoint: nothing is run, and every tensor of a merged folder or file is compared
@@ -315,8 +316,9 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
         raise WrongUsage(
             f"{named('base')} alone judges checkpoints; what an .onnx computes is judged with {named('model')}"
         )
+    stayed_quantised = model is not None and _stayed_quantised(candidate, request.origin)
     is_audit = model is None and (candidate.kind.is_checkpoint or candidate.kind is ArtifactKind.GGUF)
-    if request.calibration is not None and not is_audit:
+    if request.calibration is not None and not (is_audit or stayed_quantised):
         raise WrongUsage(f"{named('calibration')} is for a checkpoint and {named('base')}, without {named('model')}")
     if model is None and not request.adapters:
         raise WrongUsage(
@@ -333,11 +335,30 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
     if of_graphs and not is_graph and request.runner is None:
         raise WrongUsage(f"{named('onnx_adapter')}, {named('adapter_id')} and {named('dtype')} are for .onnx files")
     _check_endpoint(candidate, request)
+    if stayed_quantised:
+        _check_quantised(request)
     if request.layout and model is not None:
         raise WrongUsage(
             f"{named('layout')} is for {named('base')} without {named('model')}: a model determines the layout of its "
             "weights"
         )
+
+
+def _check_quantised(request: VerifyRequest) -> None:
+    """Raise WrongUsage for options of a comparison of outputs, where the weights decide."""
+    given: dict[str, object] = {
+        "atol": request.atol is not None,
+        "rtol": request.rtol is not None,
+        "trace": request.trace,
+        "cache": request.cache,
+        "fixed": request.fixed,
+        "onnx_adapter": request.onnx_adapter,
+        "adapter_id": request.adapter_id is not None,
+        "dtype": request.dtype != "float32",
+        "timeout": request.timeout is not None and request.runner is None,
+    }
+    if names := [named(name) for name, value in given.items() if value]:
+        raise WrongUsage(f"{' and '.join(names)}: CANDIDATE stayed quantised, and is judged by its weights")
 
 
 def _check_endpoint(candidate: Artifact, request: VerifyRequest) -> None:

@@ -23,8 +23,8 @@ def verify_command(candidate: str, as_json: bool, **options: Any) -> int:
 
     CANDIDATE is an .onnx, a TorchScript .pt, a .pt2 of torch.export, a merged Hugging Face folder, or a merged
     .safetensors file with MODEL's weights. MODEL is a Hugging Face folder, `package.module:factory`, `file.py:factory`
-    or a .pt2. The verdict is `same` (exit code 0), `different` (4) or `undecided` (5). Exit code 6 means that the
-    requested provider did not do the work.
+    or a .pt2; for a merged .gguf, the .gguf that it was merged into. The verdict is `same` (exit code 0), `different`
+    (4) or `undecided` (5). Exit code 6 means that the requested provider did not do the work.
 
     CANDIDATE may also be the address of a server, such as https://host/v1: its log-probabilities are compared with
     those of MODEL. The key is in the variable LORA_EXPORT_API_KEY or OPENAI_API_KEY.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -16,8 +16,9 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import lora_export as le
-from lora_export.api import verify_outputs
-from lora_export.api.verify_outputs import RunOutputs, _seconds
+from lora_export.api import verify_quantised
+from lora_export.api.verify_outputs import _seconds
+from lora_export.api.verify_quantised import RunOutputs, _doubts, _with_runner
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
@@ -29,6 +30,7 @@ from support.endpoints import reply, running
 from support.exporters import checkpoint_of, torchscript
 from support.gguf_files import Kind, llama, runnable, write_llama, write_model
 from support.peft_models import trained
+from support.slow import slow
 
 
 def test_another_adapter_is_different_and_returned(place: Path) -> None:
@@ -129,7 +131,7 @@ def test_a_merged_gguf_file_runs_beside_its_base(kind: Kind, least: float, most:
 def test_a_merged_gguf_file_that_shows_nothing_is_undecided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, beside = merged_gguf(tmp_path, Kind.Q4_0)
     assert le.verify(out, **beside)
-    monkeypatch.setattr(verify_outputs, "MOST_COST", 0.1)
+    monkeypatch.setattr(verify_quantised, "MOST_COST", 0.1)
     result = le.verify(out, **beside)
     assert result.verdict.outcome == "undecided" and "no output shows that they are merged" in str(result)
 
@@ -154,19 +156,110 @@ def test_outputs_of_a_library_are_compared_with_those_of_the_base_too() -> None:
         return {"case": {"logits": np.array([[[token], [padding]]], np.float32)}}
 
     padding = {"case": np.array([[False, True]])}
-    outputs = RunOutputs(run(1), run(0), run(0.9), run(0.25, 9), "", padding)
-    assert outputs.figures == pytest.approx({"of_rounding": 0.1, "of_library": 0.65}, rel=1e-5)
-    assert outputs.is_nearer_to_base and not outputs._replace(loaded=run(0.5, 9)).is_nearer_to_base
+    outputs = RunOutputs(run(1), run(0), run(0.9), run(0.225, 9), "", padding)
+    assert outputs.figures == pytest.approx({"of_rounding": 0.1, "of_library": 0.675, "strength": 0.25}, rel=1e-5)
+    assert outputs._replace(own=run(0)).figures["strength"] == 1
 
 
-@pytest.mark.parametrize(("runner", "outcome"), [("gguf_by_transformers", "same"), ("base_of_gguf", "undecided")])
-def test_a_runner_runs_a_merged_gguf_file(runner: str, outcome: str, tmp_path: Path) -> None:
-    out, beside = merged_gguf(tmp_path, Kind.Q8_0)
+@pytest.mark.parametrize(
+    ("runner", "outcome", "says"),
+    [
+        slow("gguf_by_transformers", "same", "have 1 of the merged change"),
+        slow("base_of_gguf", "undecided", "so the adapters are run at another strength, or not at all"),
+        ("half_of_gguf", "undecided", "have 0.5 of the merged change"),
+    ],
+)
+def test_a_runner_runs_a_merged_gguf_file(
+    runner: str, outcome: str, says: str, small_gguf: tuple[Path, dict[str, Any]]
+) -> None:
+    out, beside = small_gguf
     result = le.verify(out, runner=f"{RUNNERS}:{runner}", **beside)
-    assert result.verdict.outcome == outcome
+    assert result.verdict.outcome == outcome and says in str(result)
     assert f"as {RUNNERS}:{runner} runs it, they are" in str(result)
-    with pytest.raises(RuntimeRefused, match=r"returns logits \[.*\], and the model logits \["):
-        le.verify(out, runner=f"{RUNNERS}:last_token_of_gguf", **beside)
+    assert f"run by the runner {RUNNERS}:{runner}" in result.verdict.notes
+
+
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    return merged_gguf(tmp_path_factory.mktemp("gguf"), Kind.Q8_0)
+
+
+class Returns:
+    """A runner that returns the same to each case."""
+
+    name, names_known, notes, cannot_give = "mine", True, ("run by mine",), ("states",)
+
+    def __init__(self, **outputs: Any):
+        self.outputs = outputs
+
+    def run(self, _: Any) -> Any:
+        return self.outputs
+
+
+LOGITS = np.ones((1, 2), np.float32)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"logits": LOGITS[:, :1]}, {"logits": LOGITS.astype(np.int64)}, {"x": LOGITS}])
+def test_what_is_no_output_of_the_model_is_refused(wrong: dict[str, Any]) -> None:
+    own = {"case": {"logits": LOGITS}}
+    with pytest.raises(RuntimeRefused, match=r"runner mine returns .*, and the model logits \[1, 2\] float32"):
+        _with_runner(RunOutputs(own, own, own, None, "", {}), cast(Any, Returns(**wrong)), {"case": {}})
+
+
+def test_outputs_that_a_runner_leaves_out_are_not_judged() -> None:
+    own = {"case": {"logits": LOGITS, "hidden": LOGITS}}
+    found = _with_runner(RunOutputs(own, own, own, None, "", {}), cast(Any, Returns(logits=LOGITS)), {"case": {}})
+    assert found.notes == ("run by mine",)
+    assert found.not_judged == ("hidden, which the runner leaves out", "the candidate gives no states")
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({"of_rounding": 0.5}, ""),
+        ({"of_rounding": 0.5, "of_library": 0.5, "strength": 1.09}, ""),
+        ({"of_rounding": 0.5, "of_library": 0.05, "strength": 0.89}, "another strength"),
+        ({"of_rounding": 0.5, "of_library": 1.1, "strength": 1.0}, "more than the adapters change"),
+        ({"of_rounding": 1.1}, "more than the adapters change"),
+        ({"of_rounding": 0.5, "of_library": np.nan, "strength": np.nan}, "not all of the outputs are finite"),
+    ],
+)
+def test_what_the_outputs_do_not_show_is_stated(figures: dict[str, float], says: str) -> None:
+    doubts = _doubts(figures)
+    assert len(doubts) == bool(says) and all(says in doubt for doubt in doubts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"atol": 0.1}, {"rtol": 0.0}, {"trace": True}, {"cache": "c"}, {"fixed": {"x": 1}}, {"timeout": 1.0}]
+    + [{"runner": "r.py:f", **each} for each in ({"dtype": "float16"}, {"adapter_id": 0}, {"onnx_adapter": "x"})],
+    ids=str,
+)
+def test_options_of_outputs_are_refused_where_weights_decide(
+    options: dict[str, Any], small_gguf: tuple[Path, dict[str, Any]]
+) -> None:
+    out, beside = small_gguf
+    name = [*options][-1]
+    with pytest.raises(WrongUsage, match=f"^{name}.*: CANDIDATE stayed quantised, and is judged by its weights$"):
+        le.verify(out, **beside, **options)
+
+
+def test_an_adapter_beside_a_gguf_file_does_not_disturb(tmp_path: Path) -> None:
+    out, beside = merged_gguf(tmp_path, Kind.F16)
+    other = beside["adapters"][0] / "out.gguf"  # transformers would read the base that the adapter names
+    other.write_bytes(out.read_bytes())
+    assert le.verify(other, **beside).about["quantisation_error"]["of_library"] < 1e-5
+
+
+def test_a_gguf_file_without_a_whole_config_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, beside = merged_gguf(tmp_path, Kind.F16)
+
+    def fails(*_: object, **__: object) -> None:
+        raise InputRefused(f"{tmp_path / 'base'}: transformers cannot load it")
+
+    monkeypatch.setattr(verify_quantised, "resolve_model", fails)
+    with pytest.raises(InputRefused, match=r'judge the weights alone: base="BASE\.gguf"$'):
+        le.verify(out, **beside)
 
 
 @pytest.mark.parametrize(

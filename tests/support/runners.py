@@ -158,9 +158,10 @@ def base_of_gguf(path: str) -> Run:
     return gguf_by_transformers(str(Path(path).with_name("base.gguf")))
 
 
-def last_token_of_gguf(path: str) -> Run:
-    run = gguf_by_transformers(path)
-    return lambda inputs: {"logits": run(inputs)["logits"][:, -1]}
+def half_of_gguf(path: str) -> Run:
+    """Half of the logits of a GGUF file, and half of those of its base."""
+    merged, base = gguf_by_transformers(path), base_of_gguf(path)
+    return lambda inputs: {"logits": (merged(inputs)["logits"] + base(inputs)["logits"]) / 2}
 
 
 class GgufByLlamaCpp:

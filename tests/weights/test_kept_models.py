@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import lora_export
-from lora_export.api import verify_outputs
+from lora_export.api import verify_quantised
 from support.handmade import peft_adapter
 from support.quantised import LLAMA_SIZES, bits_of
 from support.quantised_weights import weights_in
@@ -216,6 +216,6 @@ def test_verify_shows_what_quantisation_costs(
     def without_package(*_: object, **__: object) -> None:
         raise ImportError("Loading this model requires the package xyz\nmore")
 
-    monkeypatch.setattr(verify_outputs, "_by_transformers", without_package)
+    monkeypatch.setattr(verify_quantised, "_by_transformers", without_package)
     text = str(lora_export.verify(out, folder, adapters=[adapter]))
     assert text.startswith("same") and "what transformers computes: Loading this model requires the package xyz" in text
