@@ -37,6 +37,7 @@ from support.exported_models import eager, exported, inputs, with_changes
 from support.exporters import EXPORTERS, OPTIMISERS, assert_computes_merged_model, checkpoint_of, save_adapter, stripped
 from support.graphs import quantised, record_of, tensor_bytes
 from support.handmade import graph_file, peft_adapter
+from support.slow import slow
 
 LAYER = "bert.encoder.layer.0"
 TARGETS = {
@@ -44,10 +45,6 @@ TARGETS = {
     f"{LAYER}.intermediate.dense": (32, 16), "classifier": (3, 16),
 }  # fmt: skip
 SPOTTER = f"{FACTORIES}:spotter"
-
-
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def an_adapter_in(folder: Path, *, seed: int = 0, alpha: float = 6) -> Path:
@@ -452,6 +449,9 @@ def turned(steps: Plan) -> Plan:
         *(("base", "merged", onnx_from_graph, "write_merged", fault) for fault in (scaled, forgetful, turned)),
         ("base", "nodes", onnx_steps, "insert_nodes", turned), ("base", "rows", onnx_steps, "insert_rows", scaled),
         ("base", "rows", onnx_steps, "insert_rows", turned), ("bits", "nodes", onnx_steps, "insert_nodes", forgetful),
+        *(slow("base", "nodes", onnx_steps, "insert_nodes", fault) for fault in (scaled, forgetful)),
+        slow("base", "rows", onnx_steps, "insert_rows", forgetful),
+        *(slow("bits", "nodes", onnx_steps, "insert_nodes", fault) for fault in (scaled, turned)),
     ],
 )  # fmt: skip
 def test_a_wrong_weave_is_different_and_never_published(
@@ -711,6 +711,21 @@ def test_further_graph_refers_to_all_that_it_does_not_change(
     assert not list(tmp_path.glob("fr*.data"))
     if mode in ("merged", "nodes"):
         assert_is_pytorchs(OnnxRunner(out), place / "fr")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["nodes", "inputs", "slots"])
+def test_a_graph_that_shares_weights_is_proven(
+    place: Path, apart: Path, tmp_path: Path, mode: str, capsys: Capture
+) -> None:
+    shutil.copytree(apart, tmp_path, dirs_exist_ok=True)
+    out = tmp_path / "fr.onnx"
+    words = ("-a", place / "fr", "--lora", mode, "-o", out, "--share-with", tmp_path / "de.onnx")
+    code, told = answer(capsys, "onnx", place / "base.onnx", *words)
+    assert (code, told["proof"]["outcome"]) == (0, "same")
+    assert mode == "nodes" or (told["bits_of_base"], told["adapters"]["fr"]["outcome"]) == (True, "same")
+    if mode == "inputs":
+        assert_is_pytorchs(OnnxRunner(out).with_adapter(tmp_path / "fr.onnx_adapter"), place / "fr")
 
 
 def test_changed_weights_are_beside_a_graph_whose_base_has_them_there(place: Path, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_outputs_in_a_store_have_the_bytes_of_local_ones(
         found, expected = stored.files(f"out/{number}"), folder_contents(local / f"out/{number}")
         if name == "extract":  # its config names its base, and its manifest has the config's hash
             expected |= {f"a/{each}": found[f"a/{each}"] for each in ("adapter_config.json", "lora_export.json")}
-        assert found == expected, name
+        assert found and found == expected, name
     assert folder_contents(local) == before
 
 

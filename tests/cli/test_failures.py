@@ -121,7 +121,8 @@ def test_misfits_and_figures_are_in_the_document(place: Path, capsys: Capture) -
 
 
 def test_no_document_without_json(place: Path, capsys: Capture) -> None:
-    for case in ("merge: missing adapter", "merge: no adapter", "verify: nothing to compare"):
+    cases = ("merge: missing adapter", "merge: no adapter", "verify: nothing to compare", "inspect: missing")
+    for case in (*cases, "train: missing data"):
         code, arguments = refusals(place)[case]
         assert call(*arguments) == code
         assert capsys.readouterr().out == ""

@@ -20,7 +20,7 @@ def test_without_a_proof_the_file_is_published_and_that_is_printed(tmp_path: Pat
     assert call("torchscript", MODEL, "--no-verify", "-o", tmp_path / "m.pt") == 0
     assert capsys.readouterr().out.splitlines()[0] == "not verified (--no-verify)"
     code, document = answer(capsys, "torchscript", MODEL, "--no-verify", "-o", tmp_path / "m.pt", "--overwrite")
-    assert (code, document["proof"]) == (0, None)
+    assert (code, document["output"], document["proof"]) == (0, str(tmp_path / "m.pt"), None)
 
 
 def test_a_weight_without_an_adapter_is_refused(tmp_path: Path, capsys: Capture) -> None:

@@ -417,15 +417,20 @@ def test_processes_are_as_many_as_the_memory_allows(place: Path, monkeypatch: py
     assert len(told) == 2 and told[0].startswith("note: jobs at the same time: 2, not 8. A job needs 0.3 GiB")
 
 
-@pytest.mark.parametrize("base", ["base", "base/model.safetensors"], ids=["folders", "files"])
-def test_a_fleet_from_store_to_store(place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored, base: str) -> None:
+def put_in_store(place: Path, stored: Stored, base: str) -> list[str]:
+    """Inputs and outputs of the fleet are in a store then; returns its jobs."""
     for name in ("base", "adapters"):
         stored.put(name, place / name)
         shutil.rmtree(place / name)
     bucket = f"s3://{stored.name}"
     text = FLEET.replace('"base"', f'"{bucket}/{base}"').replace('"adapters/', f'"{bucket}/adapters/')
     (place / "fleet.toml").write_text(text.replace('"release/', f'"{bucket}/release/'))
-    jobs = [job.replace("base", Path(base).stem, 1) for job in JOBS]
+    return [job.replace("base", Path(base).stem, 1) for job in JOBS]
+
+
+@pytest.mark.parametrize("base", ["base", "base/model.safetensors"], ids=["folders", "files"])
+def test_a_fleet_from_store_to_store(place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored, base: str) -> None:
+    jobs = put_in_store(place, stored, base)
     status, ran = run_here(monkeypatch)
     assert ran == jobs and status.counts == {"done": 2, "same": 2}
     assert run_here(monkeypatch)[1] == [] and not Path("release").exists()
@@ -440,6 +445,21 @@ def test_a_fleet_from_store_to_store(place: Path, monkeypatch: pytest.MonkeyPatc
     first[beside] = b"{}"
     changed = [name for name, content in stored.files("release").items() if content != first[name]]
     assert changed and all(name.startswith("fr") for name in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["base", "base/model.safetensors"], ids=["folders", "files"])
+def test_after_a_changed_adapter_a_file_of_others_makes_nothing_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored, base: str
+) -> None:
+    jobs = put_in_store(place, stored, base)
+    assert run_here(monkeypatch)[1] == jobs
+    stored.put("release/fr.json", b"{}")
+    peft_adapter(place / "fr", {"up": ([[3, 2, 1]], [[1], [10]])})
+    stored.put("adapters/fr", place / "fr")
+    assert run_here(monkeypatch)[1] == jobs[2:]
+    status, ran = run_here(monkeypatch)
+    assert ran == [] and status.counts == {"done": 2, "same": 2} and stored.get("release/fr.json") == b"{}"
 
 
 def test_a_glob_in_a_store_that_matches_nothing_is_refused(place: Path, stored: Stored) -> None:

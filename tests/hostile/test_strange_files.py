@@ -6,7 +6,6 @@ The links to /proc are regular files without a size, whose contents the kernel m
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from lora_export.errors import InputRefused
 from lora_export.storage.input_files import open_regular, read_text
 from support.cli import call
 from support.handmade import base_file, graph_file, peft_adapter
+from support.slow import slow
 
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
 SECONDS = 60
@@ -117,12 +117,17 @@ COMMANDS = {
     "gx/genai_config.json": [["merge", "gx/g.onnx", "adapter", "-o", "o.onnx"]],
 }
 MAY_BE_ABSENT = ("gx/genai_config.json", "b/lora_export.json")  # where there is no regular file
-ENDLESS = itertools.cycle((["endless", "kernel log"], ["fifo", "generated"]))
+# Beside `sparse`: one that is no regular file and one without a size, such that each name meets all of them.
+QUICK = {
+    **dict.fromkeys(("inspect", "onnx"), ("sparse", "endless", "kernel log")),
+    **dict.fromkeys(("merge", "verify", "convert"), ("sparse", "fifo", "generated")),
+}
 CASES = [
-    (name, kind, command)
+    (name, kind, command) if name in MAY_BE_ABSENT or kind in QUICK[command[0]] else slow(name, kind, command)
     for name, commands in COMMANDS.items()
     for command in commands
-    for kind in ("sparse", *(["kernel log", "generated"] if name in MAY_BE_ABSENT else next(ENDLESS)))
+    for kind in KINDS
+    if not (name in MAY_BE_ABSENT and kind in ("endless", "fifo"))
 ]
 
 

@@ -279,7 +279,7 @@ def frozen_run(
 
 @pytest.mark.parametrize(
     ("content", "times", "streamed", "is_awake_before"),
-    [  # all four of equal contents; each value with each other of the rest
+    [  # with equal contents all four; of the rest as few as have each two values together
         *(("late", PARTS, streamed, is_awake) for streamed in (True, False) for is_awake in (True, False)),
         ("new!", PARTS, True, False),
         ("new!", PARTS, False, True),

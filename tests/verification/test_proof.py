@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +38,20 @@ def test_merged_module_is_same_on_untraced_shapes(scaled: model.Model) -> None:
     assert {tested.input for tested in result.verdict.sensitivity} == {"rows", "weights"}
 
 
-@pytest.mark.parametrize(("strength", "says"), [(0.0, "without its adapters"), (1.1, "")])
-def test_an_adapter_of_another_strength_is_different(scaled: model.Model, strength: float, says: str) -> None:
-    base = torch_runners.ModuleRunner(scaled.module)
-    candidate = folded(scaled, an_adapter(), strength=strength) if strength else base
-    result = prove(candidate, PyTorchReferences(scaled, [an_adapter()]))
+@pytest.mark.parametrize(
+    ("candidate", "says"),
+    [
+        (lambda model: torch_runners.ModuleRunner(model.module), "without its adapters"),
+        (lambda model: folded(model, an_adapter(), strength=1.1), "with every adapter scale × 1.1"),
+    ],
+    ids=["the base", "stronger"],
+)
+def test_the_base_itself_and_another_strength_are_different(
+    scaled: model.Model, candidate: Callable[[model.Model], runner.Runner], says: str
+) -> None:
+    result = prove(candidate(scaled), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.outcome is parity.Outcome.DIFFERENT and result.exit_code == 4
-    assert says in str(result.verdict)
+    assert f"The candidate matches the model {says}" in str(result.verdict)
 
 
 def test_adapter_too_weak_to_detect_is_undecided(scaled: model.Model) -> None:
