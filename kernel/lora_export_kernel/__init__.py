@@ -36,6 +36,7 @@ class _Job(ctypes.Structure):
     )
 
 
+FIGURES = 5  # the sums of `merge_rows`
 PLANES = 2  # of a code, at most
 TILE_BYTES = 4 * 256 * (4 + 4 + 1)  # `Tile` in C
 # The width, the bits, and the bits below it of each plane that `EACH_PLANE` in C has
@@ -123,7 +124,8 @@ def merge_rows(
 
     `b` is (rows, rank), `a` (rank, columns), `factors` (rows,). To `figures` (5,) are added the sums of W², of D²,
     of (W' - W) D, of (W' - W - D)², and the number of entries where W' is not W: D is the change, W' what is stored.
-    Returns whether every sum is finite, and every number that is stored.
+    Returns whether every sum is finite, and every number that is stored. Raises ValueError for arrays that do not fit
+    each other.
     """
     return not _run(weight, output, b, a, factors=factors, figures=figures)
 
@@ -149,7 +151,7 @@ def merge_blocks(
     columns, nbytes = a.shape[1], blocks.shape[2]
     _require_types(np.uint8, blocks, output)
     _require_types(np.float32, steps, offsets, b, a)
-    _require_types(np.float64, figures)
+    _require_vector("figures", figures, np.float64, FIGURES)
     _require(all(one.flags.c_contiguous for one in (blocks, output, steps, offsets, b, a)), "an array has gaps")
     _require(blocks.shape == output.shape == (rows, count, nbytes), "the output is not like the blocks")
     _require(offsets.shape == steps.shape and b.shape == (rows, len(a)), "steps, offsets or B have other rows")
@@ -180,8 +182,14 @@ def _require(is_right: bool, what: str) -> None:
         raise ValueError(f"arrays do not fit each other: {what}")
 
 
-def _require_types(dtype: type[np.generic], *arrays: NDArray[Any] | None) -> None:
-    _require(all(one is None or one.dtype == dtype for one in arrays), f"one is not of {dtype.__name__}")
+def _require_types(dtype: type[np.generic], *arrays: NDArray[Any]) -> None:
+    _require(all(one.dtype == dtype for one in arrays), f"one is not of {dtype.__name__}")
+
+
+def _require_vector(name: str, array: NDArray[Any] | None, dtype: type[np.generic], count: int) -> None:
+    if array is not None:
+        is_right = array.shape == (count,) and array.dtype == dtype and array.flags.c_contiguous
+        _require(is_right, f"{name} are not {count} of {dtype.__name__} without gaps")
 
 
 def squared_norms(weight: NDArray[Any], b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -196,15 +204,24 @@ def _run(
     output: NDArray[Any] | None,
     b: NDArray[np.float32],
     a: NDArray[np.float32],
-    **others: NDArray[Any] | None,
+    *,
+    factors: NDArray[np.float32] | None = None,
+    norms: NDArray[np.float64] | None = None,
+    figures: NDArray[np.float64] | None = None,
 ) -> int:
     target = weight if output is None else output
+    _require(takes(weight, target), "the weight or the output has gaps in its rows, or another type")
     _require_types(np.float32, a, b)
     _require(b.flags.c_contiguous and a.flags.c_contiguous, "A or B has gaps")
-    _require(b.shape == (len(weight), len(a)) and a.shape[1] == weight.shape[1], "A and B are not those of the weight")
+    rows, columns = weight.shape
+    _require(b.shape == (rows, len(a)) and a.shape == (len(a), columns), "A and B are not those of the weight")
     _require(target.shape == weight.shape, "the output is not like the weight")
+    _require_vector("factors", factors, np.float32, rows)
+    _require_vector("norms", norms, np.float64, rows)
+    _require_vector("figures", figures, np.float64, FIGURES)
+    others = {"output": output, "factors": factors, "norms": norms, "figures": figures}
     job = _Job(
-        *(*weight.shape, len(a)),
+        *(rows, columns, len(a)),
         weight_stride=weight.strides[0] // weight.itemsize,
         output_stride=target.strides[0] // target.itemsize,
         weight_type=TYPES[weight.dtype],
@@ -213,6 +230,5 @@ def _run(
         weight=weight.ctypes.data,
         b=b.ctypes.data,
         a=a.ctypes.data,
-        output=None if output is None else output.ctypes.data,
     )
     return int(_library().merge_rows(ctypes.byref(job)))

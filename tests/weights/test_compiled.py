@@ -348,11 +348,15 @@ def test_experts_without_an_adapter_keep_their_bytes(tmp_path, monkeypatch, expe
         {"a": np.ones((5, 64), np.float32)},
         {"stored": [(2, 2, 32, 8)]},
         {"stored": [(3, 1, 32, 8)]},
-        {"figures": np.zeros(5, np.float32)},
+        {"figures": np.zeros(10, np.float32)[:5]},
+        {"figures": np.zeros(5)[:2]},
+        {"figures": np.zeros((5, 1))},
+        {"figures": np.zeros(10)[::2]},
     ],
     ids=" ".join,
 )
 def test_arrays_that_do_not_fit_are_refused(kernel, wrong):
+    """Arrays that are too short are parts of longer ones: C that gets them all the same writes nowhere else."""
     blocks, steps = np.zeros((3, 2, 34), np.uint8), np.ones((3, 2, 1), np.float32)
     given = {"blocks": blocks, "output": blocks.copy(), "steps": steps, "offsets": 0 * steps, "stored": [(2, 1, 32, 8)]}
     given |= {"b": np.ones((3, 4), np.float32), "a": np.ones((4, 64), np.float32), "figures": np.zeros(5)}
@@ -362,12 +366,42 @@ def test_arrays_that_do_not_fit_are_refused(kernel, wrong):
         kernel.merge_blocks(**given | {"stored": kernel.Planes(given["stored"], -128, 256)})
 
 
-@pytest.mark.parametrize("wrong", ["weight", "output", "b", "a"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: np.ones((5, 5), np.float32)} for name in ("weight", "output", "b", "a")),
+        *({name: np.ones((4, 64), np.float32).T} for name in ("weight", "output", "b")),
+        *({name: np.ones((64, 8), np.float32)[:, ::2]} for name in ("weight", "output", "b")),
+        *({name: np.ones((64, 4))} for name in ("weight", "output", "b")),
+        {"weight": np.ones(256, np.float32)},
+        {"output": np.ones((64, 4, 1), np.float32)},
+        {"a": np.ones((4, 4))},
+        {"a": np.ones((4, 4, 2), np.float32)},
+        {"factors": np.ones(64)},
+        {"factors": np.ones(64, np.float32)[:3]},
+        {"factors": np.ones((64, 1), np.float32)},
+        {"factors": np.ones(128, np.float32)[::2]},
+        {"figures": np.zeros(10, np.float32)[:5]},
+        {"figures": np.zeros(5)[:2]},
+        {"figures": np.zeros(10, np.float32)[:2]},
+        {"figures": np.zeros(10)[::2]},
+    ],
+    ids=" ".join,
+)
 def test_matrices_that_do_not_fit_are_refused(kernel, wrong):
-    given = {name: np.ones((4, 4), np.float32) for name in ("weight", "output", "b", "a")}
+    given = {name: np.ones((64, 4), np.float32) for name in ("weight", "output", "b")}
+    given |= {"a": np.ones((4, 4), np.float32), "factors": np.ones(64, np.float32), "figures": np.zeros(5)}
     assert kernel.merge_rows(**given)
     with pytest.raises(ValueError, match="arrays do not fit each other"):
-        kernel.merge_rows(**given | {wrong: np.ones((5, 5), np.float32)})
+        kernel.merge_rows(**given | wrong)
+
+
+@pytest.mark.parametrize("wrong", [np.ones((4, 64), np.float32).T, np.ones((64, 4))], ids=["columns", "fp64"])
+def test_norms_of_a_weight_that_does_not_fit_are_refused(kernel, wrong):
+    b, a = np.ones((64, 3), np.float32), np.ones((3, 4), np.float32)
+    assert kernel.squared_norms(np.ones((64, 4), np.float32), b, a).tolist() == [64] * 64
+    with pytest.raises(ValueError, match="arrays do not fit each other"):
+        kernel.squared_norms(wrong, b, a)
 
 
 @pytest.mark.usefixtures("numpy_fails")
