@@ -69,12 +69,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
     if "onnxruntime" in sys.modules:
         one_thread_a_session()
-    if "peft" in sys.modules:  # each saved adapter would get a page in Markdown, half the time of saving it
-        sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
 
 
 def freeze_what_was_imported() -> None:
-    """Nor what tests import later: accelerate collects garbage after each training, most of a short one's time."""
+    """The garbage collector never visits it again.
+
+    That is also for what tests import later: accelerate collects garbage after each training, most of the time of a
+    short one.
+    """
     imported = len(sys.modules)
     if imported > frozen.modules + 100:
         frozen.modules = imported
@@ -96,6 +98,8 @@ def one_thread_a_session() -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     freeze_what_was_imported()
+    if "peft" in sys.modules:  # each saved adapter would get a page in Markdown, half the time of saving it
+        sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
     if "lora_export.models.export" in sys.modules:
         keep_exports(item)
     if sys.platform == "linux" and "lora_export.runtime.torchscript.runner" in sys.modules:

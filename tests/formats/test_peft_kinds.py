@@ -122,6 +122,14 @@ def test_each_way_has_the_outcome_of_the_table(tmp_path, name):
     assert tables.rows(tables.text(README, TABLE))[name] == found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CASES.keys() - JUDGED_BY_PYTORCH))
+def test_pytorch_finds_the_merges_of_the_other_cases_right(tmp_path, name):
+    one = trained(CASES[name], tmp_path)
+    assert merge(one, tmp_path) == "right"
+    assert verify_model(one, tmp_path) == "right"
+
+
 def test_the_table_has_each_case_once():
     assert list(tables.rows(tables.text(README, TABLE))) == list(CASES)
 

@@ -21,6 +21,7 @@ from lora_export.layers.attachments import attachment_of, is_attached
 from lora_export.lora import Adapter, LoraPair, expert_name
 from support import experts
 from support.experts import MODELS
+from support.slow import slow
 from support.small_layers import (
     PAIR,
     X,
@@ -353,13 +354,14 @@ def test_a_trace_has_the_adapter_and_takes_other_shapes(grad: bool) -> None:
     assert "linear1.lora_A.default" in dict(loaded.named_parameters())
 
 
-@torch.no_grad()
-def test_an_exported_program_has_the_adapter_and_takes_other_shapes() -> None:
+@pytest.mark.parametrize("grad", [True, slow(False)])
+def test_an_exported_program_has_the_adapter_and_takes_other_shapes(grad: bool) -> None:
     module, x = attached_encoder()
-    dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
-    program = torch.export.export(module, (x,), dynamic_shapes=dynamic)
-    other = torch.randn(5, 7, 8)
-    torch.testing.assert_close(program.module()(other), module(other))
+    with torch.set_grad_enabled(grad):
+        dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
+        program = torch.export.export(module, (x,), dynamic_shapes=dynamic)
+        other = torch.randn(5, 7, 8)
+        torch.testing.assert_close(program.module()(other), module(other))
     assert "linear1.lora_A.default" in program.state_dict
 
 

@@ -26,6 +26,7 @@ from lora_export.formats.peft_records import as_peft_computes
 from lora_export.layers.new_adapter import STARTING_POINT, Init, as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from support import experts
+from support.slow import slow
 from support.small_layers import Everything, an_encoder_layer, base_of
 
 STEPS, RATE = 3, 0.02
@@ -283,7 +284,12 @@ def trained_from_weights(base: nn.Module, new: Adapter, init: Init) -> tuple[nn.
 
 # PEFT 0.21 decomposes the stored (in, out) matrix of a Conv1D for OLoRA: test_new_adapter.py has that sum.
 @pytest.mark.parametrize(
-    ("name", "init"), [*((name, "pissa") for name in STARTS), ("linear", "olora"), ("rslora and patterns", "olora")]
+    ("name", "init"),
+    [
+        *((name, "pissa") for name in STARTS),
+        *((name, "olora") for name in ("linear", "rslora and patterns")),
+        *(slow(name, "olora") for name in ("rslora", "patterns", "dropout")),
+    ],
 )
 def test_a_start_from_the_weights_has_pefts_losses(name: str, init: Init, tmp_path: Path) -> None:
     make, options, more = STARTS[name]

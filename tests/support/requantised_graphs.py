@@ -27,8 +27,9 @@ W = RNG.normal(size=(IN, OUT)).astype(np.float32)
 A, B = RNG.normal(size=(4, IN)), RNG.normal(size=(OUT, 4)) * 0.3
 BLOCK_SIZES = pytest.mark.parametrize("block", [1000, 1 << 21], ids=["in many blocks", "in one"])
 LOCATIONS = pytest.mark.parametrize("beside", [False, True], ids=["inside", "beside"])
-PLACES = pytest.mark.parametrize(("beside", "block"), [(False, 1000), (True, 1 << 21)])
-OTHER_PLACES = pytest.mark.parametrize(("beside", "block"), [(True, 1000), (False, 1 << 21)])
+# Two of the four pairs of the above, and the other two
+PAIRED = pytest.mark.parametrize(("beside", "block"), [(False, 1000), (True, 1 << 21)])
+PAIRED_OTHERWISE = pytest.mark.parametrize(("beside", "block"), [(True, 1000), (False, 1 << 21)])
 
 # kind -> integers (in, out), attributes, scales, zero points
 DEQUANTISED = {

@@ -9,5 +9,8 @@ from lora_export.verification import against_pytorch
 
 @pytest.fixture
 def undiagnosed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No modules are compared where outputs differ. That takes as long as the verdict, and `diagnose/` tests it."""
+    """No modules are compared where outputs differ. That takes as long as the verdict, and `diagnose/` tests it.
+
+    One case of some files undoes this, and asserts which module is named.
+    """
     monkeypatch.setattr(against_pytorch, "diagnose_module", lambda *_, **__: (None, []))

@@ -22,7 +22,7 @@ from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
-from lora_export.verification.proof import prove
+from lora_export.verification.proof import Proof, prove
 from support.generators import small_decoder
 from support.graphs import a_graph
 from support.slow import slow
@@ -31,10 +31,14 @@ from support.small_models import small_model
 pytestmark = pytest.mark.usefixtures("undiagnosed")
 
 
-def verdict_of(graph: ir.Model, model: Model, folder: Path) -> parity.Verdict:
+def proof_of(graph: ir.Model, model: Model, folder: Path) -> Proof:
     folder.mkdir()
     save_graph(graph, folder, "m.onnx")
-    return prove(with_cache(OnnxRunner(folder / "m.onnx")), PyTorchReferences(model)).verdict
+    return prove(with_cache(OnnxRunner(folder / "m.onnx")), PyTorchReferences(model))
+
+
+def verdict_of(graph: ir.Model, model: Model, folder: Path) -> parity.Verdict:
+    return proof_of(graph, model, folder).verdict
 
 
 def exported(model: Model) -> ir.Model:
@@ -77,11 +81,20 @@ def with_clip(graph: ir.Model, name: str, limit: float) -> ir.Model:
     return graph
 
 
-@pytest.mark.parametrize("limit", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("limit", [1.0, 2.0])
 def test_clipped_pixels_are_different(limit: float, tmp_path: Path) -> None:
     model, graph = subject("vit")
     clipped = with_clip(graph.clone(), "pixel_values", limit)
     assert verdict_of(clipped, model, tmp_path / "wrong").outcome is parity.Outcome.DIFFERENT
+
+
+def test_few_clipped_pixels_are_found_before_the_first_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # `undiagnosed`
+    model, graph = subject("vit")
+    proof = proof_of(with_clip(graph.clone(), "pixel_values", 3.0), model, tmp_path / "wrong")
+    assert proof.verdict.outcome is parity.Outcome.DIFFERENT and proof.diagnosis is not None
+    assert proof.diagnosis.first == "vit.embeddings.patch_embeddings.projection"
+    assert proof.diagnosis.why.startswith("its input differs already")
 
 
 # --- sizes ---------------------------------------------------------------------------------------

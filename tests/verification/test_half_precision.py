@@ -16,7 +16,7 @@ from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.parity import Outcome, Verdict
-from lora_export.verification.proof import prove
+from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references.attached_module import attached_copy
 
 pytestmark = pytest.mark.usefixtures("undiagnosed")
@@ -54,11 +54,15 @@ def without(adapter: Adapter, *modules: str) -> Adapter:
     return Adapter(name="a", format="test", pairs=pairs, sha256="0a")
 
 
-def judged(model: Model, adapter: Adapter, in_candidate: Adapter) -> Verdict:
-    """The verdict on PyTorch in float16 with another implementation of attention: its rounding is its own."""
+def proven(model: Model, adapter: Adapter, in_candidate: Adapter) -> Proof:
+    """The proof of PyTorch in float16 with another implementation of attention: its rounding is its own."""
     candidate = attached_copy(model, [in_candidate])
     candidate.set_attn_implementation("eager")
-    return prove(ModuleRunner(candidate), PyTorchReferences(model, [adapter])).verdict
+    return prove(ModuleRunner(candidate), PyTorchReferences(model, [adapter]))
+
+
+def judged(model: Model, adapter: Adapter, in_candidate: Adapter) -> Verdict:
+    return proven(model, adapter, in_candidate).verdict
 
 
 def test_right_candidate_is_the_same(llama: tuple[Model, Adapter]) -> None:
@@ -73,6 +77,13 @@ def test_single_pair_of_query_or_key_that_is_missing_is_named(llama: tuple[Model
     assert any(reason.gate == "pairs" and reason.text.startswith(f"{module}: ") for reason in verdict.reasons) or any(
         reason.gate in ("error", "tail", "features") for reason in verdict.reasons
     )
+
+
+@pytest.mark.slow
+def test_missing_pair_is_diagnosed(llama: tuple[Model, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # `undiagnosed`
+    diagnosis = proven(*llama, without(llama[1], PAIRS[0])).diagnosis
+    assert diagnosis is not None and diagnosis.first == PAIRS[0] and "its adapter is missing" in diagnosis.why
 
 
 @pytest.mark.slow

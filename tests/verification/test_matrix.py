@@ -257,6 +257,7 @@ def is_fused_with_a_norm(name: str, variant: str) -> bool:
 MODES = ("merged", "nodes", "inputs", "rows")
 # What runs with every `make test`: each mode and each variant, on graphs that are quickly made.
 QUICK = {("vit", "lora"), ("cnn", "dora"), ("attention", "patterns")}
+DIAGNOSED = ("attention", "merged")  # where the wrong layer is named, too
 ADAPTED = [
     pytest.param(name, variant, marks=[] if (name, variant) in QUICK else slow)
     for name in SUBJECTS
@@ -266,7 +267,9 @@ ADAPTED = [
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("name", "variant"), ADAPTED)
-def test_combination_is_proven_or_refused_by_name(name: str, mode: str, variant: str, tmp_path: Path) -> None:
+def test_combination_is_proven_or_refused_by_name(
+    name: str, mode: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject, base, adapter = SUBJECTS[name], SUBJECTS[name].base, adapter_of(name, variant)
     if subject.replaced and mode == "inputs":
         with pytest.raises(InputRefused, match=f"{subject.replaced[0]}.weight: a whole tensor"):
@@ -275,7 +278,12 @@ def test_combination_is_proven_or_refused_by_name(name: str, mode: str, variant:
     graph = adapted_graph(mode, name, variant, tmp_path)
     proof = prove(graph.on, PyTorchReferences(base, [adapter]))
     assert proof.verdict.same, str(proof.verdict)
-    assert not prove(graph.on, PyTorchReferences(base, [wrong_in_one_layer(name, variant)])).verdict.same
+    if (name, mode) == DIAGNOSED:
+        monkeypatch.undo()  # `undiagnosed`
+    wrong = prove(graph.on, PyTorchReferences(base, [wrong_in_one_layer(name, variant)]))
+    assert not wrong.verdict.same
+    if (name, mode) == DIAGNOSED:
+        assert wrong.diagnosis is not None and wrong.diagnosis.first == list(adapter.pairs)[-1]
     assert graph.unchanged == (mode == "rows" or (mode != "merged" and not subject.replaced))
     if graph.off is None:
         return

@@ -18,6 +18,7 @@ from lora_export.report.json_document import as_dict
 from lora_export.verification.references.attached_module import AttachedModule
 from support.endpoints import save_adapter, save_base
 from support.folder_contents import folder_contents
+from support.slow import slow
 
 OF_THE_RUN = ("seconds", "created")
 DTYPES = ["float32", "bfloat16"]  # of the merged weights: the references round theirs to it
@@ -86,9 +87,11 @@ COMMON = ("load", "export", "base")  # what exports of one base do once
 EXPORTS: dict[str, dict[str, Any]] = {"inputs": {"lora": "inputs"}, "with a cache": {"with_cache": True}}
 
 
+# The second export has what the first one left in the session.
+@pytest.mark.parametrize("compared", [(2,), slow((1, 2))], ids=["the second", "both"])
 @pytest.mark.parametrize("name", EXPORTS)
 def test_exports_and_their_proofs_are_those_of_lone_ones(
-    name: str, place: Path, ran: Counter[str], tmp_path: Path
+    name: str, compared: tuple[int, ...], place: Path, ran: Counter[str], tmp_path: Path
 ) -> None:
     def exported(folder: Path, number: int, **shared: Any) -> dict[str, Any]:
         file = folder / str(number) / "model.onnx"
@@ -100,11 +103,12 @@ def test_exports_and_their_proofs_are_those_of_lone_ones(
         assert all(proof.verdict.same for proof in every)
         return {"verdicts": [as_dict(proof.verdict) for proof in every], "files": folder_contents(file.parent)}
 
-    alone = exported(tmp_path / "alone", 2)
-    assert [ran[one] for one in COMMON] == [1, 1, 1]
+    alone = {number: exported(tmp_path / "alone", number) for number in compared}
+    assert [ran[one] for one in COMMON] == [len(compared)] * 3
     ran.clear()
     shared = {"session": le.ProofSession(), "graphs": tmp_path / "graphs"}
-    assert exported(tmp_path / "shared", 1, **shared) != alone == exported(tmp_path / "shared", 2, **shared)
+    found = {number: exported(tmp_path / "shared", number, **shared) for number in (1, 2)}
+    assert found[1] != found[2] and alone == {number: found[number] for number in compared}
     assert [ran[one] for one in COMMON] == [1, 1, 1]
     proven(place, 1, session=shared["session"])
     assert ran["load"] == 1  # a proof of weights has the same model

@@ -22,9 +22,9 @@ from support.handmade import graph_file, peft_adapter
 from support.requantised_graphs import (
     DEQUANTISED,
     IN,
-    OTHER_PLACES,
     OUT,
-    PLACES,
+    PAIRED,
+    PAIRED_OTHERWISE,
     RNG,
     A,
     B,
@@ -111,7 +111,7 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@PLACES
+@PAIRED
 @pytest.mark.parametrize("kind", DEQUANTISED)
 def test_dequantize_linear_by_hand(
     kind: str, beside: bool, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -137,7 +137,7 @@ SCHEMES = pytest.mark.parametrize(
 )
 
 
-@PLACES
+@PAIRED
 @pytest.mark.parametrize("symmetric", [True, False])
 @SCHEMES
 def test_each_integer_is_the_nearest_on_its_own_scale(
@@ -230,7 +230,7 @@ FORMS = {
 }
 
 
-@OTHER_PLACES
+@PAIRED_OTHERWISE
 @pytest.mark.parametrize("case", FORMS)
 def test_a_layer_is_stored_in_the_narrowest_form_that_holds_its_change(
     case: str, beside: bool, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -86,19 +86,26 @@ def with_token_rows(folder: Path) -> Path:
     return add_tensors(path, {"base_model.model.embed.token_adapter.trainable_tokens_delta": normal(2, 16)})
 
 
-ADAPTERS = [
-    plain, rank_stabilised, with_dora, on_embeddings, on_embeddings_with_dora, on_convolutions, with_a_head,
-    with_biases, with_shifted_biases, with_token_rows,
-]  # fmt: skip
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float64": np.float64}
+# Bytes that are read at once: a whole weight, several of its rows, or one row. The last piece of several has fewer.
+WHOLE, SEVERAL_ROWS, A_ROW = 1 << 22, 1000, 1
+ADAPTERS: list[tuple[Callable[[Path], Path], str, str]] = [  # the dtypes of the base: WHOLE, SEVERAL_ROWS
+    (plain, "float32", "bfloat16"),
+    (rank_stabilised, "float16", "float64"),
+    (with_dora, "float32", "bfloat16"),
+    (on_embeddings, "float64", "float32"),
+    (on_embeddings_with_dora, "bfloat16", "float16"),
+    (on_convolutions, "bfloat16", "float64"),
+    (with_a_head, "float16", "float32"),
+    (with_biases, "float64", "bfloat16"),
+    (with_shifted_biases, "float32", "float64"),
+    (with_token_rows, "bfloat16", "float32"),
+]
 
 
 @pytest.fixture(autouse=True)
 def piece_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_tensor, "PIECE_BYTES", getattr(request, "param", WHOLE))
-
-
-WHOLE, SEVERAL_ROWS, A_ROW = 1 << 22, 1000, 1  # bytes of a piece: of several rows, the last has fewer
 
 
 class Merge(NamedTuple):
@@ -129,10 +136,9 @@ def told_different(files: Merge, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     ("make", "dtype", "piece_bytes"),
-    [  # each kind of adapter in two dtypes, each dtype with several kinds
-        (make, tuple(DTYPES)[number % 4], pieces)
-        for place, make in enumerate(ADAPTERS)
-        for number, pieces in ((place, WHOLE), (place + 1 + place // 4, SEVERAL_ROWS))
+    [
+        *((make, whole, WHOLE) for make, whole, _ in ADAPTERS),
+        *((make, several, SEVERAL_ROWS) for make, _, several in ADAPTERS),
     ],
     indirect=["piece_bytes"],
 )

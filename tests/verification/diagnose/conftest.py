@@ -1,4 +1,7 @@
-"""One case on one thread: every case shows the fault, and the modules are tiny. No peers decide about precision."""
+"""One case on one thread: every case shows the fault, and the modules are tiny.
+
+PyTorch does not run again with other rounding where outputs differ in precision alone: that decides about the verdict.
+"""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ from support.gguf_files import (
 )
 from support.handmade import peft_adapter
 from support.peft_models import trained
+from support.slow import slow
 
 Array = NDArray[Any]
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
@@ -99,7 +100,9 @@ def test_blocks_have_the_nearest_codes_on_the_scales_of_the_base(tmp_path: Path,
         assert np.abs(value - before[name]).max() > 0
 
 
-@pytest.mark.parametrize("kind", [Kind.Q5_1, Kind.Q4_K, Kind.MXFP4, Kind.F16], ids=str)
+@pytest.mark.parametrize(
+    "kind", [Kind.Q5_1, Kind.Q4_K, Kind.MXFP4, Kind.F16, slow(Kind.Q4_0), slow(Kind.Q6_K)], ids=str
+)
 def test_calibrated_numbers_are_one_of_two_and_nearer_in_the_outputs(tmp_path: Path, kind: Kind) -> None:
     base, (adapter, changes) = write_llama(tmp_path / "base.gguf", kind, fields=runnable), an_adapter(tmp_path / "a")
     found = {}
