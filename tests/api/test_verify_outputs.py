@@ -244,6 +244,14 @@ def test_options_of_outputs_are_refused_where_weights_decide(
         le.verify(out, **beside, **options)
 
 
+@pytest.mark.slow
+def test_calibrated_numbers_are_judged_beside_a_model(tmp_path: Path) -> None:
+    np.savez(tmp_path / "c.npz", input_ids=np.arange(150).reshape(10, 15) % 64)
+    out, beside = merged_gguf(tmp_path, Kind.Q4_0, calibration=tmp_path / "c.npz")
+    assert le.verify(out, strict=True, **beside).verdict.outcome == "undecided"
+    assert le.verify(out, strict=True, calibration=tmp_path / "c.npz", **beside)
+
+
 def test_an_adapter_beside_a_gguf_file_does_not_disturb(tmp_path: Path) -> None:
     out, beside = merged_gguf(tmp_path, Kind.F16)
     other = beside["adapters"][0] / "out.gguf"  # transformers would read the base that the adapter names
