@@ -37,8 +37,10 @@ TAKES |= {
     "gemma3": ("input_ids", "pixel_values", "attention_mask", "token_type_ids"),
     "internvl": ("input_ids", "pixel_values", "attention_mask"),
     **dict.fromkeys(("idefics3", "smolvlm"), ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")),
-    "qwen2_vl": GRIDS,
-    "qwen2_5_vl": GRIDS,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), GRIDS),
+    **dict.fromkeys(
+        ("llava_next", "pixtral", "mistral3"), ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+    ),
 }
 
 
