@@ -178,7 +178,7 @@ def test_the_rows_of_a_batch_use_different_files(graph, adapters, inputs, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_lokr_is_merged_and_refused_beside_the_weights(graph, tmp_path):
+def test_a_lokr_is_merged_or_nodes_and_refused_as_inputs(graph, inputs, tmp_path):
     rng = np.random.default_rng(0)
     name = "mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     factors = {"lokr_w1": rng.standard_normal((8, 8)), "lokr_w2": rng.standard_normal((8, 8)), "alpha": np.ones(1)}
@@ -187,10 +187,14 @@ def test_a_lokr_is_merged_and_refused_beside_the_weights(graph, tmp_path):
     }
     save_file(tensors, tmp_path / "lokr.safetensors")
     with pytest.raises(InputRefused, match=r"has the rank 64 as A and B: beside the weight it would cost more"):
-        export(graph, tmp_path / "nodes.onnx", [str(tmp_path / "lokr.safetensors")], "nodes")
-    assert not (tmp_path / "nodes.onnx").exists()
-    export(graph, tmp_path / "merged.onnx", [str(tmp_path / "lokr.safetensors")], "merged")
-    assert (tmp_path / "merged.onnx").exists()
+        export(graph, tmp_path / "inputs.onnx", [str(tmp_path / "lokr.safetensors")], "inputs")
+    assert not (tmp_path / "inputs.onnx").exists()
+    found = {"": ort.InferenceSession(graph).run(None, arrays(inputs))[0]}
+    for mode in ("merged", "nodes"):
+        export(graph, tmp_path / f"{mode}.onnx", [str(tmp_path / "lokr.safetensors")], mode)
+        (found[mode],) = ort.InferenceSession(tmp_path / f"{mode}.onnx").run(None, arrays(inputs))
+    assert found["nodes"] == pytest.approx(found["merged"], abs=2e-5)
+    assert np.abs(found["merged"] - found[""]).max() > 1e-3
 
 
 @pytest.mark.slow
