@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_export.callbacks import OnMessage, note_each
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, count
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.models.processors import PIXELS
@@ -34,11 +34,12 @@ def without_image_pairs(
 
     Messages and the model's verdicts list what is left out. Raises InputRefused where nothing of an adapter is left.
     """
-    within = tuple(f"{part}." for part in image_parts(model))
+    parts = image_parts(model)
+    within = tuple(f"{part}." for part in parts)
     kept = [_outside(adapter, within) if within else adapter for adapter in adapters]
     found = [
-        f"{len(before.every_name) - len(after.every_name)} layers that {before.name} changes in "
-        f"{', '.join(image_parts(model))}: no text reaches them"
+        f"{count(len(before.every_name) - len(after.every_name), 'layer')} that {before.name} changes in "
+        f"{', '.join(parts)}, which no text reaches"
         for before, after in zip(adapters, kept, strict=True)
         if before is not after
     ]

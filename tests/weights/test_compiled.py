@@ -289,6 +289,16 @@ def test_blocks_whose_sums_are_not_finite_are_left_to_numpy(measured):
     assert compiled.merged_blocks(step, slice(0, 1), codec, blocks, blocks.copy(), measured=measured) is None
 
 
+def merged_both_ways(base, adapter, monkeypatch):
+    """The reports of a merge into `compiled.gguf` and into `numpy.gguf`, beside the base."""
+    options = {"dtype_of": {"*": "keep"}, "min_retention": 0}
+    with monkeypatch.context() as without:
+        without.setattr(compiled, "kernel", lambda: None)
+        want = merge(base, [adapter], output=base.with_name("numpy.gguf"), **options).report
+    monkeypatch.delattr(BlockCodec, "encode")
+    return merge(base, [adapter], output=base.with_name("compiled.gguf"), **options).report, want
+
+
 @pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_0], ids=str)
 @pytest.mark.usefixtures("kernel")
 def test_a_merge_into_gguf_is_that_of_numpy(tmp_path, monkeypatch, kind):
@@ -298,12 +308,7 @@ def test_a_merge_into_gguf_is_that_of_numpy(tmp_path, monkeypatch, kind):
     adapter = peft_adapter(
         tmp_path / "adapter", {"model.layers.0.mlp.up_proj": factors, "model.layers.0.self_attn.q_proj": factors}
     )
-    options = {"dtype_of": {"*": "keep"}, "min_retention": 0}
-    with monkeypatch.context() as without:
-        without.setattr(compiled, "kernel", lambda: None)
-        want = merge(base, [adapter], output=tmp_path / "numpy.gguf", **options).report
-    monkeypatch.delattr(BlockCodec, "encode")
-    found = merge(base, [adapter], output=tmp_path / "compiled.gguf", **options).report
+    found, want = merged_both_ways(base, adapter, monkeypatch)
     ours, theirs, before = (values_of(tmp_path / f"{name}.gguf") for name in ("compiled", "numpy", "base"))
     assert all(np.array_equal(ours[name], theirs[name]) for name in before)
     assert sum(not np.array_equal(ours[name], before[name]) for name in before) == 2
@@ -321,12 +326,7 @@ def test_experts_without_an_adapter_keep_their_bytes(tmp_path, monkeypatch, expe
     adapter = peft_adapter(
         tmp_path / "adapter", {f"model.layers.0.mlp.experts.{one}.up_proj": factors for one in experts}
     )
-    options = {"dtype_of": {"*": "keep"}, "min_retention": 0}
-    with monkeypatch.context() as without:
-        without.setattr(compiled, "kernel", lambda: None)
-        want = merge(base, [adapter], output=tmp_path / "numpy.gguf", **options).report
-    monkeypatch.delattr(BlockCodec, "encode")
-    found = merge(base, [adapter], output=tmp_path / "compiled.gguf", **options).report
+    found, want = merged_both_ways(base, adapter, monkeypatch)
     ours, theirs, before = (values_of(tmp_path / f"{name}.gguf") for name in ("compiled", "numpy", "base"))
     name = "blk.0.ffn_up_exps.weight"
     assert [n for n in range(3) if not np.array_equal(ours[name][n], before[name][n])] == list(experts)
