@@ -37,7 +37,7 @@ from lora_export.training.batches import (
 )
 from lora_export.training.encoders import FrameEncoder, SoundReader, SpeechEncoder, TranscriptEncoder
 from lora_export.training.order import RowNumbers, split_rows
-from lora_export.training.records.opening import LabelledArrays, open_records, read_labelled_arrays
+from lora_export.training.records.opening import IGNORED, LabelledArrays, open_records, read_labelled_arrays
 from lora_export.training.records.rows import Records, sha256_with_sounds
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
 from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts
@@ -164,7 +164,8 @@ def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tu
     match data.content:
         case LabelledArrays(inputs, labels):
             made: list[Data] = [
-                ArrayData(
+                _of_arrays(
+                    loaded,
                     {name: torch.from_numpy(of_all[rows]) for name, of_all in inputs.items()},
                     torch.from_numpy(labels[rows]),
                 )
@@ -175,6 +176,21 @@ def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tu
         case CheckedRows():
             made = list(map(_Encoders(loaded, data.content, options).data, split))
     return made[0], made[1] if len(made) > 1 else None
+
+
+def _of_arrays(loaded: Model, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> ArrayData:
+    """Arrays of a user. Labels of a language model are the tokens themselves, as its forward in transformers has them.
+
+    Our losses compare the scores at a place with the label at that place.
+    """
+    module: Any = loaded.module
+    if not loaded.is_huggingface or labels.ndim != 2 or labels.is_floating_point():
+        return ArrayData(inputs, labels)
+    if type(module).__name__.endswith(CAUSAL_ENDINGS):
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    elif "decoder_input_ids" in loaded.axes and "decoder_input_ids" not in inputs:
+        inputs = {**inputs, "decoder_input_ids": encoders.decoder_shift(module)(labels)}
+    return ArrayData(inputs, labels)
 
 
 _TOKENISERS = {RowForm.TEXT, RowForm.COMPLETION, RowForm.CHAT}
@@ -232,7 +248,9 @@ class _Encoders:
         elif config.is_encoder_decoder and module.main_input_name in SPEECH_INPUTS:
             most = self.options.max_length
             most = min(most, getattr(config, "max_target_positions", None) or most)
-            encoder = TranscriptEncoder(sounds, tokenizer, most, config.decoder_start_token_id)
+            encoder = TranscriptEncoder(
+                sounds, tokenizer, most, config.decoder_start_token_id, encoders.decoder_shift(module)
+            )
         else:
             raise InputRefused(
                 f"{self.loaded.source} is a {name}: rows of {RowForm.SPEECH} need a speech model with a decoder, such "
@@ -266,7 +284,7 @@ class _Encoders:
         if module.config.is_encoder_decoder and form is RowForm.COMPLETION:
             if self.options.packing:
                 raise WrongUsage(f"{named('packing')} is for causal language models; {name} has an encoder")
-            encoder = encoders.AnswerEncoder(tokenizer, most, module.config.decoder_start_token_id)
+            encoder = encoders.AnswerEncoder(tokenizer, most, encoders.decoder_shift(module))
             return EncodedRows(self.content.records, rows, encoder)
         is_masked = name.endswith(MASKED_ENDING)
         if not name.endswith(CAUSAL_ENDINGS) and not (is_masked and form is RowForm.TEXT):

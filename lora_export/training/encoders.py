@@ -254,22 +254,39 @@ def chat_tokens(tokenizer: Any) -> Tokenise:
 def ended(tokenizer: Any, ids: list[int]) -> list[int]:
     """The tokens of a text, with the tokenizer's end of text behind them."""
     end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    before_language = ids[-2:-1] == [end] and ids[-1] in tokenizer.all_special_ids  # as mBART's tokenizer writes it
+    return ids if end is None or ids[-1:] == [end] or before_language else [*ids, end]
 
 
-def decoder_tensors(
-    rows: Sequence[Sequence[int]], start_token: int, pad_token: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a decoder reads, and what it is to predict: each (rows, longest). A token is predicted from those before."""
-    decoder = [[start_token, *ids][: len(ids)] for ids in rows]
-    return padded_rows(decoder, pad_token), padded_rows(rows, IGNORED)
+Shift = Callable[[torch.Tensor], torch.Tensor]
+
+
+def decoder_shift(module: Any) -> Shift:
+    """A function from labels (rows, tokens; IGNORED after a text's end) to what an encoder-decoder's decoder reads.
+
+    Each token is predicted from those before it. The module's own rule counts where it has one: mBART begins with the
+    last token of the text. Raises InputRefused where it is not known what a decoder begins with.
+    """
+    pad, start = module.config.pad_token_id, getattr(module.config, "decoder_start_token_id", None)
+    own = getattr(module, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None and pad is not None:
+        return lambda labels: own(labels=labels)
+    if start is None:
+        lacking = "decoder_start_token_id" if own is None else "pad_token_id"
+        raise InputRefused(f"the config of {type(module).__name__} has no {lacking}, which its decoder needs to begin")
+
+    def shifted(labels: torch.Tensor) -> torch.Tensor:
+        tokens = labels.masked_fill(labels == IGNORED, pad or 0)
+        return torch.cat([torch.full_like(tokens[:, :1], start), tokens[:, :-1]], 1)
+
+    return shifted
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerEncoder(_Tokenised):
     """`prompt` for an encoder, and `completion` for its decoder."""
 
-    start_token: int  # with which the decoder begins
+    shift: Shift
 
     loss = CrossEntropy()
 
@@ -279,8 +296,8 @@ class AnswerEncoder(_Tokenised):
 
     def collate(self, encoded: Sequence[Any]) -> Batch:
         inputs = self.padded([prompt for prompt, _ in encoded])
-        decoder, labels = decoder_tensors([ids for _, ids in encoded], self.start_token, self.tokenizer.pad_token_id)
-        return Batch({**inputs, "decoder_input_ids": decoder}, labels)
+        labels = padded_rows([ids for _, ids in encoded], IGNORED)
+        return Batch({**inputs, "decoder_input_ids": self.shift(labels)}, labels)
 
 
 Encoded = tuple[NDArray[np.float32], list[int]]  # samples, and the tokens of the transcript
@@ -342,6 +359,7 @@ class TranscriptEncoder(SpeechEncoder):
 
     max_length: int  # tokens of a transcript
     start_token: int  # with which the decoder begins
+    shift: Shift
 
     loss = CrossEntropy()
 
@@ -356,8 +374,8 @@ class TranscriptEncoder(SpeechEncoder):
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         inputs = self.sounds.inputs([samples for samples, _ in encoded])
-        decoder, labels = decoder_tensors([ids for _, ids in encoded], self.start_token, self.tokenizer.pad_token_id)
-        return Batch({**inputs, "decoder_input_ids": decoder}, labels)
+        labels = padded_rows([ids for _, ids in encoded], IGNORED)
+        return Batch({**inputs, "decoder_input_ids": self.shift(labels)}, labels)
 
 
 @dataclass(frozen=True, eq=False)

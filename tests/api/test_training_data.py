@@ -98,6 +98,24 @@ def test_prompts_go_to_the_encoder_where_there_is_one(bases: dict[str, Path], tm
         encoded(bases["t5"], path, packing=True)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "mbart", "whisper"])
+def test_arrays_of_labels_are_those_that_transformers_takes(name: str, tmp_path: Path) -> None:
+    """A language model's labels are the tokens themselves: each is predicted from those before it."""
+    base = small_model(name, tmp_path / "base")
+    module: Any = load_model(str(base)).module
+    ids, lengths = np.arange(36).reshape(4, 9) % 23 + 3, np.array([[9], [4], [7], [1]])
+    labels = np.where(np.arange(9) < lengths, ids, -100)
+    inputs = {"input_ids": ids} if name != "whisper" else {"input_features": np.ones((4, 8, 40), np.float32)}
+    np.savez(tmp_path / "a.npz", **inputs, labels=labels)
+    data, _ = encoded(base, tmp_path / "a.npz", holdout=0.0)
+    batch = data.batch(range(4))
+    with torch.no_grad():
+        found = data.loss.total(module(**batch.inputs), batch) / data.loss.count(batch.labels)
+        given = {name: torch.from_numpy(values) for name, values in {**inputs, "labels": labels}.items()}
+        expected = module(**given)
+    torch.testing.assert_close(found, expected.loss, atol=1e-6, rtol=1e-6)
+
+
 def test_labels_decide_the_head(bases: dict[str, Path], tmp_path: Path) -> None:
     for label, ending, problem in (
         (["x", "y"] * 2, "ForSequenceClassification", ""),

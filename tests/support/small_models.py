@@ -161,6 +161,10 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
             decoder_start_token_id=2, forced_eos_token_id=2,
         ),
     ),
+    "mbart": (
+        "MBartForConditionalGeneration",
+        lambda: hf.MBartConfig(**ENCODER_DECODER, vocab_size=60, max_position_embeddings=64, pad_token_id=1),
+    ),
     "layoutlm": ("LayoutLMModel", lambda: hf.LayoutLMConfig(**TEXT, max_2d_position_embeddings=100)),
     # Images
     "vit": ("ViTForImageClassification", lambda: hf.ViTConfig(**VISION, **IMAGE, num_labels=3)),

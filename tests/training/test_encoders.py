@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from tokenizers import processors
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from lora_export.errors import InputRefused
@@ -23,10 +25,11 @@ from lora_export.training.encoders import (
     Tokens,
     chat_tokens,
     completion_tokens,
+    decoder_shift,
     text_tokens,
 )
 from lora_export.training.row_forms import LabelKind
-from support.small_models import WORDS, words_tokenizer
+from support.small_models import MODELS, WORDS, words_tokenizer
 
 
 @pytest.fixture
@@ -172,10 +175,32 @@ def test_dialogues_without_a_place_for_each_turn_are_refused(tokenizer: Any) -> 
         chat_tokens(tokenizer)(DIALOGUE)
 
 
-def test_a_decoder_begins_with_its_start_token(tokenizer: Any) -> None:
-    encoder = AnswerEncoder(tokenizer, 9, 8)
+def test_a_decoder_reads_its_start_token_then_the_answer(tokenizer: Any) -> None:
+    config = SimpleNamespace(pad_token_id=None, decoder_start_token_id=8)
+    encoder = AnswerEncoder(tokenizer, 9, decoder_shift(SimpleNamespace(config=config)))
     rows = ({"prompt": "a film", "completion": "good"}, {"prompt": "a", "completion": "very bad"})
-    inputs, labels = encoder.collate([encoder.encode(row) for row in rows])
+    inputs, labels = collated(encoder, *rows)
     assert inputs["input_ids"].tolist() == [[7, 6, 2], [7, 2, 0]]
     assert labels.tolist() == [[4, 2, -100], [5, 3, 2]]
-    assert inputs["decoder_input_ids"].tolist() == [[8, 4, 0], [8, 5, 3]]
+    assert inputs["decoder_input_ids"].tolist() == [[8, 4, 2], [8, 5, 3]]
+
+
+def test_mbart_reads_the_language_first_and_ends_once(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"extra_special_tokens": ["en_XX"]})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos> en_XX", special_tokens=[("<eos>", 2), ("en_XX", 9)]
+    )
+    module = getattr(hf, MODELS["mbart"][0])(MODELS["mbart"][1]())
+    encoder = AnswerEncoder(tokenizer, 9, decoder_shift(module))
+    inputs, labels = collated(encoder, *({"prompt": "a film", "completion": text} for text in ("good", "very bad")))
+    assert labels.tolist() == [[4, 2, 9, -100], [5, 3, 2, 9]]
+    assert inputs["decoder_input_ids"].tolist() == [[9, 4, 2, 9], [9, 5, 3, 2]]
+
+
+@pytest.mark.parametrize(("own", "lacking"), [(True, "pad_token_id"), (False, "decoder_start_token_id")])
+def test_what_a_decoder_begins_with_must_be_known(own: bool, lacking: str) -> None:
+    module = SimpleNamespace(config=SimpleNamespace(pad_token_id=None, decoder_start_token_id=None))
+    if own:
+        module.prepare_decoder_input_ids_from_labels = lambda labels: labels
+    with pytest.raises(InputRefused, match=f"has no {lacking}, which its decoder needs"):
+        decoder_shift(module)
