@@ -137,12 +137,16 @@ class _LinearBranches(_AdaptedLayer):
     # W is never touched: the reference that judges a merge must not share the merge's arithmetic.
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = cast(Tensor, own_parameters(self)["weight"]), self.bias
-        if attachment_of(self).rows is not None:
-            rows, indices = trained_rows(self)
-            y = F.linear(input, weight, bias)
-            own = F.linear(input, rows.to(input.dtype), None if bias is None else bias[indices])
+        if attachment_of(self).rows is None:
+            return _linear_with_branches(self, input, weight, bias)
+        rows, indices = trained_rows(self)
+
+        def layer(x: Tensor, bias: Tensor | None) -> Tensor:
+            y = F.linear(x, weight, bias)
+            own = F.linear(x, rows.to(x.dtype), None if bias is None else bias[indices])
             return y.index_copy(-1, indices, own.to(y.dtype))
-        return _linear_with_branches(self, input, weight, bias)
+
+        return _forward_with_branches(self, input, layer, _linear_pair, bias)
 
 
 def _linear_with_branches(owner: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -202,11 +206,12 @@ class _EmbeddingBranches(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         weight = cast(Tensor, own_parameters(self)["weight"])
         pad = self.padding_idx  # whose row gets no gradient
-        if attachment_of(self).rows is not None:
-            return _embedded_with_rows(self, input, F.embedding(input, weight, pad))
-        return _forward_with_branches(
-            self, input, lambda x, _: F.embedding(x, weight, pad), lambda x, a, b: F.linear(F.embedding(x, a.T, pad), b)
-        )
+
+        def layer(ids: Tensor, _: Tensor | None) -> Tensor:
+            y = F.embedding(ids, weight, pad)
+            return y if attachment_of(self).rows is None else _embedded_with_rows(self, ids, y)
+
+        return _forward_with_branches(self, input, layer, lambda x, a, b: F.linear(F.embedding(x, a.T, pad), b))
 
 
 def _embedded_with_rows(owner: nn.Embedding, ids: Tensor, y: Tensor) -> Tensor:

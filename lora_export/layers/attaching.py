@@ -68,8 +68,14 @@ def attach(
     """
     targets = target_tensors(module, plan, may_tie=trainable)
     invocations = {one.name: one.invocation_tokens for one in plan.adapters if one.invocation_tokens}
+    of_rows = {id(targets[step.spec.stored_name].tensor) for step in plan.steps if step.replaces_only_rows}
     for step in plan.steps:
         _refuse_unattachable(step, targets[step.spec.stored_name])
+        if trainable and step.has_dora and id(targets[step.spec.stored_name].tensor) in of_rows:
+            raise InputRefused(
+                f"{step.weight} has rows that are trained alone: DoRA, whose factor follows from the whole weight, is "
+                "not trained beside them"
+            )
         _refuse_activated(step, targets[step.spec.stored_name], invocations, trainable=trainable)
         if trainable and step.needs_weight:
             raise InputRefused(f"{step.weight}: {step.terms[0].pair.kind} is not trained here. PEFT trains it")

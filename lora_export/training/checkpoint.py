@@ -147,17 +147,26 @@ NORMS_WITH_STATISTICS = (
 )
 
 
+def norms_with_statistics(module: nn.Module) -> dict[str, bool]:
+    """By its path: whether a batch norm is trained as a whole. Only then an adapter has its statistics."""
+    return {
+        path: all([parameter.requires_grad for parameter in part.parameters()] or [False])
+        for path, part in module.named_modules()
+        if isinstance(part, NORMS_WITH_STATISTICS)
+    }
+
+
 def checkpoint_folder(output: Path) -> Path:
     """Where the checkpoint of a training with this output is."""
     return output.with_name(f"{output.name}.training")
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What training changes: parameters that require gradients, and statistics of batch norms that are trained."""
+    """What training changes: parameters that require gradients, and statistics of batch norms trained as a whole."""
     tensors: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    for path, part in module.named_modules():
-        if isinstance(part, NORMS_WITH_STATISTICS) and any(parameter.requires_grad for parameter in part.parameters()):
-            tensors |= {f"{path}.{name}": buffer for name, buffer in part.named_buffers()}
+    for path, is_trained in norms_with_statistics(module).items():
+        if is_trained:
+            tensors |= {f"{path}.{name}": buffer for name, buffer in module.get_submodule(path).named_buffers()}
     return tensors
 
 

@@ -29,12 +29,12 @@ from lora_export.storage.system_calls import deferred_signals
 from lora_export.training.batches import Batch, Data, batch_on_device, module_outputs, refuse_unknown_inputs
 from lora_export.training.checkpoint import (
     METRICS,
-    NORMS_WITH_STATISTICS,
     Checkpoints,
     EvaluationRecord,
     EventLog,
     StepRecord,
     TrainingHistory,
+    norms_with_statistics,
     trained_tensors,
 )
 from lora_export.training.compiling import PeakMemory, SavedActivations, autocast, compiled, memory_use
@@ -71,8 +71,8 @@ def fit(
 
     On the CPU the same seed gives the same bits; so does a training that was killed and is continued (`resume`) from
     its checkpoint, if there is one. Several processes (`accelerate launch`, `torchrun`) share the examples of each
-    step. The module is left in eval mode, on the device. Frozen batch norms stay in eval mode throughout: their
-    statistics belong to the base.
+    step. The module is left in eval mode, on the device. Batch norms that are not trained as a whole stay in eval mode
+    throughout: their statistics belong to the base.
 
     Raises InputRefused for a loss that is not finite, where there is nothing to train, and where a frozen parameter
     gets a gradient; EnvironmentLacking without accelerate or the device, and where memory is short; OutputFailed for a
@@ -312,12 +312,13 @@ def _restored_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
 @contextlib.contextmanager
 def _train_mode(module: nn.Module, settings: TrainingSettings) -> Iterator[None]:
     module.train()
-    for part in module.modules():
-        if isinstance(part, NORMS_WITH_STATISTICS) and not any(one.requires_grad for one in part.parameters()):
-            part.eval()
+    for path, is_trained in norms_with_statistics(module).items():
+        module.get_submodule(path).train(is_trained)
     if settings.gradient_checkpointing:
         if not hasattr(module, "activation_checkpointing_enable"):
             raise InputRefused("gradient checkpointing needs a model of transformers: only that knows its blocks")
+        if not module.supports_gradient_checkpointing:
+            raise InputRefused(f"{type(module).__name__} does not support gradient checkpointing")
         whole: Any = module
         whole.activation_checkpointing_enable({"use_reentrant": False})
     try:

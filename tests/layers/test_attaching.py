@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers, plan
@@ -212,6 +213,17 @@ def test_a_layer_that_already_has_lora_is_refused() -> None:
         InputRefused, match=r"0\.weight: its Linear already has lora_A; give the model without its LoRA layers"
     ):
         layers.attach(model, plan_for(model, an_adapter({"0": PAIR})))
+
+
+def test_dora_beside_rows_that_are_trained_alone_is_refused() -> None:
+    """PEFT's forward fails on it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
+    base = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, tie_word_embeddings=True, **sizes))
+    adapter = layers.create_adapter(base, targets=["lm_head"], rank=1, alpha=1, seed=0, dora=True, token_indices=[3])
+    with pytest.raises(InputRefused, match=r"lm_head\.weight has rows that are trained alone: DoRA"):
+        layers.attach(base, plan.make([adapter], layers.specs(base), identity_ok=True), trainable=True)
+    assert type(base.lm_head) is nn.Linear
 
 
 def test_a_shift_of_another_layers_bias_is_refused() -> None:

@@ -124,6 +124,7 @@ VARIANTS = {
     ),
     "tokens": Variant(untied, TOKENS),
     "tied tokens": Variant(lambda: a_llama(tied=True), TOKENS),
+    "tied tokens beside a pair": Variant(lambda: a_llama(tied=True), {**TOKENS, "targets": ["q_proj", "lm_head"]}),
     "a tied table": Variant(lambda: a_llama(tied=True), {"targets": ["embed_tokens", "q_proj"]}),
     "4 bits": Variant(
         lambda: in_4_bits(untied()), {"targets": ["q_proj", "v_proj", "down_proj"], "bias": "lora_only"}, TASK

@@ -94,6 +94,16 @@ def test_a_trainable_batch_norm_updates_its_statistics() -> None:
     assert not torch.equal(module.body[1].running_mean, before)
 
 
+def test_statistics_stay_where_only_the_bias_of_a_norm_is_trained() -> None:
+    """An adapter with biases (`--bias all`) has no statistics: they must stay those of the base."""
+    module = Net().requires_grad_(False)
+    module.body[1].bias.requires_grad_(True)
+    before = copy.deepcopy(dict(module.body[1].state_dict()))
+    fitted(module, epochs=1)
+    after = module.body[1].state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"bias"}
+
+
 def test_equal_seeds_give_equal_bits() -> None:
     first, second, other = adapted(), adapted(), adapted()
     history = fitted(first, epochs=3)
@@ -408,6 +418,13 @@ def test_a_base_parameter_that_would_get_a_gradient_is_refused() -> None:
 def test_a_training_that_cannot_begin_is_refused(is_trained: bool, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputRefused, match=message):
         fitted(adapted() if is_trained else Net().requires_grad_(False), **options)
+
+
+def test_a_model_without_blocks_to_checkpoint_is_refused() -> None:
+    module: Any = adapted()
+    module.activation_checkpointing_enable, module.supports_gradient_checkpointing = None, False  # ResNet's, say
+    with pytest.raises(InputRefused, match=f"{type(module).__name__} does not support gradient checkpointing"):
+        fitted(module, gradient_checkpointing=True)
 
 
 @pytest.mark.parametrize("on_the_cpu", [False, True])
