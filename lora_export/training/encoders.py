@@ -270,7 +270,7 @@ def decoder_shift(module: Any) -> Shift:
     pad, start = module.config.pad_token_id, getattr(module.config, "decoder_start_token_id", None)
     own = getattr(module, "prepare_decoder_input_ids_from_labels", None)
     if own is not None and pad is not None:
-        return lambda labels: own(labels=labels)
+        return lambda labels: own(labels=labels.clone())  # FSMT's fills them in place
     if start is None:
         lacking = "decoder_start_token_id" if own is None else "pad_token_id"
         raise InputRefused(f"the config of {type(module).__name__} has no {lacking}, which its decoder needs to begin")

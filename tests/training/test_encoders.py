@@ -197,6 +197,12 @@ def test_mbart_reads_the_language_first_and_ends_once(tokenizer: Any) -> None:
     assert inputs["decoder_input_ids"].tolist() == [[9, 4, 2, 9], [9, 5, 3, 2]]
 
 
+def test_labels_stay_where_a_models_own_rule_fills_them_in_place() -> None:
+    own = SimpleNamespace(prepare_decoder_input_ids_from_labels=lambda labels: labels.masked_fill_(labels < 0, 1))
+    own.config, labels = SimpleNamespace(pad_token_id=1), torch.tensor([[4, -100]])  # as FSMT has it
+    assert decoder_shift(own)(labels).tolist() == [[4, 1]] and labels.tolist() == [[4, -100]]
+
+
 @pytest.mark.parametrize(("own", "lacking"), [(True, "pad_token_id"), (False, "decoder_start_token_id")])
 def test_what_a_decoder_begins_with_must_be_known(own: bool, lacking: str) -> None:
     module = SimpleNamespace(config=SimpleNamespace(pad_token_id=None, decoder_start_token_id=None))
