@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.module_tensors import input_embeddings
 from lora_export.layers.torch_internals import pre_hooks
 
 _TEXTS = "input_ids"
@@ -44,21 +45,13 @@ def find_active_tokens(module: nn.Module, invocations: Collection[tuple[int, ...
             f"an activated LoRA (alora_invocation_tokens) finds its tokens in `{_TEXTS}`, which {type(module).__name__}"
             " does not take"
         )
-    largest, table = max(itertools.chain(*invocations), default=-1), _table_of_tokens(module)
+    largest, table = max(itertools.chain(*invocations), default=-1), input_embeddings(module)
     if isinstance(table, nn.Embedding) and largest >= table.num_embeddings:
         raise InputRefused(
             f"alora_invocation_tokens has the token {largest}, and the model has {table.num_embeddings} tokens: the "
             "adapter is not of this model"
         )
     module.register_forward_pre_hook(_Finder(tuple(invocations)), with_kwargs=True)
-
-
-def _table_of_tokens(module: Any) -> nn.Module | None:
-    try:
-        table: nn.Module = module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # no model of transformers, or one without tokens
-        return None
-    return table
 
 
 def forget_active_tokens(module: nn.Module) -> None:

@@ -44,6 +44,16 @@ def named_tensors(module: nn.Module) -> Iterator[ModuleTensor]:
                 yield ModuleTensor(tensor_name(path, attribute), owner, attribute, tensor)
 
 
+def input_embeddings(module: nn.Module) -> nn.Module | None:
+    """The table of tokens that a model of transformers states; None for other modules, and where it has none."""
+    model: Any = module
+    try:
+        table: nn.Module = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no model of transformers; Canine's
+        return None
+    return table
+
+
 def tensor_name(path: str, attribute: str) -> str:
     """The state_dict's name of an attribute of the module at `path`. The root module has an empty path."""
     return f"{path}.{attribute}" if path else attribute

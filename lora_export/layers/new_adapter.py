@@ -22,7 +22,7 @@ from lora_export.errors import InputRefused, listed
 from lora_export.formats.patterns import Patterns
 from lora_export.layers.adapter_targets import AdaptableWeight, AdaptableWeights, matches_ending, nearest
 from lora_export.layers.frozen_linear import is_4bit
-from lora_export.layers.module_tensors import as_array, named_tensors, oriented
+from lora_export.layers.module_tensors import as_array, input_embeddings, named_tensors, oriented
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, new_pair
 from lora_export.options.spelling import named
 from lora_export.options.train import AdapterChoice, Init, TrainedBiases
@@ -206,8 +206,7 @@ def _trained_tensors(
 def _token_rows(module: nn.Module, indices: Sequence[int]) -> dict[str, TokenRows]:
     """Rows of the input embeddings: those of a Hugging Face model, or the only table of another module."""
     tables = {path: part for path, part in module.named_modules() if isinstance(part, nn.Embedding)}
-    if callable(getattr(module, "get_input_embeddings", None)):
-        own = module.get_input_embeddings()  # type: ignore[operator]
+    if (own := input_embeddings(module)) is not None:
         tables = {path: part for path, part in tables.items() if part is own}
     if len(tables) != 1:
         found = ", ".join(tables) or "none"

@@ -20,6 +20,7 @@ from lora_export.errors import EscapedLines, InputRefused, escaped_lines, listed
 from lora_export.extras import optional_package
 from lora_export.isolation.limits import MAX_OBJECTS
 from lora_export.layers.frozen_linear import scales_of_4bit
+from lora_export.layers.module_tensors import input_embeddings
 from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, loading_options, quantised_modules, widen_floats
 from lora_export.models.generated_inputs import generated_inputs
@@ -73,14 +74,13 @@ def set_padding_token(model: Model, tokenizer: Any) -> None:
     A classifier of a decoder reads the last token that is no padding. Without this id it takes no batch.
     Raises InputRefused where the model has no row for this token.
     """
-    module: Any = model.module
-    table = module.get_input_embeddings()
+    table = input_embeddings(model.module)
     if isinstance(table, torch.nn.Embedding) and tokenizer.pad_token_id >= table.num_embeddings:
         raise InputRefused(
             f"{model.source}: the tokenizer's padding token has the id {tokenizer.pad_token_id}, and the model has "
             f"rows for {table.num_embeddings} tokens. Add the row (resize_token_embeddings), or choose another token"
         )
-    config = module.config
+    config: Any = model.module.config
     for part in (config, config.get_text_config()):
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = tokenizer.pad_token_id

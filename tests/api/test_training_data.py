@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from lora_export.api.training_data import CheckedRows, encoded_data, read_training_data
 from lora_export.errors import InputRefused, WrongUsage
@@ -18,7 +19,7 @@ from lora_export.options.train import TrainOptions
 from lora_export.training.batches import ArrayData, EncodedRows, ReadyBatches
 from lora_export.training.token_rows import CausalRows, MaskedRows
 from support.api import MODEL
-from support.small_models import small_model, words_tokenizer
+from support.small_models import TEXT, small_model, words_tokenizer
 
 if TYPE_CHECKING:
     from support.stores import Stored
@@ -205,6 +206,16 @@ def test_a_padding_token_is_needed_by_classifiers_alone(bases: dict[str, Path], 
     assert len(encoded(base, rows(tmp_path, *TEXTS))[0])
     with pytest.raises(InputRefused, match="the tokenizer has no padding token"):
         encoded(base, rows(tmp_path, *({"text": "a", "label": label} for label in "xyxy")))
+
+
+def test_a_model_without_a_table_of_tokens_is_trained(tmp_path: Path) -> None:
+    """Canine hashes characters, and transformers' `get_input_embeddings` fails on it."""
+    torch.manual_seed(0)
+    config = transformers.CanineConfig(**TEXT, num_hash_functions=2, num_hash_buckets=8, downsampling_rate=2)
+    transformers.CanineForTokenClassification(config).save_pretrained(tmp_path / "base")
+    words_tokenizer(tmp_path / "base")
+    data, _ = encoded(tmp_path / "base", rows(tmp_path, *({"tokens": ["a", "bad"], "tags": ["x", "y"]},) * 2))
+    assert data.batch([0]).labels.tolist() == [[0, 1, -100]]
 
 
 def test_arrays_and_own_batches_are_split_too(tmp_path: Path) -> None:
