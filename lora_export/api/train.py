@@ -140,7 +140,7 @@ def train(options: TrainOptions) -> TrainResult:
         torch.manual_seed(options.seed)  # the first values of a new head depend on it
         model, quantised = _load_base(options, learnt)
         data_in, held_out = encoded_data(model, learnt, options)
-        heads = with_new_modules(model, options.heads or heads_of(model))
+        heads = with_new_modules(model, options.heads or heads_of(model, learnt.peft_task))
         base = _Base(model, model.fingerprint(), quantised)
         trainer = Trainer(model.module, data_in, held_out, settings, heads, options)
         new = requested_adapters(options, model, heads, seed=options.seed)

@@ -14,6 +14,7 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, first_of, listed
+from lora_export.formats.peft_writing import HEADS_OF_TASKS
 from lora_export.layers.attachments import branch_tensors
 from lora_export.layers.new_adapter import as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
@@ -195,11 +196,17 @@ def refuse_rank_beyond_layers(adapter: Adapter, *, named: bool, on_message: OnMe
     on_message(f"note: {message}, such as {next(iter(small.values()))}")
 
 
-def heads_of(loaded: Model) -> tuple[str, ...]:
-    """The task head of a Hugging Face classifier: the modules that its class has besides the base model."""
+def heads_of(loaded: Model, task: str | None) -> tuple[str, ...]:
+    """The task head of a Hugging Face classifier: the modules that its class has besides the base model.
+
+    With a task of PEFT's, so are modules whose names end like those of its heads: DistilBERT's pre_classifier.
+    """
     if not loaded.is_huggingface:
         return ()
-    return tuple(name for name, _ in loaded.module.named_children() if name in HEADS)
+    endings = HEADS_OF_TASKS.get(task or "", ())
+    return tuple(
+        name for name, _ in loaded.module.named_children() if name in HEADS or (endings and name.endswith(endings))
+    )
 
 
 def with_new_modules(loaded: Model, heads: Sequence[str]) -> tuple[str, ...]:

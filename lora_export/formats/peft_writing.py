@@ -44,6 +44,10 @@ from lora_export.storage import json_files, safetensors_file
 SUFFIX = ""
 ALLOWED = frozenset({"magnitude", "replaced", "token_rows", "tied"})
 KEPT_FACTS = ("task_type", "base_model_name_or_path")
+# With one of these tasks, PEFT takes each module whose name ends so for saved whole, and finds no tensor missing.
+HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)
+}  # fmt: skip
 NEW_PEFT = "0.19.0"  # the first whose axes of stacked parameters are those that are written
 
 
@@ -251,6 +255,12 @@ def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[st
     }
 
 
+def _head_around(module: str, heads: tuple[str, ...]) -> str:
+    """The outermost module of this path whose name ends as a head's does, which PEFT looks for; empty without one."""
+    parts = module.split(".")
+    return next((".".join(parts[: place + 1]) for place, part in enumerate(parts) if part.endswith(heads)), "")
+
+
 def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """Whole tensors and rows of tokens under PEFT's keys; what the config has to name of them is added to `fields`."""
     tensors: dict[str, NDArray[Any]] = {}
@@ -271,7 +281,11 @@ def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArra
             tensors[WRAPPER + name] = value
         if module in adapter.pairs and kind == "bias" and fields["bias"] == "none":
             fields["bias"] = "lora_only"
-    fields["modules_to_save"] = sorted(saved) or None
+    heads = HEADS_OF_TASKS.get(fields.get("task_type", ""), ())
+    if heads and (not saved or any(_head_around(module, heads) for module in adapter.pairs)):
+        heads = ()
+        del fields["task_type"]  # PEFT would look for a head that is not there
+    fields["modules_to_save"] = sorted({_head_around(module, heads) or module for module in saved}) or None
     table: dict[str, list[int]] = {}
     for name, rows in adapter.token_rows.items():
         module = name.removesuffix(".weight")

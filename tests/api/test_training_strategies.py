@@ -121,10 +121,20 @@ def test_unknown_layers_are_refused_and_nothing_is_left(data: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "saved"), [("distilbert", {"classifier", "pre_classifier"}), ("bert", {"classifier", "bert.pooler.dense"})]
+    ("name", "has_head", "saved"),
+    [
+        ("distilbert", False, {"classifier", "pre_classifier"}),
+        ("distilbert", True, {"classifier", "pre_classifier"}),
+        ("bert", False, {"classifier", "bert.pooler.dense"}),
+        ("electra", False, {"classifier"}),  # of two layers
+        ("electra", True, {"classifier"}),
+    ],
 )
-def test_peft_reads_every_module_that_the_base_lacked(name: str, saved: set[str], tmp_path: Path) -> None:
+def test_peft_reads_the_whole_head_of_a_classifier(name: str, has_head: bool, saved: set[str], tmp_path: Path) -> None:
     base = small_model(name, tmp_path / "base")
+    auto = transformers.AutoModelForSequenceClassification
+    if has_head:
+        auto.from_pretrained(base, num_labels=2).save_pretrained(base)
     if name == "bert":  # a model of masked words has no pooler, which a classifier needs
         torch.manual_seed(0)
         transformers.BertForMaskedLM(MODELS["bert"][1]()).save_pretrained(base)
@@ -134,7 +144,6 @@ def test_peft_reads_every_module_that_the_base_lacked(name: str, saved: set[str]
     le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", epochs=2, learning_rate=1e-2)
     assert set(json.loads((tmp_path / "ad/adapter_config.json").read_text())["modules_to_save"]) == saved
     le.merge(base, tmp_path / "ad", tmp_path / "merged")
-    auto = transformers.AutoModelForSequenceClassification
     merged = auto.from_pretrained(tmp_path / "merged").eval()
     theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(base, num_labels=2), tmp_path / "ad").eval()
     ids = torch.arange(24).reshape(3, 8) % 9

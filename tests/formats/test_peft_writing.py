@@ -251,3 +251,24 @@ def test_the_projection_of_an_attention_has_pefts_name(tmp_path: Path) -> None:
 def test_what_such_a_file_cannot_hold_is_an_error(tmp_path: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="cannot hold everything in x"):
         write_any_ranks(replace(Adapter("x", "made", PAIRS), **fields), tmp_path)
+
+
+CLASSIFIER = {"classifier.dense.weight": np.ones((4, 4), np.float32), "classifier.out.bias": np.ones(2, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "replaced", "saved", "task"),
+    [
+        (("encoder.q",), CLASSIFIER, ["classifier"], "SEQ_CLS"),  # PEFT looks for a whole `classifier`
+        (("encoder.q",), {}, None, None),  # and for its tensors in the file
+        (("classifier.dense",), {"norm.weight": np.ones(4, np.float32)}, ["norm"], None),
+    ],
+)
+def test_a_task_is_written_where_the_head_is_whole(
+    pairs: tuple[str, ...], replaced: dict[str, np.ndarray], saved: list[str] | None, task: str | None, tmp_path: Path
+) -> None:
+    own = {name: pair(4, 4, 1) for name in pairs}
+    adapter = Adapter("x", "made", own, metadata={"task_type": "SEQ_CLS"}, replaced=replaced)
+    write_any_ranks(adapter, tmp_path)
+    config = read_json(tmp_path / "adapter_config.json")
+    assert (config["modules_to_save"], config.get("task_type")) == (saved, task)
