@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class AdaptableWeights:
             for one in found
             if one.is_stacked and len(one.spec.shape) == 3 and isinstance(one.tensor, nn.Parameter)
         }
-        self._left_out = _output_embeddings(module)
+        self._left_out = _left_out_of_all_linear(module)
 
     def chosen(
         self,
@@ -153,9 +153,23 @@ def matches_ending(path: str, names: Iterable[str]) -> bool:
     return any(f".{path}".endswith(f".{name}") for name in names)
 
 
-def _output_embeddings(module: nn.Module) -> set[str]:
-    """The names of a Hugging Face model's output embeddings, which PEFT's "all-linear" leaves out too."""
-    if not callable(getattr(module, "get_output_embeddings", None)):
-        return set()
-    head = module.get_output_embeddings()  # type: ignore[operator]
-    return {path for path, child in module.named_modules() if head is not None and child is head}
+# Where PEFT refuses a pair for `out_proj`: the kernels of these models read its weight themselves.
+MODELS_WITH_KERNELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+
+def _left_out_of_all_linear(module: nn.Module) -> set[str]:
+    """The names of linear layers that "all-linear" leaves out, as PEFT does or must.
+
+    They are a Hugging Face model's output embeddings, routers (Llama 4's returns two tensors, to which PEFT adds
+    nothing), and layers that PEFT refuses.
+    """
+    model: Any = module
+    head = model.get_output_embeddings() if callable(getattr(module, "get_output_embeddings", None)) else None
+    has_kernels = getattr(getattr(module, "config", None), "model_type", None) in MODELS_WITH_KERNELS
+    return {
+        path
+        for path, child in module.named_modules()
+        if (head is not None and child is head)
+        or type(child).__name__.endswith("Router")
+        or (has_kernels and path.endswith("out_proj"))
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from lora_export import layers, plan
 from lora_export.errors import InputRefused
+from lora_export.formats import WriteOptions
+from lora_export.formats import peft as peft_writer
 from lora_export.layers.new_adapter import (
     STARTING_POINT,
     Init,
@@ -26,6 +29,7 @@ from lora_export.layers.new_adapter import (
 )
 from lora_export.lora import Adapter, LoraPair
 from support import experts
+from support.architectures import tiny_models
 from support.small_layers import TARGETS, Everything, a_linear, a_model, an_encoder_layer, base_of, equal, plan_for
 
 
@@ -84,6 +88,21 @@ def test_all_linear_includes_packed_attention() -> None:
     without = layers.create_adapter(model, targets="all-linear", rank=2, alpha=2, seed=0, exclude=["head", "linear1"])
     assert list(without.pairs) == [key for key in inner if not key.endswith("linear1")]
     layers.attach(model, plan_for(model, without, identity_ok=True))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "left_out"),
+    [("MambaForCausalLM", "out_proj"), ("PhimoeForCausalLM", "router"), ("Llama4ForCausalLM", "router")],
+)
+def test_all_linear_leaves_out_what_peft_cannot_adapt(architecture: str, left_out: str, tmp_path: Path) -> None:
+    model: Any = next(tiny_models(architecture))
+    linear = {path for path, part in model.named_modules() if isinstance(part, nn.Linear)}
+    assert any(path.endswith(left_out) for path in linear)
+    adapter = layers.create_adapter(model, targets="all-linear", rank=2, alpha=2, seed=0)
+    assert adapter.pairs and not any(path.endswith(left_out) for path in adapter.pairs)
+    peft_writer.write(adapter, tmp_path, WriteOptions())
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    assert theirs(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 def test_all_linear_leaves_out_the_output_embeddings() -> None:
