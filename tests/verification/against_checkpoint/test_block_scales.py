@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_export.storage.gguf_blocks import CODECS, BlockCodec
+from lora_export.storage.gguf_file import BY_NAME
 from lora_export.verification.against_checkpoint.block_scales import beside_codes, wrong_scales
 from lora_export.weights.gguf.new_scales import on_best_scales
 
@@ -46,7 +47,22 @@ def test_each_other_byte_is_wrong(codec: BlockCodec) -> None:
 
 
 @EVERY
-def test_scales_that_are_further_away_are_wrong(codec: BlockCodec) -> None:
+def test_scales_for_other_values_are_wrong(codec: BlockCodec) -> None:
     base, value, _ = some(codec, 0.0)
     other = on_best_scales(codec, np.zeros_like(base), value.astype(np.float32) * np.float32(4))
     assert wrong_scales(codec, base, other, value, 0 * value) == COUNT
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K"])
+def test_scales_that_are_further_away_are_wrong(name: str) -> None:
+    """No number has a better neighbour, and the scales of the base have the values themselves."""
+    codec = CODECS[BY_NAME[name]]
+    base, value, _ = some(codec, 0.0)
+    other = on_best_scales(codec, np.zeros_like(base), value.astype(np.float32))
+    is_further = np.square(codec.decode(other) - value).sum(axis=1) > 1e-10 * np.square(value).sum(axis=1)
+    assert is_further.any()
+    assert wrong_scales(codec, base, other, value, 0 * value) >= is_further.sum()
+
+
+def test_bytes_beside_the_codes() -> None:
+    assert np.flatnonzero(beside_codes(CODECS[BY_NAME["Q5_0"]])).tolist() == [0, 1]
