@@ -28,19 +28,19 @@ POWERS = (1.0, 2.0, 0.5)  # instead of these, where steps are powers of two
 def on_best_scales(codec: BlockCodec, blocks: Bytes, values: Floats) -> Bytes:
     """Blocks nearest to finite values (blocks, elements): on scales of their own, or on those that the blocks have."""
     best = codec.encode(blocks, values)
-    errors = squared_errors(codec, best, values)
+    errors = _squared_errors(codec, best, values)
     places = np.flatnonzero(errors > 0)
     if not places.size:
         return best
     old, wanted = blocks[places], values[places]
     with np.errstate(all="ignore"):  # values beyond every scale: their errors are no numbers
         found, are_ready = _settled(codec, old, wanted, _best_start(codec, old, wanted))
-    is_better = are_ready & (squared_errors(codec, found, wanted) < errors[places])  # NaN is not
+    is_better = are_ready & (_squared_errors(codec, found, wanted) < errors[places])  # NaN is not
     best[places[is_better]] = found[is_better]
     return best
 
 
-def squared_errors(codec: BlockCodec, blocks: Bytes, values: NDArray[np.floating]) -> Doubles:
+def _squared_errors(codec: BlockCodec, blocks: Bytes, values: NDArray[np.floating]) -> Doubles:
     """The sum of squared distances of each block from its values, (blocks,)."""
     with np.errstate(over="ignore", invalid="ignore"):
         found: Doubles = np.square(codec.decode(blocks) - values).sum(axis=1, dtype=np.float64)
