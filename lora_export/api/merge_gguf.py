@@ -27,6 +27,7 @@ def merge_into_gguf(request: MergeRequest) -> MergeResult:
             base,
             folder / request.output.name,
             min_retention=request.min_retention,
+            rescale=request.rescale,
             types=request.dtype_of or {},
             calibration=inputs,
             hashing=request.hashing,

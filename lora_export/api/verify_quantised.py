@@ -134,7 +134,7 @@ def judge_quantised(candidate: Artifact, request: VerifyRequest) -> Audit:
             f"those of its own weights as floats, and have {figures['strength']:.3g} of the merged change"
         )
     elif candidate.kind is ArtifactKind.GGUF:  # it is made for llama.cpp: another reader of it is no part of the proof
-        notes.append(outputs.refusal)
+        sentences.append(f"what transformers makes of the file is not compared: {outputs.refusal}")
     else:
         not_judged.append(f"what transformers computes: {outputs.refusal}")
     doubts = _doubts(figures)
@@ -207,7 +207,8 @@ def _with_transformers(
             library.module(**{name: torch.from_numpy(value) for name, value in next(iter(cases.values())).items()})
         return outputs._replace(loaded={name: library.run(arrays) for name, arrays in cases.items()})
     except (ImportError, RuntimeError, ValueError, InputRefused, EnvironmentLacking) as error:
-        return outputs._replace(refusal=(str(error).strip() or type(error).__name__).splitlines()[0])
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return outputs._replace(refusal=why.removesuffix(" Nothing was started."))
 
 
 def _with_runner(outputs: RunOutputs, runner: RegisteredRunner, cases: Runs) -> RunOutputs:

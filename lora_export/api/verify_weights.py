@@ -85,7 +85,9 @@ def _judged_gguf(candidate: Artifact, request: VerifyRequest, adapters: Sequence
     types = stated if isinstance(stated, Mapping) else {}
     progress = in_bytes(request.on_progress, "judging", merged.file.size)
     calibrated, not_judged = _calibrated_layers(candidate, request, steps, origin)
-    audit = audit_gguf(steps, origin, merged, types, progress=progress, calibrated=calibrated)
+    new = candidate.record.settings.get("rescaled")
+    rescaled = new if isinstance(new, list) else []
+    audit = audit_gguf(steps, origin, merged, types, rescaled=rescaled, progress=progress, calibrated=calibrated)
     return Judged(steps, audit.with_files(not_judged), [candidate.path.name])
 
 

@@ -331,8 +331,14 @@ def refuse_no_model(source: str | Path) -> None:
     This is for before anything is read: what else a command reads may take long.
     """
     location, _, attribute = str(source).rpartition(":")
-    is_factory = bool(location and attribute)
-    if not (Path(source).is_dir() or artifact_kind(Path(source)) is ArtifactKind.PROGRAM or is_factory):
+    is_factory, kind = bool(location and attribute), artifact_kind(Path(source))
+    if kind is ArtifactKind.GGUF:
+        its_own = command("verify", "MERGED.gguf", model="BASE.gguf")
+        raise InputRefused(
+            f"{source} is a GGUF file, which PyTorch does not run. Give the Hugging Face folder that it was made from. "
+            f"`{its_own}` compares two GGUF files"
+        )
+    if not (Path(source).is_dir() or kind is ArtifactKind.PROGRAM or is_factory):
         raise InputRefused(
             f"{str(source)!r} is no model: give a Hugging Face folder that exists, `package.module:factory`, "
             "`file.py:factory` or a .pt2 file"

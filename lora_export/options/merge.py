@@ -98,11 +98,11 @@ class MergeOptions(Applied, Signed):
     keep_quantised: bool = option(
         False,
         "Merge into a quantised BASE and keep it quantised, on its own scales. Layers that would lose their change are "
-        "stored as floats.",
+        "stored as floats. A .gguf BASE always stays quantised.",
         often=True,
         section=Section.BASE,
         only=(
-            *checkpoints("{requantize} merges into the quantised weights of a graph"),
+            *checkpoints("{requantize} merges into the quantised weights of a graph", "gguf"),
             without("dequantize", False, "a weight is kept or made a float"),
             without("dtype", "keep", "the scheme of BASE decides how weights are stored"),
             without("keep_residual", None, "keep the quantised base itself"),
@@ -111,7 +111,8 @@ class MergeOptions(Applied, Signed):
     )
     rescale: bool = option(
         False,
-        "With {keep_quantised}: give weights that change new scales, by the rule of their scheme.",
+        "With {keep_quantised}: give weights that change new scales, by the rule of their scheme. In a .gguf BASE they "
+        "are those of the least squared error.",
         section=Section.BASE,
         only=(Only(*("keep_quantised", (True,), "other weights have no scales"), verb="needs"),),
     )

@@ -8,10 +8,10 @@ and offsets are those of a group of elements. `encode` changes codes alone: the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,55 +20,11 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufFile, GgufTensor
+from lora_export.storage.gguf_planes import Plane, read_codes, write_codes
+from lora_export.storage.gguf_scales import BlockScales, Floats, Half, InPlanes, PowerOfTwo, SixBits
 from lora_export.storage.safetensors_file import Entry, TensorFile
 
-Floats = NDArray[np.float32]
-SIGN = np.uint8(0x80)
 RESOLVED = 1 << 20  # times a step: fp32 does not tell all codes apart beside an offset that is larger
-
-
-class Plane(NamedTuple):
-    """Some bits of each code: bytes from `start` on, in chunks of so many. A chunk has its lowest bits first."""
-
-    start: int
-    chunks: int
-    width: int
-    bits: int
-
-    def read(self, blocks: Bytes) -> Bytes:
-        """The bits of all codes, (blocks, elements)."""
-        stored = blocks[:, self.start : self.start + self.chunks * self.width]
-        if self.bits == 8:  # a signed byte
-            return stored ^ SIGN
-        stored = stored.reshape(len(blocks), self.chunks, self.width)
-        bits = np.empty((len(blocks), self.chunks, len(self._shifts), self.width), np.uint8)
-        for place, shift in enumerate(self._shifts):  # a call for each is faster than one with four axes
-            np.right_shift(stored, shift, out=bits[:, :, place])
-        bits &= self._mask
-        return bits.reshape(len(blocks), -1)
-
-    def write(self, blocks: Bytes, codes: Bytes) -> None:
-        """Store the lowest bits of all codes, (blocks, elements)."""
-        if self.bits == 8:
-            codes = codes ^ SIGN
-        else:
-            bits = (codes & self._mask).reshape(len(blocks), self.chunks, -1, self.width)
-            codes = bits[:, :, 0].copy()
-            for place, shift in enumerate(self._shifts[1:], 1):
-                codes |= bits[:, :, place] << shift
-        blocks[:, self.start : self.start + self.chunks * self.width] = codes.reshape(len(blocks), -1)
-
-    @property
-    def _mask(self) -> np.uint8:
-        return np.uint8((1 << self.bits) - 1)
-
-    @property
-    def _shifts(self) -> Bytes:
-        return np.arange(0, 8, self.bits, dtype=np.uint8)
-
-
-# Steps and offsets of each group: (blocks, groups) in fp32, or no offsets
-StepsAndOffsets = tuple[Floats, Floats | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +33,7 @@ class BlockCodec:
 
     type: BlockType
     planes: Sequence[Plane]  # the lowest bits of a code first
-    scales: Callable[[Bytes], StepsAndOffsets]
+    scales: BlockScales
     numbers: Floats  # of each code: whole numbers
     group: int  # elements
 
@@ -91,10 +47,8 @@ class BlockCodec:
 
     def with_codes(self, blocks: Bytes, codes: Bytes) -> Bytes:
         """Blocks with the steps and offsets of these, and other codes (blocks, elements)."""
-        result, shift = blocks.copy(), 0
-        for plane in self.planes:
-            plane.write(result, codes >> np.uint8(shift) if shift else codes)
-            shift += plane.bits
+        result = blocks.copy()
+        write_codes(self.planes, result, codes)
         return result
 
     def values_of(self, blocks: Bytes, codes: Bytes) -> Floats:
@@ -107,20 +61,23 @@ class BlockCodec:
         Elements that did not change keep their codes, and so do those of a group whose step is zero.
         """
         steps, offsets = self.scales(blocks)
-        wanted = values.reshape(len(blocks), -1, self.group)
-        is_fixed = steps == 0
-        divisor: Floats = np.where(is_fixed, np.float32(np.inf), steps).astype(np.float32)[..., None]
-        with np.errstate(over="ignore"):
-            position = wanted / divisor if offsets is None else wanted - offsets[..., None]
-            if offsets is not None:
-                position /= divisor
-        codes = self._nearest(position).reshape(len(blocks), -1)
+        codes, is_fixed = self.nearest_on(steps, offsets, values), steps == 0
         is_odd = is_fixed if offsets is None else is_fixed | (np.abs(offsets) > RESOLVED * np.abs(steps))
         odd = np.flatnonzero(is_odd.any(axis=1)) if self.is_ladder else np.arange(len(blocks))
         if odd.size:
             stored, own = self.codes_of(blocks[odd]), None if offsets is None else offsets[odd]
             codes[odd] = self._nearer(codes[odd], stored, values[odd], steps[odd], own)
         return codes
+
+    def nearest_on(self, steps: Floats, offsets: Floats | None, values: Floats) -> Bytes:
+        """The codes nearest to (blocks, elements) on any steps and offsets, (blocks, groups)."""
+        wanted = values.reshape(len(values), -1, self.group)
+        divisor: Floats = np.where(steps == 0, np.float32(np.inf), steps).astype(np.float32)[..., None]
+        with np.errstate(over="ignore"):
+            position = wanted / divisor if offsets is None else wanted - offsets[..., None]
+            if offsets is not None:
+                position /= divisor
+            return self._nearest(position).reshape(len(values), -1)
 
     def beyond(self, blocks: Bytes, values: Floats, nearest: Bytes) -> Bytes:
         """The codes of the elements on the other side of the values than the nearest; these, where there is none.
@@ -159,11 +116,7 @@ class BlockCodec:
 
     def codes_of(self, blocks: Bytes) -> Bytes:
         """The code of each element, (blocks, elements)."""
-        codes, shift = self.planes[0].read(blocks), 0
-        for lower, plane in zip(self.planes, self.planes[1:], strict=False):
-            shift += lower.bits
-            codes = codes | plane.read(blocks) << np.uint8(shift)
-        return codes
+        return read_codes(self.planes, blocks)
 
     @functools.cached_property
     def is_ladder(self) -> bool:
@@ -211,61 +164,6 @@ class BlockCodec:
             return np.where(distance < np.abs(self._values(stored, steps, offsets) - values), codes, stored)
 
 
-# --- Steps and offsets ---
-
-
-def _half(blocks: Bytes, start: int) -> Floats:
-    """The fp16 number that is stored there, (blocks, 1)."""
-    return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16).astype(np.float32)
-
-
-def one_step(start: int) -> Callable[[Bytes], StepsAndOffsets]:
-    return lambda blocks: (_half(blocks, start), None)
-
-
-def step_and_offset(blocks: Bytes) -> StepsAndOffsets:
-    return _half(blocks, 0), _half(blocks, 2)
-
-
-def _scaled(step: Floats, scales: NDArray[Any]) -> Floats:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return step * scales.astype(np.float32)
-
-
-def _q2_k(blocks: Bytes) -> StepsAndOffsets:
-    both = blocks[:, :16]
-    return _scaled(_half(blocks, 80), both & 0xF), -_scaled(_half(blocks, 82), both >> 4)
-
-
-def _q3_k(blocks: Bytes) -> StepsAndOffsets:
-    low = Plane(96, 1, 8, 4).read(blocks)
-    high = Plane(104, 1, 4, 2).read(blocks)
-    return _scaled(_half(blocks, 108), (low | high << 4).astype(np.int8) - np.int8(32)), None
-
-
-def _q4_k(blocks: Bytes) -> StepsAndOffsets:
-    """Eight scales and eight minima of 6 bits, in 12 bytes: the last four of each have their highest bits apart."""
-    scales, minima, rest = (blocks[:, start : start + 4] for start in (4, 8, 12))
-    steps = np.concatenate([scales & 0x3F, (rest & 0xF) | (scales >> 2 & 0x30)], axis=1)
-    offsets = np.concatenate([minima & 0x3F, (rest >> 4) | (minima >> 2 & 0x30)], axis=1)
-    return _scaled(_half(blocks, 0), steps), -_scaled(_half(blocks, 2), offsets)
-
-
-def _q6_k(blocks: Bytes) -> StepsAndOffsets:
-    return _scaled(_half(blocks, 208), np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)), None
-
-
-def _mxfp4(blocks: Bytes) -> StepsAndOffsets:
-    """Half of a power of two: the numbers of the table are twice as large as those of the format."""
-    return np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128), None
-
-
-def _iq4_xs(blocks: Bytes) -> StepsAndOffsets:
-    low = np.stack([blocks[:, 4:8] & 0xF, blocks[:, 4:8] >> 4], axis=2).reshape(len(blocks), 8)
-    high = Plane(2, 2, 1, 2).read(blocks)
-    return _scaled(_half(blocks, 0), (low | high << 4).astype(np.int8) - np.int8(32)), None
-
-
 # --- The types ---
 
 
@@ -278,33 +176,52 @@ _NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38,
 
 
 def _codec(
-    name: str,
-    scales: Callable[[Bytes], StepsAndOffsets],
-    numbers: Floats,
-    *planes: tuple[int, int, int, int],
-    groups: int = 1,
+    name: str, scales: BlockScales, numbers: Floats, *planes: tuple[int, int, int, int], groups: int = 1
 ) -> BlockCodec:
     kind = BY_NAME[name]
     return BlockCodec(kind, [Plane(*plane) for plane in planes], scales, numbers, kind.elements // groups)
 
 
+def _in_groups(
+    step: int, *planes: tuple[int, int, int, int], zero: int = 0, codes: int, offset: Half | None = None
+) -> BlockScales:
+    return BlockScales(Half(step), offset, InPlanes([Plane(*plane) for plane in planes]), zero, codes)
+
+
+_STEP, _STEP_AND_OFFSET = BlockScales(Half(0)), BlockScales(Half(0), Half(2))
+_SIX_BITS = BlockScales(Half(0), Half(2, sign=-1), SixBits(4), codes=64)
+
 # Type -> its codec; planes are (start, chunks, width, bits)
 CODECS = {
     codec.type: codec
     for codec in (
-        _codec("Q8_0", one_step(0), _ladder(256, 128), (2, 1, 32, 8)),
-        _codec("Q4_0", one_step(0), _ladder(16, 8), (2, 1, 16, 4)),
-        _codec("Q4_1", step_and_offset, _ladder(16), (4, 1, 16, 4)),
-        _codec("Q5_0", one_step(0), _ladder(32, 16), (6, 1, 16, 4), (2, 4, 1, 1)),
-        _codec("Q5_1", step_and_offset, _ladder(32), (8, 1, 16, 4), (4, 4, 1, 1)),
-        _codec("Q2_K", _q2_k, _ladder(4), (16, 2, 32, 2), groups=16),
-        _codec("Q3_K", _q3_k, _ladder(8, 4), (32, 2, 32, 2), (0, 1, 32, 1), groups=16),
-        _codec("Q4_K", _q4_k, _ladder(16), (16, 4, 32, 4), groups=8),
-        _codec("Q5_K", _q4_k, _ladder(32), (48, 4, 32, 4), (16, 1, 32, 1), groups=8),
-        _codec("Q6_K", _q6_k, _ladder(64, 32), (0, 2, 64, 4), (128, 2, 32, 2), groups=16),
-        _codec("MXFP4", _mxfp4, _FLOAT4, (1, 1, 16, 4)),
-        _codec("IQ4_NL", one_step(0), _NON_LINEAR, (2, 1, 16, 4)),
-        _codec("IQ4_XS", _iq4_xs, _NON_LINEAR, (8, 8, 16, 4), groups=8),
+        _codec("Q8_0", _STEP, _ladder(256, 128), (2, 1, 32, 8)),
+        _codec("Q4_0", _STEP, _ladder(16, 8), (2, 1, 16, 4)),
+        _codec("Q4_1", _STEP_AND_OFFSET, _ladder(16), (4, 1, 16, 4)),
+        _codec("Q5_0", _STEP, _ladder(32, 16), (6, 1, 16, 4), (2, 4, 1, 1)),
+        _codec("Q5_1", _STEP_AND_OFFSET, _ladder(32), (8, 1, 16, 4), (4, 4, 1, 1)),
+        _codec(
+            *("Q2_K", _in_groups(80, (0, 1, 16, 4), codes=16, offset=Half(82, sign=-1)), _ladder(4), (16, 2, 32, 2)),
+            groups=16,
+        ),
+        _codec(
+            *("Q3_K", _in_groups(108, (96, 1, 8, 4), (104, 1, 4, 2), zero=32, codes=64), _ladder(8, 4)),
+            *((32, 2, 32, 2), (0, 1, 32, 1)),
+            groups=16,
+        ),
+        _codec("Q4_K", _SIX_BITS, _ladder(16), (16, 4, 32, 4), groups=8),
+        _codec("Q5_K", _SIX_BITS, _ladder(32), (48, 4, 32, 4), (16, 1, 32, 1), groups=8),
+        _codec(
+            *("Q6_K", _in_groups(208, (192, 1, 16, 8), zero=128, codes=256), _ladder(64, 32)),
+            *((0, 2, 64, 4), (128, 2, 32, 2)),
+            groups=16,
+        ),
+        _codec("MXFP4", BlockScales(PowerOfTwo(0)), _FLOAT4, (1, 1, 16, 4)),
+        _codec("IQ4_NL", _STEP, _NON_LINEAR, (2, 1, 16, 4)),
+        _codec(
+            *("IQ4_XS", _in_groups(0, (4, 4, 1, 4), (2, 2, 1, 2), zero=32, codes=64), _NON_LINEAR, (8, 8, 16, 4)),
+            groups=8,
+        ),
     )
 }
 

@@ -29,7 +29,7 @@ from lora_export.weights.apply_step import refuse_overflow, scratch_arrays, squa
 from lora_export.weights.calibrated_rounding import calibrated
 from lora_export.weights.merge_report import Statistics, StatisticsByWeight, StepResult
 from lora_export.weights.quantised.codes import Grid, StoredCodes, read_numbers
-from lora_export.weights.quantised.new_grid import MOST_SCALES, NewGrid, NewPart, ScaleRule
+from lora_export.weights.quantised.new_grid import MOST_SCALES, NewGrid, NewPart, ScaleRule, new_parts
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 from lora_export.weights.tensor_blocks import (
     OutputTensor,
@@ -283,8 +283,7 @@ def rescaled(tensor: KeptTensor, scheme: str, path: Path, scaling: ScaleRule | N
         return lambda rows: (of_rows(rows), old(rows)[1])
 
     codes = replace(tensor.codes, load=load)
-    parts = {scaling.name: NewPart(scaling.read().shape, made)}
-    return NewGrid(scheme, codes, tensor.source.shape, parts, is_rescaled=True)
+    return NewGrid(scheme, codes, tensor.source.shape, new_parts(scaling, made), is_rescaled=True)
 
 
 def _new_scales(tensor: KeptTensor, path: Path, scaling: ScaleRule) -> NDArray[Any]:
@@ -299,10 +298,8 @@ def _new_scales(tensor: KeptTensor, path: Path, scaling: ScaleRule) -> NDArray[A
             block_copy.read(path, reader.fileno(), packed, tensor.source.start + first)
             before, total, zeros = change.sums(rows, packed)
             needed.add(rows, before, total, zeros)
-    new = scaling.stored(needed.factors.astype(np.float32).reshape(old.shape), old)
-    factors = scaling.decode(new)
-    is_new = (needed.change > 0).reshape(old.shape) & np.isfinite(factors) & (factors > 0)
-    return np.where(is_new, new, old).astype(old.dtype)
+    factors, is_changed = needed.factors.reshape(old.shape), needed.change.reshape(old.shape) > 0
+    return scaling.renewed(factors.astype(np.float32), is_changed, old)
 
 
 class NeededScales:

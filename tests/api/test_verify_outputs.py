@@ -148,7 +148,7 @@ def test_a_merged_gguf_file_has_the_config_beside_its_base(tmp_path: Path) -> No
     model.config.save_pretrained(tmp_path)
     result = le.verify(out, base, adapters=tmp_path / "a", strict=True)
     assert result and list(result.about["quantisation_error"]) == ["of_rounding"]
-    assert any("transformers does not read this GGUF file" in note for note in result.verdict.notes)
+    assert any("transformers does not read this GGUF file" in line for line in result.verdict.figures)
 
 
 def test_outputs_of_a_library_are_compared_with_those_of_the_base_too() -> None:

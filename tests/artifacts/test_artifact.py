@@ -90,6 +90,12 @@ def test_folders_factories_and_programs_name_models(tmp_path: Path) -> None:
     assert list(map(is_refused, sources)) == [False, False, False, False, True]
 
 
+def test_a_gguf_file_is_a_model_of_its_own_kind(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputRefused, match=r"m\.gguf is a GGUF file, which PyTorch does not run"):
+        refuse_no_model(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("source", ["nothing", "nothing/", "m.py:", ":make", "m.safetensors", "m.onnx"])
 def test_anything_else_names_none(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -181,7 +181,7 @@ def test_new_scales_are_those_of_the_rule(kind: str, tmp_path: Path) -> None:
     merge = KeptMerge(tmp_path, kind, fraction_of_std(2), unchanged=8, rescale=True, min_retention=0)
     layer, change = merge.layer, merge.change
     is_new = layer.stored == f"{layer.scheme}, new scales"
-    assert is_new == (kind not in ("nf4, double", "fp8 without scales"))  # scales that are quantised again, and none
+    assert is_new == (kind != "fp8 without scales")
     if is_new and layer.is_kept:
         after = floats_of(merge.out)["a.fc.weight"]
         most = 0.7 if kind == "gptq 2" else 0.45
@@ -213,6 +213,35 @@ def test_rule_divides_the_largest_number(kind: str, name: str, numbers: int, rea
     assert '"rescaled": ["a.fc.weight"]' in json.dumps(record)
     (out / "lora_export.json").write_text(json.dumps(record).replace('"rescaled": ["a.fc.weight"]', '"rescaled": []'))
     assert f"a.fc.{name} is not the base's" in merge.verdict()
+
+
+def test_scales_that_are_quantised_again_are_made_anew(tmp_path: Path) -> None:
+    """The outer scale is the largest distance of a scale from the offset, where one is out of its reach."""
+    merge = KeptMerge(tmp_path, "nf4, double", fraction_of_std(4), unchanged=8, rescale=True, min_retention=0)
+    before, after = (load_file(folder / "model.safetensors") for folder in (merge.base, merge.out))
+    state = json.loads(bytes(before["a.fc.weight.quant_state.bitsandbytes__nf4"].tolist()))
+    table, offset = before["a.fc.weight.nested_quant_map"].double(), state["nested_offset"]
+    flat = np.abs(merge.weight + merge.change).reshape(-1)
+    largest = np.maximum.reduceat(flat, np.arange(0, len(flat), 64))
+    (old,), (outer,) = (each["a.fc.weight.nested_absmax"].tolist() for each in (before, after))
+    assert outer == pytest.approx(np.abs(largest - offset).max(), rel=2**-9) and outer > 2 * old  # W in bf16
+    distance = (torch.from_numpy((largest - offset) / outer)[:, None] - table).abs()
+    own = distance[torch.arange(len(largest)), after["a.fc.weight.absmax"].long()]
+    assert (own <= distance.min(dim=1).values + 2**-9)[12:].all()  # 12 blocks are rows without a change
+
+
+def test_scales_in_reach_keep_the_outer_scale(tmp_path: Path) -> None:
+    tensor = open_checkpoint(base_of(tmp_path / "base", "nf4, double"), dequantise=True).quantised["a.fc.weight"]
+    rule = tensor.scaling
+    assert rule is not None
+    old = rule.read()
+    factors, is_changed = rule.decode(old) * np.float32(0.9), np.arange(len(old)) % 2 == 0
+    new = rule.renewed(factors, is_changed, old)
+    assert np.array_equal(new["outer"], old["outer"]) and np.array_equal(new[~is_changed], old[~is_changed])
+    assert (np.abs(rule.decode(new) - factors) < 0.02 * old["outer"])[is_changed].all()
+    assert (new["index"] != old["index"])[is_changed].mean() > 0.9
+    tiny = rule.renewed(np.full_like(factors, 1e-9), is_changed, old)
+    assert (rule.decode(tiny) > 0).all()
 
 
 def test_scales_that_cannot_be_halved_need_floats(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@
               the tensors.
     kept      A tensor that no adapter changes has the type and the bytes of the base's.
     changed   A tensor has its type of the base, or the one that the record of the file names. In blocks of the base's
-              type, all but the codes has the base's bytes. Each value is the nearest to V = W + Σ s·BA that its scale
-              allows (`block_values`). In new blocks of Q8_0 the largest number is 127. Floats are judged as in a
-              checkpoint.
+              type, all but the codes has the base's bytes; where the record has new scales, these are right for V
+              (`block_scales`). Each value is the nearest to V = W + Σ s·BA that its scale allows (`block_values`). In
+              blocks of Q8_0 that were another type the largest number is 127. Floats are judged as in a checkpoint.
     controls  As in a checkpoint.
 
 The rows of q and k are put into llama.cpp's order by a formula of this file.
@@ -15,7 +15,7 @@ The rows of q and k are put into llama.cpp's order by a formula of this file.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +35,7 @@ from lora_export.verification.against_checkpoint.audit_checkpoint import (
     judge_rounded,
     replacement_rows,
 )
+from lora_export.verification.against_checkpoint.block_scales import beside_codes
 from lora_export.verification.against_checkpoint.block_values import ChangedBlocks, StoredBlocks, bytes_at
 from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer
 from lora_export.verification.against_checkpoint.in_step import Judgement
@@ -59,12 +60,14 @@ def audit_gguf(
     merged: GgufBase,
     types: Mapping[str, Any],
     *,
+    rescaled: Container[Any] = (),
     progress: Callable[[int], None] = lambda _: None,
     calibrated: Mapping[str, CalibratedLayer] = MappingProxyType({}),
 ) -> Audit:
     """Judge every field and tensor of `merged`, which should be what a merge makes of `base` by this plan.
 
-    The plan has the rows of transformers. `types` are those of promoted tensors, as the record of `merged` names them.
+    The plan has the rows of transformers. `types` are those of promoted tensors, and `rescaled` those with new
+    scales, as the record of `merged` names them.
     The weights in `calibrated` need not be rounded to nearest.
     Raises InputRefused where a file becomes shorter meanwhile, and for heads that are not those of the rows.
     """
@@ -78,7 +81,8 @@ def audit_gguf(
         if candidate is None:
             missing = AuditedWeight(name, Fate.KEPT, Outcome.DIFFERENT, "is missing")
             return [Judgement(0, lambda: missing)]
-        pair = _Pair(name, tensor, candidate, base, merged, calibrated.get(name))
+        is_rescaled = tensor.name in rescaled
+        pair = _Pair(name, tensor, candidate, base, merged, calibrated.get(name), is_rescaled=is_rescaled)
         if name not in steps:
             return [Judgement(candidate.stop - candidate.start, pair.judge_kept)]
         wanted = str(types.get(candidate.name, tensor.type.name))
@@ -143,6 +147,7 @@ class _Pair:
     of_base: GgufBase
     of_candidate: GgufBase
     calibrated: CalibratedLayer | None = None
+    is_rescaled: bool = False
 
     def judge_kept(self) -> AuditedWeight:
         one, other = self.base, self.candidate
@@ -154,7 +159,8 @@ class _Pair:
     def judge_changed(self, steps: list[Step], wanted: str) -> AuditedWeight:
         """Judge what steps did to it: one to all of it, or several to experts."""
         why = self._wrong_form(wanted)
-        if not why and self.candidate.type == self.base.type and self.base.type not in FLAT:
+        is_same_type = self.candidate.type == self.base.type and self.base.type not in FLAT
+        if not why and is_same_type and not self.is_rescaled:
             why = self._other_scales()
         if why:
             return AuditedWeight(self.name, Fate.of(steps[0]), Outcome.DIFFERENT, why)
@@ -193,7 +199,8 @@ class _Pair:
             if blocks is None:
                 return judge_changed(name, one, before, after, calibrated)
             pieces = list(after.pieces())
-            return judge_weight(name, ChangedBlocks(one, before, after, pieces, calibrated, stored_blocks=blocks))
+            weight = ChangedBlocks(one, before, after, pieces, calibrated, stored_blocks=blocks)
+            return _with_scales(judge_weight(name, weight), weight.wrong_scales)
 
         return judge_unknown_layout(step, judge) if step.spec.layout is Layout.UNKNOWN and step.terms else judge(step)
 
@@ -201,7 +208,7 @@ class _Pair:
         self, name: str, step: Step | None, before: StoredTensor, after: StoredTensor, first: int
     ) -> AuditedWeight:
         """Compare rows with those of the base, or with those of an adapter in their place."""
-        blocks, off, elements, differs = self._blocks(first), 0, 0, step is None
+        blocks, off, elements, differs, wrong = self._blocks(first), 0, 0, step is None, 0
         for rows in after.pieces():
             old, found = before.rows(rows), after.rows(rows).astype(np.float64)
             wanted = old if step is None else replacement_rows(step, rows, old, np.dtype(np.float32))
@@ -211,12 +218,14 @@ class _Pair:
             if blocks is not None:
                 below, above = (each.reshape(found.shape) for each in blocks.gaps(rows, found.shape[-1]))
                 allowed = np.where(distance > 0, below, above)
+                wrong += blocks.wrong_scales(rows, wanted.astype(np.float64), np.zeros(found.shape))
             off += found.size - int(np.count_nonzero(np.abs(distance) <= allowed))
             elements += found.size
             differs = differs or not np.array_equal(wanted, old)
         controls = {} if step is None else {"base": differs}
         if not off:
-            return AuditedWeight(name, Fate.of(step), Outcome.SAME, elements=elements, controls=controls)
+            same = AuditedWeight(name, Fate.of(step), Outcome.SAME, elements=elements, controls=controls)
+            return _with_scales(same, lambda: wrong)
         why = f"{off:,} of {elements:,} entries are not the nearest to the {'base' if step is None else 'adapter'}'s"
         return AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, why, elements, off)
 
@@ -224,7 +233,9 @@ class _Pair:
         """The candidate's blocks, of rows from `first` on; None for floats."""
         if self.candidate.type in FLAT:
             return None
-        return StoredBlocks(self.of_base.file, self.base, self.of_candidate.file, self.candidate, first)
+        is_rescaled = self.is_rescaled and self.candidate.type == self.base.type
+        files = self.of_base.file, self.base, self.of_candidate.file, self.candidate
+        return StoredBlocks(*files, first, is_rescaled=is_rescaled)
 
     def _wrong_form(self, wanted: str) -> str:
         if self.candidate.shape != self.base.shape:
@@ -236,9 +247,7 @@ class _Pair:
     def _other_scales(self) -> str:
         """Why the bytes of the blocks beside their codes are not the base's; empty where they are."""
         codec, kind = CODECS[self.base.type], self.base.type
-        keeps = np.ones(kind.nbytes, bool)
-        for plane in codec.planes:
-            keeps[plane.start : plane.start + plane.chunks * plane.width] = False
+        keeps = beside_codes(codec)
         count, off = PIECE // kind.nbytes * kind.nbytes, 0
         for start in range(0, self.base.stop - self.base.start, count):
             size = min(count, self.base.stop - self.base.start - start)
@@ -248,6 +257,14 @@ class _Pair:
             )
             off += int(np.count_nonzero((own != others).any(axis=1)))
         return f"{off:,} of its blocks have other scales than the base's" if off else ""
+
+
+def _with_scales(found: AuditedWeight, wrong_scales: Callable[[], int]) -> AuditedWeight:
+    """A weight whose values are right, with what is wrong about its new scales."""
+    if found.outcome is Outcome.DIFFERENT or not (wrong := wrong_scales()):
+        return found
+    why = f"{wrong:,} of its blocks have scales that are neither the base's nor those of the least squared error"
+    return replace(found, outcome=Outcome.DIFFERENT, why=why)
 
 
 def _together(name: str, parts: list[AuditedWeight]) -> AuditedWeight:

@@ -7,6 +7,7 @@ neighbour. In blocks with new scales V is nowhere beyond it: the largest number 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,9 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.gguf_blocks import CODECS
 from lora_export.storage.gguf_file import GgufFile, GgufTensor
+from lora_export.verification.against_checkpoint.block_scales import wrong_scales
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight, WeightRows
-from lora_export.verification.against_checkpoint.fp64_sums import FP32_ROUNDOFF
+from lora_export.verification.against_checkpoint.fp64_sums import FP32_ROUNDOFF, Fp64Sum
 from lora_export.verification.against_checkpoint.kept_numbers import half_distances
 from lora_export.verification.parity import Wide
 
@@ -37,6 +39,7 @@ class StoredBlocks:
     candidate_file: GgufFile
     candidate: GgufTensor
     first: int = 0
+    is_rescaled: bool = False  # in blocks of the base's type
 
     @property
     def has_new_scales(self) -> bool:
@@ -71,6 +74,17 @@ class StoredBlocks:
             slack[is_same_value] = np.nan  # another code of the value that the base has there is no change of the sum
         shape = (rows.stop - rows.start, columns)
         return (below + slack).reshape(shape), (above + slack).reshape(shape)
+
+    def wrong_scales(self, rows: slice, value: Wide, bound: Wide) -> int:
+        """How many blocks of some rows have neither the base's scales nor the best ones for V; 0 where none are new."""
+        if not self.is_rescaled:
+            return 0
+        codec, columns = CODECS[self.candidate.type], math.prod(value.shape[1:])
+        base, blocks = (
+            self._blocks(file, tensor, rows, columns)
+            for file, tensor in ((self.base_file, self.base), (self.candidate_file, self.candidate))
+        )
+        return wrong_scales(codec, base, blocks, *(each.reshape(len(blocks), -1) for each in (value, bound)))
 
     @staticmethod
     def _of_new_scales(codes: NDArray[np.uint8], size: Wide) -> tuple[Wide, Wide, Wide]:
@@ -111,3 +125,10 @@ class ChangedBlocks(ChangedWeight):
             below, above = self.stored_blocks.gaps(one.rows, columns)
             gaps: tuple[Any, Any] = below.reshape(one.after.shape), above.reshape(one.after.shape)
             yield WeightRows(one.rows, one.before, one.after, one.stored, gaps, one.is_calibrated)
+
+    def wrong_scales(self) -> int:
+        """How many blocks have wrong scales. See `StoredBlocks.wrong_scales`."""
+        if not self.stored_blocks.is_rescaled:
+            return 0
+        right = self.with_norms(Fp64Sum.right(self.step))
+        return sum(self.stored_blocks.wrong_scales(rows, *right.rows(rows, self.before(rows))) for rows in self.pieces)

@@ -37,7 +37,7 @@ from lora_export.verification.parity import Outcome, Wide
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.kept_weights import NeededScales, patch_in_file
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes, read_numbers
-from lora_export.weights.quantised.new_grid import NewGrid
+from lora_export.weights.quantised.new_grid import NewGrid, OldAndNew
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 from lora_export.weights.tensor_blocks import Patch
 
@@ -220,11 +220,11 @@ def _are_by_rule(patches: Sequence[Patch], base: KeptWeight, candidate: KeptWeig
                 after[here] = one.rows(own, patch.shaped(before[here]))[0].reshape(after[here].shape)
         needed.add(piece, before, after, base.grid(piece)[1])
     factors = needed.factors.astype(np.float32).reshape(old.shape)
-    low, high = (scaling.decode(scaling.stored(factors * np.float32(1 + sign * OF_SCALE), old)) for sign in (-1, 1))
-    found, kept = scaling.decode(new), np.equal(new.view(np.uint8), old.view(np.uint8)).reshape(*old.shape, -1).all(-1)
     change = needed.change.reshape(old.shape)
+    low, high, may_move = scaling.between(factors, change > 0, OldAndNew(old, new), OF_SCALE)
+    found, kept = scaling.decode(new), np.equal(new.view(np.uint8), old.view(np.uint8)).reshape(*old.shape, -1).all(-1)
     is_none = change <= OF_SCALE * factors  # at most: lost in fp32, or in a scale that is too small to be stored
-    is_rule = (change > 0) & (np.fmin(low, high) <= found) & (found <= np.fmax(low, high))
+    is_rule = may_move & (np.fmin(low, high) <= found) & (found <= np.fmax(low, high))
     return bool((is_rule | (kept & (is_none | ~(np.fmin(low, high) > 0)))).all())
 
 

@@ -1,8 +1,9 @@
 """A merge into a GGUF file: the same fields, the same tensors in the same sequence, and the type of each its own.
 
 Weights that no adapter changes keep their bytes. The others are summed in fp32 and stored as the nearest codes on the
-scales that their blocks have. A weight that would lose its change so is promoted to a wider type. That is decided
-before anything is written, on the blocks that the statistics count: the place of a tensor depends on those before it.
+scales that their blocks have, or on new ones (`new_scales`). A weight that would lose its change so is promoted to a
+wider type. That is decided before anything is written, on the blocks that the statistics count: the place of a tensor
+depends on those before it.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy, gguf_file
 from lora_export.storage.block_copy import Block, Bytes
-from lora_export.storage.gguf_blocks import FLAT, BlockCodec, Floats, codec_of, decoded, new_q8_0
+from lora_export.storage.gguf_blocks import FLAT, BlockCodec, codec_of, decoded, new_q8_0
 from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufTensor
+from lora_export.storage.gguf_scales import Floats
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights import compiled, tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.calibrated_rounding import LayerInputs, calibrated
 from lora_export.weights.gguf.base import GgufBase
+from lora_export.weights.gguf.new_scales import on_best_scales
 from lora_export.weights.merge import refuse_before_merge
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
@@ -66,6 +69,12 @@ class _Stored:
     tensor: GgufTensor  # of the base
     type: BlockType
     change: OutputTensor | None = None  # None: its bytes are copied
+    has_new_scales: bool = False  # in blocks of its own type
+
+    @property
+    def name(self) -> str:
+        """Its type in a report."""
+        return f"{self.type.name}, new scales" if self.has_new_scales else self.type.name
 
 
 def merge_gguf(
@@ -74,6 +83,7 @@ def merge_gguf(
     path: Path,
     *,
     min_retention: float = MIN_RETENTION,
+    rescale: bool = False,
     types: Mapping[str, str] = MappingProxyType({}),
     calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
     hashing: str = FAST,
@@ -84,8 +94,8 @@ def merge_gguf(
     """Carry out a plan over a GGUF file, into the new file `path`. The plan has the rows of transformers.
 
     `types` are those that the user chose: a name or glob of tensors -> a key of STATED; the last that matches counts.
-    `calibration` has the inputs of layers, by the names that transformers has for their weights. Peak memory is a few
-    blocks, and the header.
+    `calibration` has the inputs of layers, by the names that transformers has for their weights. With `rescale`, blocks
+    that change get new scales where these bring them nearer to W + ΔW. Peak memory is a few blocks, and the header.
 
     Raises InputRefused as `merge_checkpoint` does, for tensors that would be added, for types that cannot be read, and
     for a pattern that fits no weight that changes.
@@ -97,11 +107,13 @@ def merge_gguf(
     plan = base.in_stored_rows(plan)
     chosen = _stated_types(plan, base, types)
     with threadpool_limits(1, user_api="blas"):
-        stored, layers = _decide(plan, base, chosen, min_retention, backend, calibration)
+        stored, layers = _decide(plan, base, chosen, min_retention, backend, calibration, rescale=rescale)
         promoted = {one.tensor.name: one.type.name for one in stored if one.type != one.tensor.type}
         settings = {"min_retention": min_retention, "types": promoted, **backend.settings, **more_settings}
         if named_layers := [one.change.name for one in stored if one.change is not None and _is_fed_back(one.change)]:
             settings |= {"calibrated": sorted(named_layers)}
+        if rescaled := [one.tensor.name for one in stored if one.has_new_scales]:
+            settings |= {"rescaled": rescaled}
 
         def record(source_hash: str) -> dict[str, str]:
             files = {base.file.path.name: {hashing: source_hash}}
@@ -161,6 +173,8 @@ def _decide(
     min_retention: float,
     backend: Backend,
     calibration: Mapping[str, LayerInputs],
+    *,
+    rescale: bool,
 ) -> tuple[list[_Stored], tuple[QuantisedLayer, ...]]:
     """Every tensor in the order of the base's bytes, in the narrowest type that can hold its change; and why."""
 
@@ -169,7 +183,8 @@ def _decide(
         if change is None:
             return _Stored(tensor, tensor.type), None
         change = change.with_inputs(name, calibration)
-        trial = functools.cache(lambda kind: _trial(base, _stored_as(kind, tensor, change), backend))
+        stored_as = functools.partial(_stored_as, tensor=tensor, change=change, rescale=rescale)
+        trial = functools.cache(lambda kind: _trial(base, stored_as(kind), backend))
         own, *wider = _types_for(tensor.type)
         result = trial(own)
         why = _why_promoted(result, min_retention)
@@ -178,11 +193,11 @@ def _decide(
             why = "" if kind == own else f"stated by {named('dtype_of')}"
         else:
             kind = own if not why else next((one for one in wider if not _why_promoted(trial(one), min_retention)), F32)
-        stored = _stored_as(kind, tensor, change)
+        stored = stored_as(kind)
         if _is_fed_back(change) and not _is_calibrated(trial(kind)):  # the record names it before it is written
             stored = replace(stored, change=replace(change, inputs=_measured_alone(change.inputs)))
         figures = (None, None, None) if result is None else (result.retention, result.noise, result.outputs)
-        return stored, QuantisedLayer(name, own.name, kind.name, why, *figures)
+        return stored, QuantisedLayer(name, own.name, stored.name, why, *figures)
 
     # The matrices of a layer's inputs are large: with these, one layer at a time
     with ThreadPoolExecutor(1 if calibration else block_copy.default_threads()) as pool:
@@ -194,10 +209,12 @@ def _why_promoted(result: StepResult | None, min_retention: float) -> str:
     return "its values do not fit" if result is None else why_promoted(result, min_retention)
 
 
-def _stored_as(kind: BlockType, tensor: GgufTensor, change: OutputTensor) -> _Stored:
-    """A changed tensor in a type. In blocks with new scales, the last code of each belongs to the largest value."""
-    own_grid = kind in FLAT or kind == tensor.type
-    return _Stored(tensor, kind, change if own_grid else replace(change, inputs=_measured_alone(change.inputs)))
+def _stored_as(kind: BlockType, tensor: GgufTensor, change: OutputTensor, *, rescale: bool) -> _Stored:
+    """A changed tensor in a type. On new scales, each number is the nearest: the scales were fitted to these."""
+    rescale = rescale and kind == tensor.type and kind not in FLAT
+    own_grid = kind in FLAT or (kind == tensor.type and not rescale)
+    change = change if own_grid else replace(change, inputs=_measured_alone(change.inputs))
+    return _Stored(tensor, kind, change, rescale)
 
 
 def _measured_alone(inputs: LayerInputs | None) -> LayerInputs | None:
@@ -353,7 +370,8 @@ def _at_once(stored: _Stored, rows: slice, source: Bytes, target: Bytes, measure
     """Sum and store rows on their scales by compiled code, and copy those without a change; None where it cannot."""
     change, kind = stored.change, stored.type
     assert change is not None
-    if kind != stored.tensor.type or change.inputs is not None or compiled.kernel() is None:
+    is_kept = kind == stored.tensor.type and not stored.has_new_scales
+    if not is_kept or change.inputs is not None or compiled.kernel() is None:
         return None
     before, after = (each.reshape(rows.stop - rows.start, -1, kind.nbytes) for each in (source, target))
     total, is_copied, codec = np.zeros(5), np.ones(len(before), bool), codec_of(change.name, kind)
@@ -385,11 +403,14 @@ def _encode(stored: _Stored, source: Bytes, total: Floats, target: Bytes, measur
     """Store sums as blocks. Raises InputRefused where a value is beyond what the type can hold."""
     name, own, kind = stored.tensor.name, stored.tensor.type, stored.type
     codec, values, before = codec_of(name, kind), total.reshape(-1, kind.elements), source.reshape(-1, own.nbytes)
-    blocks = codec.encode(before, values) if kind == own else new_q8_0(values)
+    if kind != own:
+        blocks = new_q8_0(values)
+    else:
+        blocks = (on_best_scales if stored.has_new_scales else BlockCodec.encode)(codec, before, values)
     outputs = None
     if stored.change is not None and stored.change.inputs is not None:
         change = total - decoded(name, codec_of(name, own), before).reshape(total.shape)
-        start = before if kind == own else blocks
+        start = before if kind == own and not stored.has_new_scales else blocks
         blocks, outputs = _fed_back(stored.change.inputs, codec, start, codec.codes_of(blocks), total, change)
     target[:] = blocks.reshape(-1)
     # `decoded` refuses new scales that are too large

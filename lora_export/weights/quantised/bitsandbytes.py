@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from lora_export.errors import InputRefused
 from lora_export.plan import FLOATS
 from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.codes import INT8_VALUES, Grid, PackedRows, StoredCodes
-from lora_export.weights.quantised.new_grid import ScaleRule
+from lora_export.weights.quantised.codes import INT8_VALUES, Grid, PackedRows, StoredCodes, nearest_among
+from lora_export.weights.quantised.new_grid import OldAndNew, ScaleRule, Spread
 from lora_export.weights.quantised.packed_numbers import pairs_of_bytes
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts
 
@@ -114,9 +115,9 @@ def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
         return of_rows
 
     all_parts = (*(f"{weight}.{name}" for name in names), state_name)
-    scaling = None  # scales that are quantised again stay
-    if nested is None:
-        scaling = ScaleRule(f"{weight}.absmax", lambda: parts.read_scales(f"{weight}.absmax"), spread, 1.0)
+    scaling = ScaleRule(f"{weight}.absmax", lambda: parts.read_scales(f"{weight}.absmax"), spread, 1.0)
+    if nested is not None:
+        scaling = _NestedRule.of(parts, weight, spread, nested)
     return QuantisedTensor(weight, shape, dtype, packed.name, all_parts, kind, load, codes=codes, scaling=scaling)
 
 
@@ -142,6 +143,81 @@ def _scales(parts: StoredParts, weight: str, nested: tuple[int, float] | None) -
         return values + np.float32(offset)
 
     return unnested
+
+
+@dataclass(frozen=True, eq=False)
+class _NestedRule(ScaleRule):
+    """Scales that are quantised again. A scale here is its index in the table, and the outer scale of its block.
+
+    An outer scale stays where all new scales of its block are in reach. Else it becomes the largest distance of one
+    from the offset, as the library chooses it, and all scales of the block are rounded again. The offset stays.
+    """
+
+    table: NDArray[np.float32] = field(kw_only=True)
+    block: int = field(kw_only=True)
+    offset: np.float32 = field(kw_only=True)
+    outer_name: str = field(kw_only=True)
+
+    @classmethod
+    def of(cls, parts: StoredParts, weight: str, spread: Spread, nested: tuple[int, float]) -> _NestedRule:
+        index, outer, table = (f"{weight}.{name}" for name in ("absmax", "nested_absmax", "nested_quant_map"))
+        block, offset, values = nested[0], np.float32(nested[1]), parts.read(table).reshape(-1)
+
+        def read() -> NDArray[Any]:
+            indices = parts.read(index).reshape(-1)
+            return _with_outer(indices, parts.read_scales(outer).reshape(-1), block)
+
+        def decode(scales: NDArray[Any]) -> NDArray[np.float32]:
+            found: NDArray[np.float32] = values[scales["index"]] * scales["outer"] + offset
+            return found
+
+        own = index, read, spread, 1.0, decode
+        return cls(*own, table=values, block=block, offset=offset, outer_name=outer)
+
+    def tensors(self, scales: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return {self.name: scales["index"].copy(), self.outer_name: scales["outer"][:: self.block].copy()}
+
+    def renewed(self, factors: NDArray[np.float32], is_changed: NDArray[np.bool_], old: NDArray[Any]) -> NDArray[Any]:
+        wanted = np.where(is_changed & np.isfinite(factors), factors, self.decode(old))
+        before, needed = old["outer"][:: self.block], self._needed(wanted)
+        outer = np.where(needed > before, needed, before)
+        new = _with_outer(self._indices(wanted, np.repeat(outer, self.block)[: len(old)]), outer, self.block)
+        return np.where(is_changed | (new["outer"] != old["outer"]), new, old)
+
+    def between(
+        self, factors: NDArray[np.float32], is_changed: NDArray[np.bool_], scales: OldAndNew, tolerance: float
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        old, new = scales
+        wanted = np.where(is_changed, factors, self.decode(old))
+        before, after, needed = old["outer"][:: self.block], new["outer"][:: self.block], self._needed(wanted)
+        slack = tolerance * np.maximum.reduceat(np.abs(wanted), np.arange(0, len(wanted), self.block))
+        is_right = np.where(after == before, needed <= before + slack, np.abs(after - needed) <= slack)
+        ends = (self._indices(wanted * np.float32(1 + sign * tolerance), new["outer"]) for sign in (-1, 1))
+        low, high = (self.decode(_with_outer(index, after, self.block)) for index in ends)
+        is_wrong = ~np.repeat(is_right, self.block)[: len(old)]
+        low[is_wrong] = high[is_wrong] = np.inf
+        return low, high, is_changed | (new["outer"] != old["outer"])
+
+    def _needed(self, factors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The outer scales that reach all scales of their blocks."""
+        rest = np.abs(factors - self.offset) / np.abs(self.table).max()
+        return np.maximum.reduceat(rest, np.arange(0, len(rest), self.block))
+
+    def _indices(self, factors: NDArray[np.float32], outer: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """The nearest scales that are positive."""
+        with np.errstate(all="ignore"):
+            found = nearest_among(self.table)((factors - self.offset) / outer)
+            order = np.argsort(self.table)
+            is_small = ~(self.table[found] * outer + self.offset > 0)
+            above = np.searchsorted(self.table[order], -self.offset / outer[is_small], side="right")
+        found[is_small] = order[np.minimum(above, len(order) - 1)]
+        return found
+
+
+def _with_outer(indices: NDArray[np.uint8], outer: NDArray[np.float32], block: int) -> NDArray[Any]:
+    found = np.empty(len(indices), [("index", np.uint8), ("outer", np.float32)])
+    found["index"], found["outer"] = indices, np.repeat(outer, block)[: len(indices)]
+    return found
 
 
 def _stated(state: Mapping[str, Any], name: str) -> tuple[tuple[int, int], np.dtype[Any], int]:

@@ -9,6 +9,7 @@ scheme has it. With zero points, which stay, it is the smallest scale on which t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,6 +26,13 @@ EXPONENT_OF_1 = 127
 MOST_SCALES = 1 << 24  # an index of one in fp32 is exact
 
 
+class OldAndNew(NamedTuple):
+    """All stored scales of a weight, before and after."""
+
+    old: NDArray[Any]
+    new: NDArray[Any]
+
+
 @dataclass(frozen=True, eq=False)
 class ScaleRule:
     """The scales of a weight. `decode` and `encode` are between stored scales and factors of numbers, in fp32."""
@@ -35,6 +43,26 @@ class ScaleRule:
     reach: float = 0.0  # 0: zero points decide
     decode: Callable[[NDArray[Any]], NDArray[np.float32]] = lambda stored: stored.astype(np.float32)
     encode: Callable[[NDArray[np.float32]], NDArray[Any]] | None = None  # None: rounded to the dtype
+
+    def tensors(self, scales: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """The stored tensors that have these scales, which are as `read` has them."""
+        return {self.name: scales}
+
+    def renewed(self, factors: NDArray[np.float32], is_changed: NDArray[np.bool_], old: NDArray[Any]) -> NDArray[Any]:
+        """The scales for factors that changed numbers need. Others stay, and those for which none can be stored."""
+        new = self.stored(factors, old)
+        found = self.decode(new)
+        return np.where(is_changed & np.isfinite(found) & (found > 0), new, old).astype(old.dtype)
+
+    def between(
+        self, factors: NDArray[np.float32], is_changed: NDArray[np.bool_], scales: OldAndNew, tolerance: float
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        """The least and the largest scale that the rule may make of factors within a relative tolerance, and of which.
+
+        Both are factors, as `decode` makes them.
+        """
+        low, high = (self.stored(factors * np.float32(1 + sign * tolerance), scales.old) for sign in (-1, 1))
+        return self.decode(low), self.decode(high), is_changed
 
     def stored(self, factors: NDArray[np.float32], like: NDArray[Any]) -> NDArray[Any]:
         """Factors as they are stored: the nearest of the dtype, but where the scheme has a rule of its own."""
@@ -86,6 +114,16 @@ class NewGrid:
     def stored_as(self) -> str:
         """The scheme of the weight in a report."""
         return f"{self.scheme}, new scales" if self.is_rescaled else self.scheme
+
+
+def new_parts(scaling: ScaleRule, made: Callable[[], NDArray[Any]]) -> dict[str, NewPart]:
+    """What becomes of the tensors with the scales of a weight; `made` makes all scales. Reads those it has."""
+
+    def make(name: str) -> NDArray[Any]:
+        return scaling.tensors(made())[name]
+
+    old = scaling.tensors(scaling.read())
+    return {name: NewPart(array.shape, functools.partial(make, name)) for name, array in old.items()}
 
 
 def finer_scales(scales: NDArray[Any], bits: int) -> NDArray[Any] | None:

@@ -21,7 +21,7 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import StoredCodes
-from lora_export.weights.quantised.new_grid import NewGrid, NewPart, ScaleRule
+from lora_export.weights.quantised.new_grid import NewGrid, ScaleRule, new_parts
 
 # (rows of `row_shape`, their packed bytes) -> these rows of the weight, in its float dtype
 Decode = Callable[[slice, Bytes], NDArray[Any]]
@@ -103,8 +103,8 @@ class QuantisedTensor:
 def with_new_scales(tensor: QuantisedTensor) -> NewGrid:
     """The grid of a weight whose scales are new, as it is stored."""
     assert tensor.codes is not None and tensor.scaling is not None
-    part = NewPart(tensor.scaling.read().shape, tensor.scaling.read)
-    return NewGrid(tensor.scheme, tensor.codes, (), {tensor.scaling.name: part}, is_rescaled=True)
+    parts = new_parts(tensor.scaling, tensor.scaling.read)
+    return NewGrid(tensor.scheme, tensor.codes, (), parts, is_rescaled=True)
 
 
 @functools.lru_cache(LOADED_AT_ONCE)

@@ -16,12 +16,14 @@ from lora_export import provenance
 from lora_export.errors import InputRefused
 from lora_export.storage.gguf_blocks import CODECS
 from lora_export.storage.gguf_file import GgufTensor, gguf_layout, open_gguf
+from lora_export.verification.against_checkpoint.block_scales import beside_codes
 from support.gguf_files import Kind, calibration_of, llama, runnable, write_llama
 from support.peft_models import trained
 from support.slow import slow
 
 Q, DOWN, UP = "blk.0.attn_q.weight", "blk.0.ffn_down.weight", "blk.0.ffn_up.weight"
-KINDS = sorted({one.name for one in CODECS} - {"IQ4_XS"} | {"F32", "F16", "BF16"})
+WITH_SCALES = {kind.name: codec for kind, codec in CODECS.items()}
+KINDS = sorted({*WITH_SCALES} - {"IQ4_XS"} | {"F32", "F16", "BF16"})
 
 
 def an_adapter(folder: Path, size: float = 1.0, **config: Any) -> Path:
@@ -183,6 +185,76 @@ def test_new_scales_are_judged(tmp_path: Path) -> None:
     assert proof.verdict.outcome == "different"
     # Not only those that are off by a step
     assert "down_proj.weight: different, 65,536 of 65,536 entries" in str(proof)
+
+
+def rescaled(folder: Path, kind: Kind, size: float = 3.0, **config: Any) -> tuple[Path, Path, Path]:
+    base, adapter = write_llama(folder / "base.gguf", kind), an_adapter(folder / "a", size, **config)
+    options: dict[str, Any] = {"dtype_of": {"*": "keep"}, "min_retention": 0.1, "keep_quantised": True}
+    return base, adapter, lora_export.merge(base, [adapter], folder / "out.gguf", rescale=True, **options).output
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [(kind, (1.0, 10.0)[number % 2]) for number, kind in enumerate(sorted(WITH_SCALES))]
+)
+def test_scales_of_the_least_error_are_judged(tmp_path: Path, kind: str, size: float) -> None:
+    base, adapter, out = rescaled(tmp_path, Kind[kind], size)
+    assert judged(base, adapter, out).verdict.outcome == "same", str(judged(base, adapter, out))
+    codec = WITH_SCALES[kind]
+    own, old = (blocks_of(path, DOWN) for path in (out, base))
+    (is_new,) = np.nonzero((codec.with_codes(own, codec.codes_of(old)) != old).any(axis=1))
+    scale = np.flatnonzero(beside_codes(codec))[0]
+    assert len(is_new) > 10
+    other_bytes(out, DOWN, lambda blocks: blocks.__setitem__((is_new[5], scale), blocks[is_new[5], scale] ^ 1))
+    assert judged(base, adapter, out).verdict.outcome == "different"
+
+
+def blocks_of(path: Path, name: str) -> np.ndarray[Any, Any]:
+    tensor = tensor_of(path, name)
+    return np.fromfile(path, np.uint8)[tensor.start : tensor.stop].reshape(-1, tensor.type.nbytes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 9]},
+    ],
+    ids=str,
+)
+def test_other_changes_on_new_scales(tmp_path: Path, config: dict[str, Any]) -> None:
+    base, adapter, out = rescaled(tmp_path, Kind.Q4_K, **config)
+    proof = judged(base, adapter, out)
+    assert proof.verdict.outcome == "same", str(proof)
+
+
+def test_new_scales_that_are_not_recorded_are_different(tmp_path: Path) -> None:
+    base, adapter, out = rescaled(tmp_path, Kind.Q4_0)
+    record = json.loads(open_gguf(out).value(provenance.KEY))
+    assert sorted(record["settings"]["rescaled"])[-1] == DOWN
+    record["settings"]["rescaled"].remove(DOWN)
+    rewritten(out, {provenance.KEY: json.dumps(record)})
+    proof = judged(base, adapter, out)
+    assert proof.verdict.outcome == "different" and "down_proj.weight: different, " in str(proof)
+    assert "of its blocks have other scales than the base's" in str(proof)
+
+
+def test_worse_scales_with_the_nearest_codes_are_different(tmp_path: Path) -> None:
+    """Steps by the largest value, as ggml chooses them: each code is the nearest, and other steps are better."""
+    base, adapter, out = rescaled(tmp_path, Kind.Q4_0)
+    floats = lora_export.merge(base, [adapter], tmp_path / "floats.gguf", dtype_of={"*": "F32"}).output
+    place, right = tensor_of(floats, DOWN), blocks_of(out, DOWN)
+    values = np.fromfile(floats, np.uint8)[place.start : place.stop].view(np.float32).reshape(-1, 32)
+    codec = WITH_SCALES["Q4_0"]
+    wrong = right.copy()
+    steps = np.take_along_axis(values, np.abs(values).argmax(axis=1, keepdims=True), axis=1) / np.float32(-8)
+    codec.scales.step.write(wrong, codec.scales.step.stored(steps))
+    wrong = codec.encode(wrong, values)
+    assert (wrong != right).any()
+    other_bytes(out, DOWN, lambda blocks: blocks.__setitem__(slice(None), wrong))
+    proof = judged(base, adapter, out)
+    assert proof.verdict.outcome == "different"
+    assert "of its blocks have scales that are neither the base's nor those of the least squared error" in str(proof)
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, slow(Kind.Q4_0), Kind.Q4_K, slow(Kind.MXFP4), Kind.BF16], ids=str)

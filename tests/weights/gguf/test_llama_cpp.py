@@ -29,39 +29,44 @@ def divergence(one: Any, other: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "types", "is_calibrated", "most"),
+    ("kind", "types", "how", "most"),
     [
-        (Kind.F32, {}, False, 1e-8),
-        (Kind.F16, {}, False, 1e-3),
-        (Kind.Q8_0, {}, False, 0.1),
-        (Kind.Q8_0, {}, True, 0.1),
-        (Kind.Q4_0, {"*": "keep"}, False, 0.3),
-        (Kind.Q4_0, {"*": "keep"}, True, 0.1),
-        (Kind.Q4_0, {"*": "Q8_0"}, False, 0.1),
-        (Kind.Q4_K, {"*": "keep"}, False, 0.4),  # random codes, of which some have no room for the change
-        (Kind.Q4_K, {"*": "keep"}, True, 0.3),
-        (Kind.Q4_K, {"*": "Q8_0"}, False, 0.1),
-        (Kind.Q6_K, {"*": "F16"}, False, 0.1),
-        (Kind.MXFP4, {"*": "BF16"}, False, 0.1),
+        (Kind.F32, {}, "nearest", 1e-8),
+        (Kind.F16, {}, "nearest", 1e-3),
+        (Kind.Q8_0, {}, "nearest", 0.1),
+        (Kind.Q8_0, {}, "calibrated", 0.1),
+        (Kind.Q4_0, {"*": "keep"}, "nearest", 0.3),
+        (Kind.Q4_0, {"*": "keep"}, "calibrated", 0.1),
+        (Kind.Q4_0, {"*": "keep"}, "rescaled", 0.2),
+        (Kind.Q4_0, {"*": "Q8_0"}, "nearest", 0.1),
+        (Kind.Q4_K, {"*": "keep"}, "nearest", 0.4),  # random codes, of which some have no room for the change
+        (Kind.Q4_K, {"*": "keep"}, "calibrated", 0.3),
+        (Kind.Q4_K, {"*": "keep"}, "rescaled", 0.2),
+        (Kind.Q4_K, {"*": "Q8_0"}, "nearest", 0.1),
+        (Kind.Q6_K, {"*": "F16"}, "nearest", 0.1),
+        (Kind.MXFP4, {"*": "BF16"}, "nearest", 0.1),
     ],
 )
 def test_a_merged_file_is_the_base_with_its_adapter(
-    tmp_path: Path, kind: Kind, types: dict[str, str], is_calibrated: bool, most: float
+    tmp_path: Path, kind: Kind, types: dict[str, str], how: str, most: float
 ) -> None:
     base = write_llama(tmp_path / "base.gguf", kind, fields=runnable)
     model = trained(llama(), r=4, lora_alpha=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
     model.save_pretrained(tmp_path / "a")
     llama().save_pretrained(tmp_path / "hf")
     adapter = lora_export.convert(tmp_path / "a", tmp_path / "a.gguf", to="gguf", base=tmp_path / "hf").output
-    texts = calibration_of(tmp_path / "inputs.npz") if is_calibrated else None
-    out = lora_export.merge(base, [tmp_path / "a"], tmp_path / "out.gguf", dtype_of=types, calibration=texts).output
+    options: dict[str, Any] = {
+        "nearest": {},
+        "calibrated": {"calibration": calibration_of(tmp_path / "inputs.npz")},
+        "rescaled": {"keep_quantised": True, "rescale": True},
+    }[how]
+    out = lora_export.merge(base, [tmp_path / "a"], tmp_path / "out.gguf", dtype_of=types, **options).output
     runs = (base, f"{base}+{adapter}", out)
     script = ROOT / "tests/support/llama_cpp_logits.py"
     subprocess.run([PYTHON, script, tmp_path / "logits.npz", *runs], check=True, capture_output=True)
     with np.load(tmp_path / "logits.npz") as found:
         without, beside, merged = (found[str(number)] for number in range(3))
     own, left = divergence(beside, without), divergence(beside, merged)
-    how = "calibrated" if is_calibrated else "nearest"
     print(f"{kind.name} {types}, {how}: KL of the merge {left:.3g}, of the adapter {own:.3g}: {left / own:.2g}")
     assert own > 1e-3 and left <= most * own
 

@@ -100,6 +100,38 @@ def test_blocks_have_the_nearest_codes_on_the_scales_of_the_base(tmp_path: Path,
         assert np.abs(value - before[name]).max() > 0
 
 
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind.name in {one.name for one in CODECS}], ids=str)
+def test_new_scales_bring_a_weight_nearer(tmp_path: Path, kind: Kind) -> None:
+    """A change as large as the weight is cut off on the scales of the base."""
+    base = write_llama(tmp_path / "base.gguf", kind)
+    adapter, changes = an_adapter(tmp_path / "a", alpha=3 * STRONG)
+    options: dict[str, Any] = {"dtype_of": {"*": "keep"}, "min_retention": 0.1}
+    lora_export.merge(base, [adapter], tmp_path / "old.gguf", **options)
+    report = lora_export.merge(
+        base, [adapter], tmp_path / "new.gguf", keep_quantised=True, rescale=True, **options
+    ).report
+    assert report is not None and {layer.stored for layer in report.layers} == {f"{kind.name}, new scales"}
+    before, old, new = (values_of(tmp_path / f"{name}.gguf") for name in ("base", "old", "new"))
+    for name, value in new.items():
+        if name not in changes:
+            assert np.array_equal(blocks_of(base)[name], blocks_of(tmp_path / "new.gguf")[name])
+            continue
+        wanted = before[name].astype(np.float64) + changes[name]
+        size = CODECS[BY_NAME[kind.name]].type.elements
+        one, other = (np.square(each - wanted).reshape(-1, size).sum(axis=1) for each in (value, old[name]))
+        assert (one <= other * (1 + 1e-4)).all() and one.sum() < 0.7 * other.sum()
+        noise = np.linalg.norm(value - wanted) / np.linalg.norm(changes[name])
+        (result,) = (each for each in report.results if types_of(base)[name] and is_of(each.weight, name))
+        assert result.noise == pytest.approx(noise, rel=0.01)
+    record = json.loads(open_gguf(tmp_path / "new.gguf").value(provenance.KEY))
+    assert set(record["settings"]["rescaled"]) == set(changes)
+
+
+def is_of(weight: str, tensor: str) -> bool:
+    """Whether a layer of transformers is a tensor of llama.cpp."""
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1).get_name(weight, (".weight",)) == tensor
+
+
 @pytest.mark.parametrize(
     "kind", [Kind.Q5_1, Kind.Q4_K, Kind.MXFP4, Kind.F16, slow(Kind.Q4_0), slow(Kind.Q6_K)], ids=str
 )
@@ -384,7 +416,7 @@ def test_a_type_that_is_not_touched_is_copied(tmp_path: Path) -> None:
     assert np.array_equal(one["blk.0.ffn_up.weight"], other["blk.0.ffn_up.weight"])
 
 
-@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"keep_quantised": True}, {"device": "cuda"}])
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"dequantize": True}, {"device": "cuda"}])
 def test_options_of_other_bases_are_wrong_usage(tmp_path: Path, options: dict[str, Any]) -> None:
     base, (adapter, _) = write_llama(tmp_path / "base.gguf"), an_adapter(tmp_path / "a")
     with pytest.raises(WrongUsage) as refused:
