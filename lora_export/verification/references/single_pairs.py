@@ -174,7 +174,7 @@ def _copied(value: Any) -> Any:
 
 LARGEST_BATCH = 32  # groups of pairs that are switched off in one batch
 MOST_BATCHED = 1 << 27  # bytes of the largest result of one operator, for a whole batch
-LEAST_VALUES = 8  # of the inputs of a case that comes before larger ones
+LEAST_INPUT = 8  # of the inputs of a case that comes before larger ones
 LEAST_CLEAR = 4  # groups of pairs for which it pays to ask whose effect is clear
 CLEAR_EFFECT = 10 * LARGEST_DEVIATION  # what pairs that change less are computed by themselves
 
@@ -282,7 +282,7 @@ def control_pairs(
     groups = grouped([(branch.module, branch.adapter, branch) for branch in pairs], by_layer=by_layer)
     sizes = {case: sum(array.size for array in inputs[case.name].values()) for case in cases}
     # In a text of one token, the query and the key have no effect.
-    ordered = sorted(cases, key=lambda case: (weigh is not None and sizes[case] < LEAST_VALUES, sizes[case]))
+    ordered = sorted(cases, key=lambda case: (weigh is not None and sizes[case] < LEAST_INPUT, sizes[case]))
     return switch_off(groups, ordered, run_without, judge, clear, detected=detected, by_layer=by_layer)
 
 
