@@ -53,15 +53,16 @@ def test_model_told_to_make_no_cache_is_exported_with_one() -> None:
 
 @pytest.mark.slow
 def test_names_and_axes_are_those_of_genai_and_optimum() -> None:
-    _, program = exported_decoder("llama")
+    module, program = exported_decoder("llama")
     graph = ir.to_proto(program).graph
     shapes = {
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
     }
     names = [f"{number}.{part}" for number in range(2) for part in ("key", "value")]
-    cache: dict[str, list[object]] = {f"past_key_values.{name}": ["batch", 2, "past", 8] for name in names}
-    cache |= {f"present.{name}": ["batch", 2, "past + sequence", 8] for name in names}
+    size = module.config.head_dim
+    cache: dict[str, list[object]] = {f"past_key_values.{name}": ["batch", 2, "past", size] for name in names}
+    cache |= {f"present.{name}": ["batch", 2, "past + sequence", size] for name in names}
     tokens = ["batch", "sequence"]
     assert shapes == {
         "input_ids": tokens,

@@ -82,6 +82,11 @@ class Changes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.groups(self.relu(self.norm(self.conv(x))))
         y[:, 0] = 0
+        kept = y > 0.5
+        kept |= y[:, :1] < 1
+        kept &= y < 2
+        kept ^= y[:1] > 1.5
+        y[kept] = 3
         return nn.functional.interpolate(y.add_(1), scale_factor=2, mode="bilinear")
 
 
