@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from xxhash import xxh3_128
 
+from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused
 from lora_export.graph.onnx_file.protobuf_wire import LARGE_TENSOR_BYTES
 from lora_export.graph.onnx_file.reading import open_graph
@@ -120,6 +121,20 @@ def shared_weights(path: Path, output: Path, stage: Path) -> Iterator[SharedWeig
             _remove(stage / Path(name).parts[0])
     for changed in graph.changed():
         raise InputRefused(f"{changed} changed while it was being read. Nothing was written.")
+
+
+@contextlib.contextmanager
+def sharing(path: Path | None, output: Path, stage: Path, on_message: OnMessage) -> Iterator[SharedWeights | None]:
+    """As `shared_weights`, and report what was shared. None where no graph is named."""
+    if path is None:
+        yield None
+        return
+    with shared_weights(path, output, stage) as shared:
+        yield shared
+    if shared.shared:
+        on_message(f"{shared.shared / 2**20:,.1f} MiB of the weights are shared with {path.name}")
+    else:
+        on_message(f"note: no large weight equals one of {path.name}: none are shared")
 
 
 def _remove(copy: Path) -> None:
