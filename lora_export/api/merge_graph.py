@@ -43,7 +43,8 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
         request.backend() as backend,
         request.staged(graph.nbytes + size_of_generation_files(request.base), streamed=False) as folder,
     ):
-        with sharing(request.share_with, request.output, folder, request.on_message) as shared:
+        signed = request.sign is not None
+        with sharing(request.share_with, request.output, folder, request.on_message, sign=signed) as shared:
             run = MergeRun(
                 file_name=request.output.name,
                 min_retention=request.min_retention,

@@ -128,7 +128,7 @@ class OnnxRequest(OnnxOptions):
         """The same options, with the weights that the output may share. Raises InputRefused as `shared_weights`."""
         if self.share_with is not None:
             self.stage("reading the weights to share")
-        with sharing(self.share_with, self.output, stage, self.on_message) as shared:
+        with sharing(self.share_with, self.output, stage, self.on_message, sign=self.sign is not None) as shared:
             yield replace(self, shared=shared)
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from lora_export.callbacks import OnMessage, OnProgress, ignore
 from lora_export.isolation.limits import TIMEOUT
-from lora_export.options.declaring import Only, Option, Options, Section, declares, means, option, table_of
+from lora_export.options.declaring import Option, Options, Section, declares, means, option, table_of
 
 NO_PROOF = "--no-verify"  # what files record where no proof was requested, whichever interface it was
 
@@ -54,7 +54,6 @@ SHARE_WITH = Option(
     "Refer to equal weights of this graph instead of writing them again. It is in the folder of {output}, and was "
     "written with {external_data}.",
     metavar="GRAPH.onnx",
-    only=(Only("sign", (None,), "the weights of another graph are not signed", words="graphs without {sign}"),),
 )
 EXTERNAL_DATA = Option(
     "Write the weights into a file beside the graph, whatever their size. From 512 MiB on they always are."

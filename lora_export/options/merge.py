@@ -183,7 +183,7 @@ class MergeOptions(Applied, Signed):
     )
     share_with: str | Path | None = means(
         None,
-        replace(SHARE_WITH, only=(*SHARE_WITH.only, *graphs("a checkpoint has all of its weights in its own files"))),
+        replace(SHARE_WITH, only=graphs("a checkpoint has all of its weights in its own files")),
     )
     external_data: bool = means(False, replace(EXTERNAL_DATA, only=graphs("a checkpoint has files of weights anyway")))
     min_retention: float = means(0.5, LEAST_RETENTION)
