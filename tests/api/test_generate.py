@@ -268,7 +268,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         fr = encoder_decoder_adapter(base, folder / "fr")
         targets = r".*decoder\..*\.(q|v|q_proj|v_proj|fc1)"
         de = encoder_decoder_adapter(base, folder / "de", seed=2, targets=targets)
-        lora = {"whisper": "inputs", "t5": "rows"}.get(kind, "slots")
+        lora = {"whisper": "inputs", "whisper in slots": "slots", "bart": "slots"}.get(kind, "rows")
         le.export_onnx(base, folder / "served", adapters=[fr, de], lora=lora, with_cache=True, verify=False)
         return folder
 
