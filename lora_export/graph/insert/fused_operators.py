@@ -36,6 +36,7 @@ CONVOLUTION_ACTIVATIONS: Mapping[str, Sequence[str]] = MappingProxyType(
 )
 OF_HEADS = ("num_heads", "unidirectional", "mask_filter_value", "scale")  # Attention's attributes of the same meaning
 ATTENTION_INPUTS = ("x", "weights", "bias", "mask", "past", "added", "past_length")
+MOST_MASK_DIMENSIONS = 3  # of MultiHeadAttention; Attention has one more, for CUDA
 QKV_SIZES = "qkv_hidden_sizes"
 
 
@@ -99,6 +100,8 @@ def _attention(factory: NodeFactory, node: ir.Node) -> None:
     if x is None or w is None or w.shape is None or not w.shape.is_static():
         return
     if inputs.get("past_length") or any(unknown):  # as rotary positions, or a past in a larger buffer
+        return
+    if mask is not None and mask.shape is not None and len(mask.shape) > MOST_MASK_DIMENSIONS:
         return
     heads = {name: attribute for name, attribute in node.attributes.items() if name in OF_HEADS}
     is_causal = node.attributes.get_int("unidirectional", 0) == 1
