@@ -55,7 +55,7 @@ SHARE_WITH = Option(
     "written with {external_data}.",
     metavar="GRAPH.onnx",
 )
-EXTERNAL_DATA = Option(
+WEIGHTS_BESIDE = Option(
     "Write the weights into a file beside the graph, whatever their size. From 512 MiB on they always are."
 )
 JOBS_AT_ONCE = Option(

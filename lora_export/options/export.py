@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.options.combining import GivenAdapters
 from lora_export.options.common import (
-    EXTERNAL_DATA,
     LEAST_RETENTION,
     PROVIDER,
     SHARE_WITH,
+    WEIGHTS_BESIDE,
     ModelSource,
     ProviderName,
     Published,
@@ -137,7 +137,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
         only=(Only("lora", SWAPPED, "other graphs contain the head of the adapter"),),
     )
     share_with: str | Path | None = means(None, SHARE_WITH)
-    external_data: bool = means(False, EXTERNAL_DATA)
+    external_data: bool = means(False, WEIGHTS_BESIDE)
     task: CachedTask | None = option(
         None,
         "Make graphs with a key/value cache that generate texts, and a folder that `lora-export generate`, optimum "

@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
 from lora_export.options.common import (
-    EXTERNAL_DATA,
     JOBS_AT_ONCE,
     LAYOUT,
     LEAST_RETENTION,
     RAY_ADDRESS,
     SHARE_WITH,
+    WEIGHTS_BESIDE,
     Output,
     Signed,
     written,
@@ -185,7 +185,7 @@ class MergeOptions(Applied, Signed):
         None,
         replace(SHARE_WITH, only=graphs("a checkpoint has all of its weights in its own files")),
     )
-    external_data: bool = means(False, replace(EXTERNAL_DATA, only=graphs("a checkpoint has files of weights anyway")))
+    external_data: bool = means(False, replace(WEIGHTS_BESIDE, only=graphs("a checkpoint has files of weights anyway")))
     min_retention: float = means(0.5, LEAST_RETENTION)
     keep_residual: str | Path | None = option(
         None,
