@@ -191,6 +191,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--keep", action="store_true", help="write the tables that tests make into tests/README.md")
     parser.addoption("--kills", type=int, default=50, help="workers that the soak of a fleet kills")
+    parser.addoption("--slot-seconds", type=float, default=300, help="how long the soak of a graph with slots runs")
     billions = "billions of parameters, of 0.15, 0.5, 1.1 and 3, that bench_scale.py measures"
     parser.addoption("--sizes", default="0.15,0.5,1.1,3", help=f"{billions}: merge and verify --base")
     parser.addoption("--loaded-sizes", default="0.15,0.5,1.1", help=f"{billions}: verify --model and onnx")

@@ -124,6 +124,7 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         checkpoint=checkpoint,
         float_base=found(options.float_base),
         hashing=options.hashing if options.sign is None else "sha256",  # a signature is worth what its hashes are
+        share_with=None if options.share_with is None else place(options.share_with),
         keep_residual=None if options.keep_residual is None else place(options.keep_residual),
         calibration=calibration_file(options.calibration),
     )

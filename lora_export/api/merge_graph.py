@@ -14,6 +14,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph_merge
 from lora_export.graph.onnx_file.reading import open_graph
+from lora_export.graph.onnx_file.shared_weights import sharing
 from lora_export.graph.quantised.scheme_of_weight import requantise_notes
 from lora_export.graph.refusals import base_as_remedy
 from lora_export.plan.spelling import respelled
@@ -42,15 +43,19 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
         request.backend() as backend,
         request.staged(graph.nbytes + size_of_generation_files(request.base), streamed=False) as folder,
     ):
-        run = MergeRun(
-            file_name=request.output.name,
-            min_retention=request.min_retention,
-            hashing=request.hashing,
-            progress=in_bytes(request.on_progress, "merging", graph.nbytes),
-            requantise=request.requantize,
-            backend=backend,
-        )
-        report = merge_graph(steps, graph, sites, folder, run, request.combined.settings)
+        signed = request.sign is not None
+        with sharing(request.share_with, request.output, folder, request.on_message, sign=signed) as shared:
+            run = MergeRun(
+                file_name=request.output.name,
+                min_retention=request.min_retention,
+                hashing=request.hashing,
+                progress=in_bytes(request.on_progress, "merging", graph.nbytes),
+                requantise=request.requantize,
+                backend=backend,
+                shared=shared,
+                external_data=request.external_data,
+            )
+            report = merge_graph(steps, graph, sites, folder, run, request.combined.settings)
         refuse_no_change(report)
         copy_generation_files(request.base, request.output, folder, request.on_message)
     request.warn_of_rounding(report, nodes_remedy)

@@ -66,6 +66,7 @@ class MergeRequest(MergeOptions):
     located: Sequence[AdapterSource]  # the same with their names, as they are read
     checkpoint: Path | None = None
     float_base: Path | None = None
+    share_with: Path | None = None
     keep_residual: Path | None = None
     calibration: Path | None = None
 
@@ -118,7 +119,7 @@ class MergeRequest(MergeOptions):
 
     def staged(self, size: int, *, is_file: bool = True, streamed: bool = True) -> AbstractContextManager[Path]:
         """The stage of the output, of so many bytes (see `atomic_output.staged`)."""
-        inputs = [self.base, *self.sources]
+        inputs = [self.base, *self.sources, *([self.share_with] if self.share_with else [])]
         return atomic_output.staged(self, self.output, inputs, size, is_file=is_file, sign=self.sign, streamed=streamed)
 
     def report_notes(self, steps: Plan, more: Sequence[str]) -> tuple[str, ...]:

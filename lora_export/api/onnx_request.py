@@ -16,7 +16,7 @@ from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
-from lora_export.graph.onnx_file.shared_weights import SharedWeights, shared_weights
+from lora_export.graph.onnx_file.shared_weights import SharedWeights, sharing
 from lora_export.graph.refusals import beside_the_weight
 from lora_export.lora import Adapter
 from lora_export.notebook import html_table
@@ -126,16 +126,10 @@ class OnnxRequest(OnnxOptions):
     @contextlib.contextmanager
     def sharing(self, stage: Path) -> Iterator[OnnxRequest]:
         """The same options, with the weights that the output may share. Raises InputRefused as `shared_weights`."""
-        if self.share_with is None:
-            yield self
-            return
-        self.stage("reading the weights to share")
-        with shared_weights(self.share_with, self.output, stage) as shared:
+        if self.share_with is not None:
+            self.stage("reading the weights to share")
+        with sharing(self.share_with, self.output, stage, self.on_message, sign=self.sign is not None) as shared:
             yield replace(self, shared=shared)
-        if shared.shared:
-            self.on_message(f"{shared.shared / 2**20:,.1f} MiB of the weights are shared with {self.share_with.name}")
-        else:
-            self.on_message(f"note: no large weight equals one of {self.share_with.name}: none are shared")
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import operator
 from collections.abc import Mapping, Sequence
@@ -130,7 +131,7 @@ class AdapterPlace:
         shape = self.shape[::-1] if self.embedding else self.shape
         return TensorSpec(self.weight, shape, self.dtype, Layout.EMBEDDING if self.embedding else Layout.OUT_IN)
 
-    @property
+    @functools.cached_property
     def input_shapes(self) -> dict[str, tuple[int | None, ...]]:
         """The shape of each input, by its name. The size of the rank is None, unless it is fixed."""
         out, inner, *kernel = self.shape
@@ -189,7 +190,7 @@ class HeadPlace:
         """(labels, in) of the widest head."""
         return self.labels, self.features
 
-    @property
+    @functools.cached_property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each input, by its name."""
         return {self.w: (self.features, self.labels), self.b: (self.labels,), self.used: (1,)}
@@ -237,12 +238,12 @@ class Contract:
         """Those of weights, and those of whole layers."""
         return (*self.places, *self.heads)
 
-    @property
+    @functools.cached_property
     def inputs(self) -> dict[str, AdapterPlace | HeadPlace]:
         """The place of each input, by the input's name."""
         return {name: place for place in self.every_place for name in place.input_shapes}
 
-    @property
+    @functools.cached_property
     def input_shapes(self) -> dict[str, tuple[int | None, ...]]:
         """The shape of each of the graph's inputs, that of a stack where it takes slots."""
         stacked = (self.slots + 1,) if self.slots else ()

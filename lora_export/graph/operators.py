@@ -71,6 +71,11 @@ def layout_at(node: ir.Node, index: int, rank: int) -> Layout:
     return Layout.OTHER
 
 
+def product_factor(node: ir.Node) -> float:
+    """The number by which a node multiplies its product with a matrix: `alpha` of Gemm and FusedMatMul."""
+    return node.attributes.get_float("alpha", 1.0) if operator_id(node) in MATRIX_PRODUCTS else 1.0
+
+
 def transposed_layout(layout: Layout) -> Layout:
     """The layout of a matrix on the other side of a Transpose."""
     return {Layout.IN_OUT: Layout.OUT_IN, Layout.OUT_IN: Layout.IN_OUT}.get(layout, Layout.OTHER)

@@ -50,6 +50,14 @@ LEAST_RETENTION = Option(
     at_most=1,
 )
 
+SHARE_WITH = Option(
+    "Refer to equal weights of this graph instead of writing them again. It is in the folder of {output}, and was "
+    "written with {external_data}.",
+    metavar="GRAPH.onnx",
+)
+WEIGHTS_BESIDE = Option(
+    "Write the weights into a file beside the graph, whatever their size. From 512 MiB on they always are."
+)
 JOBS_AT_ONCE = Option(
     "Processes on this machine that work at the same time.", flags=("-j", "--jobs"), metavar="N", at_least=1
 )

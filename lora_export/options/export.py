@@ -10,6 +10,8 @@ from lora_export.options.combining import GivenAdapters
 from lora_export.options.common import (
     LEAST_RETENTION,
     PROVIDER,
+    SHARE_WITH,
+    WEIGHTS_BESIDE,
     ModelSource,
     ProviderName,
     Published,
@@ -134,16 +136,8 @@ class OnnxOptions(GivenAdapters, Running, Published):
         "contain the same head (merge {only_head}).",
         only=(Only("lora", SWAPPED, "other graphs contain the head of the adapter"),),
     )
-    share_with: str | Path | None = option(
-        None,
-        "Refer to equal weights of this graph instead of writing them again. It is in the folder of {output}, and was "
-        "written with {external_data}.",
-        metavar="GRAPH.onnx",
-        only=(Only("sign", (None,), "the weights of another graph are not signed", words="graphs without {sign}"),),
-    )
-    external_data: bool = option(
-        False, "Write the weights into a file beside the graph, whatever their size. From 512 MiB on they always are."
-    )
+    share_with: str | Path | None = means(None, SHARE_WITH)
+    external_data: bool = means(False, WEIGHTS_BESIDE)
     task: CachedTask | None = option(
         None,
         "Make graphs with a key/value cache that generate texts, and a folder that `lora-export generate`, optimum "

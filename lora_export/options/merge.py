@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
-from lora_export.options.common import JOBS_AT_ONCE, LAYOUT, LEAST_RETENTION, RAY_ADDRESS, Output, Signed, written
+from lora_export.options.common import (
+    JOBS_AT_ONCE,
+    LAYOUT,
+    LEAST_RETENTION,
+    RAY_ADDRESS,
+    SHARE_WITH,
+    WEIGHTS_BESIDE,
+    Output,
+    Signed,
+    written,
+)
 from lora_export.options.declaring import Only, Option, Positional, Section, declares, means, option, table_of
 from lora_export.options.reading import AllowPickle
 
@@ -172,6 +182,11 @@ class MergeOptions(Applied, Signed):
         ),
         only=(Only("base", ("gguf",), "only there has each weight a type of its own", words="a .gguf BASE"),),
     )
+    share_with: str | Path | None = means(
+        None,
+        replace(SHARE_WITH, only=graphs("a checkpoint has all of its weights in its own files")),
+    )
+    external_data: bool = means(False, replace(WEIGHTS_BESIDE, only=graphs("a checkpoint has files of weights anyway")))
     min_retention: float = means(0.5, LEAST_RETENTION)
     keep_residual: str | Path | None = option(
         None,

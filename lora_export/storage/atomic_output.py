@@ -46,6 +46,7 @@ _CANNOT_FLUSH = {errno.EBADF, errno.EINVAL}  # systems that flush no folder, or 
 
 
 _expected: dict[Path, int] = {}  # the stages that this process fills, and how many bytes each will have
+_signed_alone: dict[Path, list[Path]] = {}  # stage -> what is in it to be signed, and not to be published
 published: list[Path] = []  # by this process; after a later Ctrl-C, the message names the last one
 
 
@@ -84,6 +85,19 @@ def staged(
         sign=sign,
         streamed=streamed,
     )
+
+
+def sign_alone(stage: Path, path: Path) -> None:
+    """Let a file or folder of a stage be signed with the output and then removed: the target's folder has the same."""
+    _signed_alone.setdefault(stage, []).append(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it. Nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def stage_folder(target: Path, **options: Unpack[Staging]) -> AbstractContextManager[Path]:
@@ -153,6 +167,8 @@ def _stage(
                 yield stage
                 if sign_files is not None:
                     sign_files(stage, stage / (SIGNATURE if is_folder else f"{target.name}{SUFFIX}"))
+                    for path in _signed_alone.get(stage, ()):
+                        remove(path)
                 _flush(stage)
                 announce({target: stage} if is_folder else staged_files(stage, target.parent))  # may read all of it
                 to_the_end.enter_context(deferred_signals())
@@ -165,6 +181,7 @@ def _stage(
                 published.append(target)
             finally:
                 _expected.pop(stage, None)
+                _signed_alone.pop(stage, None)
                 with deferred_signals():
                     shutil.rmtree(stage, ignore_errors=True)
 

@@ -728,11 +728,16 @@ def test_a_graph_that_shares_weights_is_proven(
         assert_is_pytorchs(OnnxRunner(out).with_adapter(tmp_path / "fr.onnx_adapter"), place / "fr")
 
 
-def test_changed_weights_are_beside_a_graph_whose_base_has_them_there(place: Path, tmp_path: Path) -> None:
+# `merge` leaves small tensors where they are, and onnxruntime needs some in the graph.
+@pytest.mark.parametrize(("words", "smallest"), [(("onnx", "-a"), 0), (("merge",), MIN_EXTERNAL_BYTES - 1)])
+def test_changed_weights_are_beside_a_graph_whose_base_has_them_there(
+    place: Path, tmp_path: Path, words: tuple[str, ...], smallest: int
+) -> None:
     """A merge writes what changes into a file of its own, and the outputs are those of a merge by itself."""
     base, out = tmp_path / "base.onnx", tmp_path / "fr.onnx"
-    ir.save(ir.load(place / "base.onnx"), base, external_data="w.data", size_threshold_bytes=0)
-    assert call("onnx", base, "-a", place / "fr", "-o", out, "--share-with", base) == 0
+    ir.save(ir.load(place / "base.onnx"), base, external_data="w.data", size_threshold_bytes=smallest)
+    command, *rest = words
+    assert call(command, base, *rest, place / "fr", "-o", out, "--share-with", base) == 0
     (own,) = tmp_path.glob("fr.onnx.*.data")
     changed = sum(4 * rows * columns for rows, columns in TARGETS.values() if rows * columns >= 256)
     assert changed <= own.stat().st_size < changed + 4096 * len(TARGETS)  # each keeps its place in a page
@@ -742,9 +747,10 @@ def test_changed_weights_are_beside_a_graph_whose_base_has_them_there(place: Pat
     assert "lora_export.shared_weights" not in load_graph(tmp_path / "both.onnx").metadata_props
 
 
-def test_merge_takes_weights_out_of_the_graph(place: Path, tmp_path: Path) -> None:
-    out = tmp_path / "fr.onnx"
-    assert call("onnx", place / "base.onnx", "-a", place / "fr", "-o", out, "--external-data") == 0
+@pytest.mark.parametrize("words", [("onnx", "-a"), ("merge",)])
+def test_merge_takes_weights_out_of_the_graph(place: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    out, (command, *rest) = tmp_path / "fr.onnx", words
+    assert call(command, place / "base.onnx", *rest, place / "fr", "-o", out, "--external-data") == 0
     (data,) = tmp_path.glob("fr.onnx.*.data")
     tensors = [value.const_value for value in load_graph(out).graph.initializers.values()]
     large = [tensor for tensor in tensors if tensor.nbytes >= MIN_EXTERNAL_BYTES]

@@ -74,10 +74,10 @@ class Rotated:
 
 
 class PeftCache:
-    """PEFT with the adapters that were used last: each adapter of a batch is a run of its own."""
+    """PEFT with the adapters that were used last: a run for each text, or for all texts of a batch with one adapter."""
 
-    def __init__(self, rotated: Rotated):
-        self.rotated, self.loaded = rotated, OrderedDict[str, None]()
+    def __init__(self, rotated: Rotated, *, together: bool):
+        self.rotated, self.together, self.loaded = rotated, together, OrderedDict[str, None]()
         self.model: Any = peft.PeftModel.from_pretrained(
             AutoModel.from_pretrained(minilm.BASE), rotated.write_peft(0), "0"
         )
@@ -85,8 +85,8 @@ class PeftCache:
 
     def run(self, feeds: dict[str, NDArray[np.int64]], names: list[str]) -> NDArray[np.float32]:
         output = np.zeros((ROWS, TOKENS, 384), np.float32)
-        for name in dict.fromkeys(names):
-            rows = np.flatnonzero(np.array(names) == name)
+        together = [(name, np.flatnonzero(np.array(names) == name)) for name in dict.fromkeys(names)]
+        for name, rows in together if self.together else zip(names, np.arange(ROWS)[:, None], strict=True):
             if name not in self.loaded and name != "0":
                 self.model.load_adapter(self.rotated.write_peft(int(name)), name)
             self.loaded[name] = None
@@ -121,10 +121,10 @@ def requests(seed: int) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}, names
 
 
-def traffic(served: le.AdapterSlots, merged: Any, rival: PeftCache | None) -> tuple[dict[str, float], float]:
+def traffic(served: le.AdapterSlots, merged: Any, rivals: dict[str, PeftCache]) -> tuple[dict[str, float], float]:
     """Texts in a second of processor time by what computes them, and how many adapters a batch loads."""
     slots, loads = served.contract.slots, 0
-    seconds: dict[str, list[float]] = {"merged": [], "slots": [], "PEFT": []}
+    seconds: dict[str, list[float]] = {"merged": [], "slots": [], **{name: [] for name in rivals}}
     for seed in range(-5, BATCHES):
         feeds, names = requests(seed + 5)
         names = [names[row % min(slots, ROWS)] for row in range(ROWS)]  # no more of them than slots
@@ -136,9 +136,9 @@ def traffic(served: le.AdapterSlots, merged: Any, rival: PeftCache | None) -> tu
         loads += missing
         seconds["merged"].append(of_merged)
         seconds["slots"].append(of_slots)
-        if rival is not None and seed < BATCHES_OF_PEFT:
+        for name, rival in rivals.items() if seed < BATCHES_OF_PEFT else ():
             of_peft, expected = used(rival.run, feeds, names)
-            seconds["PEFT"].append(of_peft)
+            seconds[name].append(of_peft)
             np.testing.assert_allclose(outputs[OUTPUT], expected, rtol=1e-3, atol=1e-4)
     return {what: ROWS / median(own) for what, own in seconds.items() if own}, loads / BATCHES
 
@@ -169,14 +169,15 @@ def test_a_thousand_adapters_in_slots(tmp_path):
         if slots == SLOTS[0]:
             for number in range(1, ADAPTERS + 1):
                 rotated.write_slot(number, served.contract)
-        rates, loads = traffic(served, merged, PeftCache(rotated) if slots == CACHED else None)
+        ways = {"each text alone": False, "texts of one adapter together": True} if slots == CACHED else {}
+        rivals = {f"PEFT, {CACHED} cached, {way}": PeftCache(rotated, together=flag) for way, flag in ways.items()}
+        rates, loads = traffic(served, merged, rivals)
         costs = f"{loads:.1f} | {time_to_load(served):.1f} ms | {stacks:.1f} MiB"
         ratios = {what: rate / rates["merged"] for what, rate in rates.items()}
         lines += [
             f"| merged, beside {slots} slots | {rates['merged']:.0f} | 1 | | | |",
             f"| {slots} slots | {rates['slots']:.0f} | {ratios['slots']:.2f} | {costs} |",
         ]
-        if "PEFT" in rates:
-            lines.append(f"| PEFT, {CACHED} cached | {rates['PEFT']:.1f} | {ratios['PEFT']:.3f} | | | |")
+        lines += [f"| {name} | {rates[name]:.1f} | {ratios[name]:.3f} | | | |" for name in rivals]
     about = f"{ADAPTERS} adapters, Zipf; batches of {ROWS} texts of {TOKENS} tokens; processor time, medians"
     keep("slots", "\n".join([*lines, "", f"{about}. {machine()}"]))

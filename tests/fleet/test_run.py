@@ -23,6 +23,7 @@ from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run, worker
 from lora_export.fleet.status import FleetStatus
 from lora_export.fleet.worker import JobBatch, perform, session_of_process
+from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.storage.output_lock import output_lock
 from lora_export.storage.store_path import StorePath
 from support.endpoints import save_adapter, save_base
@@ -30,7 +31,7 @@ from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_h
 from support.folder_contents import folder_contents
 from support.graphs import a_graph
 from support.handmade import peft_adapter
-from support.small_graphs import GEMM
+from support.small_graphs import GEMM, filled
 from support.stores import Stored
 
 FR = JOBS[2:]
@@ -243,6 +244,27 @@ def test_another_kind_of_output_replaces_nothing_of_others(place: Path, monkeypa
     assert status.jobs[0].message.startswith("release/de exists, and this fleet did not write it")
     shutil.rmtree(foreign)
     assert use("peft").counts == {"done": 2} and run_here(monkeypatch)[1] == []
+
+
+def test_graphs_of_a_fleet_share_the_weights_of_their_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    up, large = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3), (2, 9000)))
+    body = """g (float[N,3] x) => (float[N,9000] y) <float[1,1] up.weight = {0}, float[1,1] large = {0}>
+        { h = Gemm <transB = 1> (x, up.weight) y = MatMul(h, large) }"""
+    (place / "out").mkdir()
+    base = filled(body, **{"up.weight": up, "large": large})
+    ir.save(base, place / "out" / "base.onnx", external_data="w.data", size_threshold_bytes=1000)
+    share = 'share-with = "out/base.onnx"\n'
+    steps = MERGE.replace("release/{adapter}", "out/m-{adapter}.onnx") + share + ONNX.replace("graphs/", "out/") + share
+    (place / "fleet.toml").write_text(BASES.replace('"base"', '"out/base.onnx"') + steps)
+    assert run_here(monkeypatch)[0].counts == {"done": 2, "same": 2}
+    assert run_here(monkeypatch)[1] == []
+    x = rng.standard_normal((2, 3)).astype(np.float32)
+    for adapter, (a, b) in PAIRS.items():
+        for path in (place / "out" / f"m-{adapter}.onnx", place / "out" / f"{adapter}.onnx"):
+            assert path.stat().st_size < 4000 and not list(path.parent.glob(f"{path.name}.*"))
+            expected = x @ (up + np.array(b) @ np.array(a)).T @ large
+            np.testing.assert_allclose(OnnxRunner(path).run({"x": x})["y"], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_file_of_others_beside_an_output_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

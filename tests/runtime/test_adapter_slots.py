@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,34 +233,61 @@ def test_a_session_of_one_adapter_refuses_a_graph_of_slots(fleet: Fleet) -> None
         le.Session(fleet.graph)
 
 
-def under_threads(fleet: Fleet, *, seconds: float, rounds: int) -> int:
-    """Compare random batches of 8 threads with PEFT, while adapters are replaced. Returns the number of batches."""
-    slots, end = AdapterSlots(fleet.graph, fleet.adapters), time.monotonic() + seconds
-    done = [0] * 8
+class Threads:
+    """Eight threads that compare random batches of a fleet's adapters with PEFT, while adapters are replaced.
 
-    def work(number: int) -> None:
+    With `renewed`, one of them also puts other files in the places of these adapters.
+    """
+
+    def __init__(self, fleet: Fleet, names: Sequence[str], *, rounds: int, renewed: Sequence[str] = ()):
+        self.fleet, self.names, self.rounds, self.renewed = fleet, names, rounds, renewed
+        self.slots = AdapterSlots(fleet.graph, fleet.adapters)
+        self.done, self.written = [0] * 8, 0
+
+    def run(self, seconds: float) -> None:
+        """Run all rounds, or until the time is over. Raises the first failure of a thread."""
+        end = time.monotonic() + seconds
+        pool = ThreadPoolExecutor(len(self.done))
+        try:
+            for work in [pool.submit(self._work, number, end) for number in range(len(self.done))]:
+                work.result(seconds + 60)
+        finally:
+            pool.shutdown(wait=False)
+        assert self.slots._users == [0] * (SLOTS + 1) and not self.slots._loading
+
+    def _work(self, number: int, end: float) -> None:
         rng = np.random.default_rng(number)
-        while done[number] < rounds and time.monotonic() < end:
-            few = [None, *rng.choice(NAMES, rng.integers(1, SLOTS + 1), replace=False)]
-            fleet.check(slots, [few[one] for one in rng.integers(0, len(few), len(X))])
+        while self.done[number] < self.rounds and time.monotonic() < end:
+            few = [None, *rng.choice(self.names, rng.integers(1, SLOTS + 1), replace=False)]
+            self.fleet.check(self.slots, [few[one] for one in rng.integers(0, len(few), len(X))])
             if number == 0:
-                slots.unload(str(rng.choice(NAMES)))
-            done[number] += 1
+                self.slots.unload(str(rng.choice(self.names)))
+            if number == 1 and self.renewed and not self.done[number] % 50:
+                self._renew(str(rng.choice(self.renewed)))
+            self.done[number] += 1
 
-    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(seconds + 60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert slots._users == [0] * (SLOTS + 1) and not slots._loading
-    return sum(done)
+    def _renew(self, name: str) -> None:
+        """Put a new file in the place of an adapter's that no other thread uses, and see that its rows are new."""
+        self.written += 1
+        self.fleet.write(name, 10_000 + self.written)
+        self.fleet.check(self.slots, [name] * 2 + [None])
 
 
 def test_eight_threads_never_get_a_neighbours_adapter(fleet: Fleet) -> None:
-    assert under_threads(fleet, seconds=60, rounds=10) == 80
+    threads = Threads(fleet, NAMES[:-1], rounds=10, renewed=NAMES[-1:])
+    threads.run(60)
+    assert sum(threads.done) == 80 and threads.written
 
 
 @pytest.mark.soak
-def test_eight_threads_never_get_a_neighbours_adapter_for_long(fleet: Fleet) -> None:
-    assert under_threads(fleet, seconds=300, rounds=1_000_000) > 1000
+def test_eight_threads_with_a_thousand_adapters_never_get_a_neighbours(
+    fleet: Fleet, request: pytest.FixtureRequest
+) -> None:
+    names = [f"tenant{number}" for number in range(1000)]
+    for number, name in enumerate(names, 100):
+        fleet.write(name, number)
+    threads = Threads(fleet, names, rounds=10**9, renewed=NAMES)
+    seconds = request.config.getoption("--slot-seconds")
+    threads.run(seconds)
+    print(f"{sum(threads.done)} batches of {len(names)} adapters, {threads.written} files replaced, {seconds} s")
+    assert min(threads.done) > 10 and threads.written > 1

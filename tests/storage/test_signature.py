@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -15,10 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 import lora_export as le
 from lora_export.errors import Different, EnvironmentLacking, InputRefused
+from lora_export.lora import LoraPair
 from lora_export.options.verify import Expectations
 from lora_export.storage.signature import MOST_BYTES, PASSWORD, refuse_unsigned, signature_of
 from support.api import an_adapter, base_weights
 from support.cli import call
+from support.graphs import an_adapter as graph_adapter
+from support.small_graphs import filled
 
 
 def a_key(folder: Path, name: str, password: bytes | None = None, curve: Any = ec.SECP256R1) -> Path:
@@ -97,6 +102,30 @@ def test_the_signature_of_another_file_is_different(place: Path) -> None:
     shutil.copy(signature_of(output), place / "copy.safetensors.sig")
     with pytest.raises(Different, match=r"is the signature of other files than copy\.safetensors"):
         refuse_unsigned(place / "copy.safetensors", place / "own.pub")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_weights_that_a_graph_shares_are_signed_with_it(tmp_path: Path, overwrite: bool) -> None:
+    up = np.random.default_rng(1).standard_normal((9, 9)).astype(np.float32)
+    model = filled(
+        """g (float[N,9] x) => (float[N,900] y) <float[1,1] up.weight = {0}, float[1,1] large = {0}>
+        { h = MatMul(x, up.weight) y = MatMul(h, large) }""",
+        **{"up.weight": up, "large": np.ones((9, 900), np.float32)},
+    )
+    ir.save(model, tmp_path / "base.onnx", external_data="w.data", size_threshold_bytes=1000)
+    data, output = tmp_path / "w.data", tmp_path / "out.onnx"
+    before = data.read_bytes(), data.stat().st_ino
+    pair = LoraPair(a=np.ones((1, 9)), b=np.ones((9, 1)), scale=1.0)
+    own: dict[str, Any] = {"share_with": tmp_path / "base.onnx", "sign": a_key(tmp_path, "own"), "overwrite": overwrite}
+    le.merge(tmp_path / "base.onnx", graph_adapter({"up": pair}), output, **own)
+    assert (data.read_bytes(), data.stat().st_ino) == before and output.stat().st_size < 4000
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("base.onnx", "out.onnx", "out.onnx.sig", "own.pem", "own.pub", "w.data"),
+    ]
+    refuse_unsigned(output, tmp_path / "own.pub")
+    data.write_bytes(before[0][:-1] + b"!")
+    with pytest.raises(Different, match=r"w\.data contains other bytes"):
+        refuse_unsigned(output, tmp_path / "own.pub")
 
 
 def test_a_folder_has_the_signature_of_its_one_file(place: Path) -> None:

@@ -208,6 +208,16 @@ def test_graphs_of_an_encoder_decoder_take_adapters_that_they_have_not_seen(t5: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_slots_of_other_encoder_decoders_are_proven(name: str, tmp_path: Path) -> None:
+    base = small_encoder_decoder(name, tmp_path / "base")
+    adapters = [encoder_decoder_adapter(base, tmp_path / f"a{seed}", seed=seed) for seed in (1, 2)]
+    shape: dict[str, Any] = {"slots": 3, "max_rank": 4, "with_cache": True}
+    result = le.export_onnx(base, tmp_path / "served", adapters=adapters, lora="slots", **shape)
+    assert result.proof is not None and result.proof.verdict
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("graph", "module"),
     [

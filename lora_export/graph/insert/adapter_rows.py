@@ -31,15 +31,13 @@ from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, SCALE, module_of
 from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes
 from lora_export.graph.insert.branches import Inserter, dora_factors_by_weight
-from lora_export.graph.insert.node_factory import Factor, NodeFactory, layer_input
+from lora_export.graph.insert.node_factory import MIN_ROWS_OPSET, Factor, NodeFactory, layer_input
 from lora_export.graph.insert.row_branches import RowBranches
 from lora_export.graph.insert.row_heads import HeadLayer, HeadOutputs, HeadStacks, RowHeads, head_layers
 from lora_export.graph.site import Site, common_dtype
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
 from lora_export.plan.own_heads import Head
-
-MIN_ROWS_OPSET = 15  # from here on, Shape has `start` and `end`
 
 
 def insert_rows(

@@ -139,9 +139,8 @@ def _batch_axis(site: Site, paths: TokenPaths) -> BatchAxis | str:
     """The batch axis of a layer's input, or the reason why it is not certain."""
     x, batch = layer_input(site), paths.batch
     attributes = site.node.attributes
-    changes_input = attributes.get_int("transA", 0) == 1 or attributes.get_float("alpha", 1.0) != 1
-    if site.node.op_type == "Gemm" and changes_input:
-        return "it transposes or scales its input"
+    if attributes.get_int("transA", 0) == 1:
+        return "it transposes its input"
     if x.shape is None:
         return "the shape of its input is unknown"
     if site.is_convolution and not is_symbol(x.shape[0], batch):

@@ -5,9 +5,8 @@ With DoRA, each output is multiplied by m / ‖W + sBA‖, from the weights that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
+from lora_export.graph.insert.fused_operators import take_apart
 from lora_export.graph.insert.node_factory import (
     MIN_OPSET,
     NO_ATTRIBUTES,
@@ -27,7 +27,7 @@ from lora_export.graph.insert.node_factory import (
     layer_input,
     sizes_of,
 )
-from lora_export.graph.operators import BIAS_INPUTS, MICROSOFT, operator_id, transposed_layout
+from lora_export.graph.operators import BIAS_INPUTS, MICROSOFT, operator_id, product_factor, transposed_layout
 from lora_export.graph.site import CHANGES_WEIGHT, Site
 from lora_export.lora import split_part
 from lora_export.plan import Layout, Step
@@ -115,7 +115,7 @@ def gemm_attributes(node: ir.Node) -> tuple[Attributes, Attributes]:
     """The attributes of a branch beside a Gemm: its product by A transposes x, its product by B has alpha."""
     if node.op_type != "Gemm":
         return NO_ATTRIBUTES, NO_ATTRIBUTES
-    alpha = node.attributes.get_float("alpha", 1.0)
+    alpha = product_factor(node)
     is_transposed = node.attributes.get_int("transA", 0) == 1
     for_a: Attributes = {"transA": 1} if is_transposed else NO_ATTRIBUTES
     for_b: Attributes = {"alpha": alpha} if alpha != 1 else NO_ATTRIBUTES
@@ -208,14 +208,15 @@ class Inserter:
     ) -> tuple[Site, ...]:
         """The sites of a weight. Raises InputRefused where no branch can be inserted beside one of its readers.
 
-        `allow_changed_weight` accepts fused operators, which read W + A·B instead; `apart` takes them apart.
+        `allow_changed_weight` accepts fused operators, which read W + A·B instead; `apart` takes these apart, too.
         """
         if weight not in sites.by_name:
             raise InputRefused(_unsplit(weight, sites))
         own_sites = sites.by_name[weight]
-        for site in own_sites if apart else ():
-            take_apart(self.factory, site)
-        beside = [site for site in own_sites if not (allow_changed_weight and site.accepts_changed_weight)]
+        for site in own_sites:
+            take_apart(self.factory, site, reads_changed=not apart)
+        changed = [site for site in own_sites if allow_changed_weight and site.accepts_changed_weight]
+        beside = [site for site in own_sites if site not in changed and not (apart and _is_scaled_product(site))]
         obstacles = sorted({branch_obstacle(site, is_embedding=is_embedding) for site in beside} - {""})
         if obstacles:
             raise InputRefused(
@@ -349,6 +350,11 @@ def _transposed(nodes: NodeList, matrix: ir.Value) -> ir.Value:
     return nodes.add("Transpose", [matrix], shape, perm=[1, 0])
 
 
+def _is_scaled_product(site: Site) -> bool:
+    """Whether the node computes a product times a number, beside which a branch is multiplied by the same number."""
+    return site.accepts_changed_weight and operator_id(site.node) == (MICROSOFT, "FusedMatMul")
+
+
 def _unsplit(weight: str, sites: Sites) -> str:
     """Why no branch can be inserted beside a part of a stacked weight: no node multiplies by this part alone."""
     stacked = split_part(weight)[0]
@@ -384,37 +390,3 @@ def _output_ranges(insertions: Sequence[Insertion]) -> Iterator[tuple[Insertion,
     ends = [0, *starts, insertions[0].site.node_outputs]
     for (_, insertion), (start, stop) in zip(sorted(by_start.items()), pairwise(ends), strict=True):
         yield insertion, range(start, stop)
-
-
-# --- onnxruntime's FusedGemm, taken apart: a branch of its own for each row of the batch is then beside the product ---
-
-# Activation -> the attributes of ONNX's operator of that name, by their names in FusedGemm
-ACTIVATION_ATTRIBUTES: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        **{name: {} for name in ("Relu", "Tanh", "Sigmoid", "Softplus", "Softsign")},
-        **{name: {"alpha": "activation_alpha"} for name in ("LeakyRelu", "Elu", "ThresholdedRelu")},
-        "HardSigmoid": {"alpha": "activation_alpha", "beta": "activation_beta"},
-    }
-)
-
-
-def take_apart(factory: NodeFactory, site: Site) -> None:
-    """Make a site's FusedGemm a Gemm and its activation; nothing for another operator or an unknown activation."""
-    node = site.node
-    if not site.accepts_changed_weight or operator_id(node) != (MICROSOFT, "FusedGemm"):
-        return
-    name, product = node.attributes.get_string("activation", ""), node.outputs[0]
-    if name not in ACTIVATION_ATTRIBUTES:
-        return
-    given = {own: node.attributes.get(fused) for own, fused in ACTIVATION_ATTRIBUTES[name].items()}
-    attributes = {own: ir.AttrFloat32(own, each.as_float()) for own, each in given.items() if each is not None}
-    node.domain, node.op_type = "", "Gemm"
-    for each in [each for each in node.attributes if each.startswith("activation")]:
-        del node.attributes[each]
-    uses = product.uses()
-    activation = factory.node(name, [product], f"/{node.name}", product.shape, attributes)
-    assert node.graph is not None
-    node.graph.insert_after(node, [activation])
-    for reader, index in uses:
-        reader.replace_input_with(index, activation.outputs[0])
-    factory.replace_graph_outputs(product, activation.outputs[0])

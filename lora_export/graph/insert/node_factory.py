@@ -16,6 +16,7 @@ from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name, value_names
 
 MIN_OPSET = 11  # from here on, a Gemm's bias is optional, and the sizes of a Pad are an input
+MIN_ROWS_OPSET = 15  # from here on, Shape has `start` and `end`
 
 Attributes = Mapping[str, int | float | Sequence[int] | ir.Attr]
 NO_ATTRIBUTES: Attributes = MappingProxyType({})

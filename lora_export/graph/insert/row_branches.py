@@ -26,6 +26,7 @@ from lora_export.graph.insert.node_factory import (
     sizes_of,
 )
 from lora_export.graph.insert.token_rows import SortedTokens, of_tokens
+from lora_export.graph.operators import product_factor
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
 
@@ -202,6 +203,9 @@ class RowBranches:
             x = self.product_by_row(nodes, x, b.value)
         else:
             x = self._cheaper_product(nodes, x, a, b)
+        if product_factor(site.node) != 1:
+            alpha = nodes.constant("alpha", np.array(product_factor(site.node), np.dtype(site.dtype)))
+            x = nodes.add("Mul", [x, alpha], x.shape)
         x = self.as_layer(nodes, transposed(nodes, x, back), batch, shape)
         return BranchNodes(nodes.nodes, x, b.path)
 

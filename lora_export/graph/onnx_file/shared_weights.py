@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from xxhash import xxh3_128
 
+from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused
 from lora_export.graph.onnx_file.protobuf_wire import LARGE_TENSOR_BYTES
 from lora_export.graph.onnx_file.reading import open_graph
@@ -20,6 +21,7 @@ from lora_export.graph.values import initializers
 from lora_export.options.spelling import named
 from lora_export.provenance import SHARED_KEY
 from lora_export.storage import block_copy
+from lora_export.storage.atomic_output import remove, sign_alone
 from lora_export.storage.hashes import FAST, HASH_BLOCK, file_hash
 from lora_export.storage.store_path import StorePath
 
@@ -89,10 +91,11 @@ def _hash_of(tensor: ir.TensorProtocol) -> str:
 
 
 @contextlib.contextmanager
-def shared_weights(path: Path, output: Path, stage: Path) -> Iterator[SharedWeights]:
+def shared_weights(path: Path, output: Path, stage: Path, *, sign: bool = False) -> Iterator[SharedWeights]:
     """The weights of a graph that an output beside it may share. Their files are copied into the stage meanwhile.
 
-    There the output is checked and run before it is published. Where the file system can, a copy takes no space.
+    There the output is checked and run before it is published. Where the file system can, a copy takes no space. With
+    `sign` the copies are signed with the output.
     Raises InputRefused where the graph is not in the output's folder, which onnxruntime requires, or has no weights in
     a file beside it, and where its files change meanwhile.
     """
@@ -116,18 +119,29 @@ def shared_weights(path: Path, output: Path, stage: Path) -> Iterator[SharedWeig
             _copy(path.parent / name, stage / name)
         yield shared
     finally:
-        for name in shared.files:
-            _remove(stage / Path(name).parts[0])
+        for name in {Path(file).parts[0] for file in shared.files}:
+            if sign:
+                sign_alone(stage, stage / name)
+            else:
+                remove(stage / name)
     for changed in graph.changed():
         raise InputRefused(f"{changed} changed while it was being read. Nothing was written.")
 
 
-def _remove(copy: Path) -> None:
-    """Remove a copy; where it is in a folder of the stage, that folder."""
-    if copy.is_dir():
-        shutil.rmtree(copy)
+@contextlib.contextmanager
+def sharing(
+    path: Path | None, output: Path, stage: Path, on_message: OnMessage, *, sign: bool = False
+) -> Iterator[SharedWeights | None]:
+    """As `shared_weights`, and report what was shared. None where no graph is named."""
+    if path is None:
+        yield None
+        return
+    with shared_weights(path, output, stage, sign=sign) as shared:
+        yield shared
+    if shared.shared:
+        on_message(f"{shared.shared / 2**20:,.1f} MiB of the weights are shared with {path.name}")
     else:
-        copy.unlink(missing_ok=True)
+        on_message(f"note: no large weight equals one of {path.name}: none are shared")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -45,7 +45,10 @@ CACHE = re.compile(r"past|cache", re.IGNORECASE)
 MASK_NAME = re.compile(r"mask", re.IGNORECASE)
 POSITION_NAME = re.compile(r"position", re.IGNORECASE)
 TYPE_NAME = re.compile(r"token_type", re.IGNORECASE)
-LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})  # read rows of input 0 by the ids at input 1
+# Operators that read the rows of tables: the input of the ids -> that of their table
+LOOKUPS: Mapping[str, Mapping[int, int]] = MappingProxyType(
+    {"Gather": {1: 0}, "GatherBlockQuantized": {1: 0}, "EmbedLayerNormalization": {0: 2, 1: 4, 7: 3}}
+)
 VALUE_PRESERVING = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose"})
 
 
@@ -231,7 +234,8 @@ def _rows_indexed(value: ir.Value) -> int:
     waiting, known = [value], {value}
     while waiting:
         for node, index in waiting.pop().uses():
-            table = node.inputs[0] if node.op_type in LOOKUPS and index == 1 else None
+            at = LOOKUPS.get(node.op_type, {}).get(index)
+            table = None if at is None else node.inputs[at]
             if table is not None and table.shape is not None and isinstance(table.shape[0], int):
                 rows.append(table.shape[0])
             elif node.op_type in VALUE_PRESERVING and index == 0 and node.outputs[0] not in known:

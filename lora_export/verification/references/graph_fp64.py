@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.graph.insert.fused_operators import take_attention_apart
+from lora_export.graph.insert.node_factory import NodeFactory
 from lora_export.graph.operators import MICROSOFT, ONNX, operator_id
 from lora_export.graph.quantised_weights import MATMUL_NBITS, of_matmul_nbits
 from lora_export.graph.values import new_initializer, unused_name, value_names
@@ -40,11 +42,14 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
     """Let a graph compute in fp64, in memory. Returns the operators that have no fp64 kernel.
 
     Inputs and stored tensors keep their dtypes, float outputs become fp64. A supported MatMulNBits becomes a MatMul by
-    its dequantised weight. Nodes with subgraphs do not change. `types_of` returns the dtypes of values for which the
+    its dequantised weight, and an Attention the fp64 product of q, k and v before what keeps its dtype. Nodes with
+    subgraphs do not change. `types_of` returns the dtypes of values for which the
     graph has none.
     """
+    factory = NodeFactory(model)
     for node in list(model.graph):
         dequantise(model, node)
+        take_attention_apart(factory, node)
     produced = (output for node in model.graph for output in node.outputs if output.name)
     untyped = [output for output in produced if output.dtype in (None, ir.DataType.UNDEFINED)]
     if untyped:

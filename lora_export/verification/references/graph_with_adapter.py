@@ -272,6 +272,7 @@ class _WeightSum:
                 producer = value.producer()
                 assert producer is not None
                 producer.metadata_props[KEEPS_ROUNDING] = "once"
+        value.shape = value.shape or before.shape
         self.node.replace_input_with(self.index, value)
 
     def _whole(self) -> ir.Value:

@@ -66,8 +66,7 @@ def test_batch_of_flattened_rows_is_found(before: str) -> None:
             r"m.weight \(MatMul `n`\): its input has the shape \[K,3\], in which no single dimension",
         ),
         ("N,N,3", "y = MatMul(t, m.weight)", r"its input has the shape \[N,N,3\]"),
-        ("3,N", "y = Gemm <transA = 1> (t, m.weight)", "transposes or scales"),
-        ("N,3", "y = Gemm <alpha = 2.0> (t, m.weight)", "transposes or scales"),
+        ("3,N", "y = Gemm <transA = 1> (t, m.weight)", "transposes its input"),
         ("S,K,3", "y = MatMul(r, m.weight)", "its input has the shape"),  # r is t with flattened rows
         ("N,S,N,3", "y = MatMul(r, m.weight)", "its input has the shape"),
     ],

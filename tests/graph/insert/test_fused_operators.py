@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import peft
 import pytest
+import torch
 from numpy.typing import NDArray
 
+import lora_export as le
 from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
@@ -24,7 +28,8 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
-from support.cli import Capture, answer, call
+from support.cli import Capture, answer
+from support.exporters import checkpoint_of, model_of, token_inputs, torchscript
 from support.graphs import Arrays, an_adapter, run, stored
 from support.handmade import base_file, peft_adapter
 from support.one_weight_graphs import WEIGHT, X, attention, attention_graph, graph_reading
@@ -120,10 +125,113 @@ def in_rows(model: ir.Model, found: Sites, *adapters: Adapter, batch: str = "B")
     insert_rows(model, found, plan.make(adapters, found.specs, one_at_a_time=True), batch=batch)
 
 
-def test_rows_of_attention_are_refused_with_advice(packed: Any) -> None:
+# Of an Attention: its further inputs as the graph declares them and as it passes them, their values, and attributes.
+ATTENTIONS: dict[str, tuple[str, str, dict[str, NDArray[Any]], str]] = {
+    "": ("", "", {}, ""),
+    "lengths": (", int32[B] m", ", m", {"m": np.int32([5, 3])}, ""),
+    "mask": (", int32[B,S] m", ", m", {"m": np.int32([[1] * 5, [0, 0, 1, 1, 1]])}, ", mask_filter_value = -100.0"),
+    "causal": ("", "", {}, ", unidirectional = 1"),
+    "past": (
+        f", float[2,B,{HEADS},P,16] p", ", , p", {"p": RNG.normal(size=(2, 2, HEADS, 3, 16)).astype(np.float32)},
+        ", unidirectional = 1, scale = 0.3",
+    ),
+    "added": (", float[B,H,S,S] a", ", , , a", {"a": RNG.normal(size=(2, HEADS, 5, 5)).astype(np.float32)}, ""),
+    "two sizes": (", int32[B] m", ", m", {"m": np.int32([5, 3])}, ", qkv_hidden_sizes = [64, 64, 128]"),
+}  # fmt: skip
+
+
+def an_attention(kind: str, weight: NDArray[Any]) -> tuple[ir.Model, Arrays]:
+    """A graph of Attention with this weight (in, out), and its inputs. With a past, it returns the next one."""
+    declared, passed, given, attributes = ATTENTIONS[kind]
+    new, returned = (f", float[2,B,{HEADS},T,16] next", ", next") if "p" in given else ("", "")
+    model = ir.from_onnx_text(f"""
+        <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+        g (float[B,S,{HIDDEN}] x{declared}) => (float[B,S,N] y{new}) <float[1] "w.weight" = {{0}}, float[1] b = {{0}}>
+        {{ y{returned} = com.microsoft.Attention <num_heads = {HEADS}{attributes}> (x, "w.weight", b{passed}) }}""")
+    bias = np.random.default_rng(2).normal(size=weight.shape[1]).astype(np.float32)
+    for name, array in (("w.weight", weight), ("b", bias)):
+        value = model.graph.initializers[name]
+        value.const_value, value.shape = ir.Tensor(array, name=name), ir.Shape(array.shape)
+    return model, {"x": TOKENS, **given}
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_rows_of_attention_have_their_own_adapter(kind: str) -> None:
+    width = HIDDEN * (4 if kind == "two sizes" else 3)
+    weight = np.random.default_rng(3).normal(scale=0.2, size=(HIDDEN, width)).astype(np.float32)
+    pairs = [LoraPair(a=pair.a, b=0.2 * RNG.normal(size=(width, len(pair.a))), scale=0.5) for pair in OTHERS.values()]
+    model, inputs = an_attention(kind, weight)
+    base = run(model, **inputs)
+    in_rows(model, find_sites(model), *(an_adapter({"w": pair}, name=f"{at}") for at, pair in enumerate(pairs)))
+    assert {node.op_type for node in model.graph} >= {"Gemm", "MultiHeadAttention"}
+    alone = run(model, **inputs, adapter_ids=np.array([0, 0]))
+    assert {name: value.tobytes() for name, value in alone.items()} == {
+        name: value.tobytes() for name, value in base.items()
+    }
+    mixed = run(model, **inputs, adapter_ids=np.array([2, 1]))
+    for row, pair in enumerate(reversed(pairs)):
+        changed, _ = an_attention(kind, np.float32(weight + pair.delta().T))
+        expected = run(changed, **inputs)
+        assert np.abs(expected["y"][row] - base["y"][row]).max() > 0.1
+        np.testing.assert_allclose(mixed["y"][row], expected["y"][row], rtol=0, atol=1e-4)
+        if "next" in base:
+            np.testing.assert_allclose(mixed["next"][:, row], expected["next"][:, row], rtol=0, atol=1e-4)
+
+
+def test_rows_of_attention_with_rotary_positions_are_refused_with_advice(packed: Any) -> None:
     model, checkpoint, _ = packed
+    model.graph[0].attributes.add(ir.AttrInt64("do_rotary", 1))
     with pytest.raises(InputRefused, match=r"read by Attention, .*Merge the adapter.*before its nodes were fused"):
         in_rows(model, find_sites(model, checkpoint), an_adapter(PAIRS))
+
+
+CONVOLUTIONS: dict[str, tuple[str, Any]] = {
+    "Relu": ("", lambda y: np.maximum(y, 0)),
+    "LeakyRelu": (", activation_params = [0.25]", lambda y: np.where(y < 0, y / 4, y)),
+    "Clip": (", activation_params = [-1.0, 3.0]", lambda y: np.clip(y, -1, 3)),
+}
+
+
+@pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_fused_convolution_is_taken_apart(name: str, mode: str) -> None:
+    parameters, function = CONVOLUTIONS[name]
+    model = ir.from_onnx_text(f"""
+        <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+        g (float[N,3,4,4] x) => (float[N,8,2,2] y) <float[1] "m.weight" = {{0}}, float[8] b = {{0,1,2,3,-1,-2,-3,0}}>
+        {{ y = com.microsoft.FusedConv <activation = "{name}"{parameters}> (x, "m.weight", b) }}""")
+    draw = np.random.default_rng(0)
+    x, weight = draw.normal(size=(2, 3, 4, 4)).astype(np.float32), draw.normal(size=(8, 3, 3, 3)).astype(np.float32)
+    value = model.graph.initializers["m.weight"]
+    value.const_value, value.shape = ir.Tensor(weight, name="m.weight"), ir.Shape(weight.shape)
+    pair = LoraPair(a=draw.normal(size=(2, 3, 3, 3)), b=draw.normal(size=(8, 2, 1, 1)), scale=0.5)
+    base, adapter, found = run(model, x=x)["y"], an_adapter({"m": pair}), find_sites(model)
+    given: Arrays = {}
+    if mode == "rows":
+        in_rows(model, found, adapter, batch="N")
+        given = {"adapter_ids": np.array([1, 1])}
+        assert run(model, x=x, adapter_ids=np.array([0, 0]))["y"].tobytes() == base.tobytes()
+    elif mode == "inputs":
+        contract = insert_inputs(model, found, ["m.weight"])
+        given = parameters_of(model, contract, adapter)
+        assert run(model, x=x)["y"].tobytes() == base.tobytes()
+    else:
+        insert_nodes(model, found, plan.make([adapter], found.specs))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(2, 3))
+    expected = np.einsum("ncijkl,ockl->noij", windows, weight + pair.delta())
+    expected += np.float32([0, 1, 2, 3, -1, -2, -3, 0])[:, None, None]
+    np.testing.assert_allclose(run(model, x=x, **given)["y"], function(expected), rtol=1e-4, atol=1e-4)
+    assert np.abs(function(expected) - base).max() > 0.5
+
+
+def test_fused_convolution_that_adds_a_value_is_refused_with_advice() -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+        g (float[N,3,1,1] x, float[N,2,1,1] z) => (float[N,2,1,1] y) <float[2,3,1,1] "m.weight" = {1,2,3,4,5,6}>
+        { y = com.microsoft.FusedConv <activation = "Relu"> (x, "m.weight", , z) }""")
+    pair = LoraPair(a=PAIR.a[:, :, None, None], b=PAIR.b[:, :, None, None], scale=1.0)
+    with pytest.raises(InputRefused, match=r"read by FusedConv, .*Merge the adapter"):
+        in_rows(model, find_sites(model), an_adapter({"m": pair}), batch="N")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +259,7 @@ def test_an_unknown_activation_is_refused_with_advice() -> None:
         in_rows(model, found, an_adapter({"m": PAIR}), batch="N")
 
 
-@pytest.mark.parametrize("mode", ["nodes", "inputs"])
+@pytest.mark.parametrize("mode", ["nodes", "inputs", "rows", "slots"])
 def test_command_verifies_attention_with_adapter(packed: Any, tmp_path: Path, mode: str, capsys: Capture) -> None:
     model, checkpoint, weights = packed
     save_graph(model, tmp_path, "base.onnx")
@@ -165,9 +273,11 @@ def test_command_verifies_attention_with_adapter(packed: Any, tmp_path: Path, mo
     code, document = answer(capsys, "onnx", tmp_path / "base.onnx", *arguments)
     assert (code, document["proof"]["outcome"], document.get("bits_of_base", True)) == (0, "same", True)
     runner = OnnxRunner(out)
-    runner = runner.with_adapter(tmp_path / "a.onnx_adapter") if mode == "inputs" else runner
-    assert_computes(runner.run({"x": TOKENS}), weights, plain)
-    assert call("onnx", tmp_path / "base.onnx", *arguments[:-4], "--lora", "rows", "-o", tmp_path / "rows.onnx") == 3
+    if mode in ("inputs", "slots"):
+        file = tmp_path / "a.onnx_adapter"
+        runner = runner.with_adapter(file) if mode == "inputs" else runner.with_slot_files({"a": file})
+    ids = {"adapter_ids": np.array([1, 1])} if mode in ("rows", "slots") else {}
+    assert_computes(runner.run({"x": TOKENS, **ids}), weights, plain)
 
 
 FUSED = {
@@ -194,9 +304,14 @@ def test_fused_product_reads_changed_weight(body: str, layout: Layout, factor: f
     np.testing.assert_allclose(run(model, x=X)["y"], factor * X @ changed.T, rtol=1e-5)
     model, found = planned_on(body, layout)
     contract = insert_inputs(model, found, ["m.weight"], dora=["m.weight"])
-    values = parameters(model, contract, adapter)
+    values = parameters_of(model, contract, adapter)
     np.testing.assert_allclose(run(model, x=X, **values)["y"], factor * X @ changed.T, rtol=1e-5)
-    assert run(model, x=X)["y"].tobytes() == run(planned_on(body, layout)[0], x=X)["y"].tobytes()
+    base = run(planned_on(body, layout)[0], x=X)["y"].tobytes()
+    assert run(model, x=X)["y"].tobytes() == base
+    model, found = planned_on(body, layout)
+    in_rows(model, found, an_adapter({"m": LoraPair(a=-PAIR.a, b=PAIR.b, scale=1.0)}, name="other"), adapter, batch="N")
+    np.testing.assert_allclose(run(model, x=X, adapter_ids=np.array([2, 2]))["y"], factor * X @ changed.T, rtol=1e-5)
+    assert run(model, x=X, adapter_ids=np.array([0, 0]))["y"].tobytes() == base
 
 
 def planned_on(body: str, layout: Layout) -> tuple[ir.Model, Sites]:
@@ -204,8 +319,55 @@ def planned_on(body: str, layout: Layout) -> tuple[ir.Model, Sites]:
     return model, find_sites(model)
 
 
-def parameters(model: ir.Model, contract: Any, adapter: Adapter) -> dict[str, NDArray[Any]]:
+def parameters_of(model: ir.Model, contract: Any, adapter: Adapter) -> dict[str, NDArray[Any]]:
     steps = plan.make([adapter], [place.spec for place in contract.places])
     return onnx_adapter.input_values(
         contract, steps, adapter.name, contract_dora_factors(model, contract, steps, adapter.name)
     )
+
+
+@pytest.fixture(scope="module")
+def optimised_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT as onnxruntime's optimiser of transformers fuses it."""
+    optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
+    folder, module = tmp_path_factory.mktemp("bert"), model_of("bert")
+    before = module.config._attn_implementation
+    module.set_attn_implementation("eager")  # whose nodes the optimiser knows
+    try:
+        torchscript("bert", folder / "plain.onnx")
+    finally:
+        module.set_attn_implementation(before)
+    fused = optimizer.optimize_model(str(folder / "plain.onnx"), "bert", num_heads=4, hidden_size=32, opt_level=0)
+    fused.save_model_to_file(str(folder / "fused.onnx"))
+    found = {node.op_type for node in load_graph(folder / "fused.onnx").graph}
+    assert found >= {"Attention", "EmbedLayerNormalization", "SkipLayerNormalization", "BiasGelu"}
+    return folder / "fused.onnx"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["rows", "slots"])
+def test_an_optimised_bert_has_an_adapter_for_each_row(mode: str, optimised_bert: Path, tmp_path: Path) -> None:
+    expected = {}
+    for seed, targets in enumerate((["query", "value", "dense"], ["key", "classifier"], "all-linear"), 1):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=seed, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+        model = peft.get_peft_model(copy.deepcopy(model_of("bert")), config).eval()
+        model.save_pretrained(tmp_path / f"a{seed}")
+        with torch.no_grad():
+            expected[seed] = model(**token_inputs(4)).logits.numpy()
+    shape: Any = {"slots": 3, "max_rank": 3, "target": "all-linear"} if mode == "slots" else {}
+    result = le.export_onnx(
+        optimised_bert, tmp_path / "served.onnx", adapters=[tmp_path / f"a{seed}" for seed in expected],
+        checkpoint=checkpoint_of("bert"), lora=mode, **shape,
+    )  # fmt: skip
+    assert result.proof is not None and result.proof.verdict.outcome == "same"
+    inputs = {name: value.numpy() for name, value in token_inputs(4).items()}
+    base, runner = OnnxRunner(optimised_bert).run(inputs)["logits"], OnnxRunner(tmp_path / "served.onnx")
+    if mode == "slots":
+        runner = runner.with_slot_files({f"a{seed}": tmp_path / f"a{seed}.onnx_adapter" for seed in expected})
+    assert runner.run({**inputs, "adapter_ids": np.zeros(4, np.int64)})["logits"].tobytes() == base.tobytes()
+    mixed = runner.run({**inputs, "adapter_ids": np.array([3, 0, 1, 2])})["logits"]
+    assert mixed[1].tobytes() == base[1].tobytes()
+    for row, seed in ((0, 3), (2, 1), (3, 2)):
+        np.testing.assert_allclose(mixed[row], expected[seed][row], rtol=0, atol=1e-6)
+        assert np.abs(expected[seed][row] - base[row]).max() > 0.02

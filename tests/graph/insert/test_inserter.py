@@ -64,8 +64,8 @@ def test_grouped_convolution_is_refused_by_name() -> None:
         with_nodes(model, an_adapter({"c": CONVOLUTION_PAIR}))
 
 
-def test_convolution_fused_with_activation_is_refused_by_name() -> None:
-    body = CONVOLUTION.replace("Conv <ATTRIBUTES>", 'com.microsoft.FusedConv <activation = "Relu">')
+def test_convolution_fused_with_an_unknown_activation_is_refused_by_name() -> None:
+    body = CONVOLUTION.replace("Conv <ATTRIBUTES>", 'com.microsoft.FusedConv <activation = "Swishy">')
     model = a_graph(body.replace("com.microsoft.FusedConv", "FusedConv"))
     model.graph[0].domain, model.opset_imports["com.microsoft"] = "com.microsoft", 1
     with pytest.raises(InputRefused, match=r"c\.weight is read by FusedConv, beside which no branch can be inserted"):

@@ -191,3 +191,13 @@ def test_user_inputs_must_be_exactly_the_graphs_inputs(tmp_path: Path) -> None:
     np.savez(tmp_path / "half.npz", input_ids=arrays["input_ids"])
     with pytest.raises(InputRefused, match="the graph takes input_ids, attention_mask, token_type_ids"):
         read(tmp_path / "half.npz", model)
+
+
+def test_ids_of_an_embedding_that_is_one_operator_are_rows_of_its_tables() -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g (int32[b,s] words, int32[b,s] kinds) => (y)
+        <float[50,4] table = {0}, float[9,4] places = {0}, float[3,4] segments = {0}, float[4] n = {0}>
+        { y, lengths = com.microsoft.EmbedLayerNormalization (words, kinds, table, places, segments, n, n) }""")
+    made = InputGenerator(model, "g").make(GraphSizes(40, 5, 0), seed=0)
+    assert made["words"].min() >= 0 and 40 < made["words"].max() < 50
+    assert sorted(set(made["kinds"].ravel().tolist())) == [0, 1, 2]
