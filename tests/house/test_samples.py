@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -695,14 +696,19 @@ def test_javascript_computes_what_peft_computes(runtime: str, plain_inputs: Path
 
 
 def expect_what_peft_computes(printed: dict[str, list[float]], folder: Path) -> None:
-    model = transformers.BertModel.from_pretrained(folder / "base").eval()
-    ids = torch.tensor([[5, 7, 9]])
-    with torch.no_grad():
-        base = model(ids).last_hidden_state.numpy().ravel()
-        adapted = peft.PeftModel.from_pretrained(model, folder / "fr").eval()(ids).last_hidden_state.numpy().ravel()
+    base, adapted = hidden_states(folder / "base"), hidden_states(folder / "base", folder / "fr")
     np.testing.assert_allclose(printed["base"], base, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(printed["adapter"], adapted, rtol=1e-4, atol=1e-5)
     assert np.abs(adapted - base).max() > 1e-2
+
+
+def hidden_states(base: Path, adapter: Path | None = None) -> Any:
+    """What PyTorch and PEFT compute of the tokens of the sample, as one row."""
+    model: Any = transformers.BertModel.from_pretrained(base)
+    if adapter:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[5, 7, 9]])).last_hidden_state.numpy().ravel()
 
 
 def html_of(name: str) -> str:
@@ -734,6 +740,40 @@ def test_the_page_of_the_guide_computes_in_a_browser(plain_inputs: Path, tmp_pat
         (tmp_path / "site" / path.name).symlink_to(path)
     printed = shown(tmp_path / "site", "index.html", tmp_path / "home")
     expect_what_peft_computes(printed, plain_inputs)
+
+
+# Puts each adapter in turn into the second slot, and reports what the page shows.
+REPLACES = """<script type="module">
+const results = [], choice = document.querySelector("#adapter");
+while (!choice.onchange) await new Promise((done) => setTimeout(done, 50));
+choice.add(new Option("it"));
+for (choice.value of ["de", "it"]) {
+  await choice.onchange();
+  results.push(JSON.parse(document.querySelector("#result").textContent));
+}
+await report(results);
+</script>"""
+
+
+@needs_chromium
+@needs_onnxruntime_web
+def test_slots_in_a_browser_are_the_adapters_of_their_rows(plain_inputs: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    for path in (SAMPLES / "adapter_inputs.mjs", NODE / "node_modules", plain_inputs / "fr"):
+        (site / path.name).symlink_to(path)
+    for seed, name in enumerate(("de", "it"), 2):
+        small_adapter("bert", plain_inputs / "base", site / name, seed=seed)
+    options: dict[str, Any] = {"lora": "slots", "slots": 2, "max_rank": 8, "names": "peft", "verify": False}
+    le.export_onnx(plain_inputs / "base", site / "slots.onnx", adapters=plain_inputs / "fr", **options)
+    (site / "slots.html").write_text(REPORT + html_of("slots.html") + REPLACES, encoding="utf-8")
+    base = hidden_states(plain_inputs / "base")
+    adapted = [hidden_states(plain_inputs / "base", site / name) for name in ("fr", "de", "it")]
+    found = np.array(shown(site, "slots.html", tmp_path / "home")).reshape(2, 3, *base.shape)
+    for batch, replaced in zip(found, adapted[1:], strict=True):
+        for row, expected in zip(batch, (adapted[0], base, replaced), strict=True):
+            np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-5)
+    assert all(np.abs(one - other).max() > 1e-2 for one, other in itertools.combinations([base, *adapted], 2))
 
 
 @pytest.fixture(scope="module")
