@@ -33,7 +33,7 @@ def called(*arguments: object) -> tuple[int, dict[str, Any], str]:
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
     )
     assert done.stdout.startswith("{"), f"exit code {done.returncode}, and no document: {done.stdout}{done.stderr}"
-    return done.returncode, json.loads(done.stdout), done.stderr
+    return done.returncode, {"outcome": "", **json.loads(done.stdout)}, done.stdout[:2000] + done.stderr
 
 
 @real
