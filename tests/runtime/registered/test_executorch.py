@@ -29,6 +29,8 @@ real = pytest.mark.skipif(not PYTHON, reason="ExecuTorch is in an environment of
 def called(*arguments: object) -> tuple[int, dict[str, Any], str]:
     """The exit code, the JSON document and the messages of a command, in ExecuTorch's environment."""
     command = [PYTHON, "-W", "ignore", "-m", "lora_export", *map(str, arguments), "--json"]
+    if arguments[0] == "verify":
+        command += ["--timeout", "600"]  # on a busy machine, the imports of ExecuTorch alone may take a minute
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
     )
