@@ -1,4 +1,4 @@
-"""Real servers on the loopback: vLLM, MLServer, transformers serve, and mlx-lm's, which serves the base by its name."""
+"""Real servers on the loopback: vLLM, MLServer, and mlx-lm's, which serves the base by the name that it lists."""
 
 from __future__ import annotations
 
@@ -80,15 +80,6 @@ def test_vllm(dtype: str, folder: Path) -> None:
         assert "answers as the other tenant b" in str(verified("c"))
         base = le.verify(address, folder / "base", served_name="base", dtype=dtype)
         assert base.verdict.same, str(base)
-
-
-@pytest.mark.skipif(not VLLM, reason="what it serves with is in vLLM's environment: make test-vllm")
-def test_transformers_beside_vllm_serves_without_log_probabilities(folder: Path) -> None:
-    command = [Path(VLLM).with_name("transformers"), "serve", folder / "base", "--host", "127.0.0.1", "--port"]
-    with started(command, folder / "log", HF_HUB_OFFLINE="1") as address:
-        result = le.verify(address, folder / "base", served_name=str(folder / "base"))
-    assert result.verdict.outcome == "undecided", str(result)
-    assert "it ignores the field, as `transformers serve` does" in str(result)
 
 
 @pytest.mark.skipif(not MLSERVER, reason="MLServer is in an environment of its own: make test-mlserver")
