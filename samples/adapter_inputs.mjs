@@ -1,4 +1,4 @@
-// An adapter of PEFT as plain inputs of a graph, in JavaScript: in a browser, or in Node 18 or newer.
+// An adapter of PEFT as plain inputs or in a slot of a graph, in JavaScript: in a browser, or in Node 18 or newer.
 //
 //     lora-export onnx BASE -a ADAPTER --lora inputs --names peft --required-inputs -o model.onnx
 //     npm install onnxruntime-web
@@ -42,12 +42,38 @@ export function adapterInputs(ort, config, bytes) {
   return inputs;
 }
 
+// The same, of a folder on the server of the page.
+export async function fetchAdapter(ort, folder) {
+  const config = await (await fetch(`${folder}/adapter_config.json`)).json();
+  return adapterInputs(ort, config, new Uint8Array(await (await fetch(`${folder}/adapter_model.safetensors`)).arrayBuffer()));
+}
+
 const isFactor = ({ name }) => /\.lora_[AB]\./.test(name);
 
 // A and B of rank 0 at every layer: the base.
 export function inputsOfBase(ort, session) {
   const empty = (shape) => new ort.Tensor("float32", new Float32Array(0), shape.map((size) => (typeof size === "number" ? size : 0)));
   return Object.fromEntries(session.inputMetadata.filter(isFactor).map(({ name, shape }) => [name, empty(shape)]));
+}
+
+// The stacks (slots + 1, in, rank) and (slots + 1, rank, out) of a graph of `--lora slots --names peft`: zeros, the base.
+export function emptySlots(ort, session) {
+  const stack = (shape) => new ort.Tensor("float32", new Float32Array(shape.reduce((size, each) => size * each)), shape);
+  return Object.fromEntries(session.inputMetadata.filter(isFactor).map(({ name, shape }) => [name, stack(shape)]));
+}
+
+// Put what `adapterInputs` gives into a slot, from 1 on. Nothing of an adapter that was there remains.
+export function fillSlot(stacks, slot, adapter) {
+  for (const [name, { dims }] of Object.entries(adapter)) {
+    const [slots, height, width] = stacks[name]?.dims ?? [0];
+    const fits = slot > 0 && slot < slots && dims[0] <= height && dims[1] <= width;
+    if (!fits) throw new Error(`the graph has no slot ${slot} that takes ${name} of ${dims}`);
+  }
+  for (const [name, { data, dims: [, height, width] }] of Object.entries(stacks)) {
+    const own = data.subarray(slot * height * width, (slot + 1) * height * width).fill(0);
+    const { data: values = [], dims: [rows, columns] = [0] } = adapter[name] ?? {};
+    for (let row = 0; row < rows; row++) own.set(values.subarray(row * columns, (row + 1) * columns), row * width);
+  }
 }
 
 async function main([graph, folder, words = "5,7,9", runtime = "onnxruntime-web"]) {

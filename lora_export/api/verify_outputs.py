@@ -44,6 +44,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     from lora_export.runtime.several_graphs import SeveralGraphs
     from lora_export.verification.against_endpoint import EndpointReferences
     from lora_export.verification.against_pytorch import PyTorchReferences
+    from lora_export.verification.inputs.model_inputs import in_stated_batch
     from lora_export.verification.module_copies import fp64_bytes
     from lora_export.verification.proof import prove
     from lora_export.verification.row_proofs import prove_candidate
@@ -91,7 +92,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             adapted = replace(adapted, adapters=adapters)
         release_memory(of=0 if is_streamed(base.module) else fp64_bytes(base.module))
         references = make_references(
-            base,
+            in_stated_batch(base, request.fixed),
             adapted.adapters,
             adapted.strengths,
             seed=request.input_seed or 0,

@@ -113,8 +113,8 @@ class PyTorchReferences(References):
     references; `say` receives a message where it cannot be used.
 
     `fixed` are the sizes of axes that the candidate was made for on purpose, by the axis' name; None: all that it has.
-    Where it takes one size of another axis that the model has free, nothing is decided. `further_seeds` are those of
-    further generated inputs.
+    Where it takes one size of another axis that the model has free, nothing is decided. With a size of the batch,
+    `model` is what `in_stated_batch` returns. `further_seeds` are those of further generated inputs.
 
     With `has_own_heads`, each adapter has a head of its own in the candidate, with labels of its own: where these are
     not as many as the model's, the model gets as many.

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_export import formats, plan
+from lora_export import export_onnx, formats, plan
 from lora_export.cli import run
 from lora_export.formats import onnx_adapter
 from lora_export.graph.find_sites import Sites, find_sites
@@ -233,6 +233,31 @@ def test_rows_of_builder_graph_decode_with_their_adapters(
             off = module(torch.from_numpy(ids)).logits.numpy()
     np.testing.assert_allclose(output, np.stack([on[0], off[1], off[2], on[3]]), rtol=1e-3, atol=1e-3)
     assert np.abs(on - off).max() > 1
+
+
+@slow
+def test_slots_of_builder_graph_are_inputs_of_genai(
+    base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+) -> None:
+    module, adapter = adapted
+    options: dict[str, Any] = {"lora": "slots", "slots": 2, "max_rank": 8, "checkpoint": base, "verify": False}
+    export_onnx(build_graph(*FP32), tmp_path / "m.onnx", adapters=adapter, **options)
+    model = genai.Model(str(tmp_path))
+    parameters, length = genai.GeneratorParams(model), len(PROMPT) + GENERATED_TOKENS
+    parameters.set_search_options(do_sample=False, batch_size=3, min_length=length, max_length=length)
+    inputs: dict[str, Any] = {"adapter_ids": np.array([2, 0, 2])}  # genai reads these arrays until the end
+    for name, value in onnx_adapter.read(tmp_path / "pirate.onnx_adapter").values.items():
+        inputs[name] = np.zeros((3, *value.shape()), np.float32)
+        inputs[name][2] = value.numpy()
+    generator = genai.Generator(model, parameters)
+    for name, array in inputs.items():
+        generator.set_model_input(name, array)
+    generator.append_tokens(np.array([PROMPT] * 3, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [[int(token) for token in generator.get_sequence(row)][len(PROMPT) :] for row in range(3)]
+    assert found == [pytorch_tokens(each) for each in (module, pytorch(base), module)]
+    assert found[0] != found[1]
 
 
 def with_weights(module: peft.PeftModel, weights: dict[str, Any]) -> peft.PeftModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from google.protobuf import text_format
 from PIL import Image
 from torch import nn
 
@@ -209,6 +211,32 @@ def test_a_model_of_triton_answers_each_request_with_its_own_adapter(
         assert isinstance(refused, str) and says in refused
         check("acme", first)
         check("birch", last)
+
+
+TRITON_CLIENT = os.environ.get("TRITON_CLIENT", "")  # a folder with tritonclient: make test-triton
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRITON_CLIENT, reason="tritonclient wants an older ml_dtypes: make test-triton")
+def test_the_configuration_for_triton_is_of_its_schema(
+    customers: tuple[Path, dict[str, list[float]]], tmp_path: Path
+) -> None:
+    import triton_model
+
+    schema = Path(TRITON_CLIENT) / "tritonclient" / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", schema)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    triton_model.write_repository(customers[0] / "s.onnx", customers[0], tmp_path)
+    config = text_format.Parse((tmp_path / "served" / "config.pbtxt").read_text(), module.ModelConfig())
+    assert (config.name, config.backend, config.max_batch_size) == ("served", "python", 2)
+    inputs = [(each.name, list(each.dims), each.allow_ragged_batch) for each in config.input]
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    assert inputs == [("adapter", [1], False), *((name, [-1], True) for name in names)]
+    types = [module.DataType.Name(each.data_type) for each in (*config.input, *config.output)]
+    assert types == ["TYPE_STRING", *["TYPE_INT64"] * 3, "TYPE_FP32"]
+    with pytest.raises(text_format.ParseError, match='has no field named "dim"'):
+        text_format.Parse('name: "served" input { dim: 1 }', module.ModelConfig())
 
 
 # --- The LoRA layer of a lesson ---
@@ -695,14 +723,19 @@ def test_javascript_computes_what_peft_computes(runtime: str, plain_inputs: Path
 
 
 def expect_what_peft_computes(printed: dict[str, list[float]], folder: Path) -> None:
-    model = transformers.BertModel.from_pretrained(folder / "base").eval()
-    ids = torch.tensor([[5, 7, 9]])
-    with torch.no_grad():
-        base = model(ids).last_hidden_state.numpy().ravel()
-        adapted = peft.PeftModel.from_pretrained(model, folder / "fr").eval()(ids).last_hidden_state.numpy().ravel()
+    base, adapted = hidden_states(folder / "base"), hidden_states(folder / "base", folder / "fr")
     np.testing.assert_allclose(printed["base"], base, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(printed["adapter"], adapted, rtol=1e-4, atol=1e-5)
     assert np.abs(adapted - base).max() > 1e-2
+
+
+def hidden_states(base: Path, adapter: Path | None = None) -> Any:
+    """What PyTorch and PEFT compute of the tokens of the sample, as one row."""
+    model: Any = transformers.BertModel.from_pretrained(base)
+    if adapter:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[5, 7, 9]])).last_hidden_state.numpy().ravel()
 
 
 def html_of(name: str) -> str:
@@ -734,6 +767,44 @@ def test_the_page_of_the_guide_computes_in_a_browser(plain_inputs: Path, tmp_pat
         (tmp_path / "site" / path.name).symlink_to(path)
     printed = shown(tmp_path / "site", "index.html", tmp_path / "home")
     expect_what_peft_computes(printed, plain_inputs)
+
+
+# Puts each adapter in turn into the second slot, and reports what the page shows.
+REPLACES = """<script type="module">
+const results = [], choice = document.querySelector("#adapter");
+while (!choice.onchange) await new Promise((done) => setTimeout(done, 50));
+choice.add(new Option("it"));
+for (choice.value of ["de", "it"]) {
+  await choice.onchange();
+  results.push(JSON.parse(document.querySelector("#result").textContent));
+}
+await report(results);
+</script>"""
+
+
+@needs_chromium
+@needs_onnxruntime_web
+def test_slots_in_a_browser_are_the_adapters_of_their_rows(plain_inputs: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "slots").mkdir(parents=True)
+    for path in (SAMPLES / "adapter_inputs.mjs", NODE / "node_modules", plain_inputs / "fr"):
+        (site / path.name).symlink_to(path)
+    small_adapter("bert", plain_inputs / "base", site / "de", seed=2)
+    # A lower rank and fewer layers: nothing of `de` may remain in the slot.
+    torch.manual_seed(3)
+    smaller = peft.LoraConfig(r=2, lora_alpha=32, target_modules=["query", "value"], init_lora_weights=False)
+    model = transformers.BertModel.from_pretrained(plain_inputs / "base")
+    peft.get_peft_model(model, smaller).save_pretrained(site / "it")
+    options: dict[str, Any] = {"lora": "slots", "slots": 2, "max_rank": 8, "names": "peft", "verify": False}
+    le.export_onnx(plain_inputs / "base", site / "slots" / "model.onnx", adapters=plain_inputs / "fr", **options)
+    (site / "slots.html").write_text(REPORT + html_of("slots.html") + REPLACES, encoding="utf-8")
+    base = hidden_states(plain_inputs / "base")
+    adapted = [hidden_states(plain_inputs / "base", site / name) for name in ("fr", "de", "it")]
+    found = np.array(shown(site, "slots.html", tmp_path / "home")).reshape(2, 3, *base.shape)
+    for batch, replaced in zip(found, adapted[1:], strict=True):
+        for row, expected in zip(batch, (adapted[0], base, replaced), strict=True):
+            np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-5)
+    assert all(np.abs(one - other).max() > 1e-2 for one, other in itertools.combinations([base, *adapted], 2))
 
 
 @pytest.fixture(scope="module")

@@ -229,6 +229,16 @@ def test_a_setting_is_the_least_value_that_is_enough() -> None:
     assert "rank 33 is greater than max_lora_rank 16" in refused.findings[0].does
 
 
+@pytest.mark.parametrize(
+    ("key", "repairs"), [("q_proj.lora_A.default.weight", ["names-vllm"]), ("q_proj.lora_A.weight", [])]
+)
+def test_vllm_takes_no_keys_with_the_name_of_an_adapter(key: str, repairs: list[str]) -> None:
+    changes = {"q": dict.fromkeys(FACTS) | {"part": "pair", "key": key, "in_base": True}}
+    facts = dict.fromkeys(FACTS) | {"format": "peft", "declared_rank": 4}
+    outcome = findings_of(runtime_named("vllm"), facts, changes, {}, {})
+    assert [repair.name for repair in outcome.repairs] == repairs
+
+
 def test_a_rule_that_needs_the_base_is_named_without_one() -> None:
     vllm = dataclasses.replace(runtime_named("vllm"), rules=runtime_named("vllm").rules[-1:])
     changes = {"q": dict.fromkeys(FACTS) | {"part": "pair"}, "head": dict.fromkeys(FACTS) | {"part": "whole"}}

@@ -194,12 +194,12 @@ def running(handle: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str | Path], log: Path, **environment: str) -> Iterator[str]:
-    """The address of a real server, which gets its port as the last argument. It has some minutes to be ready."""
+def started(command: Sequence[str | Path], log: Path, ready: str = "v1/models", **environment: str) -> Iterator[str]:
+    """The address of a real server, which gets its port as the last argument. It has some minutes to answer `ready`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address, end = f"http://127.0.0.1:{port}/v1", time.monotonic() + READY
+    address, end = f"http://127.0.0.1:{port}", time.monotonic() + READY
     with log.open("w") as file:
         process = subprocess.Popen(
             [*map(str, command), str(port)], env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT
@@ -207,12 +207,12 @@ def started(command: Sequence[str | Path], log: Path, **environment: str) -> Ite
     try:
         while True:
             try:
-                urllib.request.urlopen(f"{address}/models", timeout=5).close()
+                urllib.request.urlopen(f"{address}/{ready}", timeout=5).close()
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
                 time.sleep(0.5)
-        yield address
+        yield f"{address}/{ready.partition('/')[0]}"
     finally:
         process.terminate()
         process.wait()

@@ -97,6 +97,7 @@ class PageRun:
         if words[0] == "lora-export":
             code = cli.run(words[1:])  # in this process: PyTorch is imported once
         else:
+            words[:1] = [sys.executable] if words[0] == "python" else words[:1]
             code = subprocess.run(words if "*" not in command else ["sh", "-c", command], check=False).returncode
         if code != expected:
             output = self.capsys.readouterr()

@@ -21,7 +21,7 @@ from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.inputs import model_inputs
-from lora_export.verification.proof import prove
+from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references.deployed_module import dtype_name
 from support import FACTORIES
 from support.proofs import an_adapter, bf16_merge, folded
@@ -57,6 +57,28 @@ def test_size_that_the_candidate_fixes_is_undecided_unless_stated(scaled: model.
         assert result.verdict.same
         assert {shape["rows"][1] for shape in result.about["inputs"].values()} == {5}
         assert any("no other was tried" in note for note in result.verdict.notes)
+
+
+def test_batch_that_the_candidate_fixes_is_stated(scaled: model.Model) -> None:
+    candidate = folded(scaled, an_adapter())
+
+    def proof(size: int) -> Proof:
+        fixed = {"batch": size}
+        return prove(
+            candidate, PyTorchReferences(model_inputs.in_stated_batch(scaled, fixed), [an_adapter()], fixed=fixed)
+        )
+
+    candidate.axes = {"rows": (1, None, 8), "weights": (1, None)}
+    right, other = proof(1), proof(2).verdict
+    assert right.verdict.same and "the candidate was made for one size of batch, 1" in str(right.verdict)
+    assert [shape["rows"][0] for shape in right.about["inputs"].values()] == [1] * 3
+    assert other.outcome is parity.Outcome.UNDECIDED and "the candidate takes one size of batch, 1" in str(other)
+    candidate.axes = {"rows": (1, 5, 8), "weights": (1, 5)}
+    labels = list(proof(1).about["inputs"])
+    assert len(labels) == 3 and labels[2] == f"{labels[0]}, draw 3"
+    candidate.axes = {"rows": (None, None, 8), "weights": (None, None)}
+    with pytest.raises(InputRefused, match='fixed="batch": the candidate takes any size of it'):
+        proof(1)
 
 
 def test_axis_that_is_not_fixed_cannot_be_stated(scaled: model.Model) -> None:

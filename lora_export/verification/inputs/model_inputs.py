@@ -106,9 +106,12 @@ def case_inputs(
     invocations = list(dict.fromkeys(adapter.invocation_tokens for adapter in adapters if adapter.invocation_tokens))
     room = [{"sequence": 2 * max(map(len, invocations)) + 8}] if invocations else []
     sized = dataclasses.replace(model, further=(*model.further, *room))
-    cases = {}
-    for number, sizes in enumerate(sized.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))):
+    cases: dict[str, Arrays] = {}
+    fixed = _fixed_sizes(candidate, model)
+    for number, sizes in enumerate(sized.checked_sizes(fixed, _limits(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
+        if label in cases and "batch" in fixed:  # every size is fixed
+            label += f", draw {number + 1}"
         if sizes.get("sequence") == 1 and not _takes_one_token(model, sizes):
             continue
         arrays = draw(model, candidate, sizes, seed + number + 1)
@@ -186,16 +189,25 @@ def _read_inputs(path: Path, model: Model) -> Arrays:
     return {name: arrays[name].astype(dtypes[name]) if name in halves else arrays[name] for name in model.input_names}
 
 
-def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
-    """Sizes that the candidate declares constant. The batch is never excused."""
-    fixed: Sizes = {}
+def in_stated_batch(model: Model, stated: Mapping[str, int]) -> Model:
+    """The model whose generated inputs have the size of the batch that the user stated, where there is one."""
+    size = stated.get("batch")
+    return model if size is None else dataclasses.replace(model, limits={**model.limits, "batch": (size, size)})
+
+
+def _declared_sizes(candidate: Runner, model: Model) -> Sizes:
+    """Sizes that the candidate declares constant."""
+    found: Sizes = {}
     for name, axes in model.axes.items():
-        declared = candidate.axes.get(name, ())
-        for axis, symbol in axes.items():
-            size = declared[axis] if axis < len(declared) else None
-            if size is not None and symbol != "batch":
-                fixed[symbol] = size
-    return fixed
+        declared = dict(enumerate(candidate.axes.get(name, ())))
+        found |= {symbol: size for axis, symbol in axes.items() if (size := declared.get(axis)) is not None}
+    return found
+
+
+def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
+    """Sizes that the candidate declares constant. The batch is excused only where it was stated (`in_stated_batch`)."""
+    declared = _declared_sizes(candidate, model).items()
+    return {symbol: size for symbol, size in declared if symbol != "batch" or model.limits.get(symbol) == (size, size)}
 
 
 def _limits(candidate: Runner, model: Model) -> Limits:
@@ -235,7 +247,7 @@ def doubts_on_sizes(candidate: Runner, model: Model, stated: Mapping[str, int] |
     whatever size the candidate has was chosen by the user.
     Raises InputRefused for a stated axis that the model does not have, or of which the candidate takes any size.
     """
-    fixed = _fixed_sizes(candidate, model)
+    fixed = _declared_sizes(candidate, model)
     symbols = {symbol for axes in model.axes.values() for symbol in axes.values()}
     for symbol in stated or {}:
         if symbol not in symbols:
@@ -249,7 +261,7 @@ def doubts_on_sizes(candidate: Runner, model: Model, stated: Mapping[str, int] |
         f"the candidate takes one size of {symbol}, {size}, and the model takes any. What it computes at others is not "
         f"known. State this size where it is intended: {named('fixed', f'{symbol}={size}')}"
         for symbol, size in fixed.items()
-        if stated is not None and stated.get(symbol) != size
+        if stated is not None and stated.get(symbol) != size and (symbol != "batch" or symbol in stated)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Real servers on the loopback: vLLM, and mlx-lm's, which serves the base by the name that it lists."""
+"""Real servers on the loopback: vLLM, MLServer, and mlx-lm's, which serves the base by the name that it lists."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 import lora_export as le
+from support import ROOT
 from support.endpoints import save_adapter, save_base, started
+from support.small_models import small_adapter, small_model
 
-VLLM = os.environ.get("VLLM_PYTHON", "")
+VLLM, MLSERVER = os.environ.get("VLLM_PYTHON", ""), os.environ.get("MLSERVER_PYTHON", "")
 HAS_MLX = importlib.util.find_spec("mlx_lm") is not None
 
 
@@ -78,3 +80,15 @@ def test_vllm(dtype: str, folder: Path) -> None:
         assert "answers as the other tenant b" in str(verified("c"))
         base = le.verify(address, folder / "base", served_name="base", dtype=dtype)
         assert base.verdict.same, str(base)
+
+
+@pytest.mark.skipif(not MLSERVER, reason="MLServer is in an environment of its own: make test-mlserver")
+def test_mlserver(tmp_path: Path) -> None:
+    base = small_model("bert", tmp_path / "base")
+    right, other = (small_adapter("bert", base, tmp_path / name, seed=seed) for seed, name in enumerate("ab", 1))
+    graph = le.export_onnx(base, tmp_path / "m.onnx", adapters=right, verify=False).output
+    (tmp_path / "models").mkdir()
+    command = [MLSERVER, ROOT / "tests" / "support" / "mlserver_graph.py", tmp_path / "models", graph]
+    with started(command, tmp_path / "log", ready="v2/health/ready") as address:
+        verdicts = [le.verify(f"{address}/models/m", base, adapters=each).verdict for each in (right, other)]
+    assert [verdict.outcome for verdict in verdicts] == ["same", "different"], str(verdicts[0])
