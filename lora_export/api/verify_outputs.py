@@ -36,7 +36,6 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     from lora_export.api.adapter_values import generated_adapters, with_filled_slots
     from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
     from lora_export.models.image_parts import without_image_pairs
-    from lora_export.models.stored_parameter import is_streamed
     from lora_export.runtime.endpoint.runner import EndpointRunner
     from lora_export.runtime.kv_cache import graph_of
     from lora_export.runtime.onnx_runner import OnnxRunner
@@ -90,7 +89,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         if graph_of(runner) is not None:
             base, adapters = without_image_pairs(base, adapted.adapters, on_message)
             adapted = replace(adapted, adapters=adapters)
-        release_memory(of=0 if is_streamed(base.module) else fp64_bytes(base.module))
+        release_memory(of=fp64_bytes(base.module))
         references = make_references(
             in_stated_batch(base, request.fixed),
             adapted.adapters,

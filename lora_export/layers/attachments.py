@@ -75,7 +75,7 @@ class Attachment:
     rows: TrainedRows | None = None
     factor: float = 1.0  # `scale_adapters` changes it
     dropout: float = 0.0  # of what A gets, in train mode
-    is_on: Mapping[Branch, Tensor] = field(default_factory=dict)  # that `switched_branches` gives
+    is_on: Mapping[Branch, Tensor] = field(default_factory=dict)  # bools that `switched_branches` gives
 
 
 # The functions below read the owner's dictionaries. An AttributeError inside a property would make
@@ -194,13 +194,8 @@ def weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> 
 
 
 def where_on(owner: nn.Module, branch: Branch, changed: Tensor, unchanged: Tensor) -> Tensor:
-    """What a layer computes with a branch; what it computes without it where the branch is switched off.
-
-    A switch that is a number is a factor on the branch.
-    """
+    """What a layer computes with a branch; what it computes without it where the branch is switched off."""
     is_on = attachment_of(owner).is_on.get(branch)
-    if is_on is not None and is_on.is_floating_point():
-        return unchanged + is_on * (changed - unchanged)
     return changed if is_on is None else torch.where(is_on, changed, unchanged)
 
 

@@ -53,10 +53,9 @@ def materialise(
 
     `rounding` maps names of tensors to NumPy dtypes or rounding functions. It may name tensors that no adapter
     changes; a tensor that it lacks is not rounded. In a module in fp64, or with `in_fp64`, the result is what a merged
-    file should hold, computed without the arithmetic of a merge. With `in_fp64`, one layer at a time is in fp64. A
-    weight that is rounded to a dtype is stored in it then, and where its values were read from a file. A sum may be so
-    near to the middle of two representable values that fp32 could round it to either; then the value of `preferred` is
-    taken, where that is one of the two.
+    file should hold, computed without the arithmetic of a merge. With `in_fp64`, one layer at a time is in fp64, and a
+    weight that is rounded to a dtype is stored in it. A sum may be so near to the middle of two representable values
+    that fp32 could round it to either; then the value of `preferred` is taken, where that is one of the two.
     `factor` and `scale_replaced` are those of `scale_adapters`. Replaced tensors stay in the module.
     Raises InputRefused where nothing is attached.
     """
@@ -74,8 +73,7 @@ def materialise(
             stored = value.detach()
             if name in rounding:
                 how = rounding[name]
-                is_narrow = isinstance(how, str) and (in_fp64 or _has_stored_dtype(registry[attribute]))
-                dtype = getattr(torch, str(how)) if is_narrow else stored.dtype
+                dtype = getattr(torch, how) if in_fp64 and isinstance(how, str) else stored.dtype
                 stored = _rounded_sum(stored, registry[attribute], how, preferred.get(name), dtype)
             registry[attribute] = nn.Parameter(stored.detach(), requires_grad=False)
     detach(module)
@@ -172,15 +170,10 @@ def _round_tensors(module: nn.Module, rounding: Mapping[str, Rounding]) -> None:
             tensor_registry(entry.owner, entry.attribute)[entry.attribute] = rounded[id(entry.tensor)]
 
 
-def _has_stored_dtype(tensor: object) -> bool:
-    """Whether it is a parameter that is read when it is needed, from a file whose dtype is known."""
-    return getattr(tensor, "stored_dtype", None) is not None
-
-
 def _is_stored_as(tensor: Tensor, rounding: Rounding) -> bool:
-    """Whether the tensor, or the file of one that is read when it is needed, has this dtype."""
-    stored = getattr(tensor, "stored_dtype", None) or tensor.dtype
-    return isinstance(rounding, str) and stored is getattr(torch, rounding)
+    """Whether the file of a parameter that is read when it is needed has it in this dtype: it need not be read."""
+    stored = getattr(tensor, "stored_dtype", None)
+    return isinstance(rounding, str) and stored is not None and stored is getattr(torch, rounding)
 
 
 def _rounded(value: Tensor, rounding: Rounding) -> Tensor:

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from numpy.typing import NDArray
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from lora_export.errors import RuntimeRefused
@@ -178,23 +177,6 @@ class Fp64Runner:
             outputs = self._outputs(inputs, each)
         return [_as_arrays({name: value[row] for name, value in outputs.items()}) for row in range(len(rows))]
 
-    def gradients(
-        self, inputs: Arrays, number: Callable[[NamedTensors], torch.Tensor], of: Sequence[torch.Tensor]
-    ) -> list[float]:
-        """The derivatives of a number of the outputs with respect to other numbers, by one backward pass in fp64.
-
-        Raises RuntimeError where the module has no derivatives, or more than MOST_SAVED bytes would be saved for them.
-        """
-
-        def call(forward: Callable[[], NamedTensors]) -> NamedTensors:
-            with torch.enable_grad():
-                return {"": number(forward())}
-
-        with _saved_within(MOST_SAVED, self.module):
-            value = self._outputs(inputs, call)[""]
-        found = torch.autograd.grad(value, of, allow_unused=True)
-        return [0.0 if one is None else float(one) for one in found]
-
     def _outputs(
         self,
         inputs: Arrays,
@@ -213,23 +195,6 @@ class Fp64Runner:
                 return call(lambda: named_outputs(module(**wide)))
         finally:
             self.largest_result = max(self.largest_result, narrow.largest_result)
-
-
-@contextlib.contextmanager
-def _saved_within(most: int, module: nn.Module) -> Iterator[None]:
-    """Raise RuntimeError where more than so many bytes are saved for a backward pass, besides the module's tensors."""
-    own = {_memory(tensor) for tensor in itertools.chain(module.parameters(), module.buffers())}
-    saved = 0
-
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal saved
-        saved += 0 if _memory(tensor) in own else tensor.nbytes
-        if saved > most:
-            raise RuntimeError("the backward pass needs too much memory")
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        yield
 
 
 @contextlib.contextmanager
@@ -342,7 +307,6 @@ IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__set
 # Bytes in fp64 of a linear layer's weight that are there at once. A core's cache holds most of them, and the memory is
 # used again: with new memory for each weight, the kernel takes longer to provide it than the layer to compute.
 MOST_WIDENED = 16 << 20
-MOST_SAVED = 1 << 28  # bytes of what an operator saves for a backward pass, besides the module's own tensors
 
 
 class Fp64Operators(TorchFunctionMode):
@@ -384,10 +348,8 @@ class Fp64Operators(TorchFunctionMode):
             with self._narrow.paused():
                 return tree_map(self._widened_copy, func(*args, **kwargs))
         if func is F.linear and not kwargs and self._is_stored(args[1]):
-            if torch.is_grad_enabled():
-                return _WidenedProduct.apply(args[0], self, *args[1:])  # type: ignore[no-untyped-call]
             meet = by_itself if _memory(args[1]) in self._apart else self._meet
-            return meet(self.products, args[1], (args[0], *args[2:]))
+            return meet(self._products, args[1], (args[0], *args[2:]))
         changed = 1 if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")) else 0
         rest, kwargs = tree_map(self._widened, (args[changed:], kwargs))
         return func(*args[:changed], *rest, **kwargs)
@@ -397,10 +359,12 @@ class Fp64Operators(TorchFunctionMode):
         with self._narrow.paused():
             return [rows.double() for rows in _rows_of(table, lookups)]
 
-    def products(self, weight: torch.Tensor, inputs: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
+    def _products(self, weight: torch.Tensor, inputs: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
         """Linear layers in fp64, for some x and bias, so many outputs at a time that few of W are there in fp64."""
         weight = self._as_stored(weight)
-        rows, parts = self._parts(weight)
+        rows = max(1, MOST_WIDENED // (8 * weight.shape[1]))
+        with self._narrow.paused():
+            parts = weight.split(rows)
         layers = [(x, bias[0].double() if bias and bias[0] is not None else None) for x, *bias in inputs]
         if len(parts) == 1:
             wide = self._in_scratch(weight)
@@ -411,20 +375,6 @@ class Fp64Operators(TorchFunctionMode):
             for made, (x, bias) in zip(products, layers, strict=True):
                 made[..., own] = F.linear(x, wide, None if bias is None else bias[own])
         return products
-
-    def transposed_product(self, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """gradient (..., out) times W (out, in) in fp64, so many outputs at a time."""
-        rows, parts = self._parts(self._as_stored(weight))
-        total = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1])
-        for number, part in enumerate(parts):
-            total += gradient[..., number * rows : number * rows + len(part)] @ self._in_scratch(part)
-        return total
-
-    def _parts(self, weight: torch.Tensor) -> tuple[int, Sequence[torch.Tensor]]:
-        """Blocks of rows of a stored weight that are widened at once, and how many rows one has."""
-        rows = max(1, MOST_WIDENED // (8 * weight.shape[1]))
-        with self._narrow.paused():
-            return rows, weight.split(rows)
 
     def _in_scratch(self, values: torch.Tensor) -> torch.Tensor:
         """The values in fp64, until the next call."""
@@ -453,23 +403,6 @@ class Fp64Operators(TorchFunctionMode):
         """A copy of some numbers of a weight, in fp64; a view of a weight itself."""
         is_copy = isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES and not self._is_stored(value)
         return value.double() if is_copy else value
-
-
-class _WidenedProduct(torch.autograd.Function):
-    """A linear layer whose W is widened for the product, and again for the gradient of x: W itself has none."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, operators: Fp64Operators, weight: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        ctx.operators, ctx.weight = operators, weight
-        (product,) = operators.products(weight, [(x, bias)])
-        return product
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.operators.transposed_product(ctx.weight, gradient), None, None, None
 
 
 class NarrowOperators(TorchDispatchMode):

@@ -1,8 +1,7 @@
 """PyTorch as the measure of a candidate: the model with its adapters attached, as deployed and in fp64.
 
 All runs share one set of weights. PyTorch runs as deployed first. Then the references run in fp64, one after the other:
-the weights of a small model are widened in place, those of a large one where they are used. A control of a large model
-that is far from the reference runs in fp32: its distance is all that is measured, and rounding does not change that.
+the weights of a small model are widened in place, those of a large one where they are used.
 """
 
 from __future__ import annotations
@@ -31,12 +30,11 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.runtime.three_graphs import ImageTextRunner
-from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
+from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of
 from lora_export.verification.compare_outputs import (
     UnjudgedPositions,
-    error_of,
     notes_on_padding,
     outputs_beyond_rounding,
     padding_beyond_rounding,
@@ -97,8 +95,6 @@ from lora_export.verification.references.deployed_module import (
 )
 from lora_export.verification.references.single_pairs import control_pairs
 
-DISTANT_ROLES = frozenset({"scaled", "attached"})  # of which the distance from the reference alone is measured
-DISTANT = 400.0  # times PyTorch's own error
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for
 
 
@@ -254,7 +250,7 @@ class PreparedPyTorch(PreparedReferences):
         self._cache = self._cache_entry(own)
         if is_large_model:  # its weights are made again where they are needed
             del self.deployed
-        by_role, narrow_operators, _ = self._by_role(step, self._cache, own)
+        by_role, narrow_operators, _ = self._in_fp64(step, self._cache)
         self.attached.ready = None
         pairs = coverage_of_pairs(self.attached.module, cases, found.computed or self.attached.computed)
         doubts = [*found.doubts, *pairs.doubts, *self.weights.doubts, *sizes, *self.inputs.doubts]
@@ -294,8 +290,8 @@ class PreparedPyTorch(PreparedReferences):
             unjudged=unjudged,
         )
 
-    def _by_role(self, step: OnProofStep, cache: CacheEntry, deployed: Mapping[str, Arrays]) -> CachedOutputs:
-        """The outputs of the references: read from the cache, or run now and written to it."""
+    def _in_fp64(self, step: OnProofStep, cache: CacheEntry) -> CachedOutputs:
+        """The outputs of the references in fp64: read from the cache, or run now and written to it."""
         if cached := cache.read():
             return cached
         found: dict[str, RoleOutputs] = {}
@@ -303,38 +299,13 @@ class PreparedPyTorch(PreparedReferences):
             for roles in self.attached.groups if self.references.adapters else (("reference",),):
                 for role in roles:
                     step(STEPS[role])
-                first = [role for role in roles if role not in DISTANT_ROLES or not self._may_be_in_fp32]
-                found |= self._run(first) if first else {}
-                for role in roles:
-                    if role not in found:
-                        found |= self._in_fp32(role, found["reference"], deployed) or self._run([role])
-                if "base" not in roles and self.attached.rounding and is_large(self.attached.module):
+                found |= self._run(roles)
+                if self.attached.rounding and is_large(self.attached.module):
                     release_memory()  # of rounded weights
         by_role = {role: own.by_case for role, own in found.items()}
         outputs = CachedOutputs(by_role, frozenset().union(*(own.narrow_operators for own in found.values())))
         cache.write(outputs)
         return outputs
-
-    @property
-    def _may_be_in_fp32(self) -> bool:
-        return self.dtype is torch.float32 and is_large(self.attached.module)
-
-    def _in_fp32(
-        self, role: str, reference: RoleOutputs, deployed: Mapping[str, Arrays]
-    ) -> dict[str, RoleOutputs] | None:
-        """The outputs in a role, in fp32; None where rounding to it would show in how far they are from the reference.
-
-        Distances add up as squares: what rounding changes in one that is 400 times as long is below 1e-5 of it.
-        """
-        found = self.attached.run_in_fp32(role, self.inputs.cases)
-        if found is None:
-            return None
-        is_distant = all(
-            _is_distant(found.by_case[case].get(name), truth, deployed[case].get(name))
-            for case, truths in reference.by_case.items()
-            for name, truth in truths.items()
-        )
-        return {role: found} if is_distant else None
 
     def _run(self, roles: Sequence[str]) -> dict[str, RoleOutputs]:
         """The outputs in these roles; those of the base without adapters are the session's, where it has them."""
@@ -400,24 +371,11 @@ class PreparedPyTorch(PreparedReferences):
         detected = cached.detected if cached else frozenset()
         with widened(self.attached.module):
             controls = control_pairs(
-                self.attached.module,
-                self.inputs.cases,
-                cases,
-                judge,
-                skip=expected.unreached,
-                detected=detected,
-                weigh=functools.partial(parity.error_weights, dtype=expected.dtype),
-                attached=self._attached_in_fp64,
+                self.attached.module, self.inputs.cases, cases, judge, skip=expected.unreached, detected=detected
             )
         if cache and cached and controls.detected - detected:
             cache.write(cached._replace(detected=controls.detected))
         return controls
-
-    def _attached_in_fp64(self, case: parity.Case) -> parity.Outputs | None:
-        """The outputs with unrounded weights, which may be in fp32 in the case."""
-        if case.attached is None or not self._may_be_in_fp32:
-            return case.attached
-        return Fp64Runner(self.attached.module).run(self.inputs.cases[case.name])
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
         if self._acts_on_some_tokens:
@@ -433,11 +391,3 @@ class PreparedPyTorch(PreparedReferences):
             self.inputs.cases[case.name],
             every=every,
         )
-
-
-def _is_distant(output: parity.Array | None, truth: parity.Array, deployed: parity.Array | None) -> bool:
-    """Whether an output is so far from the reference that rounding to fp32 does not change how far."""
-    if output is None or deployed is None or not (output.shape == truth.shape == deployed.shape):
-        return False
-    own = max(error_of(truth, deployed), parity.EPS["float32"] * parity.rms(truth))
-    return parity.is_float(truth) and error_of(truth, output) >= DISTANT * own

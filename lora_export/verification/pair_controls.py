@@ -87,7 +87,6 @@ def switch_off(
     cases: Sequence[parity.Case],
     run_without: Callable[[Mapping[str, Sequence[Pair]], parity.Case], Iterable[tuple[str, Arrays]]],
     judge: JudgeWithout,
-    clear: Callable[[Mapping[str, Sequence[Pair]], parity.Case], Collection[str]] = lambda *_: (),
     *,
     detected: Collection[str] = (),
     by_layer: bool = False,
@@ -96,15 +95,12 @@ def switch_off(
 
     A further case follows only for the groups that were not detected so far: the smallest should be the first.
     `detected` are the names of groups that are known to be detected. `run_without` gives what the reference would
-    return without each group, in any order. `clear` gives the names of groups whose absence the gates detect for sure.
+    return without each group, in any order.
     """
     undetected = {name: off for name, off in groups.items() if name not in detected}
     silent = set(undetected)
     shares = dict.fromkeys(groups, parity.EffectShare())
     for case in cases:
-        for name in clear(dict(undetected), case) if undetected else ():
-            silent.discard(name)
-            del undetected[name]
         for name, outputs in run_without(dict(undetected), case) if undetected else ():
             found = judge(case, outputs)
             shares[name] += found.share

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from lora_export.api import load
 from lora_export.models import cached_decoder, export, stored_parameter
 from lora_export.models.model import Model
 from lora_export.report.json_document import as_dict
-from lora_export.verification import against_pytorch
 from lora_export.verification.references.attached_module import AttachedModule
 from support.endpoints import save_adapter, save_base
 from support.folder_contents import folder_contents
@@ -84,40 +81,6 @@ def test_every_figure_is_that_of_a_lone_proof(
     assert [proven(place, number, dtype, session=session) for number in (1, 2, 1)] == [*alone, alone[0]]
     assert ran["load"] == ran["hash"] == ran["base"] == 1
     assert ran["reference"] == ran["scaled"] == 3
-
-
-def figures_of(document: dict[str, Any]) -> list[float]:
-    """Every number of the comparisons."""
-
-    def numbers(value: Any) -> Iterator[float]:
-        if isinstance(value, dict | list):
-            for each in value.values() if isinstance(value, dict) else value:
-                yield from numbers(each)
-        elif isinstance(value, float):
-            yield value
-
-    return list(numbers(document["comparisons"]))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_controls_in_fp32_give_the_figures_of_fp64(dtype: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_parameter, "MOST_WIDENED_WEIGHTS", 0)
-    monkeypatch.setattr(stored_parameter, "SMALLEST_STREAMED", 0)
-    in_fp32: list[str] = []
-    original = AttachedModule.run_in_fp32
-
-    def run_in_fp32(self: AttachedModule, role: str, cases: Any) -> Any:
-        in_fp32.append(role)
-        return original(self, role, cases)
-
-    monkeypatch.setattr(AttachedModule, "run_in_fp32", run_in_fp32)
-    found = proven(place, 1, dtype)
-    assert in_fp32 == ["scaled", "attached"][: 2 if dtype == "bfloat16" else 1]
-    monkeypatch.setattr(against_pytorch, "DISTANT", math.inf)
-    expected = proven(place, 1, dtype)
-    assert figures_of(found) != figures_of(expected), "the others are in fp64"
-    assert figures_of(found) == pytest.approx(figures_of(expected), rel=2e-3)
-    assert found["notes"] == expected["notes"] and found["not_judged"] == expected["not_judged"]
 
 
 COMMON = ("load", "export", "base")  # what exports of one base do once

@@ -19,7 +19,6 @@ from lora_export.verification.parity.judging import DEPLOYED_DTYPES as DEPLOYED_
 from lora_export.verification.parity.judging import LARGEST_SHARE as LARGEST_SHARE
 from lora_export.verification.parity.judging import EffectShare as EffectShare
 from lora_export.verification.parity.judging import MissingPart as MissingPart
-from lora_export.verification.parity.judging import error_weights as error_weights
 from lora_export.verification.parity.judging import judge as judge
 from lora_export.verification.parity.judging import judge_missing_part as judge_missing_part
 from lora_export.verification.parity.reasons import frozen_input as frozen_input

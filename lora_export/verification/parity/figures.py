@@ -108,39 +108,27 @@ Outputs = Mapping[str, Array]  # output -> its values
 Wide = NDArray[np.float64]
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # from 1 to the next number
-EXPONENT_BIAS = 1023  # of fp64: what is added to the exponent of a number that is stored
-LEAST_SQUARED = 1e-100  # numbers of this size and their reciprocals have a square
 FEW_EPS = 4  # eps that a last rounding and another order of summation may cost the worst element
 
 
 def rms(x: Wide) -> float:
-    """The root mean square. Values that may have no square, as 1e200 and 1e-200, are divided by the peak first."""
+    """The root mean square. The values are divided by the peak first, because 1e200 and 1e-200 have no square."""
     largest = peak(x)
-    if LEAST_SQUARED < largest < 1 / LEAST_SQUARED:
-        flat = x.reshape(-1)
-        return math.sqrt(float(np.dot(flat, flat)) / flat.size)
     return largest * float(np.sqrt(np.mean(np.square(x / largest)))) if 0 < largest < math.inf else largest
 
 
 def histogram(x: Wide) -> Histogram:
     """The magnitudes of the elements, counted by powers of two."""
-    flat = np.ascontiguousarray(x).reshape(-1)
-    zeros = flat.size - int(np.count_nonzero(flat))
-    counts = np.bincount(flat.view(np.int64) >> 52 & 0x7FF, minlength=1)  # by the exponent, as it is stored
-    first = EXPONENT_BIAS
-    if counts[0] != zeros:  # numbers without a leading 1 have one exponent
-        exponents = np.frexp(flat[flat != 0])[1] - 1  # 2^e <= |x| < 2^(e+1)
-        first = 1 - int(exponents.min())
-        counts = np.bincount(exponents + first, minlength=1)
-    used = np.flatnonzero(counts[1:])
-    if not used.size:
+    exponents = np.frexp(x[x != 0])[1] - 1  # 2^e <= |x| < 2^(e+1)
+    if not exponents.size:
         return Histogram(0, (), x.size)
-    return Histogram(int(used[0]) + 1 - first, tuple(map(int, counts[1 + used[0] :])), zeros)
+    first = int(exponents.min())
+    return Histogram(first, tuple(map(int, np.bincount(exponents - first))), x.size - exponents.size)
 
 
 def peak(x: Wide) -> float:
     """The largest magnitude; 0 for an empty array."""
-    return max(float(np.max(x, initial=0.0)), -float(np.min(x, initial=0.0)))
+    return float(np.max(np.abs(x), initial=0.0))
 
 
 def wide(x: Array) -> Wide:
@@ -184,8 +172,7 @@ def max_relative(candidate: Wide, reference: Wide) -> float | None:
     where = reference != 0
     if not where.any():
         return None
-    relative = np.divide(candidate - reference, reference, out=np.zeros_like(reference), where=where)
-    return peak(relative)
+    return float(np.max(np.abs(candidate[where] - reference[where]) / np.abs(reference[where])))
 
 
 def cosine(candidate: Wide, reference: Wide) -> float | None:

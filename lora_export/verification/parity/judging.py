@@ -170,20 +170,19 @@ def _measure(
     case: Case, output: str, peer_errors: Wide, *, dtype: str, tolerance: Tolerance | None, gates_only: bool
 ) -> Figures:
     """Every figure, gate and control of one output. All runs have it, finite and in one shape."""
-    own, r, p = case.candidate[output], case.reference[output], case.deployed[output]
-    o, p = (wide(each) if is_float(each) else each for each in (own, p))  # converted once
+    o, r, p = case.candidate[output], case.reference[output], case.deployed[output]
     base, scaled = (None if run is None else run[output] for run in (case.base, case.scaled))
     effect = None if base is None else effect_of(r, base)
     loss = None if case.attached is None else rms(difference(r, case.attached[output]))
     error, deployed_error = rms(difference(o, r)), rms(difference(p, r))
-    has_classes = not gates_only and is_class_scores(output, own) and output not in case.filled
+    has_classes = not gates_only and is_class_scores(output, o) and output not in case.filled
     counted = (lambda _: NOT_COUNTED) if gates_only else histogram
-    finest, worst = coarser(own, dtype), worst_element(o, r)
+    finest, worst = coarser(o, dtype), worst_element(o, r)
     allowed = None
     if is_float(o):
         allowed = allowance(r, peer_errors, ratio_limit=ratio_limit(o.size, finest), eps=EPS[finest])
     return Figures(
-        dtype=own.dtype.name,
+        dtype=o.dtype.name,
         shape=o.shape,
         ratio_limit=allowed.ratio_limit if allowed else 0.0,
         error=error,
@@ -267,30 +266,6 @@ def judge_missing_part(cases: Sequence[Case], case: Case, without: Outputs, *, d
     changes = any(figures.effect for comparison, figures in verdict.measured if comparison.case == case.name)
     is_detected = any(reason.outcome is Outcome.DIFFERENT for reason in verdict.reasons)
     return MissingPart(changes, is_detected, EffectShare() if is_detected else _share(case, without, dtype))
-
-
-def error_weights(case: Case, dtype: str) -> dict[str, Wide]:
-    """What to multiply an error of each output with: the length of all products is 1 at the limit of the error gate.
-
-    Outputs of integers and of few elements are left out. What the gates do not judge has the weight 0.
-    """
-    measured = without_fill(replace(case, base=None, scaled=None, attached=None).judged(), dtype).case
-    weights = {}
-    for name, truth in measured.reference.items():
-        own = measured.deployed.get(name)
-        if own is None or not is_float(own) or own.shape != truth.shape or truth.size <= FEW_ELEMENTS:
-            continue
-        finest = coarser(own, dtype)
-        limit = ratio_limit(truth.size, finest)
-        allowed = allowance(truth, difference(own, truth).ravel(), ratio_limit=limit, eps=EPS[finest]).rmse
-        if 0 < allowed < math.inf:
-            weight = np.full(truth.shape, 1 / (allowed * math.sqrt(truth.size)))
-            if name in measured.filled:
-                weight[truth == 0] = 0
-            weights[name] = np.zeros(case.reference[name].shape)
-            at = tuple(measured.positions[name].T) if name in measured.positions else ...
-            weights[name][at] = weight
-    return weights
 
 
 def _as_candidate(case: Case, outputs: Outputs) -> Case:

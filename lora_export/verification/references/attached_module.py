@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from lora_export import layers, plan
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import InputRefused
 from lora_export.layers.attachments import Branch
 from lora_export.layers.module_tensors import named_tensors, tensor_registry
 from lora_export.lora import Adapter
@@ -26,11 +25,11 @@ from lora_export.models.stored_parameter import StoredParameter
 from lora_export.plan.own_heads import with_labels_of
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.runs_in_step import MOST_IN_STEP
-from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner, run_all_in_step
+from lora_export.runtime.torch_runners import Fp64Runner, run_all_in_step
 from lora_export.verification import parity
-from lora_export.verification.candidate_outputs import kept, run_ahead
+from lora_export.verification.candidate_outputs import kept
 from lora_export.verification.compare_outputs import LARGEST_DEVIATION, distance
-from lora_export.verification.module_copies import converted_copy, is_large, shared_copy, to_packed_single
+from lora_export.verification.module_copies import is_large, shared_copy
 
 RolesAndCases = Mapping[tuple[str, str], Fp64Runner]  # by role and case
 FACTORS = {"base": 0.0, "scaled": parity.CONTROL_SCALE}  # on every scale, of the roles that are controls
@@ -102,19 +101,6 @@ class AttachedModule:
             role: RoleOutputs({case: found[role, case] for case in cases}, frozenset(narrow[role])) for role in roles
         }
 
-    def run_in_fp32(self, role: str, cases: Mapping[str, Arrays]) -> RoleOutputs | None:
-        """Run the cases of a large module in a role as PyTorch runs them, in fp32; None where that fails."""
-        recorded = layers.recorded_branches() if role == "attached" else contextlib.nullcontext(set[Branch]())
-        with self._in_role(role, copied=False, in_fp64=False) as module, recorded as computed:
-            runner = ModuleRunner(module if module is self.module else converted_copy(module, to_packed_single))
-            run = run_ahead(runner, list(cases.values()))
-            try:
-                outputs = {case: kept(_wide(run(arrays))) for case, arrays in cases.items()}
-            except RuntimeRefused:
-                return None
-        self.computed |= computed
-        return RoleOutputs(outputs, frozenset())
-
     def _run_all(self, runs: RolesAndCases, cases: Mapping[str, Arrays]) -> dict[tuple[str, str], Arrays]:
         """The outputs of all runs. The weights of a large module are read once for many runs, where they allow it."""
         ordered = sorted(runs, key=lambda run: _size(cases[run[1]]))
@@ -133,20 +119,20 @@ class AttachedModule:
         return found
 
     @contextlib.contextmanager
-    def _in_role(self, role: str, *, copied: bool, in_fp64: bool = True) -> Iterator[nn.Module]:
+    def _in_role(self, role: str, *, copied: bool) -> Iterator[nn.Module]:
         """The module as it is in a role; a copy, where it is to be in several roles at the same time."""
         factor = FACTORS.get(role, 1.0)
         if self.rounding and role != "attached" and not (role == "base" and self._is_stored_rounded):
             ready = self.ready if role == "reference" else None
             self.ready = None
-            yield ready or self.rounded_module(factor, in_fp64=in_fp64)
+            yield ready or self.rounded_module(factor)
         elif factor == 1.0:
             yield self.module
         else:
             # Where there are pairs, a replaced head stays: the control is about the effect of the pairs.
             module, by_pairs = shared_copy(self.module) if copied else self.module, self.has_pairs
             with layers.scale_adapters(
-                module, factor, keep_replaced=by_pairs, scale_replaced=not by_pairs, in_fp64=in_fp64
+                module, factor, keep_replaced=by_pairs, scale_replaced=not by_pairs, in_fp64=True
             ):
                 yield module
 
@@ -159,22 +145,15 @@ class AttachedModule:
             if name in self.rounding
         )
 
-    def rounded_module(self, factor: float = 1.0, *, in_fp64: bool = True) -> nn.Module:
-        """The module with the weights that a candidate should store, summed in fp64. All other tensors are shared.
-
-        Without `in_fp64`, the sums are in fp32.
-        """
+    def rounded_module(self, factor: float = 1.0) -> nn.Module:
+        """The module with the weights that a candidate should store, summed in fp64. All other tensors are shared."""
         made = shared_copy(self.module)
         if factor == 1.0:
             layers.materialise(made, self.rounding, self.preferred, in_fp64=True)
         else:
             scale_replaced = not self.has_pairs
-            layers.materialise(made, self.rounding, {}, factor=factor, scale_replaced=scale_replaced, in_fp64=in_fp64)
+            layers.materialise(made, self.rounding, {}, factor=factor, scale_replaced=scale_replaced, in_fp64=True)
         return made
-
-
-def _wide(outputs: Arrays) -> Arrays:
-    return {name: value.astype(np.float64) if parity.is_float(value) else value for name, value in outputs.items()}
 
 
 def _growth(*runs: tuple[Fp64Runner, Arrays]) -> float:

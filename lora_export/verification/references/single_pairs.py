@@ -6,9 +6,8 @@ pair is switched off by itself, in fp64, and the gates are applied to the output
 they detect nothing, all errors of the candidate together show whether it lacks this pair (parity/judging.py).
 
 Pairs are off in the rows of a batch, each in its own row: a weight is read, and the module's code run, once for all of
-them. A batch is used where one of its rows agrees with a run by itself, and a row with all pairs with the reference.
-Modules whose code reads values, such as the routers of experts, run once for each pair. Pairs whose effect is many
-times the limit, as one backward pass shows, need no run (`clear_effects`). No other effect is estimated.
+them. Nothing is estimated. A batch is used where one of its rows agrees with a run by itself, and a row with all pairs
+with the reference. Modules whose code reads values, such as the routers of experts, run once for each pair.
 
 A block of a list of layers, such as `model.layers.3`, that runs before any pair is missing has the inputs of the run
 with all pairs, and so its outputs. They are recorded once. That the rest of the module depends on a block through
@@ -20,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -44,7 +42,6 @@ from lora_export.verification.pair_controls import (
     too_many,
     with_difference,
 )
-from lora_export.verification.references.clear_effects import clear_effects
 
 LEAST_RECORDED = 8  # runs for which it pays to record the outputs of blocks
 MOST_RECORDED = 1 << 28  # bytes of all outputs of blocks
@@ -174,8 +171,6 @@ def _copied(value: Any) -> Any:
 
 LARGEST_BATCH = 32  # groups of pairs that are switched off in one batch
 MOST_BATCHED = 1 << 27  # bytes of the largest result of one operator, for a whole batch
-LEAST_INPUT = 8  # of the inputs of a case that comes before larger ones
-LEAST_CLEAR = 4  # groups of pairs for which it pays to ask whose effect is clear
 CLEAR_EFFECT = 10 * LARGEST_DEVIATION  # what pairs that change less are computed by themselves
 
 
@@ -239,51 +234,23 @@ def control_pairs(
     *,
     skip: Collection[str] = (),
     detected: Collection[str] = (),
-    weigh: Callable[[parity.Case], Mapping[str, parity.Wide]] | None = None,
-    attached: Callable[[parity.Case], parity.Outputs | None] = operator.attrgetter("attached"),
 ) -> PairControls:
     """Switch off the pairs that are attached to a module, and `judge` the outputs.
 
     The module computes in fp64. `inputs` are by the name of the case. `skip` are modules whose pairs are known to be
-    unreached, `detected` the names of those that are known to be detected. With `weigh`, which gives the weights of
-    errors in a case, pairs whose effect is clear without a run of their own have none. `attached` gives the module's
-    outputs in fp64 with all pairs where these are not the reference's.
+    unreached, `detected` the names of those that are known to be detected.
     """
 
-    @functools.cache
-    def with_all(case: parity.Case) -> parity.Outputs:
-        return attached(case) or case.reference
-
-    def without(case: parity.Case, outputs: Arrays, on: parity.Outputs) -> Arrays:
-        return outputs if case.attached is None else with_difference(case, outputs, on)
-
     def run_without(groups: Mapping[str, Sequence[Branch]], case: parity.Case) -> Iterator[tuple[str, Arrays]]:
-        on = with_all(case)
+        on = case.reference if case.attached is None else case.attached
         for name, outputs in outputs_without(module, inputs[case.name], groups, on):
-            yield name, without(case, outputs, on)
-
-    def clear(groups: Mapping[str, Sequence[Branch]], case: parity.Case) -> frozenset[str]:
-        switchable, on = _switchable(module), with_all(case)
-        own = {name: off for name, off in groups.items() if switchable.issuperset(off)}
-        if weigh is None or len(own) < LEAST_CLEAR:
-            return frozenset()
-        runner = Fp64Runner(module)
-
-        def change_without(name: str) -> Arrays | None:
-            with layers.without_branches(module, own[name]):
-                outputs = runner.run(inputs[case.name])
-            is_detected = judge(case, without(case, outputs, on)).is_detected
-            return {output: value - on[output] for output, value in outputs.items()} if is_detected else None
-
-        return clear_effects(runner, inputs[case.name], own, weigh(case), change_without)
+            yield name, outputs if case.attached is None else with_difference(case, outputs, on)
 
     pairs = [branch for branch in _pairs_with_effect(module) if branch.module not in skip]
     by_layer = too_many(len(pairs), sum(parameter.numel() for parameter in module.parameters()))
     groups = grouped([(branch.module, branch.adapter, branch) for branch in pairs], by_layer=by_layer)
-    sizes = {case: sum(array.size for array in inputs[case.name].values()) for case in cases}
-    # In a text of one token, the query and the key have no effect.
-    ordered = sorted(cases, key=lambda case: (weigh is not None and sizes[case] < LEAST_INPUT, sizes[case]))
-    return switch_off(groups, ordered, run_without, judge, clear, detected=detected, by_layer=by_layer)
+    ordered = sorted(cases, key=lambda case: sum(array.size for array in inputs[case.name].values()))
+    return switch_off(groups, ordered, run_without, judge, detected=detected, by_layer=by_layer)
 
 
 def _switchable(module: nn.Module) -> set[Branch]:

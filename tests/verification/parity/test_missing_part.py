@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_export.verification.parity import Case, EffectShare, error_weights, judge_missing_part
+from lora_export.verification.parity import Case, EffectShare, judge_missing_part
 
 ROWS, FEATURES = 200, 32
 NOISE = 1e-3  # of PyTorch and the candidate, as in half precision
@@ -121,24 +121,3 @@ def test_output_of_few_elements_is_judged_by_every_case() -> None:
     without = {"y": np.ones(2) + 1e-4}
     assert judge_missing_part([exact], exact, without, dtype="float32").is_detected
     assert not judge_missing_part([exact, usual], exact, without, dtype="float32").is_detected
-
-
-def test_weights_make_an_error_at_the_limit_as_long_as_1() -> None:
-    given = case(effect=1.0)
-    (weight,) = error_weights(given, "float32").values()
-    (truth,), (deployed,) = given.reference.values(), given.deployed.values()
-    limit = 2 * np.sqrt(np.mean(np.square(deployed.astype(np.float64) - truth)))
-    assert np.linalg.norm(weight * limit) == pytest.approx(1)
-
-
-def test_what_is_not_judged_has_no_weight() -> None:
-    truth = np.random.default_rng(0).normal(size=(2, 3, 50))
-    truth[0, 2, :25] = -1e9  # a mask's
-    given = {"y": truth.astype(np.float32), "few": np.ones(4, np.float32), "index": np.arange(50)}
-    first = np.array([[True, False, False], [False, False, False]])
-    whole = Case("first", "", {"y": truth, "few": np.ones(4), "index": np.arange(50)}, given, given, unjudged=first)
-    weights = error_weights(whole, "float32")
-    assert weights.keys() == {"y"}
-    expected = np.ones(truth.shape, bool)
-    expected[0, 0], expected[0, 2, :25] = False, False
-    assert np.array_equal(weights["y"] > 0, expected)

@@ -205,35 +205,6 @@ def test_runs_that_fail_in_step_run_by_themselves() -> None:
     assert found[0]["reference"].by_case and str(found[0]) == str(found[1])
 
 
-def test_controls_in_fp32_are_those_in_fp64(most_widened: None) -> None:
-    if stored_parameter.MOST_WIDENED_WEIGHTS:
-        pytest.skip("a small model is in fp64")
-    for rounding, roles in ({}, ("scaled",)), ({"weight": "bfloat16"}, ("scaled", "attached")):
-        attached = with_pair(rounding=rounding)
-        for role in roles:
-            found = attached.run_in_fp32(role, CASES)
-            assert found is not None and not found.narrow_operators
-            (value,), (expected,) = (
-                found.by_case["first"].values(),
-                attached.run([role], CASES)[role].by_case["first"].values(),
-            )
-            assert value.dtype == np.float64 and value == pytest.approx(expected, rel=1e-6)
-        assert bool(attached.computed) is bool(rounding)
-    assert ran(with_pair(), "reference") == [8, 16], "the control leaves nothing behind"
-
-
-def test_control_that_fp32_cannot_have_is_left_to_fp64() -> None:
-    class InFp64(nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            if input.dtype is not torch.float64:
-                raise RuntimeError("no kernel")
-            return super().forward(input)
-
-    module = nn.Sequential(InFp64(3, 3), nn.Linear(3, 3))
-    attached = AttachedModule(attach_adapters(module, [an_adapter({"1": PAIR_OF_THREE})], None))
-    assert attached.run_in_fp32("scaled", CASES) is None
-
-
 OF_BODY = LoraPair(a=[[1, 2, 3]], b=[[1], [2], [3]], scale=1.0)
 
 
