@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from numpy.typing import NDArray
 
 from lora_export.artifacts.artifact import is_arrays
 from lora_export.callbacks import OnMessage, ignore
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
 from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token
 from lora_export.models.model import Model
 from lora_export.models.processors import open_extractor
@@ -33,7 +35,9 @@ from lora_export.training.batches import (
     Encoder,
     ReadyBatches,
     batches_sha256,
+    module_outputs,
     read_own_batches,
+    scores_of,
 )
 from lora_export.training.encoders import FrameEncoder, SoundReader, SpeechEncoder, TranscriptEncoder
 from lora_export.training.order import RowNumbers, split_rows
@@ -163,12 +167,13 @@ def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tu
         raise WrongUsage(f"{named('packing')} is for texts that a causal language model continues")
     match data.content:
         case LabelledArrays(inputs, labels):
+            whole = _of_arrays(
+                loaded,
+                {name: torch.from_numpy(values) for name, values in inputs.items()},
+                torch.from_numpy(labels),
+            )
             made: list[Data] = [
-                _of_arrays(
-                    loaded,
-                    {name: torch.from_numpy(of_all[rows]) for name, of_all in inputs.items()},
-                    torch.from_numpy(labels[rows]),
-                )
+                ArrayData({name: values[rows] for name, values in whole.inputs.items()}, whole.labels[rows])
                 for rows in split
             ]
         case ReadyBatches(batches, loss):
@@ -179,18 +184,41 @@ def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tu
 
 
 def _of_arrays(loaded: Model, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> ArrayData:
-    """Arrays of a user. Labels of a language model are the tokens themselves, as its forward in transformers has them.
+    """Arrays of a user. Tokens as labels are those that the model's `forward` in transformers takes.
 
-    Our losses compare the scores at a place with the label at that place.
+    Our loss compares the scores at a place with the label at this place.
     """
-    module: Any = loaded.module
     if not loaded.is_huggingface or labels.ndim != 2 or labels.is_floating_point():
         return ArrayData(inputs, labels)
-    if type(module).__name__.endswith(CAUSAL_ENDINGS):
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    elif "decoder_input_ids" in loaded.axes and "decoder_input_ids" not in inputs:
-        inputs = {**inputs, "decoder_input_ids": encoders.decoder_shift(module)(labels)}
+    if "decoder_input_ids" in loaded.axes and "decoder_input_ids" not in inputs:
+        inputs = {**inputs, "decoder_input_ids": encoders.decoder_shift(loaded.module)(labels)}
+    elif _shifts_labels(loaded.module, inputs, labels):
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return ArrayData(inputs, labels)
+
+
+def _shifts_labels(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> bool:
+    """Whether the module's own loss compares the scores at a place with the label at the next place.
+
+    One row shows it: Llama's does, and BartForCausalLM's does not. A module without a loss is taken not to.
+    """
+    rows = torch.nonzero((labels[:, 1:] != IGNORED).any(1)).flatten().tolist()[:1]
+    if not rows or "labels" not in inspect.signature(module.forward).parameters:
+        return False
+    row = {name: values[rows] for name, values in {**inputs, "labels": labels}.items()}
+    try:
+        with torch.no_grad():
+            outputs = module_outputs(module, row)
+    except RuntimeRefused:  # the training itself then fails in words
+        return False
+    own, scores = outputs.get("loss") if isinstance(outputs, Mapping) else None, scores_of(outputs).float()
+    if own is None or scores.shape[:-1] != row["labels"].shape:
+        return False
+    here, there = (
+        F.cross_entropy(scores[0, : len(wanted)], wanted, ignore_index=IGNORED)
+        for wanted in (row["labels"][0], row["labels"][0, 1:])
+    )
+    return bool((own - there).abs() < (own - here).abs())
 
 
 _TOKENISERS = {RowForm.TEXT, RowForm.COMPLETION, RowForm.CHAT}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lora_export.options.train import TrainOptions
 from lora_export.training.batches import ArrayData, EncodedRows, ReadyBatches
 from lora_export.training.token_rows import CausalRows, MaskedRows
 from support.api import MODEL
-from support.small_models import TEXT, small_model, words_tokenizer
+from support.small_models import ENCODER_DECODER, MODELS, TEXT, small_model, words_tokenizer
 
 if TYPE_CHECKING:
     from support.stores import Stored
@@ -99,10 +100,25 @@ def test_prompts_go_to_the_encoder_where_there_is_one(bases: dict[str, Path], tm
         encoded(bases["t5"], path, packing=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "mbart", "whisper"])
+DECODERS: dict[str, Callable[[], Any]] = {  # whose own losses do not shift the labels
+    "half of a bart": lambda: transformers.BartForCausalLM(transformers.BartConfig(**ENCODER_DECODER, vocab_size=60)),
+    "xlm": lambda: transformers.XLMWithLMHeadModel(
+        transformers.XLMConfig(vocab_size=60, emb_dim=16, n_layers=1, n_heads=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "mbart", "whisper", "llava", "bert", *DECODERS])
 def test_arrays_of_labels_are_those_that_transformers_takes(name: str, tmp_path: Path) -> None:
-    """A language model's labels are the tokens themselves: each is predicted from those before it."""
-    base = small_model(name, tmp_path / "base")
+    """Of a language model, mostly the tokens themselves: each is predicted from those before it."""
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    if name in DECODERS:
+        DECODERS[name]().save_pretrained(base)
+    elif name == "bert":
+        transformers.BertForMaskedLM(MODELS["bert"][1]()).save_pretrained(base)
+    else:
+        small_model(name, base)
     module: Any = load_model(str(base)).module
     ids, lengths = np.arange(36).reshape(4, 9) % 23 + 3, np.array([[9], [4], [7], [1]])
     labels = np.where(np.arange(9) < lengths, ids, -100)

@@ -23,7 +23,7 @@ GRIDS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_to
 TAKES = dict.fromkeys(MODELS, ("input_ids", "attention_mask"))
 TAKES |= dict.fromkeys(IMAGES, ("pixel_values",))
 TAKES |= dict.fromkeys(WITH_TYPES, ("input_ids", "attention_mask", "token_type_ids"))
-TAKES |= dict.fromkeys(("t5", "bart"), ("input_ids", "attention_mask", "decoder_input_ids"))
+TAKES |= dict.fromkeys(("t5", "bart", "mbart"), ("input_ids", "attention_mask", "decoder_input_ids"))
 TAKES |= dict.fromkeys(("wav2vec2", "hubert"), ("input_values",))
 TAKES |= {
     "layoutlm": ("input_ids", "bbox", "attention_mask", "token_type_ids"),

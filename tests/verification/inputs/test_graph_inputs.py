@@ -193,7 +193,7 @@ def test_user_inputs_must_be_exactly_the_graphs_inputs(tmp_path: Path) -> None:
         read(tmp_path / "half.npz", model)
 
 
-def test_ids_of_an_embedding_that_is_one_operator_are_rows_of_its_tables() -> None:
+def test_ids_of_a_fused_embedding_are_rows_of_its_tables() -> None:
     model = ir.from_onnx_text("""
         <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g (int32[b,s] words, int32[b,s] kinds) => (y)
         <float[50,4] table = {0}, float[9,4] places = {0}, float[3,4] segments = {0}, float[4] n = {0}>
