@@ -214,11 +214,11 @@ def _shifts_labels(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], 
     own, scores = outputs.get("loss") if isinstance(outputs, Mapping) else None, scores_of(outputs).float()
     if own is None or scores.shape[:-1] != row["labels"].shape:
         return False
-    here, there = (
+    as_given, shifted = (
         F.cross_entropy(scores[0, : len(wanted)], wanted, ignore_index=IGNORED)
         for wanted in (row["labels"][0], row["labels"][0, 1:])
     )
-    return bool((own - there).abs() < (own - here).abs())
+    return bool((own - shifted).abs() < (own - as_given).abs())
 
 
 _TOKENISERS = {RowForm.TEXT, RowForm.COMPLETION, RowForm.CHAT}
