@@ -28,10 +28,13 @@ from lora_export.weights.gguf.merge import merge_gguf
 from lora_export.weights.merge import merge_checkpoint
 
 
-def calibrate(plan: Plan, base: Checkpoint | GgufBase, path: Path, on_message: OnMessage) -> Mapping[str, LayerInputs]:
+def calibrate(
+    plan: Plan, base: Checkpoint | GgufBase, path: Path, on_message: OnMessage, *, others: str = "the others are"
+) -> Mapping[str, LayerInputs]:
     """The inputs of layers, by the names of their weights in the output, where the merged model runs on a file's texts.
 
-    `base` has its quantised weights as floats. The merged model is one of floats, in a temporary folder. Raises
+    `base` has its quantised weights as floats. `others` begins the end of
+    a note, on what is rounded to nearest. The merged model is one of floats, in a temporary folder. Raises
     InputRefused where there is no model to run, and for a file without inputs; EnvironmentLacking without PyTorch, and
     for a GGUF file without what transformers needs to read it; OutputFailed where the temporary folder lacks space.
     """
@@ -58,7 +61,7 @@ def calibrate(plan: Plan, base: Checkpoint | GgufBase, path: Path, on_message: O
     tokens = [each.fitted.count for each in found.values()] or [0]
     on_message(
         f"note: {len(found)} of {len(changed)} weights that change have calibration inputs, at least {min(tokens):,}"
-        " each; the others are rounded to nearest"
+        f" each; {others} rounded to nearest"
     )
     return found
 

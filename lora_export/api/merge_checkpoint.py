@@ -96,7 +96,9 @@ def calibration_inputs(
         return {}, {}
     from lora_export.api.calibration import calibrate  # few merges run a model
 
-    inputs = calibrate(steps, base, request.calibration, request.on_message)
+    has_new_scales = request.rescale and isinstance(base, GgufBase)
+    others = "the others, and those that get new scales, are" if has_new_scales else "the others are"
+    inputs = calibrate(steps, base, request.calibration, request.on_message, others=others)
     if request.rounding == "nearest":
         inputs = {name: replace(one, is_fed_back=False) for name, one in inputs.items()}
     return inputs, {"calibration": file_sha256(request.calibration)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_export.api.merge_checkpoint import calibration_inputs
 from lora_export.api.merge_request import MergeRequest, MergeResult, planned
-from lora_export.callbacks import in_bytes
+from lora_export.callbacks import in_bytes, note_each
 from lora_export.options.spelling import named
 from lora_export.weights.gguf.base import open_base
 from lora_export.weights.gguf.merge import merge_gguf
@@ -35,5 +35,9 @@ def merge_into_gguf(request: MergeRequest) -> MergeResult:
             more_settings={**request.combined.settings, **settings},
         )
         refuse_no_change(report)
+    if request.rescale and not report.has_new_scales:
+        why = f"no weight gets new scales by {named('rescale')}: those that change are in floats, or in another type"
+        note_each(request.on_message, [why])
+        notes = (*notes, why)
     request.warn_of_rounding(report, lambda: f"{named('dtype_of', {'*': 'F16'})} keeps it")
     return MergeResult(request.output, steps, report, notes)

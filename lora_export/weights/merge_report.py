@@ -125,6 +125,11 @@ class MergeReport:
         return html_table(repr(self), ("weight", "‖ΔW‖ / ‖W‖", "of it kept", "noise / ‖ΔW‖"), rows)
 
     @property
+    def has_new_scales(self) -> bool:
+        """Whether weights that stay quantised have new scales."""
+        return any(layer.stored.endswith("new scales") for layer in self.layers)
+
+    @property
     def below_rounding(self) -> tuple[StepResult, ...]:
         """The weights whose change is so small that rounding took more than a tenth of it."""
         return tuple(result for result in self.results if result.arrived < LOW_RETENTION)

@@ -26,6 +26,7 @@ from lora_export.weights import tensor_blocks
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.kept_weights import patch_in_file
 from lora_export.weights.merge import merge_checkpoint
+from lora_export.weights.quantised.bitsandbytes import _NestedRule
 from lora_export.weights.quantised_layers import keep_quantised
 from support.cli import answer, call
 from support.handmade import add_tensors, peft_adapter
@@ -228,6 +229,23 @@ def test_scales_that_are_quantised_again_are_made_anew(tmp_path: Path) -> None:
     distance = (torch.from_numpy((largest - offset) / outer)[:, None] - table).abs()
     own = distance[torch.arange(len(largest)), after["a.fc.weight.absmax"].long()]
     assert (own <= distance.min(dim=1).values + 2**-9)[12:].all()  # 12 blocks are rows without a change
+
+
+@pytest.mark.parametrize("extreme", [1.0, 0.99999994, 1.0000001])
+def test_an_outer_scale_is_not_raised_by_rounding(tmp_path: Path, extreme: float) -> None:
+    """A scale at the end of the reach, that is stored and computed in fp32, and another one that changes."""
+    rule = open_checkpoint(base_of(tmp_path / "base", "nf4, double"), dequantise=True).quantised["a.fc.weight"].scaling
+    assert isinstance(rule, _NestedRule)
+    old = rule.read()
+    old["outer"] = old["outer"][0] * np.float32(extreme)
+    old["index"][3] = np.abs(rule.table).argmax()
+    moved = 0
+    for step in range(200):
+        old["outer"] = np.nextafter(old["outer"], np.float32(np.inf))
+        factors, is_changed = rule.decode(old), np.arange(len(old)) == (5, 3)[step % 2]
+        new = rule.renewed(factors, is_changed, old)
+        moved += int((new["outer"] != old["outer"]).any() or not np.array_equal(new[~is_changed], old[~is_changed]))
+    assert moved == 0
 
 
 def test_scales_in_reach_keep_the_outer_scale(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Of a block whose scales are not the base's, each stored number of the scales is the nearest to its least-squares value
 beside all other numbers and the codes, as far as a sum in fp32 determines it. One on which no value depends is the
-base's. And the block is no further from V than the nearest codes on the scales of the base.
+base's. The block is no further from V than the nearest codes on the scales of the base, and hardly further than on
+scales that a search of its own finds (`scale_search`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from lora_export.storage.block_copy import Bytes
 from lora_export.storage.gguf_blocks import BlockCodec
 from lora_export.storage.gguf_scales import BlockNumber, Half
 from lora_export.verification.against_checkpoint.fp64_sums import FP32_ROUNDOFF
+from lora_export.verification.against_checkpoint.scale_search import least_errors
 from lora_export.verification.parity import Wide
 
 PRODUCT_ROUNDINGS = 4  # in fp32 of each product in a sum
 OF_ERRORS = 1e-4  # how much the squared errors of a block in fp32 may differ from those in fp64
+
+BESIDE_SEARCH = 0.1  # how much the squared error of a block may be above what a search finds
+
+MOVED, TIES = 4 * FP32_ROUNDOFF, 12  # how far and how often values are moved, so that ties come out in both ways
 
 
 def beside_codes(codec: BlockCodec) -> NDArray[np.bool_]:
@@ -38,7 +44,7 @@ def wrong_scales(codec: BlockCodec, base: Bytes, blocks: Bytes, value: Wide, bou
     if not len(places):
         return 0
     with np.errstate(all="ignore"):
-        is_right = _no_further(codec, base, blocks, value, bound)
+        is_right = _no_further(codec, base, blocks, value, bound) & _as_near_as_found(codec, blocks, value, bound)
         for found in _are_best(codec, base, blocks, value, bound):
             is_right &= found.all(axis=1)
     return int(np.count_nonzero(~is_right))
@@ -53,6 +59,26 @@ def _no_further(codec: BlockCodec, base: Bytes, blocks: Bytes, value: Wide, boun
     slack = 2 * ((old + new) * bound).sum(axis=1)
     no_further: NDArray[np.bool_] = np.square(new).sum(axis=1) <= (1 + OF_ERRORS) * np.square(old).sum(axis=1) + slack
     return no_further
+
+
+def _as_near_as_found(codec: BlockCodec, blocks: Bytes, value: Wide, bound: Wide) -> NDArray[np.bool_]:
+    """Whether the error is about that of the search. Of values that are ties between codes, rounding decides on it."""
+    reach, random = np.abs(value).max(axis=1, keepdims=True), np.random.default_rng(0)
+    rounding = 2 * np.linalg.norm(bound + PRODUCT_ROUNDINGS * FP32_ROUNDOFF * reach, axis=1)
+    found = np.linalg.norm(codec.decode(blocks) - value, axis=1)
+
+    def is_near(places: NDArray[np.intp], values: Wide) -> NDArray[np.bool_]:
+        least = np.sqrt((1 + BESIDE_SEARCH) * least_errors(codec, values))
+        near: NDArray[np.bool_] = (found[places] <= least + rounding[places]) | ~np.isfinite(least)
+        return near
+
+    result = is_near(np.arange(len(value)), value)
+    for _ in range(TIES):
+        if not (places := np.flatnonzero(~result)).size:
+            break
+        moved = value[places] * (1 + MOVED * random.uniform(-1, 1, (len(places), value.shape[1])))
+        result[places] = is_near(places, moved)
+    return result
 
 
 def _from_nearest(codec: BlockCodec, blocks: Bytes, value: Wide) -> Wide:

@@ -22,7 +22,9 @@ from lora_export.storage.gguf_scales import BlockNumber, Floats, ScaleNumbers, S
 Doubles = NDArray[np.float64]
 MOST_ROUNDS = 64  # a block that is not ready then keeps its scales
 RANGE_PARTS = (1.0, 0.92, 0.84, 0.76)  # of the range of the values, that the codes cover at a start
-POWERS = (1.0, 2.0, 0.5)  # instead of these, where steps are powers of two
+POWERS = (1.0, 2.0, 0.5, 4.0)  # instead of these, where steps are powers of two
+CLEARLY_LARGER, CLEARLY_BETTER = 1 + 1e-6, 0.999  # the first of two as good ones is taken, whatever rounds
+EXACT = 1e-9  # of the squared values: errors below are rounding
 
 
 def on_best_scales(codec: BlockCodec, blocks: Bytes, values: Floats) -> Bytes:
@@ -59,7 +61,8 @@ def _best_start(codec: BlockCodec, blocks: Bytes, values: Floats) -> ScaleNumber
     ranges: Iterable[StepsAndOffsets] = _of_ranges(codec, grouped)
     if codec.scales.offset is not None or codec.scales.groups is not None:
         every = list(ranges)
-        ranges = [*(every if codec.scales.groups is None else ()), _best_of_groups(codec, grouped, every)]
+        in_full = 1 if codec.scales.offset is not None else 2  # of larger blocks: as many as a group's range has signs
+        ranges = [*every[: None if codec.scales.groups is None else in_full], _best_of_groups(codec, grouped, every)]
     best, least = base, np.full(len(blocks), np.inf)
     for start in itertools.chain([base], (_stored(codec, *each) for each in ranges)):
         sums = _Sums.of(codec, codec.nearest_on(*start.products(), values), grouped)
@@ -78,18 +81,24 @@ def _of_ranges(codec: BlockCodec, values: Floats) -> Iterator[StepsAndOffsets]:
     """Steps and offsets by which the codes cover the values of each group, or a part of their range."""
     least, largest = codec.numbers.min(), codec.numbers.max()
     if codec.scales.offset is not None:
-        low, high = values.min(axis=2), values.max(axis=2)
+        low, high = (each(axis=2).astype(np.float64) for each in (values.min, values.max))
         low = low if codec.scales.groups is None else np.minimum(low, 0)
-        for part in map(np.float32, RANGE_PARTS):
+        for part in RANGE_PARTS:
             yield part * (high - low) / largest, low + (1 - part) / 2 * (high - low)
         return
-    place = np.abs(values).argmax(axis=2, keepdims=True)
-    extreme = np.take_along_axis(values, place, axis=2)[..., 0]
+    extreme = _extreme(values).astype(np.float64)
     if least == -largest:
-        yield from ((np.float32(part) * np.abs(extreme) / largest, None) for part in POWERS)
+        yield from ((part * np.abs(extreme) / largest, None) for part in POWERS)
     else:
         yield np.abs(extreme) / largest, None
-        yield from ((np.float32(part) * extreme / least, None) for part in RANGE_PARTS)
+        yield from ((part * extreme / least, None) for part in RANGE_PARTS)
+
+
+def _extreme(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Along the last axis the largest value, or the least where its magnitude is larger beyond rounding."""
+    low, high = values.min(axis=-1), values.max(axis=-1)
+    found: NDArray[np.floating] = np.where(-low > high * CLEARLY_LARGER, low, high)
+    return found
 
 
 def _best_of_groups(codec: BlockCodec, values: Floats, starts: Iterable[StepsAndOffsets]) -> StepsAndOffsets:
@@ -99,9 +108,10 @@ def _best_of_groups(codec: BlockCodec, values: Floats, starts: Iterable[StepsAnd
     for steps, offsets in starts:
         sums = _Sums.of(codec, codec.nearest_on(steps, offsets, values.reshape(len(values), -1)), values)
         found = sums.fit(has_offsets=offsets is not None, may_be_above=codec.scales.groups is None)
-        errors = sums.errors(*found)
-        best = _where(errors < least, found, best)
-        least = np.fmin(errors, least)
+        errors = np.fmax(sums.errors(*found), EXACT * sums.xx())
+        is_better = errors < CLEARLY_BETTER * least
+        best = _where(is_better, found, best)
+        least = np.where(is_better, errors, least)
     steps, offsets = best
     return steps, offsets
 
@@ -115,8 +125,7 @@ def _stored(codec: BlockCodec, steps: Floats, offsets: Floats | None) -> ScaleNu
             return None, None
         if scales.groups is None:
             return number.stored(values), None
-        extreme = np.take_along_axis(values, np.abs(values).argmax(axis=1, keepdims=True), axis=1)
-        whole = number.stored(extreme / np.float32(scales.least or scales.largest))
+        whole = number.stored(_extreme(values)[:, None] / np.float32(scales.least or scales.largest))
         return whole, _whole(codec, values / np.where(whole, whole, np.inf), np.zeros_like(values))
 
     (step, of_steps), (offset, of_offsets) = shared(scales.step, steps), shared(scales.offset, offsets)
@@ -155,6 +164,10 @@ class _Sums(NamedTuple):
         is_free = np.isfinite(offsets) & (may_be_above | (offsets < 0))
         steps, offsets = np.where(is_free, both, steps), np.where(is_free, offsets, zeros)
         return np.maximum(steps, 0).astype(np.float32), offsets.astype(np.float32)
+
+    def xx(self) -> Doubles:
+        found: Doubles = np.square(self.values).sum(axis=2, dtype=np.float64)
+        return found
 
     def errors(self, steps: Floats, offsets: Floats | None) -> Doubles:
         """The squared error of the groups on these steps and offsets."""

@@ -32,6 +32,7 @@ MOST_STATE_BYTES = 1 << 16
 TABLE_OF_4_BITS, TABLE_OF_8_BITS = 16, 256
 STORAGE = ("uint8", "int8", "bfloat16", "float16", "float32")  # of packed bytes: `bnb_4bit_quant_storage`
 ROW_SCALES = "SCB"
+ROUNDING = 2 * float(np.finfo(np.float32).eps)  # of a scale that is an outer scale's reach, relative to its terms
 _ScalesOf = Callable[[slice], NDArray[np.float32]]
 OF_INT8 = np.float32(7.874015718698502e-3)  # 1 / 127, as the library rounds it
 
@@ -149,8 +150,9 @@ def _scales(parts: StoredParts, weight: str, nested: tuple[int, float] | None) -
 class _NestedRule(ScaleRule):
     """Scales that are quantised again. A scale here is its index in the table, and the outer scale of its block.
 
-    An outer scale stays where all new scales of its block are in reach. Else it becomes the largest distance of one
-    from the offset, as the library chooses it, and all scales of the block are rounded again. The offset stays.
+    An outer scale stays where all new scales of its block are in reach, beside rounding. Else it becomes the largest
+    distance of one from the offset, as the library chooses it, and all scales of the block are rounded again. The
+    offset stays.
     """
 
     table: NDArray[np.float32] = field(kw_only=True)
@@ -178,9 +180,10 @@ class _NestedRule(ScaleRule):
         return {self.name: scales["index"].copy(), self.outer_name: scales["outer"][:: self.block].copy()}
 
     def renewed(self, factors: NDArray[np.float32], is_changed: NDArray[np.bool_], old: NDArray[Any]) -> NDArray[Any]:
-        wanted = np.where(is_changed & np.isfinite(factors), factors, self.decode(old))
-        before, needed = old["outer"][:: self.block], self._needed(wanted)
-        outer = np.where(needed > before, needed, before)
+        is_changed = is_changed & np.isfinite(factors)
+        wanted = np.where(is_changed, factors, self.decode(old))
+        before, needed = old["outer"][:: self.block], self._needed(wanted, is_changed)
+        outer = np.where(needed > before + self._slack(wanted, ROUNDING), needed, before)
         new = _with_outer(self._indices(wanted, np.repeat(outer, self.block)[: len(old)]), outer, self.block)
         return np.where(is_changed | (new["outer"] != old["outer"]), new, old)
 
@@ -189,19 +192,31 @@ class _NestedRule(ScaleRule):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
         old, new = scales
         wanted = np.where(is_changed, factors, self.decode(old))
-        before, after, needed = old["outer"][:: self.block], new["outer"][:: self.block], self._needed(wanted)
-        slack = tolerance * np.maximum.reduceat(np.abs(wanted), np.arange(0, len(wanted), self.block))
-        is_right = np.where(after == before, needed <= before + slack, np.abs(after - needed) <= slack)
+        before, after, needed = (
+            old["outer"][:: self.block],
+            new["outer"][:: self.block],
+            self._needed(wanted, is_changed),
+        )
+        slack = self._slack(wanted, tolerance)
+        is_raised = (needed >= before - slack) & (np.abs(after - needed) <= slack)
+        is_right = np.where(after == before, needed <= before + slack, is_raised)
         ends = (self._indices(wanted * np.float32(1 + sign * tolerance), new["outer"]) for sign in (-1, 1))
         low, high = (self.decode(_with_outer(index, after, self.block)) for index in ends)
         is_wrong = ~np.repeat(is_right, self.block)[: len(old)]
         low[is_wrong] = high[is_wrong] = np.inf
         return low, high, is_changed | (new["outer"] != old["outer"])
 
-    def _needed(self, factors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The outer scales that reach all scales of their blocks."""
-        rest = np.abs(factors - self.offset) / np.abs(self.table).max()
-        return np.maximum.reduceat(rest, np.arange(0, len(rest), self.block))
+    def _needed(self, factors: NDArray[np.float32], is_changed: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """The outer scales that reach the changed scales of their blocks; 0 without any."""
+        rest = np.where(is_changed, np.abs(factors - self.offset) / np.abs(self.table).max(), np.float32(0))
+        return self._largest(rest)
+
+    def _slack(self, factors: NDArray[np.float32], tolerance: float) -> NDArray[np.float32]:
+        return np.float32(tolerance) * np.maximum(self._largest(np.abs(factors)), np.abs(self.offset))
+
+    def _largest(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The largest of each block."""
+        return np.maximum.reduceat(values, np.arange(0, len(values), self.block))
 
     def _indices(self, factors: NDArray[np.float32], outer: NDArray[np.float32]) -> NDArray[np.uint8]:
         """The nearest scales that are positive."""

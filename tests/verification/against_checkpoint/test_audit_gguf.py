@@ -294,3 +294,9 @@ def test_the_other_file_must_be_a_gguf_file(tmp_path: Path) -> None:
         with pytest.raises(InputRefused) as refused:
             lora_export.verify(candidate, base=origin, adapters=[adapter])
         assert "is not a regular file" in str(refused.value)
+
+
+def test_rescale_without_blocks_to_rescale_has_a_note(tmp_path: Path) -> None:
+    base, adapter = write_llama(tmp_path / "base.gguf", Kind.F16), an_adapter(tmp_path / "a")
+    made = lora_export.merge(base, [adapter], tmp_path / "out.gguf", keep_quantised=True, rescale=True)
+    assert made.notes[-1].startswith("no weight gets new scales by ")
