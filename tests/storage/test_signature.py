@@ -136,7 +136,7 @@ def two_files(folder: Path) -> Path:
     return folder / "shared.onnx"
 
 
-def test_a_file_that_a_graph_does_not_use_is_not_signed_with_it(tmp_path: Path) -> None:
+def test_a_file_that_a_graph_does_not_use_is_not_signed(tmp_path: Path) -> None:
     shared, output = two_files(tmp_path), tmp_path / "out.onnx"
     body = """g (float[N,9] x) => (float[N,900] y) <float[1,1] up.weight = {0}, float[1,1] large = {0}>
         { h = MatMul(x, up.weight) y = MatMul(h, large) }"""
