@@ -21,6 +21,7 @@ from lora_export.fleet.steps import FleetJob, absolute
 from lora_export.storage.atomic_output import refuse_foreign_files
 from lora_export.storage.manifest import MANIFEST
 from lora_export.storage.publication import watched
+from lora_export.storage.signature import signature_of
 from lora_export.storage.store_path import StorePath, place
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def perform(batch: JobBatch) -> list[dict[str, Any]]:
     spelling = as_command_line(declared_flags) if requests[0].as_command_line else contextlib.nullcontext()
     with spelling, watched(functools.partial(_record_published, requests, records, attempt)):
         results = _results(requests, notes)
-        found = [_record_of(result, records) for result in results]
+        found = [_record_of(*each, records) for each in zip(requests, results, strict=True)]
     seconds = round((time.perf_counter() - begun) / len(requests), 3)
     when = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     for request, record, own in zip(requests, found, notes, strict=True):
@@ -178,8 +179,8 @@ def _options(request: JobRequest, notes: list[str]) -> Any:
     return options_from_table(job.kind.record, values, job.place, **job.fixed(), **more, on_message=notes.append)
 
 
-def _record_of(result: Any, records: FleetRecords) -> dict[str, Any]:
-    """The record of what a job returned or raised."""
+def _record_of(request: JobRequest, result: Any, records: FleetRecords) -> dict[str, Any]:
+    """The record of what a job returned or raised. The signature of a file is part of what it wrote."""
     from lora_export.errors import LoraExportError
 
     if isinstance(result, LoraExportError):
@@ -199,6 +200,8 @@ def _record_of(result: Any, records: FleetRecords) -> dict[str, Any]:
         return _failed(code, message if result.error is None else str(result.error))
     output = getattr(result, "output", None)
     paths = [str(path) for path in getattr(result, "files", ()) or (() if output is None else (output,))]
+    if "sign" in request.job.values and output is not None and not output.is_dir():
+        paths.append(str(signature_of(output)))
     return {
         "outcome": "done" if proof is None else "same",
         "exit": 0,

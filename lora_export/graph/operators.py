@@ -76,6 +76,12 @@ def product_factor(node: ir.Node) -> float:
     return node.attributes.get_float("alpha", 1.0) if operator_id(node) in MATRIX_PRODUCTS else 1.0
 
 
+def bias_factor(node: ir.Node) -> float:
+    """The number by which a node multiplies the bias that it adds: `beta` of Gemm. 1 for a node without a bias."""
+    has_bias = len(node.inputs) > BIAS_INPUTS["Gemm"] and node.inputs[BIAS_INPUTS["Gemm"]] is not None
+    return node.attributes.get_float("beta", 1.0) if has_bias and operator_id(node) in MATRIX_PRODUCTS else 1.0
+
+
 def transposed_layout(layout: Layout) -> Layout:
     """The layout of a matrix on the other side of a Transpose."""
     return {Layout.IN_OUT: Layout.OUT_IN, Layout.OUT_IN: Layout.IN_OUT}.get(layout, Layout.OTHER)

@@ -25,12 +25,14 @@ from lora_export.fleet.status import FleetStatus
 from lora_export.fleet.worker import JobBatch, perform, session_of_process
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.storage.output_lock import output_lock
+from lora_export.storage.signature import refuse_unsigned
 from lora_export.storage.store_path import StorePath
 from support.endpoints import save_adapter, save_base
 from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here
 from support.folder_contents import folder_contents
 from support.graphs import a_graph
 from support.handmade import peft_adapter
+from support.keys import a_key
 from support.small_graphs import GEMM, filled
 from support.stores import Stored
 
@@ -265,6 +267,34 @@ def test_graphs_of_a_fleet_share_the_weights_of_their_base(place: Path, monkeypa
             assert path.stat().st_size < 4000 and not list(path.parent.glob(f"{path.name}.*"))
             expected = x @ (up + np.array(b) @ np.array(a)).T @ large
             np.testing.assert_allclose(OnnxRunner(path).run({"x": x})["y"], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", ["", 'share-with = "out/base.onnx"\n'])
+def test_a_signed_file_is_made_again_with_its_signature(
+    options: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "out").mkdir()
+    a_key(place, "own")
+    body = """g (float[N,3] x) => (float[N,9000] y) <float[1,1] up.weight = {0}, float[1,1] large = {0}>
+        { h = Gemm <transB = 1> (x, up.weight) y = MatMul(h, large) }"""
+    base = filled(body, **{"up.weight": np.ones((2, 3), np.float32), "large": np.ones((2, 9000), np.float32)})
+    ir.save(base, place / "out" / "base.onnx", external_data="w.data", size_threshold_bytes=1000)
+    merge = MERGE.replace("release/{adapter}", "out/{adapter}.onnx") + 'sign = "own.pem"\n' + options
+    (place / "fleet.toml").write_text(BASES.replace('"base"', '"out/base.onnx"') + merge)
+    assert run_here(monkeypatch)[0].counts == {"done": 2}
+    assert le.run_fleet("status", "fleet.toml").counts == {"done": 2}  # type: ignore[union-attr]
+    peft_adapter(place / "adapters" / "de", {"up": ([[3, 1, 0]], [[2], [10]])})
+    status, ran = run_here(monkeypatch)
+    assert status.counts == {"done": 2} and ran == [JOBS[0]]
+    (place / "out" / "fr.onnx.sig").unlink()
+    status, ran = run_here(monkeypatch)
+    assert status.counts == {"done": 2} and ran == [JOBS[2]]
+    for name in PAIRS:
+        refuse_unsigned(place / "out" / f"{name}.onnx", place / "own.pub")
+    # A signature of somebody else stays.
+    (place / "out" / "fr.onnx.sig").write_bytes(b"mine")
+    assert run_here(monkeypatch)[0].counts == {"done": 1, "failed": 1}
+    assert (place / "out" / "fr.onnx.sig").read_bytes() == b"mine"
 
 
 def test_a_file_of_others_beside_an_output_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
 from model_signing import verifying
 from safetensors.numpy import load_file, save_file
@@ -23,18 +22,8 @@ from lora_export.storage.signature import MOST_BYTES, PASSWORD, refuse_unsigned,
 from support.api import an_adapter, base_weights
 from support.cli import call
 from support.graphs import an_adapter as graph_adapter
+from support.keys import a_key
 from support.small_graphs import filled
-
-
-def a_key(folder: Path, name: str, password: bytes | None = None, curve: Any = ec.SECP256R1) -> Path:
-    """`NAME.pem`, and `NAME.pub` beside it."""
-    key = ec.generate_private_key(curve())
-    sealed = pem.BestAvailableEncryption(password) if password else pem.NoEncryption()
-    path = folder / f"{name}.pem"
-    path.write_bytes(key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, sealed))
-    public = key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
-    path.with_suffix(".pub").write_bytes(public)
-    return path
 
 
 @pytest.fixture
@@ -125,6 +114,41 @@ def test_weights_that_a_graph_shares_are_signed_with_it(tmp_path: Path, overwrit
     refuse_unsigned(output, tmp_path / "own.pub")
     data.write_bytes(before[0][:-1] + b"!")
     with pytest.raises(Different, match=r"w\.data contains other bytes"):
+        refuse_unsigned(output, tmp_path / "own.pub")
+
+
+def two_files(folder: Path) -> Path:
+    """A graph of two weights, each in a file of its own."""
+    model = filled(
+        """g (float[N,9] x) => (float[N,900] y, float[N,900] z) <float[1,1] used = {0}, float[1,1] unused = {0}>
+        { y = MatMul(x, used) z = MatMul(x, unused) }""",
+        used=np.ones((9, 900), np.float32),
+        unused=np.zeros((9, 900), np.float32),
+    )
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None
+        (folder / "sub").mkdir(exist_ok=True)
+        (folder / f"sub/{name}.data").write_bytes(value.const_value.tobytes())
+        value.const_value = ir.ExternalTensor(
+            f"sub/{name}.data", 0, 9 * 900 * 4, ir.DataType.FLOAT, shape=ir.Shape((9, 900)), name=name, base_dir=folder
+        )
+    ir.save(model, folder / "shared.onnx")
+    return folder / "shared.onnx"
+
+
+def test_a_file_that_a_graph_does_not_use_is_not_signed(tmp_path: Path) -> None:
+    shared, output = two_files(tmp_path), tmp_path / "out.onnx"
+    body = """g (float[N,9] x) => (float[N,900] y) <float[1,1] up.weight = {0}, float[1,1] large = {0}>
+        { h = MatMul(x, up.weight) y = MatMul(h, large) }"""
+    model = filled(body, **{"up.weight": np.eye(9, dtype=np.float32), "large": np.ones((9, 900), np.float32)})
+    ir.save(model, tmp_path / "base.onnx")
+    adapter = graph_adapter({"up": LoraPair(a=np.ones((1, 9)), b=np.ones((9, 1)), scale=1.0)})
+    le.merge(tmp_path / "base.onnx", adapter, output, share_with=shared, sign=a_key(tmp_path, "own"))
+    assert output.stat().st_size < 4000
+    (tmp_path / "sub/unused.data").unlink()
+    refuse_unsigned(output, tmp_path / "own.pub")
+    (tmp_path / "sub/used.data").write_bytes(b"!" * 9 * 900 * 4)
+    with pytest.raises(Different, match=r"used\.data contains other bytes"):
         refuse_unsigned(output, tmp_path / "own.pub")
 
 

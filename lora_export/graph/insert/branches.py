@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.insert.fused_operators import take_apart
+from lora_export.graph.insert.fused_operators import take_apart, why_attention_stays
 from lora_export.graph.insert.node_factory import (
     MIN_OPSET,
     NO_ATTRIBUTES,
@@ -178,6 +178,12 @@ def branch_obstacle(site: Site, *, is_embedding: bool) -> str:
     return "" if is_whole and site.is_convolution else site.obstacle
 
 
+def _with_reason(site: Site, obstacle: str) -> str:
+    """An obstacle, and what keeps an Attention from being taken apart."""
+    why = why_attention_stays(site.node) if obstacle else ""
+    return f"{obstacle} with {why}" if why else obstacle
+
+
 class Insertion(NamedTuple):
     """What is added to the product of a site's node."""
 
@@ -217,7 +223,9 @@ class Inserter:
             take_apart(self.factory, site, reads_changed=not apart)
         changed = [site for site in own_sites if allow_changed_weight and site.accepts_changed_weight]
         beside = [site for site in own_sites if site not in changed and not (apart and _is_scaled_product(site))]
-        obstacles = sorted({branch_obstacle(site, is_embedding=is_embedding) for site in beside} - {""})
+        obstacles = sorted(
+            {_with_reason(site, branch_obstacle(site, is_embedding=is_embedding)) for site in beside} - {""}
+        )
         if obstacles:
             raise InputRefused(
                 f"{weight} is read by {', '.join(obstacles)}, beside which no branch can be inserted. Merge the "

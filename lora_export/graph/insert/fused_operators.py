@@ -94,15 +94,10 @@ def take_attention_apart(factory: NodeFactory, node: ir.Node) -> None:
 
 def _attention(factory: NodeFactory, node: ir.Node) -> None:
     """Attention as the Gemm of q, k and v, and MultiHeadAttention."""
-    inputs = dict(zip(ATTENTION_INPUTS, node.inputs, strict=False))
-    x, w, mask, past, added = map(inputs.get, ("x", "weights", "mask", "past", "added"))
-    unknown = [attribute.value for name, attribute in node.attributes.items() if name not in (*OF_HEADS, QKV_SIZES)]
-    if x is None or w is None or w.shape is None or not w.shape.is_static():
+    if why_attention_stays(node):
         return
-    if inputs.get("past_length") or any(unknown):  # as rotary positions, or a past in a larger buffer
-        return
-    if mask is not None and mask.shape is not None and len(mask.shape) > MOST_MASK_DIMENSIONS:
-        return
+    x, w, mask, past, added = _attention_inputs(node, "x", "weights", "mask", "past", "added")
+    assert x is not None and w is not None
     heads = {name: attribute for name, attribute in node.attributes.items() if name in OF_HEADS}
     is_causal = node.attributes.get_int("unidirectional", 0) == 1
     sizes = node.attributes.get_ints(QKV_SIZES, [fixed_sizes(w, 1)[0] // 3] * 3)
@@ -123,6 +118,48 @@ def _attention(factory: NodeFactory, node: ir.Node) -> None:
         news[present] = nodes.add("Concat", wide, present.shape, axis=0)
     _follow(factory, node, nodes, news)
     node.resize_outputs(1)
+
+
+def why_attention_stays(node: ir.Node) -> str:
+    """Why an Attention is not taken apart; empty where it is, and for another operator."""
+    if operator_id(node) != (MICROSOFT, "Attention"):
+        return ""
+    x, w, mask, past_length = _attention_inputs(node, "x", "weights", "mask", "past_length")
+    if x is None or w is None or w.shape is None or not w.shape.is_static():
+        return "weights of an unknown shape"
+    if attribute := next((each for each in node.attributes.values() if _is_unknown(each)), None):
+        return f"{attribute.name} = {attribute.value}"  # as rotary positions, or a past in a larger buffer
+    if past_length is not None:
+        return "a past in a larger buffer"
+    return "" if mask is None or _is_lengths_of_embedding(mask) else _mask_obstacle(mask, x)
+
+
+def _attention_inputs(node: ir.Node, *names: str) -> list[ir.Value | None]:
+    given = dict(zip(ATTENTION_INPUTS, node.inputs, strict=False))
+    return [given.get(name) for name in names]
+
+
+def _is_unknown(attribute: ir.Attr) -> bool:
+    return attribute.name not in (*OF_HEADS, QKV_SIZES) and bool(attribute.value)
+
+
+def _is_lengths_of_embedding(mask: ir.Value) -> bool:
+    """Whether a mask is that of onnxruntime's embedding: one length for each row. ONNX infers no shape for it."""
+    node = mask.producer()
+    is_embedding = node is not None and operator_id(node) == (MICROSOFT, "EmbedLayerNormalization")
+    return is_embedding and mask.index() == 1
+
+
+def _mask_obstacle(mask: ir.Value, x: ir.Value) -> str:
+    """Why MultiHeadAttention cannot take a mask; empty where it can. Of one dimension, it takes the lengths of rows."""
+    if not mask.shape:  # of no dimension, where a file gives none
+        return "a mask of an unknown shape"
+    if len(mask.shape) > MOST_MASK_DIMENSIONS:
+        return f"a mask of {len(mask.shape)} dimensions"
+    of_rows = x.shape is not None and not x.shape.is_unknown_dim(0) and mask.shape[0] == x.shape[0]
+    if len(mask.shape) != 1 or of_rows:
+        return ""
+    return f"a mask of the shape {mask.shape}, which is not one length for each row of the batch"
 
 
 def _flatten_input(factory: NodeFactory, node: ir.Node, x: ir.Value) -> None:

@@ -24,7 +24,7 @@ from lora_export.graph.insert.batch_axis import BatchAxis, infer_shapes
 from lora_export.graph.insert.branches import Inserter
 from lora_export.graph.insert.node_factory import Factor, NodeList, last_size, layer_input, sizes_of
 from lora_export.graph.insert.row_branches import RowBranches, transposed
-from lora_export.graph.operators import BIAS_INPUTS, product_factor
+from lora_export.graph.operators import BIAS_INPUTS, bias_factor, product_factor
 from lora_export.graph.site import Site, common_dtype
 from lora_export.options.spelling import named
 from lora_export.plan.own_heads import Head
@@ -126,6 +126,8 @@ def _obstacle(weight: str, sites: Sites) -> str:
         return f"read by {', '.join(kinds)}"
     if any(product_factor(site.node) != 1 for site in own_sites):
         return "its product is multiplied by a number"
+    if any(bias_factor(site.node) != 1 for site in own_sites):
+        return "its bias is multiplied by a number"
     return "one of several weights in one matrix" if any(site.block is not None for site in own_sites) else ""
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ class SharedWeights:
     def __init__(self, tensors: Sequence[ir.ExternalTensor], folder: Path):
         self.files = {os.path.normpath(os.fsdecode(tensor.location)) for tensor in tensors}
         self.shared = 0  # bytes that were referred to
+        self.used: set[str] = set()  # the files that were referred to
         self._folder = folder
         self._by_size: dict[int, list[ir.ExternalTensor]] = {}
         self._by_hash: dict[int, dict[str, ir.ExternalTensor]] = {}
@@ -56,6 +57,7 @@ class SharedWeights:
             base_dir=self._folder,
         )
         self.shared += tensor.nbytes
+        self.used.add(location)
         return location
 
     def _equal(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor | None:
@@ -95,7 +97,7 @@ def shared_weights(path: Path, output: Path, stage: Path, *, sign: bool = False)
     """The weights of a graph that an output beside it may share. Their files are copied into the stage meanwhile.
 
     There the output is checked and run before it is published. Where the file system can, a copy takes no space. With
-    `sign` the copies are signed with the output.
+    `sign` the copies of files to which the output refers are signed with it.
     Raises InputRefused where the graph is not in the output's folder, which onnxruntime requires, or has no weights in
     a file beside it, and where its files change meanwhile.
     """
@@ -119,13 +121,18 @@ def shared_weights(path: Path, output: Path, stage: Path, *, sign: bool = False)
             _copy(path.parent / name, stage / name)
         yield shared
     finally:
-        for name in {Path(file).parts[0] for file in shared.files}:
-            if sign:
-                sign_alone(stage, stage / name)
-            else:
-                remove(stage / name)
+        _leave_signed(stage, shared.files, shared.used if sign else set())
     for changed in graph.changed():
         raise InputRefused(f"{changed} changed while it was being read. Nothing was written.")
+
+
+def _leave_signed(stage: Path, files: Set[str], signed: Set[str]) -> None:
+    """Remove the copies in a stage, but for those that are signed with the output and then removed."""
+    tops, left = ({Path(file).parts[0] for file in each} for each in (files, signed))
+    for name in (tops - left) | (files - signed):  # of a folder, the other files
+        remove(stage / name)
+    for name in left:
+        sign_alone(stage, stage / name)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,11 @@ def a_pair(rank: int, *, dora: bool = False) -> LoraPair:
     return LoraPair(a=a, b=b, scale=0.5, magnitude=RNG.uniform(4, 12, HIDDEN) if dora else None)
 
 
+def a_wide_pair() -> LoraPair:
+    """For q, k and v in one matrix."""
+    return LoraPair(a=0.2 * RNG.normal(size=(2, HIDDEN)), b=0.2 * RNG.normal(size=(3 * HIDDEN, 2)), scale=1.0)
+
+
 # DoRA for q, LoRA for v, nothing for k.
 PAIRS = {"q": a_pair(3, dora=True), "v": a_pair(2)}
 
@@ -142,7 +147,7 @@ ATTENTIONS: dict[str, tuple[str, str, dict[str, NDArray[Any]], str]] = {
 
 def an_attention(kind: str, weight: NDArray[Any]) -> tuple[ir.Model, Arrays]:
     """A graph of Attention with this weight (in, out), and its inputs. With a past, it returns the next one."""
-    declared, passed, given, attributes = ATTENTIONS[kind]
+    declared, passed, given, attributes, *_ = ATTENTIONS.get(kind) or WHOLE[kind]
     new, returned = (f", float[2,B,{HEADS},T,16] next", ", next") if "p" in given else ("", "")
     model = ir.from_onnx_text(f"""
         <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
@@ -178,11 +183,48 @@ def test_rows_of_attention_have_their_own_adapter(kind: str) -> None:
             np.testing.assert_allclose(mixed["next"][:, row], expected["next"][:, row], rtol=0, atol=1e-4)
 
 
-def test_rows_of_attention_with_rotary_positions_are_refused_with_advice(packed: Any) -> None:
-    model, checkpoint, _ = packed
-    model.graph[0].attributes.add(ir.AttrInt64("do_rotary", 1))
-    with pytest.raises(InputRefused, match=r"read by Attention, .*Merge the adapter.*before its nodes were fused"):
-        in_rows(model, find_sites(model, checkpoint), an_adapter(PAIRS))
+# Of an Attention that MultiHeadAttention cannot replace, as in ATTENTIONS; what rows are refused with.
+STARTS = {"m": np.int32([5, 4, 0, 1])}  # the ends of the rows' tokens, then their starts
+WHOLE: dict[str, tuple[str, str, dict[str, NDArray[Any]], str, str]] = {
+    "rotary positions": ("", "", {}, ", do_rotary = 1", "do_rotary = 1"),
+    "a shared buffer": ("", "", {}, ", past_present_share_buffer = 1", "past_present_share_buffer = 1"),
+    "four dimensions": (", int32[B,1,M,M] m", ", m", {}, "", "a mask of 4 dimensions"),
+    "an unknown shape": (", int32 m", ", m", {}, "", "a mask of an unknown shape"),
+    "starts": (", int32[C] m", ", m", STARTS, "", r"a mask of the shape \[C\], which is not one length for each row"),
+    "starts of two": (", int32[4] m", ", m", STARTS, "", r"a mask of the shape \[4\], which is not one length"),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_rows_of_an_attention_that_stays_whole_are_refused_with_the_reason(kind: str) -> None:
+    model, _ = an_attention(kind, np.zeros((HIDDEN, 3 * HIDDEN), np.float32))
+    reason = WHOLE[kind][-1]
+    with pytest.raises(
+        InputRefused, match=rf"read by Attention with {reason}.*Merge the adapter.*before its nodes wer"
+    ):
+        in_rows(model, find_sites(model), an_adapter({"w": a_wide_pair()}))
+
+
+@pytest.mark.parametrize("mode", ["merged", "nodes", "rows", "slots"])
+def test_command_proves_or_refuses_attention_with_starts(mode: str, tmp_path: Path) -> None:
+    model, inputs = an_attention("starts", np.float32(0.2 * RNG.normal(size=(HIDDEN, 3 * HIDDEN))))
+    save_graph(model, tmp_path, "base.onnx")
+    np.savez(tmp_path / "in.npz", **inputs)
+    peft_adapter(tmp_path / "a", {"w": ((pair := a_wide_pair()).a, pair.b)})
+    options: Any = {"lora": mode, "inputs": tmp_path / "in.npz", **({"slots": 2} if mode == "slots" else {})}
+
+    def export(*, verify: bool = True) -> Any:
+        return le.export_onnx(
+            tmp_path / "base.onnx", tmp_path / "out.onnx", adapters=tmp_path / "a", verify=verify, **options
+        )
+
+    if mode in ("merged", "nodes"):
+        assert export().proof.verdict.outcome == "same"
+        return
+    for verify in (True, False):
+        with pytest.raises(InputRefused, match=r"read by Attention with a mask of the shape \[C\]"):
+            export(verify=verify)
+    assert not (tmp_path / "out.onnx").exists()
 
 
 CONVOLUTIONS: dict[str, tuple[str, Any]] = {

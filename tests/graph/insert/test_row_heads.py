@@ -208,6 +208,29 @@ def test_what_is_no_linear_layer_is_refused_by_name() -> None:
     ]
 
 
+SCALED_GEMM = """
+g (float[N,2] x) => (float[N,3] y) <float[2,2] a.weight = {1,2,3,4}, float[2,3] b.weight = {1,0,2,1,1,0},
+ float[3] b.bias = {5,6,7}>
+{ [a] h = MatMul(x, a.weight)
+  [b] y = OPERATOR (h, b.weight, b.bias) }
+"""
+
+
+@pytest.mark.parametrize(
+    ("operator", "reason"),
+    [
+        ("Gemm <alpha = 2.0>", "its product is multiplied by a number"),
+        ("Gemm <beta = 0.5>", "its bias is multiplied by a number"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["rows", "slots"])
+def test_a_head_whose_gemm_multiplies_is_refused_by_name(operator: str, reason: str, mode: str) -> None:
+    body = SCALED_GEMM.replace("OPERATOR", operator)
+    head = {"b.weight": HEAD.T + 1, "b.bias": BIAS}
+    with pytest.raises(InputRefused, match=rf"\n  b\.weight: {reason}"):
+        with_heads(a_graph(body), [head], one_and_two()[0]) if mode == "rows" else in_slots(body, head)
+
+
 def test_an_overflow_in_half_precision_is_refused() -> None:
     model = a_graph(SEQUENCES.replace("float[", "float16["))
     for name, value in (("a.weight", A), ("head.weight", HEAD)):
