@@ -26,6 +26,7 @@ from lora_export.api.training_strategies import (
     TrainingRun,
     heads_of,
     note_on_other_names,
+    note_on_tied_rows,
     note_on_unknown_head,
     note_on_untrained,
     refuse_rank_beyond_layers,
@@ -250,8 +251,9 @@ def _show_notes(options: TrainOptions, loaded: Model, new: Mapping[int, Adapter]
     note_each(options.on_message, first.notes)  # on how an adapter that is continued was read
     for adapter in () if options.continue_from else new.values():
         refuse_rank_beyond_layers(adapter, named=options.names_layers, on_message=options.on_message)
-    if misfit := note_on_other_names(loaded, first):
-        options.on_message(misfit)
+    for note in (note_on_other_names(loaded, first), note_on_tied_rows(loaded.module, first)):
+        if note:
+            options.on_message(note)
 
 
 def _identity(

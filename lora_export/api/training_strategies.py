@@ -254,6 +254,24 @@ def note_on_unknown_head(loaded: Model, heads: Sequence[str]) -> str:
     )
 
 
+def note_on_tied_rows(module: nn.Module, new: Adapter) -> str:
+    """A note where rows of tokens are in a table of several modules, of which PEFT changes one; empty elsewhere.
+
+    PEFT finds the other modules where the model's class itself declares tied weights.
+    """
+    model: Any = module
+    if getattr(model, "_tied_weights_keys", None) and getattr(model.config, "tie_word_embeddings", True):
+        return ""
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    for table in new.token_rows:
+        if others := [name for name, value in tensors.items() if value is tensors[table] and name != table]:
+            return (
+                f"note: PEFT will change the rows of {table} alone, and not those of {', '.join(others)}, which are "
+                "the same weight: its outputs will be others than in this training. `merge` changes them all"
+            )
+    return ""
+
+
 def note_on_untrained(run: TrainingRun) -> str:
     """A note on the layers that the loss does not depend on; empty where there are none."""
     assert run.adapter is not None

@@ -182,6 +182,40 @@ def test_a_head_of_an_unknown_name_stays_with_a_note(tmp_path: Path, monkeypatch
         assert any(message.startswith(note) for message in seen.messages) is expected
 
 
+@pytest.mark.parametrize(
+    ("name", "auto", "is_noted"),
+    [
+        ("t5", transformers.AutoModelForSequenceClassification, True),
+        ("bart", transformers.AutoModelForSequenceClassification, True),
+        ("distilbert", transformers.AutoModelForSequenceClassification, False),  # one module has the table
+        ("gpt2", transformers.AutoModelForCausalLM, False),  # its class declares the tie
+    ],
+)
+def test_rows_that_peft_changes_in_one_of_several_modules_get_a_note(
+    name: str, auto: Any, is_noted: bool, tmp_path: Path
+) -> None:
+    base, seen, is_classifier = tmp_path / "base", Recorder(), name != "gpt2"
+    torch.manual_seed(0)
+    classes = {"num_labels": 2} if is_classifier else {}
+    auto.from_config(type(config := MODELS[name][1]()).from_dict({**config.to_dict(), **classes})).save_pretrained(base)
+    words_tokenizer(base)
+    lines = [
+        {"text": f"very {word} film", **({"label": word} if is_classifier else {})} for word in ("good", "bad") * 10
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options: Any = {"epochs": 2, "learning_rate": 5e-2, "rank": 2, "token_indices": [3, 4]}
+    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", **options, **seen.callbacks)
+    le.merge(base, tmp_path / "ad", tmp_path / "merged")
+    merged = auto.from_pretrained(tmp_path / "merged").eval()
+    theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(base, **classes), tmp_path / "ad").eval()
+    ids = torch.tensor([[3, 4, 5, 2]])
+    with torch.no_grad():
+        are_same = torch.allclose(merged(ids).logits, theirs(ids).logits, atol=1e-5)
+    notes = [message for message in seen.messages if "PEFT will change the rows of" in message]
+    assert (not are_same, bool(notes)) == (is_noted, is_noted)
+    assert all("encoder.embed_tokens.weight" in note for note in notes)
+
+
 @pytest.mark.parametrize("task", ["SEQUENCE", "TOKEN"])
 def test_the_head_of_every_classifier_of_transformers_has_a_known_name(task: str) -> None:
     classes = set(getattr(transformers, f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING").values())
