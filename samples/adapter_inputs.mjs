@@ -32,7 +32,8 @@ function transposed(ort, { shape: [rows, columns], data }, factor) {
 
 // The inputs of an adapter, from its adapter_config.json and the bytes of its adapter_model.safetensors.
 export function adapterInputs(ort, config, bytes) {
-  const { r, lora_alpha, use_rslora, rank_pattern = {}, alpha_pattern = {} } = config;
+  const { r, lora_alpha, use_rslora, use_dora, rank_pattern = {}, alpha_pattern = {} } = config;
+  if (use_dora) throw new Error("this sample reads no DoRA: lora-export convert makes its factors of the base's weights");
   if (Object.keys({ ...rank_pattern, ...alpha_pattern }).length) throw new Error("this sample reads one rank and one alpha");
   const scale = lora_alpha / (use_rslora ? Math.sqrt(r) : r); // of B
   const inputs = {};
@@ -48,29 +49,37 @@ export async function fetchAdapter(ort, folder) {
   return adapterInputs(ort, config, new Uint8Array(await (await fetch(`${folder}/adapter_model.safetensors`)).arrayBuffer()));
 }
 
-const isFactor = ({ name }) => /\.lora_[AB]\./.test(name);
+const isDora = (name) => name.endsWith(".lora_magnitude_vector");
+const filled = (ort, shape, value) => {
+  return new ort.Tensor("float32", new Float32Array(shape.reduce((size, each) => size * each)).fill(value), shape);
+};
+const isFactor = ({ name }) => /\.lora_[AB]\./.test(name) || isDora(name);
 
-// A and B of rank 0 at every layer: the base.
+// A and B of rank 0 at every layer, and ones for the factors of DoRA: the base.
 export function inputsOfBase(ort, session) {
   const empty = (shape) => new ort.Tensor("float32", new Float32Array(0), shape.map((size) => (typeof size === "number" ? size : 0)));
-  return Object.fromEntries(session.inputMetadata.filter(isFactor).map(({ name, shape }) => [name, empty(shape)]));
+  const input = (name, shape) => (isDora(name) ? filled(ort, shape, 1) : empty(shape));
+  return Object.fromEntries(session.inputMetadata.filter(isFactor).map(({ name, shape }) => [name, input(name, shape)]));
 }
 
 // The stacks (slots + 1, in, rank) and (slots + 1, rank, out) of a graph of `--lora slots --names peft`: zeros, the base.
+// With `--dora`, also (slots + 1, out): ones.
 export function emptySlots(ort, session) {
-  const stack = (shape) => new ort.Tensor("float32", new Float32Array(shape.reduce((size, each) => size * each)), shape);
-  return Object.fromEntries(session.inputMetadata.filter(isFactor).map(({ name, shape }) => [name, stack(shape)]));
+  const stack = (name, shape) => filled(ort, shape, isDora(name) ? 1 : 0);
+  return Object.fromEntries(session.inputMetadata.filter(isFactor).map(({ name, shape }) => [name, stack(name, shape)]));
 }
 
 // Put what `adapterInputs` gives into a slot, from 1 on. Nothing of an adapter that was there remains.
 export function fillSlot(stacks, slot, adapter) {
   for (const [name, { dims }] of Object.entries(adapter)) {
     const [slots, height, width] = stacks[name]?.dims ?? [0];
-    const fits = slot > 0 && slot < slots && dims[0] <= height && dims[1] <= width;
+    const isA = name.includes(".lora_A."); // the rank alone may be smaller than the graph's
+    const hasSize = isA ? dims[0] === height && dims[1] <= width : dims[0] <= height && dims[1] === width;
+    const fits = slot > 0 && slot < slots && hasSize;
     if (!fits) throw new Error(`the graph has no slot ${slot} that takes ${name} of ${dims}`);
   }
-  for (const [name, { data, dims: [, height, width] }] of Object.entries(stacks)) {
-    const own = data.subarray(slot * height * width, (slot + 1) * height * width).fill(0);
+  for (const [name, { data, dims: [, height, width = 1] }] of Object.entries(stacks)) {
+    const own = data.subarray(slot * height * width, (slot + 1) * height * width).fill(isDora(name) ? 1 : 0);
     const { data: values = [], dims: [rows, columns] = [0] } = adapter[name] ?? {};
     for (let row = 0; row < rows; row++) own.set(values.subarray(row * columns, (row + 1) * columns), row * width);
   }
@@ -102,4 +111,15 @@ async function main([graph, folder, words = "5,7,9", runtime = "onnxruntime-web"
   console.log(JSON.stringify({ base: await run(base), adapter: await run({ ...base, ...adapter }) }));
 }
 
-if (globalThis.process?.argv) await main(process.argv.slice(2));
+// Whether this file is what Node was started with, and not imported.
+async function isProgram() {
+  if (!globalThis.process?.argv?.[1]) return false;
+  const [{ realpathSync }, { fileURLToPath }] = [await import("node:fs"), await import("node:url")];
+  try {
+    return realpathSync(process.argv[1]) === realpathSync(fileURLToPath(import.meta.url));
+  } catch {
+    return false; // the first argument of another program need not be a file
+  }
+}
+
+if (await isProgram()) await main(process.argv.slice(2));

@@ -26,6 +26,8 @@ from lora_export.api.training_strategies import (
     TrainingRun,
     heads_of,
     note_on_other_names,
+    note_on_tied_rows,
+    note_on_unknown_head,
     note_on_untrained,
     refuse_rank_beyond_layers,
     with_new_modules,
@@ -141,6 +143,8 @@ def train(options: TrainOptions) -> TrainResult:
         model, quantised = _load_base(options, learnt)
         data_in, held_out = encoded_data(model, learnt, options)
         heads = with_new_modules(model, options.heads or heads_of(model, learnt.peft_task))
+        if learnt.head and (note := note_on_unknown_head(model, heads)):
+            options.on_message(note)
         base = _Base(model, model.fingerprint(), quantised)
         trainer = Trainer(model.module, data_in, held_out, settings, heads, options)
         new = requested_adapters(options, model, heads, seed=options.seed)
@@ -247,8 +251,9 @@ def _show_notes(options: TrainOptions, loaded: Model, new: Mapping[int, Adapter]
     note_each(options.on_message, first.notes)  # on how an adapter that is continued was read
     for adapter in () if options.continue_from else new.values():
         refuse_rank_beyond_layers(adapter, named=options.names_layers, on_message=options.on_message)
-    if misfit := note_on_other_names(loaded, first):
-        options.on_message(misfit)
+    for note in (note_on_other_names(loaded, first), note_on_tied_rows(loaded.module, first)):
+        if note:
+            options.on_message(note)
 
 
 def _identity(

@@ -19,6 +19,7 @@ from lora_export.layers.attachments import branch_tensors
 from lora_export.layers.new_adapter import as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
+from lora_export.options.spelling import named
 from lora_export.options.train import ComparedStrategy, TrainingSettings, TrainOptions
 from lora_export.training.batches import Data
 from lora_export.training.checkpoint import Checkpoints, EventLog, MemoryUse, StepRecord, TrainingHistory
@@ -177,7 +178,8 @@ def losses_of(runs: Sequence[TrainingRun]) -> dict[str, tuple[float, ...]]:
     return {run.label: run.history.losses for run in runs if run.history.losses}
 
 
-HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # names of task heads in transformers
+# The names of task heads in transformers.
+HEADS = ("classifier", "score", "classification_head", "logits_proj", "sequence_summary", "qa_outputs")
 
 
 def refuse_rank_beyond_layers(adapter: Adapter, *, named: bool, on_message: OnMessage) -> None:
@@ -239,6 +241,34 @@ def note_on_other_names(loaded: Model, new: Adapter) -> str:
             f"tensors have names that transformers gives them when it loads the model, such as {example}. `merge` will "
             "refuse it. `onnx`, `torchscript` and PEFT take it"
         )
+    return ""
+
+
+def note_on_unknown_head(loaded: Model, heads: Sequence[str]) -> str:
+    """A note where a Hugging Face classifier has no module that is known to be its head; empty where it has."""
+    if heads or not loaded.is_huggingface:
+        return ""
+    return (
+        f"note: no module of {type(loaded.module).__name__} has the name of a head ({', '.join(HEADS)}), so that its "
+        f"head is not trained. {named('heads')} names the modules to train as a whole"
+    )
+
+
+def note_on_tied_rows(module: nn.Module, new: Adapter) -> str:
+    """A note where rows of tokens are in a table of several modules, of which PEFT changes one; empty elsewhere.
+
+    PEFT finds the other modules where the model's class itself declares tied weights.
+    """
+    model: Any = module
+    if getattr(model, "_tied_weights_keys", None) and getattr(model.config, "tie_word_embeddings", True):
+        return ""
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    for table in new.token_rows:
+        if others := [name for name, value in tensors.items() if value is tensors[table] and name != table]:
+            return (
+                f"note: PEFT will change the rows of {table} alone, and not those of {', '.join(others)}, which are "
+                "the same weight: its outputs will be others than in this training. `merge` changes them all"
+            )
     return ""
 
 

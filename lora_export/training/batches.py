@@ -55,7 +55,12 @@ class CrossEntropy:
     def total(self, outputs: Any, batch: Batch) -> Tensor:
         scores, labels = scores_of(outputs), batch.labels
         if scores.shape[:-1] != labels.shape:
-            raise InputRefused(f"the model's scores are {tuple(scores.shape)}, the labels {tuple(labels.shape)}")
+            several = (
+                ". Whole numbers are one class for each row of scores. Several classes of an example are trained from "
+                "rows whose label is a list"
+            )
+            found = f"the model's scores are {tuple(scores.shape)}, the labels {tuple(labels.shape)}"
+            raise InputRefused(found + (several if scores.shape == labels.shape else ""))
         if labels.numel() and labels.max() >= scores.shape[-1]:
             raise InputRefused(f"there is a label {int(labels.max())}, but the model scores {scores.shape[-1]} classes")
         counted = labels != IGNORED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import lora_export as le
 from lora_export import layers, plan
-from lora_export.api.training_strategies import Trainer, losses_of
+from lora_export.api.training_strategies import HEADS, Trainer, losses_of
 from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
 from lora_export.options.train import Init, TrainingSettings, TrainOptions
@@ -120,6 +121,14 @@ def test_unknown_layers_are_refused_and_nothing_is_left(data: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
 
 
+XLM = {"vocab_size": 60, "emb_dim": 16, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64, "pad_index": 0}
+WITH_A_SUMMARY = {
+    "xlnet": transformers.XLNetConfig(vocab_size=60, d_model=16, n_layer=2, n_head=2, d_inner=32),
+    "xlm": transformers.XLMConfig(**XLM),
+    "flaubert": transformers.FlaubertConfig(**XLM),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "has_head", "saved"),
     [
@@ -128,11 +137,18 @@ def test_unknown_layers_are_refused_and_nothing_is_left(data: Path, tmp_path: Pa
         ("bert", False, {"classifier", "bert.pooler.dense"}),
         ("electra", False, {"classifier"}),  # of two layers
         ("electra", True, {"classifier"}),
+        ("xlnet", True, {"logits_proj", "sequence_summary.summary"}),
+        ("xlm", True, {"sequence_summary.summary"}),
+        ("flaubert", True, {"sequence_summary.summary"}),
     ],
 )
 def test_peft_reads_the_whole_head_of_a_classifier(name: str, has_head: bool, saved: set[str], tmp_path: Path) -> None:
-    base = small_model(name, tmp_path / "base")
-    auto = transformers.AutoModelForSequenceClassification
+    base, auto = tmp_path / "base", transformers.AutoModelForSequenceClassification
+    if name in WITH_A_SUMMARY:
+        torch.manual_seed(0)
+        transformers.AutoModel.from_config(WITH_A_SUMMARY[name]).save_pretrained(base)
+    else:
+        small_model(name, base)
     if has_head:
         auto.from_pretrained(base, num_labels=2).save_pretrained(base)
     if name == "bert":  # a model of masked words has no pooler, which a classifier needs
@@ -149,6 +165,68 @@ def test_peft_reads_the_whole_head_of_a_classifier(name: str, has_head: bool, sa
     ids = torch.arange(24).reshape(3, 8) % 9
     with torch.no_grad():
         assert torch.allclose(merged(ids).logits, theirs(ids).logits, atol=1e-6)
+
+
+def test_a_head_of_an_unknown_name_stays_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, seen = tmp_path / "base", Recorder()
+    torch.manual_seed(0)
+    transformers.XLMForSequenceClassification(WITH_A_SUMMARY["xlm"]).save_pretrained(base)
+    words_tokenizer(base)
+    lines = [{"text": f"very {word} film", "label": word} for word in ("good", "bad") * 10]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    note = "note: no module of XLMForSequenceClassification has the name of a head (score), so that its head is not"
+    monkeypatch.setattr("lora_export.api.training_strategies.HEADS", ("score",))
+    for heads, expected in (((), True), (("sequence_summary",), False)):
+        seen.messages.clear()
+        le.train(base, tmp_path / "data.jsonl", tmp_path / f"{expected}", epochs=1, heads=heads, **seen.callbacks)
+        assert any(message.startswith(note) for message in seen.messages) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "is_noted"),
+    [
+        ("t5", transformers.AutoModelForSequenceClassification, True),
+        ("bart", transformers.AutoModelForSequenceClassification, True),
+        ("distilbert", transformers.AutoModelForSequenceClassification, False),  # one module has the table
+        ("gpt2", transformers.AutoModelForCausalLM, False),  # its class declares the tie
+    ],
+)
+def test_rows_that_peft_changes_in_one_of_several_modules_get_a_note(
+    name: str, auto: Any, is_noted: bool, tmp_path: Path
+) -> None:
+    base, seen, is_classifier = tmp_path / "base", Recorder(), name != "gpt2"
+    torch.manual_seed(0)
+    classes = {"num_labels": 2} if is_classifier else {}
+    auto.from_config(type(config := MODELS[name][1]()).from_dict({**config.to_dict(), **classes})).save_pretrained(base)
+    words_tokenizer(base)
+    lines = [
+        {"text": f"very {word} film", **({"label": word} if is_classifier else {})} for word in ("good", "bad") * 10
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options: Any = {"epochs": 2, "learning_rate": 5e-2, "rank": 2, "token_indices": [3, 4]}
+    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", **options, **seen.callbacks)
+    le.merge(base, tmp_path / "ad", tmp_path / "merged")
+    merged = auto.from_pretrained(tmp_path / "merged").eval()
+    theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(base, **classes), tmp_path / "ad").eval()
+    ids = torch.tensor([[3, 4, 5, 2]])
+    with torch.no_grad():
+        are_same = torch.allclose(merged(ids).logits, theirs(ids).logits, atol=1e-5)
+    notes = [message for message in seen.messages if "PEFT will change the rows of" in message]
+    assert (not are_same, bool(notes)) == (is_noted, is_noted)
+    assert all("encoder.embed_tokens.weight" in note for note in notes)
+
+
+@pytest.mark.parametrize("task", ["SEQUENCE", "TOKEN"])
+def test_the_head_of_every_classifier_of_transformers_has_a_known_name(task: str) -> None:
+    classes = set(getattr(transformers, f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING").values())
+    known = re.compile(rf"self\.({'|'.join(HEADS)}) = ")
+    unknown = {
+        one.__name__
+        for one in classes
+        if not any(known.search(inspect.getsource(owner.__init__)) for owner in one.__mro__[:2])
+    }
+    assert len(classes) > 50
+    assert unknown <= {"PerceiverForSequenceClassification"}  # its head is a part of the base model
 
 
 def test_a_rank_beyond_a_layer_is_refused(data: Path, tmp_path: Path) -> None:

@@ -722,6 +722,59 @@ def test_javascript_computes_what_peft_computes(runtime: str, plain_inputs: Path
     expect_what_peft_computes(printed, plain_inputs)
 
 
+# A graph of two slots, with layers 8 x 6 of rank 4 and DoRA, whose adapters are given as (input, shape).
+OF_SLOTS = """
+import { adapterInputs, emptySlots, fillSlot, inputsOfBase } from SAMPLE;
+class Tensor {
+  constructor(type, data, dims) { Object.assign(this, { type, data, dims }); }
+}
+const session = { inputMetadata: [
+  { name: "q.lora_A.weight", shape: [3, 8, 4] }, { name: "q.lora_B.weight", shape: [3, 4, 6] },
+  { name: "q.lora_magnitude_vector", shape: [3, 6] }, { name: "input_ids", shape: ["batch", "sequence"] },
+] };
+const stacks = emptySlots({ Tensor }, session);
+stacks["q.lora_magnitude_vector"].data.set([5, 5, 5, 5, 5, 5], 6); // of an adapter that was in the slot
+const result = [];
+for (const shapes of GIVEN) {
+  const adapter = {};
+  for (const [name, dims] of Object.entries(shapes)) {
+    adapter[name] = new Tensor("float32", new Float32Array(dims[0] * dims[1]).fill(1), dims);
+  }
+  try {
+    fillSlot(stacks, 1, adapter);
+    result.push(Object.values(stacks).map(({ data }) => data.reduce((sum, each) => sum + each)));
+  } catch (error) {
+    result.push(error.message);
+  }
+}
+try {
+  adapterInputs({ Tensor }, { r: 4, use_dora: true }, new Uint8Array(8));
+} catch (error) {
+  result.push(error.message);
+}
+const { data, dims } = inputsOfBase({ Tensor }, { inputMetadata: [{ name: "q.lora_magnitude_vector", shape: [2] }] })[
+  "q.lora_magnitude_vector"];
+console.log(JSON.stringify([...result, [...data, ...dims]]));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node")
+def test_a_slot_in_javascript_takes_lower_ranks_and_no_other_widths(tmp_path: Path) -> None:
+    a, b = "q.lora_A.weight", "q.lora_B.weight"
+    given = [{a: [8, 2], b: [2, 6]}, {a: [6, 2]}, {b: [2, 5]}, {a: [8, 5]}, {b: [5, 6]}]
+    sample = json.dumps((SAMPLES / "adapter_inputs.mjs").as_uri())
+    script = OF_SLOTS.replace("SAMPLE", sample).replace("GIVEN", json.dumps(given))
+    (tmp_path / "slots.mjs").write_text(script, encoding="utf-8")
+    command = ["node", tmp_path / "slots.mjs", "graph.onnx"]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    sums, *refused, dora, ones = json.loads(run.stdout)
+    assert sums == [16, 12, 18]  # the factors of DoRA are ones again
+    shapes = [f"{name} of {','.join(map(str, dims))}" for each in given[1:] for name, dims in each.items()]
+    assert refused == [f"the graph has no slot 1 that takes {shape}" for shape in shapes]
+    assert "reads no DoRA" in dora and ones == [1, 1, 2]
+
+
 def expect_what_peft_computes(printed: dict[str, list[float]], folder: Path) -> None:
     base, adapted = hidden_states(folder / "base"), hidden_states(folder / "base", folder / "fr")
     np.testing.assert_allclose(printed["base"], base, rtol=1e-4, atol=1e-5)

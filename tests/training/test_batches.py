@@ -150,6 +150,8 @@ def test_cross_entropy_takes_one_label_a_row_or_a_token() -> None:
         loss.total(even[:, 0], batch(torch.tensor([0, 4])))
     with pytest.raises(InputRefused, match=r"scores are \(2, 3, 4\), the labels \(2,\)"):
         loss.total(even, batch(torch.tensor([0, 1])))
+    with pytest.raises(InputRefused, match=r"the labels \(2, 4\)\. Whole numbers are one class .* label is a list"):
+        loss.total(even[:, 0], batch(torch.ones(2, 4, dtype=torch.int64)))
 
 
 def test_several_classes_are_predicted_one_by_one() -> None:
