@@ -25,7 +25,7 @@ OF_ERRORS = 1e-4  # how much the squared errors of a block in fp32 may differ fr
 
 BESIDE_SEARCH = 0.1  # how much the squared error of a block may be above what a search finds
 
-MOVED, TIES = 4 * FP32_ROUNDOFF, 12  # how far and how often values are moved, so that ties come out in both ways
+_MOVED, TIES = 4 * FP32_ROUNDOFF, 12  # how far and how often values are moved, so that ties come out in both ways
 
 
 def beside_codes(codec: BlockCodec) -> NDArray[np.bool_]:
@@ -76,7 +76,7 @@ def _as_near_as_found(codec: BlockCodec, blocks: Bytes, value: Wide, bound: Wide
     for _ in range(TIES):
         if not (places := np.flatnonzero(~result)).size:
             break
-        moved = value[places] * (1 + MOVED * random.uniform(-1, 1, (len(places), value.shape[1])))
+        moved = value[places] * (1 + _MOVED * random.uniform(-1, 1, (len(places), value.shape[1])))
         result[places] = is_near(places, moved)
     return result
 

@@ -15,18 +15,18 @@ from lora_export.storage.gguf_blocks import BlockCodec
 from lora_export.storage.gguf_scales import BlockNumber, PowerOfTwo
 from lora_export.verification.parity import Wide
 
-AT_ONCE = 1 << 17  # values
-PARTS = (1.0, 0.92, 0.84, 0.76)  # of the range that the codes cover
-POWERS = (1.0, 2.0, 0.5, 4.0)  # instead, where steps are powers of two
-CLEARLY_LARGER, CLEARLY_BETTER = 1 + 1e-6, 0.999  # values are those of the writer but for rounding
-EXACT = 1e-9  # of the squared values: errors below are rounding in fp32
+_AT_ONCE = 1 << 17  # values
+_PARTS = (1.0, 0.92, 0.84, 0.76)  # of the range that the codes cover
+_POWERS = (1.0, 2.0, 0.5, 4.0)  # instead, where steps are powers of two
+_CLEARLY_LARGER, _CLEARLY_BETTER = 1 + 1e-6, 0.999  # values are those of the writer but for rounding
+_EXACT = 1e-9  # of the squared values: errors below are rounding in fp32
 
 _Scales = tuple[Wide, Wide]  # steps and offsets of groups, (blocks, groups)
 
 
 def least_errors(codec: BlockCodec, values: Wide) -> Wide:
     """The least squared error found of each block of (blocks, elements); infinite without any."""
-    count = max(1, AT_ONCE // codec.type.elements)
+    count = max(1, _AT_ONCE // codec.type.elements)
     with np.errstate(all="ignore"):  # scales that cannot be stored are infinite: their errors are no numbers
         pieces = [
             _least(codec, values[first : first + count].reshape(-1, codec.type.elements // codec.group, codec.group))
@@ -51,20 +51,20 @@ def _covering(codec: BlockCodec, values: Wide) -> Iterator[_Scales]:
     low, high = values.min(axis=2), values.max(axis=2)
     if codec.scales.offset is not None:
         low = low if codec.scales.groups is None else np.minimum(low, 0)
-        yield from ((part * (high - low) / largest, low + (1 - part) / 2 * (high - low)) for part in PARTS)
+        yield from ((part * (high - low) / largest, low + (1 - part) / 2 * (high - low)) for part in _PARTS)
         return
     extreme, none = _extreme(values), np.zeros_like(low)
     if isinstance(codec.scales.step, PowerOfTwo):
-        yield from ((part * np.abs(extreme) / largest, none) for part in POWERS)
+        yield from ((part * np.abs(extreme) / largest, none) for part in _POWERS)
         return
     yield np.abs(extreme) / largest, none
-    yield from ((part * extreme / least, none) for part in PARTS)
+    yield from ((part * extreme / least, none) for part in _PARTS)
 
 
 def _extreme(values: Wide) -> Wide:
     """Along the last axis the value of the largest magnitude; the positive one of two as large."""
     low, high = values.min(axis=-1), values.max(axis=-1)
-    found: Wide = np.where(-low > high * CLEARLY_LARGER, low, high)
+    found: Wide = np.where(-low > high * _CLEARLY_LARGER, low, high)
     return found
 
 
@@ -74,8 +74,8 @@ def _best_of_groups(codec: BlockCodec, values: Wide, starts: list[_Scales]) -> _
     for start in starts:
         nearest = _nearest(codec, values, start)
         found = _fitted(codec, nearest, values)
-        errors = np.fmax(_squares(nearest, values, found), EXACT * np.square(values).sum(axis=2))
-        is_better = errors < CLEARLY_BETTER * least
+        errors = np.fmax(_squares(nearest, values, found), _EXACT * np.square(values).sum(axis=2))
+        is_better = errors < _CLEARLY_BETTER * least
         best = np.where(is_better, found[0], best[0]), np.where(is_better, found[1], best[1])
         least = np.where(is_better, errors, least)
     return best

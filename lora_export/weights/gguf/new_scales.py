@@ -24,7 +24,7 @@ MOST_ROUNDS = 64  # a block that is not ready then keeps its scales
 RANGE_PARTS = (1.0, 0.92, 0.84, 0.76)  # of the range of the values, that the codes cover at a start
 POWERS = (1.0, 2.0, 0.5, 4.0)  # instead of these, where steps are powers of two
 CLEARLY_LARGER, CLEARLY_BETTER = 1 + 1e-6, 0.999  # the first of two as good ones is taken, whatever rounds
-EXACT = 1e-9  # of the squared values: errors below are rounding
+_EXACT = 1e-9  # of the squared values: errors below are rounding
 
 
 def on_best_scales(codec: BlockCodec, blocks: Bytes, values: Floats) -> Bytes:
@@ -108,7 +108,7 @@ def _best_of_groups(codec: BlockCodec, values: Floats, starts: Iterable[StepsAnd
     for steps, offsets in starts:
         sums = _Sums.of(codec, codec.nearest_on(steps, offsets, values.reshape(len(values), -1)), values)
         found = sums.fit(has_offsets=offsets is not None, may_be_above=codec.scales.groups is None)
-        errors = np.fmax(sums.errors(*found), EXACT * sums.xx())
+        errors = np.fmax(sums.errors(*found), _EXACT * sums.xx())
         is_better = errors < CLEARLY_BETTER * least
         best = _where(is_better, found, best)
         least = np.where(is_better, errors, least)

@@ -32,7 +32,7 @@ MOST_STATE_BYTES = 1 << 16
 TABLE_OF_4_BITS, TABLE_OF_8_BITS = 16, 256
 STORAGE = ("uint8", "int8", "bfloat16", "float16", "float32")  # of packed bytes: `bnb_4bit_quant_storage`
 ROW_SCALES = "SCB"
-ROUNDING = 2 * float(np.finfo(np.float32).eps)  # of a scale that is an outer scale's reach, relative to its terms
+_ROUNDING = 2 * float(np.finfo(np.float32).eps)  # of a scale that is an outer scale's reach, relative to its terms
 _ScalesOf = Callable[[slice], NDArray[np.float32]]
 OF_INT8 = np.float32(7.874015718698502e-3)  # 1 / 127, as the library rounds it
 
@@ -183,7 +183,7 @@ class _NestedRule(ScaleRule):
         is_changed = is_changed & np.isfinite(factors)
         wanted = np.where(is_changed, factors, self.decode(old))
         before, needed = old["outer"][:: self.block], self._needed(wanted, is_changed)
-        outer = np.where(needed > before + self._slack(wanted, ROUNDING), needed, before)
+        outer = np.where(needed > before + self._slack(wanted, _ROUNDING), needed, before)
         new = _with_outer(self._indices(wanted, np.repeat(outer, self.block)[: len(old)]), outer, self.block)
         return np.where(is_changed | (new["outer"] != old["outer"]), new, old)
 
