@@ -33,10 +33,10 @@ def calibrate(
 ) -> Mapping[str, LayerInputs]:
     """The inputs of layers, by the names of their weights in the output, where the merged model runs on a file's texts.
 
-    `base` has its quantised weights as floats. `others` begins the end of
-    a note, on what is rounded to nearest. The merged model is one of floats, in a temporary folder. Raises
-    InputRefused where there is no model to run, and for a file without inputs; EnvironmentLacking without PyTorch, and
-    for a GGUF file without what transformers needs to read it; OutputFailed where the temporary folder lacks space.
+    `base` has its quantised weights as floats. The merged model is one of floats, in a temporary folder. `others` are
+    the words of the note for what is rounded to nearest. Raises InputRefused where there is no model to run, and for a
+    file without inputs; EnvironmentLacking without PyTorch, and for a GGUF file without what transformers needs to read
+    it; OutputFailed where the temporary folder lacks space.
     """
     option = named("calibration", path)
     if isinstance(base, Checkpoint) and not (base.is_folder and base.config):
