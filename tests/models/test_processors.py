@@ -235,6 +235,22 @@ def test_whisper_has_the_length_that_it_needs(tmp_path: Path) -> None:
     assert found["input_features"].shape == (2, 8, 40)
 
 
+def test_an_extractor_that_makes_tensors_of_pytorch_alone_is_read(tmp_path: Path) -> None:
+    hf.OmniASRFeatureExtractor().save_pretrained(tmp_path)
+    sounds = [a_sound(tmp_path / "a.wav").astype(np.float32), np.ones(900, np.float32)]
+    found = features_of(sounds, open_extractor(tmp_path))
+    assert found["input_values"].shape == (2, 1, 4000)
+    np.testing.assert_array_equal(found["padding_mask"].sum(1), [4000, 900])
+
+
+def test_a_sound_that_becomes_several_rows_is_refused(tmp_path: Path) -> None:
+    hf.CohereAsrFeatureExtractor(max_audio_clip_s=2, overlap_chunk_second=1).save_pretrained(tmp_path)
+    extractor, second = open_extractor(tmp_path), np.random.default_rng(0).normal(size=16_000).astype(np.float32)
+    assert features_of([second, second], extractor).keys() == {"input_features", "attention_mask"}
+    with pytest.raises(InputRefused, match="makes 5 rows of 2 sounds: it cuts long ones"):
+        features_of([second, np.tile(second, 5)], extractor)
+
+
 def test_folder_without_extractor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"has no preprocessor_config\.json") as refused:
         open_extractor(tmp_path)
