@@ -1,7 +1,7 @@
 """What is done: a record for each job, which counts while base, adapter, options, version and output fit.
 
-The existence of a file proves nothing. The contents of inputs are compared by hashes. A file is read again where its
-size, its times or its place on the disk are others than when it was hashed.
+The existence of a file proves nothing. The contents of inputs and outputs are compared by hashes. A file is read again
+where its size, its times or its place on the disk are others than when it was hashed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lora_export.version import __version__
 RECORD_SCHEMA = "lora-export/fleet-record/1"
 STARTED, JOB_NOT_DONE = "started", "not done"
 PUBLISHED = "published"  # in a record: what the job was about to publish, as in its "written"
+HASHES = "hashes"  # in a record: those of the files of what the job wrote, as in hashes.json
 FORMER = "former"  # in a record: what the job wrote under other names, each output as a record has it in "written"
 GOOD = ("done", "same")
 # Outcomes that a job has again while nothing changes. `failed` is tried again
@@ -61,7 +62,7 @@ class FleetRecords:
         self.folder, self.reads = folder, reads
         self._hashes_file = folder / "hashes.json"
         self._known = json_files.read_json(self._hashes_file) if self._hashes_file.is_file() else {}
-        self._has_new_hashes = False
+        self._new: dict[str, list[Any]] = {}  # of `_known`: what is not in the file yet
         self.unread: set[str] = set()  # files whose hash is not known, where they are not to be read
         self._contents: dict[str, dict[str, str] | None] = {}  # of this run, by path
 
@@ -69,6 +70,7 @@ class FleetRecords:
         """What is known of a job, by the standings of those `after` which it comes."""
         before = {name: others[name] for name in job.after}
         record = self.read(job.id)
+        self.learn({file: one for file, one in record.get(HASHES, {}).items() if file not in self._known})
         if bad := [name for name, one in before.items() if one.outcome not in (*GOOD, JOB_NOT_DONE)]:
             return Standing("not run", f"after {bad[0]}: {before[bad[0]].outcome}", record)
         is_open, own = any(one.outcome == JOB_NOT_DONE for one in before.values()), self.own(job, record)
@@ -137,23 +139,39 @@ class FleetRecords:
 
     def write_hashes(self) -> None:
         """Write the hashes of files that were read since the last time: the next run does not read these files."""
-        if self._has_new_hashes:
+        if self._new:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self._hashes_file, self._known)
-            self._has_new_hashes = False
+            self._new = {}
 
-    def identity_of(self, path: str | Path) -> dict[str, Any] | None:
-        """What an output is: the sizes of its files and its own record, or without one the hashes of its files.
+    def hashes_in(self, outputs: Iterable[str]) -> dict[str, list[Any]]:
+        """What is known of the files of outputs, for `learn` of another process."""
+        names = tuple(str(Path(path).absolute()) for path in outputs)
+        return {file: one for file, one in self._known.items() if file.startswith(names)}
 
-        None where it does not exist, cannot be read, or has no hash yet.
+    def learn(self, hashes: Mapping[str, list[Any]]) -> None:
+        """Know the hashes of files, each behind the state in which the file had it."""
+        self._known |= hashes
+        self._new |= hashes
+
+    def identity_of(self, path: str | Path, *, is_new: bool = False) -> dict[str, Any] | None:
+        """What an output is: its own record, and the hashes of its files; in a store their sizes and ETags.
+
+        Of an output that is new, the hashes that its record states are not computed again. Where one is not known and
+        files are not to be read, there are none. None where it does not exist or cannot be read, or nothing is known.
         """
         try:
             artifact = open_artifact(path if isinstance(path, Path) else newly_opened(path))
-            if content := artifact.record.content if artifact.path.exists() else {}:
-                text = json.dumps(content, sort_keys=True).encode(errors="surrogatepass")
-                sizes = {name: _size_of(file) for name, file in artifact.files.items()}
-                return {"sizes": sizes, "record": hashlib.sha256(text).hexdigest()}
-            return self._hashes_of(artifact.files) or None
+            content = artifact.record.content if artifact.path.exists() else {}
+            text = json.dumps(content, sort_keys=True).encode(errors="surrogatepass")
+            own = {"record": hashlib.sha256(text).hexdigest()} if content else {}
+            if content and isinstance(artifact.path, StorePath):
+                return {"sizes": {name: _size_of(file) for name, file in artifact.files.items()}, **own}
+            for name, stated in content.get("files", {}).items() if is_new else ():
+                if FAST in stated and name in artifact.files:
+                    self._know(artifact.files[name], stated[FAST])
+            hashes = self._hashes_of(artifact.files)
+            return ({"hashes": hashes} if hashes else {}) | own or None
         except (InputRefused, OSError):
             return None
 
@@ -203,21 +221,28 @@ class FleetRecords:
         return known if len(known) == len(hashes) else None
 
     def _hash_of(self, file: Path) -> str | None:
-        (state,) = input_files.file_states([file])
         *before, digest = self._known.get(str(file.absolute()), [None])
-        if tuple(before) != state[1:]:  # the number of a device changes when it is mounted
+        if before != _state_of(file):
             if not self.reads:
                 self.unread.add(str(file))
                 return None
-            digest, self._has_new_hashes = file_hash(file, FAST), True
-            self._known[str(file.absolute())] = [*state[1:], digest]
+            digest = file_hash(file, FAST)
+            self._know(file, digest)
         return str(digest)
 
+    def _know(self, file: Path, digest: str) -> None:
+        self.learn({str(file.absolute()): [*_state_of(file), digest]})
 
-def _size_of(file: Path) -> int | list[int]:
-    """The bytes of a file; in a store also a number of its ETag: a worker that woke up late may have put it again."""
+
+def _state_of(file: Path) -> list[int]:
+    (state,) = input_files.file_states([file])
+    return list(state[1:])  # the number of a device changes when it is mounted
+
+
+def _size_of(file: Path) -> list[int]:
+    """The bytes of an object, and a number of its ETag: a worker that woke up late may have put it again."""
     state = file.stat()
-    return [state.st_size, state.st_ino] if isinstance(file, StorePath) else state.st_size
+    return [state.st_size, state.st_ino]
 
 
 def _exists(path: str) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import OutputFailed
-from lora_export.fleet.records import FORMER, PUBLISHED, STARTED, FleetRecords
+from lora_export.fleet.records import FORMER, HASHES, PUBLISHED, STARTED, FleetRecords
 from lora_export.fleet.steps import FleetJob, absolute
 from lora_export.storage.atomic_output import refuse_foreign_files
 from lora_export.storage.manifest import MANIFEST
@@ -89,6 +89,7 @@ def perform(batch: JobBatch) -> list[dict[str, Any]]:
         record |= {"seconds": seconds, "created": when, "notes": own, "facts": dict(request.facts)}
         if "written" not in record:
             record.update(_own(request, records))
+        record[HASHES] = records.hashes_in(record["written"])
         last = records.read(request.job.id)
         if last.get("attempt") == attempt:  # this worker was not taken for dead meanwhile
             records.write(request.job.id, {**record, FORMER: records.former(last, record["written"])})
@@ -132,7 +133,10 @@ def _record_published(
         if not request.job.values.get("overwrite") and not isinstance(goal, StorePath):  # a store replaces nothing
             for path, each in contents.items():
                 _refuse_foreign(goal.with_name(path.name), each, request.own)
-        found = {str(goal.with_name(path.name)): records.identity_of(each) or {} for path, each in contents.items()}
+        found = {
+            str(goal.with_name(path.name)): records.identity_of(each, is_new=True) or {}
+            for path, each in contents.items()
+        }
         records.write(request.job.id, {**record, PUBLISHED: found})
 
 
@@ -207,7 +211,7 @@ def _record_of(request: JobRequest, result: Any, records: FleetRecords) -> dict[
         "exit": 0,
         "message": message,
         "output": None if output is None else str(output),
-        "written": {path: records.identity_of(path) or {} for path in paths},
+        "written": {path: records.identity_of(path, is_new=True) or {} for path in paths},
     }
 
 

@@ -219,7 +219,7 @@ def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[s
         arrays = {name: np.asarray(value) for name, value in made.items() if not isinstance(value, list)}
     if most := max((len(array) for array in arrays.values() if len(array) != len(sounds)), default=0):
         raise InputRefused(
-            f"the model's extractor makes {most} rows of {len(sounds)} sounds: it cuts long ones; cut them into files before"
+            f"the model's extractor makes {most} rows of {len(sounds)} sounds: it cuts long ones; give parts of them"
         )
     return arrays
 

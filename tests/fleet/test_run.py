@@ -45,9 +45,9 @@ def record(job: str) -> tuple[Path, dict[str, object]]:
     return path, json.loads(path.read_text())
 
 
-def change_byte(place: Path) -> None:
-    """Change a weight of the base, and put its times back."""
-    path = place / "base" / "model.safetensors"
+def change_byte(place: Path, folder: str = "base") -> None:
+    """Change a weight, and put the times of its file back."""
+    path = place / folder / "model.safetensors"
     times, content = path.stat(), bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -66,6 +66,8 @@ CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a weight of the base": (change_byte, JOBS),
     "the base's config": (lambda place: (place / "base" / "config.json").write_text("{}"), JOBS),
     "an output is gone": (lambda place: shutil.rmtree(place / "release" / "fr"), FR[:1]),
+    "a byte of an output": (lambda place: change_byte(place, "release/fr"), FR[:1]),
+    "times of an output": (lambda place: os.utime(place / "release" / "fr" / "model.safetensors"), []),
     "a shard is gone": (lambda place: (place / "release" / "fr" / "model.safetensors").unlink(), FR[:1]),
     "an adapter": (lambda place: peft_adapter(place / "adapters" / "fr", {"up": ([[1, 1, 1]], [[1], [1]])}), FR),
     "an option": (
@@ -91,6 +93,17 @@ def test_what_changed_is_done_again(changed: str, place: Path, monkeypatch: pyte
     for name, (a, b) in PAIRS.items() if changed != "an adapter" else ():
         merged = load_file(place / "release" / name / "model.safetensors")["up.weight"]
         assert np.array_equal(merged, weight + np.array(b) @ np.array(a))
+
+
+def test_nothing_is_read_again_for_its_hash(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even what a worker wrote, where the run that began it was killed before it wrote its hashes."""
+    run_here(monkeypatch)
+    monkeypatch.setattr("lora_export.fleet.records.file_hash", lambda file, _: 1 / 0)
+    assert le.run_fleet("status", "fleet.toml").counts == {"done": 2, "same": 2}
+    hashes = place / "fleet.records" / "hashes.json"
+    known = json.loads(hashes.read_text())
+    hashes.write_text(json.dumps({name: one for name, one in known.items() if "/release/" not in name}))
+    assert le.run_fleet("status", "fleet.toml").counts == {"done": 2, "same": 2}
 
 
 def test_a_base_that_is_nowhere_ends_its_jobs_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
