@@ -332,8 +332,8 @@ def completed_inputs(inputs: Arrays, axes: Mapping[str, object]) -> Arrays:
     if lacks_positions and IDS in inputs and not any(name.startswith(PAST) for name in inputs):
         shape = inputs[IDS].shape
         inputs = {**inputs, POSITION_IDS: np.broadcast_to(np.arange(shape[1]), shape)}
-    problems = [f"the graph has no input {name}" for name in inputs if name not in axes]
-    problems += [f"the graph needs {name}, which the model does not take" for name in axes if name not in inputs]
+    problems = [f"the candidate has no input {name}" for name in inputs if name not in axes]
+    problems += [f"the candidate needs {name}, which the model does not take" for name in axes if name not in inputs]
     if problems:
         raise RuntimeRefused("; ".join(problems))
     return inputs

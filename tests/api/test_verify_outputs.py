@@ -65,7 +65,7 @@ def test_a_graph_of_bert_without_token_types_is_judged_with_zeros(tmp_path: Path
     for node in graph.graph.node:
         node.input[:] = ["mask" if name == "attention_mask" else name for name in node.input]
     onnx.save(graph, tmp_path / "renamed.onnx")
-    with pytest.raises(RuntimeRefused, match="has no input attention_mask; the graph has no input token_type_ids"):
+    with pytest.raises(RuntimeRefused, match="has no input attention_mask; the candidate has no input token_type_ids"):
         le.verify(tmp_path / "renamed.onnx", base)
 
 

@@ -45,9 +45,9 @@ def test_missing_cuda_never_falls_back_to_the_cpu(a_graph: Path) -> None:
 
 def test_inputs_that_the_graph_lacks_are_named(a_graph: Path) -> None:
     runner = OnnxRunner(a_graph)
-    with pytest.raises(RuntimeRefused, match="the graph has no input mask"):
+    with pytest.raises(RuntimeRefused, match="the candidate has no input mask"):
         runner.run({"x": np.zeros((1, 2), np.float32), "mask": np.zeros(1)})
-    with pytest.raises(RuntimeRefused, match="the graph needs x"):
+    with pytest.raises(RuntimeRefused, match="the candidate needs x"):
         runner.run({})
 
 
@@ -62,9 +62,9 @@ def test_positions_are_counted_where_the_inputs_have_none(tmp_path: Path) -> Non
     ids = np.array([[10, 10, 10], [20, 20, 20]])
     assert runner.run({"input_ids": ids})["y"].tolist() == [[10, 11, 12], [20, 21, 22]]
     assert runner.run({"input_ids": ids, "position_ids": ids})["y"].tolist() == (2 * ids).tolist()
-    with pytest.raises(RuntimeRefused, match="the graph needs position_ids"):
+    with pytest.raises(RuntimeRefused, match="the candidate needs position_ids"):
         OnnxRunner(tmp_path / "positions.onnx").run({})
-    with pytest.raises(RuntimeRefused, match="the graph needs position_ids"):
+    with pytest.raises(RuntimeRefused, match="the candidate needs position_ids"):
         runner.run({"input_ids": ids, "past_key_values.0.key": np.zeros((2, 1, 4, 8), np.float32)})
 
 

@@ -130,7 +130,7 @@ def test_openvino_reads_its_own_files_with_their_weights(graph: Path, tmp_path: 
     with contextlib.closing(RegisteredRunner("openvino", model)) as runner:
         assert runner.run(INPUTS)["y"].tolist() == Y
         assert "INFERENCE_PRECISION_HINT=f32" in runner.notes[0]
-        with pytest.raises(RuntimeRefused, match="the graph has no input z; the graph needs add"):
+        with pytest.raises(RuntimeRefused, match="the candidate has no input z; the candidate needs add"):
             runner.run({"x": INPUTS["x"], "z": INPUTS["x"]})
 
 
