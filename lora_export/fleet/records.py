@@ -29,7 +29,7 @@ from lora_export.version import __version__
 RECORD_SCHEMA = "lora-export/fleet-record/1"
 STARTED, JOB_NOT_DONE = "started", "not done"
 PUBLISHED = "published"  # in a record: what the job was about to publish, as in its "written"
-HASHES = "hashes"  # in a record: those of the files of what the job wrote, as in hashes.json
+HASHES = "hashes"  # in a record: those of the files of what the job wrote, each behind the file's state
 FORMER = "former"  # in a record: what the job wrote under other names, each output as a record has it in "written"
 GOOD = ("done", "same")
 # Outcomes that a job has again while nothing changes. `failed` is tried again
@@ -62,7 +62,8 @@ class FleetRecords:
         self.folder, self.reads = folder, reads
         self._hashes_file = folder / "hashes.json"
         self._known = json_files.read_json(self._hashes_file) if self._hashes_file.is_file() else {}
-        self._new: dict[str, list[Any]] = {}  # of `_known`: what is not in the file yet
+        self._has_new_hashes = False
+        self._of_records: dict[str, list[Any]] = {}  # as `_known`, of outputs: the records of their jobs have these
         self.unread: set[str] = set()  # files whose hash is not known, where they are not to be read
         self._contents: dict[str, dict[str, str] | None] = {}  # of this run, by path
 
@@ -70,7 +71,7 @@ class FleetRecords:
         """What is known of a job, by the standings of those `after` which it comes."""
         before = {name: others[name] for name in job.after}
         record = self.read(job.id)
-        self.learn({file: one for file, one in record.get(HASHES, {}).items() if file not in self._known})
+        self.learn(record)
         if bad := [name for name, one in before.items() if one.outcome not in (*GOOD, JOB_NOT_DONE)]:
             return Standing("not run", f"after {bad[0]}: {before[bad[0]].outcome}", record)
         is_open, own = any(one.outcome == JOB_NOT_DONE for one in before.values()), self.own(job, record)
@@ -139,20 +140,19 @@ class FleetRecords:
 
     def write_hashes(self) -> None:
         """Write the hashes of files that were read since the last time: the next run does not read these files."""
-        if self._new:
+        if self._has_new_hashes:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self._hashes_file, self._known)
-            self._new = {}
+            self._has_new_hashes = False
 
     def hashes_in(self, outputs: Iterable[str]) -> dict[str, list[Any]]:
-        """What is known of the files of outputs, for `learn` of another process."""
+        """What is known of the files of outputs, for the record of their job: no other process has to read them."""
         names = tuple(str(Path(path).absolute()) for path in outputs)
         return {file: one for file, one in self._known.items() if file.startswith(names)}
 
-    def learn(self, hashes: Mapping[str, list[Any]]) -> None:
-        """Know the hashes of files, each behind the state in which the file had it."""
-        self._known |= hashes
-        self._new |= hashes
+    def learn(self, record: Mapping[str, Any]) -> None:
+        """Know the hashes of the outputs of a job."""
+        self._of_records |= record.get(HASHES, {})
 
     def identity_of(self, path: str | Path, *, is_new: bool = False) -> dict[str, Any] | None:
         """What an output is: its own record, and the hashes of its files; in a store their sizes and ETags.
@@ -221,17 +221,19 @@ class FleetRecords:
         return known if len(known) == len(hashes) else None
 
     def _hash_of(self, file: Path) -> str | None:
-        *before, digest = self._known.get(str(file.absolute()), [None])
-        if before != _state_of(file):
-            if not self.reads:
-                self.unread.add(str(file))
-                return None
-            digest = file_hash(file, FAST)
-            self._know(file, digest)
-        return str(digest)
+        name, state = str(file.absolute()), _state_of(file)
+        for *before, digest in filter(None, (self._known.get(name), self._of_records.get(name))):
+            if before == state:
+                return str(digest)
+        if not self.reads:
+            self.unread.add(str(file))
+            return None
+        digest = file_hash(file, FAST)
+        self._know(file, digest)
+        return digest
 
     def _know(self, file: Path, digest: str) -> None:
-        self.learn({str(file.absolute()): [*_state_of(file), digest]})
+        self._known[str(file.absolute())], self._has_new_hashes = [*_state_of(file), digest], True
 
 
 def _state_of(file: Path) -> list[int]:

@@ -17,7 +17,7 @@ from lora_export.errors import EnvironmentLacking
 from lora_export.fleet.batches import batches
 from lora_export.fleet.description import FleetFile
 from lora_export.fleet.needs import NeedsOfJobs
-from lora_export.fleet.records import GOOD, HASHES, FleetRecords, Standing
+from lora_export.fleet.records import GOOD, FleetRecords, Standing
 from lora_export.fleet.status import FleetStatus, job_status
 from lora_export.fleet.steps import FleetJob
 from lora_export.fleet.worker import GRAPHS, JobBatch, JobRequest, perform
@@ -173,7 +173,7 @@ class _Run:
     def _take_in(self, job: FleetJob, record: Mapping[str, Any], standing: Standing) -> None:
         """Know the result of a job."""
         self.standings[job.id] = Standing(record["outcome"], str(record.get("message", "")), record, standing.facts)
-        self.records.learn(record.get(HASHES, {}))
+        self.records.learn(record)
         self.done += 1
         if record["outcome"] in GOOD:
             self.needs.learn(job, record["seconds"])
