@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lora_export.api.load import adapter_paths, calibration_file, locate_adapters, no_adapter_as_model
 from lora_export.api.merge_checkpoint import merging_into_checkpoint
-from lora_export.api.merge_pipeline import merge_into_pipeline
 from lora_export.api.merge_request import MergeRequest, MergeResult, read_adapters
 from lora_export.artifacts.artifact import artifact_kind
 from lora_export.artifacts.files import with_suffix
@@ -83,9 +82,11 @@ def _merging_into(kind: ArtifactKind, request: MergeRequest) -> Merging[MergeRes
             raise WrongUsage(
                 f"{named('keep_residual', request.keep_residual)} is the output or inside it. Name a file beside it"
             )
+    # A merge into a checkpoint does not wait for onnx, or for what the other kinds need, to be imported.
     if kind is ArtifactKind.PIPELINE:
+        from lora_export.api.merge_pipeline import merge_into_pipeline
+
         return merge_into_pipeline(request)
-    # A merge into a checkpoint does not wait for onnx, or for what the other formats need, to be imported.
     if kind is ArtifactKind.GGUF:
         from lora_export.api.merge_gguf import merge_into_gguf
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy, opened_base, plan_over
 from lora_export.callbacks import in_bytes, note_each
@@ -19,7 +19,6 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
-from lora_export.weights.gguf.base import GgufBase
 from lora_export.weights.merge import output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, QuantisedLayer, refuse_no_change
 from lora_export.weights.one_pass import Merging
@@ -31,7 +30,9 @@ from lora_export.weights.quantisation_loss import (
 )
 from lora_export.weights.quantised import caution_for
 from lora_export.weights.quantised_layers import keep_quantised
-from lora_export.weights.residuals.archive import refuse_without_hash, write_residual
+
+if TYPE_CHECKING:
+    from lora_export.weights.gguf.base import GgufBase
 
 
 def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
@@ -51,6 +52,8 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     steps = plan_over(checkpoint, request)
     refuse_before_merge(steps, checkpoint)
     if request.keep_residual is not None:
+        from lora_export.weights.residuals.archive import refuse_without_hash  # few merges keep one
+
         refuse_without_hash(steps)
     more = notes_on_checkpoint(checkpoint, request.adapters, kept=request.keep_quantised)
     notes = request.report_notes(steps, [*([why_alone] if why_alone else ()), *more])
@@ -95,6 +98,7 @@ def calibration_inputs(
     if request.calibration is None:
         return {}, {}
     from lora_export.api.calibration import calibrate  # few merges run a model
+    from lora_export.weights.gguf.base import GgufBase
 
     has_new_scales = request.rescale and isinstance(base, GgufBase)
     others = "the others, and those that get new scales, are" if has_new_scales else "the others are"
@@ -110,6 +114,8 @@ def _stricter_retention() -> str:
 
 def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged: Path) -> int:
     """Write the residual of a merge that is not published yet. Returns its size in bytes."""
+    from lora_export.weights.residuals.archive import write_residual
+
     assert request.keep_residual is not None
     size = sum(step.spec.nbytes for step in steps.steps)
     inputs = [request.base, *request.sources]

@@ -6,9 +6,8 @@ import contextlib
 from dataclasses import replace
 
 from lora_export import plan
-from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.generation_files import copy_generation_files, size_of_generation_files
-from lora_export.api.merge_request import MergeRequest, MergeResult, nodes_remedy
+from lora_export.api.merge_request import MergeRequest, MergeResult, combined_pairs, nodes_remedy
 from lora_export.callbacks import in_bytes
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.merge.copy_parts import MergeRun
@@ -33,7 +32,7 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
         request = replace(request, adapters=respelled(request.adapters, sites.specs, checkpoint.rules))
     with base_as_remedy(sites) if checkpoint is None else contextlib.nullcontext():
         steps = plan.make(request.adapters, sites.specs, strengths=request.weights)
-    steps = combine_in_plan(steps, request.combined)
+    steps = combined_pairs(steps, request.combined)
     refuse_before_graph_merge(steps, graph, sites, requantise=request.requantize)
     quantised = requantise_notes(steps, graph.model, sites) if request.requantize else ()
     notes = request.report_notes(steps, [*sites.notes, *quantised])

@@ -11,13 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_export import plan
-from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.load import load_adapters
 from lora_export.api.shared_head import head_alone
 from lora_export.callbacks import note_each
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.options.combining import AdapterSource, Applied
+from lora_export.options.combining import AdapterSource, Applied, Combination
 from lora_export.options.merge import MergeOptions
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import command, named
@@ -152,7 +151,16 @@ def planned(
     with tied_as_remedy(base, options.tied):
         ties = ties_of(base, options.tied)
         steps = plan.make(adapters, base.specs, strengths=options.weights, rules=base.rules, ties=ties, **more)
-    return combine_in_plan(steps, options.combined, together)
+    return combined_pairs(steps, options.combined, together)
+
+
+def combined_pairs(steps: Plan, combination: Combination, together: Sequence[str] = ()) -> Plan:
+    """`combine_in_plan`, which is imported for the few merges that combine by another method than the exact sum."""
+    if combination.is_exact:
+        return steps
+    from lora_export.adapters.combine import combine_in_plan
+
+    return combine_in_plan(steps, combination, together)
 
 
 def read_adapters(

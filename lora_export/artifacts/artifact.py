@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export import provenance
 from lora_export.artifacts import archive
@@ -38,11 +38,13 @@ from lora_export.storage.hashes import SHORT_HASH, file_hash
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.store_path import place
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, is_streamable, open_checkpoint
-from lora_export.weights.gguf.base import GgufBase, open_base
 from lora_export.weights.pipeline import is_pipeline
 from lora_export.weights.quantised import QUANTIZATION
 from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
 from lora_export.weights.weight_files import variant_like
+
+if TYPE_CHECKING:
+    from lora_export.weights.gguf.base import GgufBase
 
 MAX_RECORD = 10_000_000  # bytes of the record in a TorchScript archive
 
@@ -285,6 +287,8 @@ class Artifact:
     @cached_property
     def gguf(self) -> GgufBase:
         """The headers of a GGUF file. Raises InputRefused as `open_base`."""
+        from lora_export.weights.gguf.base import open_base  # few artifacts are such files
+
         return open_base(self.path)
 
     @cached_property

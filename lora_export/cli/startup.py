@@ -20,9 +20,12 @@ from types import ModuleType
 DEFERRED = frozenset(
     {
         *("sympy", "onnx_ir._symbolic_shapes"),  # the second imports the first
-        *("google.protobuf.json_format", "google.protobuf.text_format"),  # graphs as text
-        *("onnx.compose", "onnx.gen_proto", "onnx.utils"),
+        *("google.protobuf.json_format", "google.protobuf.text_format", "google.protobuf.text_encoding"),  # as text
+        *("google.protobuf.descriptor_database", "google.protobuf.internal.python_message"),  # its C code has both
+        *("onnx.compose", "onnx.gen_proto", "onnx.helper", "onnx.numpy_helper", "onnx.parser", "onnx.printer"),
+        *("onnx.shape_inference", "onnx.utils", "onnx.version_converter"),
         *("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars"),  # the docstrings of NumPy's functions
+        *("csv", "socket"),  # of importlib.metadata, which onnx asks for its version
     }
 )
 

@@ -37,7 +37,6 @@ from lora_export.names.families import EXPERT, FamilyNames, LlamaCppNames, colum
 from lora_export.names.row_orders import Heads
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
-from lora_export.storage.gguf_blocks import FLAT, as_tensor_file
 from lora_export.storage.gguf_file import (
     DEFAULT_ALIGNMENT,
     float_field,
@@ -78,6 +77,8 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     if type(alpha) is not float or not 0 <= alpha <= LARGEST_NUMBER:
         raise InputRefused(f"{path}: {ALPHA} is {alpha!r}; it must be a number")
     options.refuse_rank_and_alpha("the header of a GGUF file")
+    from lora_export.storage.gguf_blocks import as_tensor_file  # most adapters are no such file
+
     names = names_of(file)
     config = base_config(None, options) or {}
     queries = size_in_config(config, "num_attention_heads") or 0
@@ -128,6 +129,8 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         raise InputRefused(
             f"llama.cpp's names depend on the base's architecture. State it: {named('base', 'CHECKPOINT')}"
         )
+    from lora_export.storage.gguf_blocks import FLAT
+
     file = _GgufFile(adapter, config, gguf)
     file.add_pairs()
     alpha = file.only_alpha()

@@ -7,6 +7,7 @@ is, and every format of this kind knows all spellings. The kinds are LoRA, LoCon
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -63,15 +64,25 @@ class KeyPart(StrEnum):
 
 _OWN = r"(hada|lokr)_\w+|diff(_b)?|[wb]_norm|lora_mid|dora_scale|oft_blocks|rescale|on_input"
 OWN_NAMES = [part for part in KeyPart if re.fullmatch(_OWN, part)]
-ENDINGS = [
-    (re.compile(r"\.(lora_down|lora\.down|lora_linear_layer\.down|lora_A(\.default)?)\.weight|\.lora_A"), KeyPart.A),
-    (re.compile(r"\.(lora_up|lora\.up|lora_linear_layer\.up|lora_B(\.default)?)\.weight|\.lora_B"), KeyPart.B),
-    (re.compile(r"\.lora_(B(\.default)?|up)\.bias"), KeyPart.B_BIAS),
-    (re.compile(r"(\.lora|\.lora_linear_layer)?\.alpha"), KeyPart.ALPHA),
-    (re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?"), KeyPart.MAGNITUDE),
-    *((re.compile(rf"\.{re.escape(part)}(\.weight)?"), part) for part in OWN_NAMES),
-    *((re.compile(rf"\.{part}\.weight"), part) for part in KeyPart if part.name.startswith("GLORA")),
-]
+
+
+@functools.cache
+def _endings() -> list[tuple[re.Pattern[str], KeyPart]]:
+    """How the key of each part ends. The patterns are compiled for the first key: few adapters have such names."""
+    return [
+        (
+            re.compile(r"\.(lora_down|lora\.down|lora_linear_layer\.down|lora_A(\.default)?)\.weight|\.lora_A"),
+            KeyPart.A,
+        ),
+        (re.compile(r"\.(lora_up|lora\.up|lora_linear_layer\.up|lora_B(\.default)?)\.weight|\.lora_B"), KeyPart.B),
+        (re.compile(r"\.lora_(B(\.default)?|up)\.bias"), KeyPart.B_BIAS),
+        (re.compile(r"(\.lora|\.lora_linear_layer)?\.alpha"), KeyPart.ALPHA),
+        (re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?"), KeyPart.MAGNITUDE),
+        *((re.compile(rf"\.{re.escape(part)}(\.weight)?"), part) for part in OWN_NAMES),
+        *((re.compile(rf"\.{part}\.weight"), part) for part in KeyPart if part.name.startswith("GLORA")),
+    ]
+
+
 # diffusers' oldest form: the pairs belong to the processor of an attention, not to its layers.
 PROCESSOR_ENDING = re.compile(
     r"(\.processor)?\.(?P<layer>to_\w+?)_lora\.(?:(?P<side>down|up)\.weight|(?P<alpha>alpha))"
@@ -85,7 +96,7 @@ def split_key(key: str) -> tuple[str, KeyPart] | None:
     dots = [match.start() for match in re.finditer(r"\.", key)]
     for start in dots[-MOST_DOTS:]:
         ending = key[start:]
-        for pattern, part in ENDINGS:
+        for pattern, part in _endings():
             if start and pattern.fullmatch(ending):
                 return key[:start], part
         if found := PROCESSOR_ENDING.fullmatch(ending):

@@ -37,7 +37,9 @@ from lora_export.lora import Adapter, LoraPair
 # How a tensor is rounded: to a dtype, or by a function, as to the nearest value that a quantised weight can hold.
 Rounding = str | Callable[[NDArray[np.float64]], NDArray[np.float64]]
 FP32_SUM_ERROR = 2.0**-18  # of W + ΔW in fp32, relative to the size of its terms: 64 products, half an eps each
-ROUNDED_AT_ONCE = 1 << 16  # numbers that are rounded at once: what is computed on the way stays in a core's cache
+# Numbers that are rounded at once: what is computed on the way stays in a core's cache. PyTorch computes so many in one
+# thread. With more, its threads meet at each operation, and on a busy machine wait at full load.
+ROUNDED_AT_ONCE = 1 << 15
 
 
 def materialise(

@@ -8,12 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.filesize import decimal
 
-from lora_export.adapters.low_rank import LayerShare, total_share
 from lora_export.errors import count, first_of, one_line
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import named
@@ -21,6 +20,9 @@ from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.plan import Plan
 from lora_export.report.console import print_line, print_table
 from lora_export.weights.merge_report import LOW_RETENTION, MergeReport, OutputResult, QuantisationLoss, StepResult
+
+if TYPE_CHECKING:
+    from lora_export.adapters.low_rank import LayerShare
 
 NO_EFFECT = "this adapter changes nothing: every B, A or scale is zero, as in a new adapter"
 
@@ -183,6 +185,8 @@ def print_shares(
 
     `tensors` are those that the adapter saves whole.
     """
+    from lora_export.adapters.low_rank import total_share  # a merge has no shares
+
     ranks = sorted({layer.rank for layer in layers})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
     total = total_share(layers)

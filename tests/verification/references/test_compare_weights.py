@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -301,3 +302,16 @@ def test_a_negated_rare_expert_is_different(form: str, routed: Model, tmp_path: 
     wrong = verdict_of(module, routed, tmp_path, form)
     assert wrong.outcome is parity.Outcome.DIFFERENT
     assert {reason.gate for reason in wrong.reasons} == {"weights"}
+
+
+def test_a_comparison_computes_with_one_thread_of_a_blas():
+    (name, array), *_ = merged("lora").items()
+    threads: list[int] = []
+
+    def load() -> NDArray[Any]:
+        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return array
+
+    with threadpool_limits(2, user_api="blas"):
+        compare_tensors([CandidateTensor(name, OWN, array.shape, load)], MODULE, planned("lora"))
+    assert threads and set(threads) == {1}
