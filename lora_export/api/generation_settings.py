@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_export.api.generation_files import MODEL_CONFIGS, genai_model
 from lora_export.errors import InputRefused
-from lora_export.runtime.generation.loop import TokenRules
+from lora_export.runtime.generation.loop import Sampling, TokenRules
 from lora_export.storage import json_files
 
 BEYOND_TOKENS = 1 << 31  # more than any vocabulary has, and than any number in these configs
@@ -20,8 +20,23 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": ([],),
     "encoder_repetition_penalty": (1.0,),
     "encoder_no_repeat_ngram_size": (0,),
-    "sequence_bias": ({},),
+    "sequence_bias": ({}, []),
     "guidance_scale": (1.0,),
+    "stop_strings": ([],),
+    "exponential_decay_length_penalty": (),
+    "watermarking_config": ({},),
+    "token_healing": (False,),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+}
+# Those that have an effect where tokens are drawn
+NOT_DRAWN: dict[str, tuple[Any, ...]] = {
+    "top_k": (0,),
+    "min_p": (0,),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
 }
 
 
@@ -67,13 +82,16 @@ class GenerationSettings:
             begin_suppress=_tokens(_value(first, "begin_suppress_tokens")),
         )
 
-    @property
-    def not_done(self) -> list[str]:
-        """What the first config asks for and a run here does not do, such as `num_beams 4`."""
+    def not_done(self, sampling: Sampling) -> list[str]:
+        """What the first config asks for and a run here does not do, such as `num_beams 4`.
+
+        A `top_p` is named where tokens are drawn from all.
+        """
         config = self.configs[0] if self.configs else {}
+        drawn = {**NOT_DRAWN, **({"top_p": (1.0,)} if sampling.top_p == 1 else {})} if sampling.temperature else {}
         return [
             f"{name} {config[name]}"
-            for name, neutral in NOT_DONE.items()
+            for name, neutral in (NOT_DONE | drawn).items()
             if config.get(name) is not None and config[name] not in neutral
         ]
 
