@@ -103,7 +103,9 @@ def generate(options: GenerateOptions) -> list[Generation]:
         _refuse_starts(model, chat=chat)
     texts_in = any(isinstance(given, str) for given in (*prompts, starts, *starts))
     tokenizer = _tokenizer(settings.folder, needed=texts_in)
-    limits = TextLimits(settings.end_tokens, options.max_new_tokens, settings.padding, settings.rules)
+    limits = TextLimits(
+        settings.end_tokens, options.max_new_tokens, settings.padding, settings.rules, settings.recomputed_beyond
+    )
     streams = [TextStream(number, tokenizer, options.on_text) for number in range(len(prompts))]
 
     def on_token(number: int, token: int) -> None:

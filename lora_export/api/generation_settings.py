@@ -29,6 +29,9 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,),
     "dola_layers": (),
 }
+# Types of models whose rotary embedding has other angles for all tokens of a longer text (LongRoPE), and which then
+# compute these again (modeling_phi3.py, prepare_inputs_for_generation)
+RECOMPUTING = ("phi3", "phimoe", "phi4_multimodal")
 # Those that have an effect where tokens are drawn
 NOT_DRAWN: dict[str, tuple[Any, ...]] = {
     "top_k": (0,),
@@ -67,6 +70,12 @@ class GenerationSettings:
     def padding(self) -> int:
         """The token of padding; 0 where there is none."""
         return next(iter(_tokens(self.value("pad_token_id"))), 0)
+
+    @property
+    def recomputed_beyond(self) -> int | None:
+        """The length of a text beyond which all its tokens are computed again; None where none is."""
+        length = self.value("original_max_position_embeddings")
+        return length if self.value("model_type") in RECOMPUTING and type(length) is int else None
 
     @property
     def rules(self) -> TokenRules:

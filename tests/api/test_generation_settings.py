@@ -95,6 +95,12 @@ def test_what_is_not_done_is_named(
     assert settings(tmp_path, generation=generation).not_done(sampling) == named
 
 
+@pytest.mark.parametrize(("kind", "length"), [("phi3", 4096), ("llama", None)])
+def test_tokens_of_phi_3_are_computed_again(kind: str, length: int | None, tmp_path: Path) -> None:
+    model = {"model_type": kind, "original_max_position_embeddings": 4096}
+    assert settings(tmp_path, generation={}, model=model).recomputed_beyond == length
+
+
 def test_decoder_starts_with_its_token(tmp_path: Path) -> None:
     assert settings(tmp_path, model={"decoder_start_token_id": 0, "bos_token_id": 1}).start_token == 0
     assert settings(tmp_path, model={"bos_token_id": 1}).start_token == 1
