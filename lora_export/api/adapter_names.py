@@ -93,6 +93,18 @@ def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
     return named
 
 
+def has_other_experts(adapter: Adapter, base: Path) -> bool:
+    """Whether an adapter of mlx-lm names experts as neither the base nor transformers does: w1 of Mixtral is gate_proj.
+
+    Raises InputRefused for a base that cannot be read.
+    """
+    if adapter.format != "mlx" or not adapter.experts:
+        return False
+    known = {spec.name for spec in open_checkpoint(base).specs}
+    ends = [(owner, *owner.rpartition(".")) for owner in adapter.experts]
+    return any(known.isdisjoint((owner, f"{module}.0.{last}.weight")) for owner, module, _, last in ends)
+
+
 def without_repeated_tables(adapter: Adapter, base: Path) -> Adapter:
     """The adapter, with the names of its base, without the whole tensors that are the base's own.
 

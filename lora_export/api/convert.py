@@ -12,6 +12,7 @@ from lora_export import provenance
 from lora_export.adapters.low_rank import LayerShare, as_lora
 from lora_export.api.adapter_names import (
     family_of_base,
+    has_other_experts,
     named_for,
     named_for_pipeline,
     with_dots_of,
@@ -103,7 +104,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
         # mlx-lm and llama.cpp have the names of the original checkpoint.
         loaded = named_for(loaded, names or "transformers4", base)
         loaded = loaded if to == "peft" else without_repeated_tables(loaded, base)
-    elif base is not None and loaded.flattened:
+    elif base is not None and (loaded.flattened or has_other_experts(loaded, base)):
         loaded = with_dots_of(loaded, base)
     writer = writer_of(to)
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output

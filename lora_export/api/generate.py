@@ -85,8 +85,8 @@ def generate(options: GenerateOptions) -> list[Generation]:
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     graph = _graph_in(place(options.source))
     settings = GenerationSettings(graph if graph.is_dir() else graph.parent)
-    if settings.not_done:
-        on_message(f"note: not done: {', '.join(settings.not_done)}, which the generation config asks for")
+    if not_done := settings.not_done(sampling):
+        on_message(f"note: not done: {', '.join(not_done)}, which the generation config asks for")
     require_provider(options.provider)
     model = _opened(graph, options.provider)
     if options.images and isinstance(model, EncoderDecoder):
@@ -103,7 +103,9 @@ def generate(options: GenerateOptions) -> list[Generation]:
         _refuse_starts(model, chat=chat)
     texts_in = any(isinstance(given, str) for given in (*prompts, starts, *starts))
     tokenizer = _tokenizer(settings.folder, needed=texts_in)
-    limits = TextLimits(settings.end_tokens, options.max_new_tokens, settings.padding, settings.rules)
+    limits = TextLimits(
+        settings.end_tokens, options.max_new_tokens, settings.padding, settings.rules, settings.recomputed_beyond
+    )
     streams = [TextStream(number, tokenizer, options.on_text) for number in range(len(prompts))]
 
     def on_token(number: int, token: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_export.api.generation_files import MODEL_CONFIGS, genai_model
 from lora_export.errors import InputRefused
-from lora_export.runtime.generation.loop import TokenRules
+from lora_export.runtime.generation.loop import Sampling, TokenRules
 from lora_export.storage import json_files
 
 BEYOND_TOKENS = 1 << 31  # more than any vocabulary has, and than any number in these configs
@@ -20,8 +20,26 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": ([],),
     "encoder_repetition_penalty": (1.0,),
     "encoder_no_repeat_ngram_size": (0,),
-    "sequence_bias": ({},),
+    "sequence_bias": ({}, []),
     "guidance_scale": (1.0,),
+    "stop_strings": ([],),
+    "exponential_decay_length_penalty": (),
+    "watermarking_config": ({},),
+    "token_healing": (False,),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+}
+# Types of models whose rotary embedding has other angles for all tokens of a longer text (LongRoPE), and which then
+# compute these again (modeling_phi3.py, prepare_inputs_for_generation)
+RECOMPUTING = ("phi3", "phimoe", "phi4_multimodal")
+# Those that have an effect where tokens are drawn
+NOT_DRAWN: dict[str, tuple[Any, ...]] = {
+    "top_k": (0,),
+    "min_p": (0,),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
 }
 
 
@@ -54,6 +72,12 @@ class GenerationSettings:
         return next(iter(_tokens(self.value("pad_token_id"))), 0)
 
     @property
+    def recomputed_beyond(self) -> int | None:
+        """The length of a text beyond which all its tokens are computed again; None where none is."""
+        length = self.value("original_max_position_embeddings")
+        return length if self.value("model_type") in RECOMPUTING and type(length) is int else None
+
+    @property
     def rules(self) -> TokenRules:
         """The rules for each token. They are those of the first config, as transformers takes them."""
         first = self.configs[:1]
@@ -67,13 +91,16 @@ class GenerationSettings:
             begin_suppress=_tokens(_value(first, "begin_suppress_tokens")),
         )
 
-    @property
-    def not_done(self) -> list[str]:
-        """What the first config asks for and a run here does not do, such as `num_beams 4`."""
+    def not_done(self, sampling: Sampling) -> list[str]:
+        """What the first config asks for and a run here does not do, such as `num_beams 4`.
+
+        A `top_p` is named where tokens are drawn from all.
+        """
         config = self.configs[0] if self.configs else {}
+        drawn = {**NOT_DRAWN, **({"top_p": (1.0,)} if sampling.top_p == 1 else {})} if sampling.temperature else {}
         return [
             f"{name} {config[name]}"
-            for name, neutral in NOT_DONE.items()
+            for name, neutral in (NOT_DONE | drawn).items()
             if config.get(name) is not None and config[name] not in neutral
         ]
 

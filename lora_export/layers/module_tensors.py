@@ -93,6 +93,8 @@ def layout_of(owner: nn.Module, attribute: str) -> Layout:
         return Layout.IN_OUT
     if attribute == "weight" and isinstance(declared := getattr(owner, "lora_layout", None), Layout):
         return declared  # the weight of a .pt2 program, whose layer is known by its name alone
+    if attribute == "weight" and (own := own_parameters(owner).get(attribute)) is not None and own.ndim == 2:
+        return Layout.UNKNOWN  # a matrix that a forward of its own reads, such as that of a router of experts
     return Layout.OTHER
 
 

@@ -91,6 +91,19 @@ def test_the_names_are_those_that_were_asked_for(tmp_path: Path) -> None:
     assert all(np.array_equal(found[key], first[key]) for key in found)
 
 
+@pytest.mark.parametrize(("name", "renamed"), [("mixtral", True), ("qwen3_moe", False)])
+def test_experts_of_mlx_get_names_that_peft_finds(tmp_path: Path, name: str, renamed: bool) -> None:
+    """mlx-lm calls w1 of Mixtral gate_proj, which is the name of no layer."""
+    saved = experts.save(tmp_path / "models", name)
+    lora_export.convert(saved["adapter"], tmp_path / "mlx", to="mlx", base=saved["old"])
+    lora_export.convert(tmp_path / "mlx", tmp_path / "peft", to="peft", base=saved["old"])
+    lora_export.merge(saved["old"], tmp_path / "peft", tmp_path / "out")
+    found, expected = weights(tmp_path / "out"), weights(saved["merged_old"])
+    assert all(np.allclose(found[key], expected[key], rtol=0, atol=2e-7) for key in expected)
+    keys = load_file(tmp_path / "peft/adapter_model.safetensors")
+    assert any("mlp.experts.base_layer.lora_A" in key for key in keys) == renamed
+
+
 def test_a_base_that_has_not_the_names_is_refused(tmp_path: Path) -> None:
     saved = experts.save(tmp_path / "models", "mixtral")
     with pytest.raises(InputRefused, match='names="vllm" needs those of the original checkpoint'):

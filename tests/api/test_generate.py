@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import transformers as hf
 
 import lora_export as le
 from lora_export.artifacts.files import GRAPH_FILES
@@ -22,6 +23,7 @@ from lora_export.runtime.generation.decoder import EncoderDecoder
 from support.exporters import optimum_python
 from support.generators import (
     DECODERS,
+    LLAMA_LIKE,
     PROMPTS,
     STEPWISE,
     decoder_adapter,
@@ -98,6 +100,17 @@ def test_other_decoders_give_the_tokens_of_transformers(name: str, tmp_path: Pat
     assert tokens(tmp_path / "served") == expected_tokens(base, PROMPTS)
     assert any("takes one token of each text in a run" in text for text in said) == (name in STEPWISE)
     assert (tmp_path / "served" / "genai_config.json").exists() == (name not in STEPWISE)
+
+
+@pytest.mark.slow
+def test_texts_of_phi_3_pass_the_length_where_its_rope_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 8.0]}
+    rope |= {"original_max_position_embeddings": 16, "factor": 4.0}
+    long = {"rope_parameters": rope, "original_max_position_embeddings": 16, "initializer_range": 0.3}
+    monkeypatch.setitem(DECODERS, "phi3-long", lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**LLAMA_LIKE, **long)))
+    base = small_decoder("phi3-long", tmp_path / "base")
+    le.export_onnx(base, tmp_path / "served", with_cache=True, verify=False)
+    assert tokens(tmp_path / "served") == [expected_tokens(base, [prompt])[0] for prompt in PROMPTS]
 
 
 OF_STATES = {"lfm2": ["in_proj", "q_proj"], "mamba": ["x_proj"]}

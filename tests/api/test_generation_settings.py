@@ -11,7 +11,7 @@ import pytest
 
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused
-from lora_export.runtime.generation.loop import NO_RULES, TokenRules
+from lora_export.runtime.generation.loop import NO_RULES, Sampling, TokenRules
 
 SPEECH = {
     "lang_to_id": {"<|en|>": 11, "<|de|>": 12},
@@ -72,9 +72,33 @@ def test_rules_are_those_of_the_first_config(tmp_path: Path) -> None:
     assert settings(tmp_path, generation=generation, model={"repetition_penalty": 9.0}).rules == expected
 
 
-def test_what_is_not_done_is_named(tmp_path: Path) -> None:
-    generation = {"num_beams": 4, "min_length": 0, "min_new_tokens": 2, "bad_words_ids": None, "top_k": 50}
-    assert settings(tmp_path, generation=generation).not_done == ["num_beams 4", "min_new_tokens 2"]
+@pytest.mark.parametrize(
+    ("generation", "sampling", "named"),
+    [
+        (
+            {"num_beams": 4, "min_length": 0, "min_new_tokens": 2, "bad_words_ids": None, "top_k": 50, "top_p": 0.8},
+            Sampling(),
+            ["num_beams 4", "min_new_tokens 2"],
+        ),
+        (
+            {"stop_strings": ["###"], "exponential_decay_length_penalty": [9, 1.5], "token_healing": False},
+            Sampling(),
+            ["stop_strings ['###']", "exponential_decay_length_penalty [9, 1.5]"],
+        ),
+        ({"top_k": 20, "top_p": 0.8, "min_p": 0.0}, Sampling(0.7), ["top_k 20", "top_p 0.8"]),
+        ({"top_k": 0, "top_p": 0.8, "min_p": 0.1}, Sampling(0.7, top_p=0.9), ["min_p 0.1"]),
+    ],
+)
+def test_what_is_not_done_is_named(
+    generation: dict[str, Any], sampling: Sampling, named: list[str], tmp_path: Path
+) -> None:
+    assert settings(tmp_path, generation=generation).not_done(sampling) == named
+
+
+@pytest.mark.parametrize(("kind", "length"), [("phi3", 4096), ("llama", None)])
+def test_tokens_of_phi_3_are_computed_again(kind: str, length: int | None, tmp_path: Path) -> None:
+    model = {"model_type": kind, "original_max_position_embeddings": 4096}
+    assert settings(tmp_path, generation={}, model=model).recomputed_beyond == length
 
 
 def test_decoder_starts_with_its_token(tmp_path: Path) -> None:

@@ -380,11 +380,13 @@ def logits(module: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
         return module(ids).logits
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(scope="module", params=[*sorted(MODELS), "olmoe-router"])
 def trained(request, tmp_path_factory):
-    """A model, its plan, and the outputs of PEFT's model with the adapter."""
-    model = experts.tiny_model(request.param)
-    wrapped = experts.peft_model(request.param, model)
+    """A model, its plan, and the outputs of PEFT's model with the adapter, also one of a router."""
+    name, _, router = request.param.partition("-")
+    model = experts.tiny_model(name)
+    parameters = ["experts.gate_up_proj", "experts.down_proj", *(["gate.weight"] if router else [])]
+    wrapped = experts.peft_model(name, model, target_parameters=parameters)
     folder = tmp_path_factory.mktemp(request.param) / "adapter"
     wrapped.save_pretrained(folder)
     adapters = layers.respelled_for(model, [formats.load(folder)])

@@ -112,7 +112,6 @@ class DecoderRun:
     """The state of one batch: its cache, and how many positions it has."""
 
     def __init__(self, decoder: Decoder, batch: int, adapter: str | None, adapter_ids: Sequence[int] | None):
-        ort = import_onnxruntime()
         self.decoder, self.batch = decoder, batch
         self.binding = decoder.session.io_binding()
         if decoder.adapters is not None:
@@ -123,10 +122,15 @@ class DecoderRun:
             ids = np.array(adapter_ids or [0] * batch, np.int64)
             for name, value in row_inputs(ids, None, decoder.adapters_per_row).items():
                 self.binding.bind_cpu_input(name, value)
-        for tensor in decoder.cache:
-            sizes = tensor.empty_sizes(batch)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all tokens of the texts: empty the cache."""
+        ort = import_onnxruntime()
+        for tensor in self.decoder.cache:
+            sizes = tensor.empty_sizes(self.batch)
             if tensor.grows:
-                empty = ort.OrtValue.ortvalue_from_shape_and_type(sizes, tensor.dtype, decoder.provider, 0)
+                empty = ort.OrtValue.ortvalue_from_shape_and_type(sizes, tensor.dtype, self.decoder.provider, 0)
             else:  # whose numbers are read
                 empty = ort_value_of_array(ort, np.zeros(sizes, tensor.dtype))
             self.binding.bind_ortvalue_input(tensor.past, empty)
@@ -382,6 +386,10 @@ class ImageTextRun:
         if self.model.pixels:
             return [int(count) for count in (self.images[IMAGE_SIZES] // self.model.pixels).prod(1)]
         return [len(self.features) // sum(self.tiles) * tiles for tiles in self.tiles]
+
+    def restart(self) -> None:
+        """Forget all tokens of the texts. The images are not encoded again."""
+        self.run = self.following = self.types = None
 
     def step(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]

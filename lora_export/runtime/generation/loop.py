@@ -143,15 +143,27 @@ class Run(Protocol):
         `ids` and `positions` are [batch, tokens], `mask` [batch, all positions so far].
         """
 
+    def restart(self) -> None:
+        """Forget all tokens of the texts."""
+
 
 @dataclass(frozen=True)
 class TextLimits:
-    """When a text ends: with one of these tokens, which belong to it, or when it has so many new tokens."""
+    """When a text ends: with one of these tokens, which belong to it, or when it has so many new tokens.
+
+    With the first token beyond `recomputed_beyond`, all tokens of a text are computed again.
+    """
 
     end_tokens: Collection[int]
     new_tokens: int
     padding: int = 0  # the token before shorter prompts; its value has no effect
     rules: TokenRules = NO_RULES
+    recomputed_beyond: int | None = None
+
+    def may_recompute(self, prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether a text may become so long that its tokens are computed otherwise."""
+        reached = max(map(len, prompts)) + self.new_tokens
+        return self.recomputed_beyond is not None and reached > self.recomputed_beyond
 
 
 def generate_tokens(
@@ -166,10 +178,11 @@ def generate_tokens(
 ) -> list[list[int]]:
     """The new tokens of each prompt, which are passed to `on_token` as they are chosen.
 
-    The prompts run as one batch, padded on the left, or, where the graph takes no padding, in batches of one length.
+    The prompts run as one batch, padded on the left, or, where the graph takes no padding, or the length of a text
+    changes how its tokens are computed, in batches of one length.
     """
     ids = list(adapter_ids or [0] * len(prompts))
-    batches = _batches(prompts, takes_padding=decoder.takes_padding)
+    batches = _batches(prompts, takes_padding=decoder.takes_padding and not limits.may_recompute(prompts))
     runs = ((rows, decoder.start(len(rows), adapter, [ids[row] for row in rows])) for rows in batches)
     return _in_batches(runs, prompts, limits, sampling, on_token)
 
@@ -231,7 +244,11 @@ def _generate(
     tokens, mask = _padded([given[number] for number in numbers], limits.padding)
     positions = token_positions(mask)
     going = np.ones(len(numbers), bool)
+    whole = tokens
     for count in range(limits.new_tokens):
+        if count and mask.shape[1] - 1 == limits.recomputed_beyond:
+            run.restart()
+            tokens, positions = whole, token_positions(mask)
         logits = run.step(tokens, mask, positions)
         if limits.rules != NO_RULES:
             so_far = [[*given[number], *texts[number]] for number in numbers]
@@ -245,6 +262,7 @@ def _generate(
         if not going.any():
             break
         tokens = np.where(going, chosen, limits.padding)[:, None]
+        whole = np.concatenate([whole, tokens], axis=1)
         mask = np.concatenate([mask, np.ones((len(numbers), 1), np.int64)], axis=1)
         positions = positions[:, -1:] + 1
 

@@ -13,7 +13,14 @@ from transformers.generation import logits_process as hf
 from lora_export.errors import WrongUsage
 from lora_export.models.load import load_model
 from lora_export.runtime.generation.decoder import Decoder
-from lora_export.runtime.generation.loop import NO_RULES, Sampling, TextLimits, TokenRules, generate_tokens
+from lora_export.runtime.generation.loop import (
+    NO_RULES,
+    Sampling,
+    TextLimits,
+    TokenRules,
+    generate_in_run,
+    generate_tokens,
+)
 from support import FACTORIES
 from support.decoders import a_graph
 
@@ -57,6 +64,34 @@ def test_draws_of_a_row_depend_on_the_seed_and_no_neighbour() -> None:
     both = np.array([sampling.choose(np.zeros((2, 50), np.float32), generators) for _ in range(20)])
     assert both[:, 0].tolist() == one.tolist()
     assert both[:, 1].tolist() != one.tolist()
+
+
+class ChangingRun:
+    """Its next token is a sum of those so far, each times 3 where it was computed in a text of more than 6 tokens."""
+
+    def __init__(self) -> None:
+        self.sums = np.zeros(2, np.int64)
+
+    def restart(self) -> None:
+        self.sums = np.zeros(2, np.int64)
+
+    def step(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        assert mask.shape[1] == positions.max() + 1
+        self.sums += ids.sum(1) * (3 if mask.shape[1] > 6 else 1)
+        return np.eye(9, dtype=np.float32)[self.sums % 9]
+
+
+@pytest.mark.parametrize("length", [2, 5, 6, 7])
+def test_all_tokens_are_computed_again_beyond_a_length(length: int) -> None:
+    prompts = [list(range(1, length + 1)), [2] * length]
+    expected = []
+    for prompt in prompts:
+        text = list(prompt)
+        while len(text) < length + 8:
+            text.append(sum(text) * (3 if len(text) > 6 else 1) % 9)
+        expected.append(text[length:])
+    limits = TextLimits((), 8, recomputed_beyond=6)
+    assert generate_in_run(ChangingRun(), prompts, limits, Sampling(), lambda *_: None) == expected
 
 
 @pytest.mark.parametrize(
