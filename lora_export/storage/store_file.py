@@ -18,6 +18,7 @@ from lora_export.storage.system_calls import descriptor_of, forget_descriptor
 CHUNK = 4 << 20  # bytes of one request
 CHUNKS_AHEAD = 4  # chunks that are requested before they are needed, once an object is read in its order
 KEPT = CHUNKS_AHEAD + 6  # chunks in memory: threads of a transfer are up to 10 blocks of 2 MiB apart
+KEPT_OF_ONE = CHUNKS_AHEAD + 1  # the same, where one thread reads
 REQUESTS_AT_ONCE = 32  # requests of all files that are read ahead
 SMALL_READ = 1 << 16  # bytes; most headers are shorter
 
@@ -105,14 +106,14 @@ class Chunks:
 
 
 class StoredFile(_NumberedFile):
-    """An object that is read. Reads at positions read ahead where they follow each other."""
+    """An object that is read, with `kept` chunks in memory. Reads at positions read ahead where they go on."""
 
-    def __init__(self, bucket: Bucket, key: str, status: os.stat_result):
+    def __init__(self, bucket: Bucket, key: str, status: os.stat_result, kept: int = KEPT):
         super().__init__()
         self._bucket, self._key, self._position, self._status = bucket, key, 0, status
         self._read_to = -1  # where the last read ended
         self._size = status.st_size
-        self._chunks = Chunks(bucket, key, 0, self._size, ahead=CHUNKS_AHEAD, kept=KEPT, chunk=CHUNK)
+        self._chunks = Chunks(bucket, key, 0, self._size, ahead=CHUNKS_AHEAD, kept=kept, chunk=CHUNK)
 
     def status(self) -> os.stat_result:
         return self._status
@@ -128,9 +129,9 @@ class StoredFile(_NumberedFile):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Exactly these bytes, by one request, for headers and small files; chunk by chunk where more is read."""
+        """Exactly these bytes, by one request, where they do not follow what was read last; else chunk by chunk."""
         wanted = memoryview(buffer).cast("B")
-        if len(wanted) <= SMALL_READ and self._position != self._read_to:
+        if len(wanted) <= CHUNK and self._position != self._read_to:
             content = self._bucket.read(self._key, self._position, self._position + len(wanted))
             wanted[: len(content)] = content
             count = len(content)
