@@ -42,13 +42,13 @@ class Scratch:
 
 def have_equal_bytes(one: Path, first: int, other: Path, second: int, size: int) -> bool:
     """Whether so many bytes of two files are equal, from these positions on."""
-    with one.open("rb") as own, other.open("rb") as its:
-        for start in range(0, size, block_copy.BLOCK):
-            found = np.empty((2, min(block_copy.BLOCK, size - start)), np.uint8)
-            block_copy.read(one, own.fileno(), found[0], first + start)
-            block_copy.read(other, its.fileno(), found[1], second + start)
-            if not np.array_equal(*found):
-                return False
+    pieces = PiecesAhead()
+    for start in range(0, size, block_copy.BLOCK):
+        found = np.empty((2, min(block_copy.BLOCK, size - start)), np.uint8)
+        pieces.read(one, found[0], first + start, first + size)
+        pieces.read(other, found[1], second + start, second + size)
+        if not np.array_equal(*found):
+            return False
     return True
 
 
