@@ -29,7 +29,7 @@ MOST_WIDENED_PARAMETERS = 1 << 27  # of a model that is
 VERIFY_CHECKPOINT, VERIFY_FILE, EXPORT = 16.0, 14.0, 20.0
 # Where weights are read when something computes with them:
 VERIFY_CHECKPOINT_READ, VERIFY_FILE_READ, EXPORT_READ = 2.7, 6.0, 7.5
-OF_AUDIT = 40 << 20  # bytes: blocks of a further audit that reads a base in step
+OF_AUDIT = 56 << 20  # bytes: blocks of a further audit that reads a base in step, and what it reads ahead of an object
 OF_OUTPUT = 8 << 20  # bytes: names, plans and headers of a further output that is written in the same pass
 MERGE_INSTEAD = (
     "`lora-export merge` puts an adapter into a checkpoint, or into an .onnx, in memory that does not grow with the "

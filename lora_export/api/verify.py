@@ -130,7 +130,7 @@ def verify(options: VerifyOptions) -> Verification:
 def verify_together(every: Sequence[VerifyOptions]) -> list[Verification | Exception]:
     """Proofs of merged weights as by `verify`; what all need of one base is read once. Each result, or what it raised.
 
-    Peak memory is that of one proof, the adapters of all, and 40 MiB for each.
+    Peak memory is that of one proof, the adapters of all, and 56 MiB for each.
     """
     return audits_in_step([functools.partial(_verified, options) for options in every])
 

@@ -38,7 +38,6 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.hashes import ALGORITHMS, Hash
 from lora_export.storage.shared_source import SharedSource, SourcePiece, joined_pieces
-from lora_export.storage.store_path import StorePath
 from lora_export.storage.system_calls import c_function, read_at, write_at
 
 BLOCK = 2 << 20  # bytes
@@ -286,18 +285,6 @@ def read(source: Path, fd: int, buffer: Bytes, position: int) -> None:
         if not count:
             raise InputRefused(f"{source} became shorter while it was being read")
         rest, position = rest[count:], position + count
-
-
-def read_piece(source: Path, buffer: Bytes, position: int) -> None:
-    """As `read`, of a file that is not open; of an object in a store, these bytes alone and by one request."""
-    if isinstance(source, StorePath):
-        content = source.bucket.read(source.key, position, position + len(buffer))
-        if len(content) < len(buffer):
-            raise InputRefused(f"{source} became shorter while it was being read")
-        buffer.data[:] = content
-        return
-    with source.open("rb") as file:
-        read(source, file.fileno(), buffer, position)
 
 
 def write(fd: int, data: memoryview, position: int) -> None:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
@@ -34,7 +35,7 @@ class ObjectInfo(NamedTuple):
     """What a store states of an object."""
 
     size: int  # bytes
-    modified: datetime
+    modified: datetime  # by the clock of the store, or by that of this machine when it has just put it
     version: dict[str, str]  # its ETag, and in some stores a number
 
     @property
@@ -170,17 +171,36 @@ class Bucket:
         if key in self.held:
             self.held[key] = content
             return
-        self.refuse_fenced(key)
-        with _errors(self._of(key), OutputFailed):
-            self._store.put(key, content, mode=mode)
-        (self.refuse_late if mode == "overwrite" else self._ask_again)(key)
+        self._put(key, content, len(content), mode)
 
-    def upload(self, key: str, path: Any) -> None:
-        """Put a local file."""
+    def upload(self, key: str, path: Path) -> None:
+        """Put a local file. Raises OutputFailed, and puts nothing, where its fence does not let it change."""
+        size = path.stat().st_size
+        with self.refused_replaced(key):
+            self._put(key, path, size, self.mode_of(key) if size <= UPLOADED_PART else "overwrite")
+
+    def _put(self, key: str, content: bytes | Path, size: int, mode: Any) -> None:
         self.refuse_fenced(key)
         with _errors(self._of(key), OutputFailed):
-            self._store.put(key, path, chunk_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE)
-        self.refuse_late(key)
+            put = self._store.put(key, content, mode=mode, chunk_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE)
+        self._record_put(key, ObjectInfo(size, datetime.now(UTC), _version(put)))
+        if mode == "overwrite":
+            self.refuse_late(key)
+
+    def mode_of(self, key: str) -> Any:
+        """The mode that puts an object with a fence of its own only in place of what is known to be there."""
+        if key not in self.fences:
+            return "overwrite"
+        before = self.info(key)
+        return "create" if before is None else before.version
+
+    @contextlib.contextmanager
+    def refused_replaced(self, key: str) -> Iterator[None]:
+        """Raise OutputFailed where the mode that puts an object does not hold."""
+        try:
+            yield
+        except ObjectChanged:
+            raise OutputFailed(f"{self._of(key)}: another run has put it meanwhile") from None
 
     def release(self, key: str, *, replaces: bool = False) -> None:
         """Put an object that was held. Raises ObjectChanged where there is one by now, unless that is replaced."""
@@ -201,7 +221,7 @@ class Bucket:
                 self._store.copy(key, target)
             except (GenericError, NotFoundError, FileNotFoundError):
                 return False
-        self.refuse_late(target)
+        self.refuse_late_unseen(target)
         return True
 
     def delete(self, key: str, *, is_late: bool = False) -> None:
@@ -226,7 +246,6 @@ class Bucket:
 
     def refuse_late(self, key: str) -> None:
         """Raise OutputFailed, and withdraw an object, where its fence closed before it was put without a condition."""
-        self._ask_again(key)
         if (fence := self.fence_of(key)) is not None:
             try:
                 fence.refuse()
@@ -242,28 +261,31 @@ class Bucket:
         if before is None or (now.size, now.e_tag) != (before.size, before.e_tag):
             raise InputRefused(f"{self._of(key)} changed while it was being read. Nothing was written")
 
-    def _ask_again(self, key: str) -> None:
+    def refuse_late_unseen(self, key: str) -> None:
+        """The same for an object that was put by requests whose answers obstore does not return."""
         with _errors(self._of(key), OutputFailed):
-            self._known[key] = info = _info(self._store.head(key))
-        self.put_here[key] = info.e_tag
+            self._record_put(key, _info(self._store.head(key)))
+        self.refuse_late(key)
+
+    def _record_put(self, key: str, info: ObjectInfo) -> None:
+        self._known[key], self.put_here[key] = info, info.e_tag
 
 
 class Upload:
     """An object that is written from its first byte to its last, and is there when it is closed.
 
     One that is no larger than a part, and has a fence of its own, is put only in place of what was there at first.
-    obstore has no condition for the parts of a larger one, and Google Cloud Storage neither; and it repeats no put with
-    a condition when the connection breaks. So the others have none, and what came too late is withdrawn.
+    obstore has no condition for the parts of a larger one (apache/arrow-rs-object-store#289), and Google Cloud Storage
+    neither; and it repeats no put with a condition when the connection breaks. So the others have none, and what came
+    too late is withdrawn. Another name and a copy on the server with a condition was weighed: it takes a third of the
+    upload's time again (SeaweedFS, 512 MB), and S3 copies no more than 5 GB in one request.
     """
 
     def __init__(self, bucket: Bucket, key: str):
         self._bucket, self._key, self._address = bucket, key, f"{bucket.address}/{key}"
         self._first = bytearray()
         self._file: Any = None
-        self._mode: Any = "overwrite"
-        if key in bucket.fences:
-            before = bucket.info(key)
-            self._mode = "create" if before is None else before.version
+        self._mode = bucket.mode_of(key)
 
     def write(self, content: memoryview) -> None:
         if self._file is None and len(self._first) + len(content) <= UPLOADED_PART:
@@ -287,10 +309,8 @@ class Upload:
     def close(self) -> None:
         """Put the object. Raises OutputFailed, and puts nothing, where its fence does not let it change."""
         if self._file is None:
-            try:
+            with self._bucket.refused_replaced(self._key):
                 self._bucket.put(self._key, bytes(self._first), self._mode)
-            except ObjectChanged:
-                raise OutputFailed(f"{self._address}: another run has put it meanwhile") from None
             return
         try:
             self._bucket.refuse_fenced(self._key)
@@ -299,7 +319,7 @@ class Upload:
             raise
         with _errors(self._address, OutputFailed):
             self._file.close()
-        self._bucket.refuse_late(self._key)
+        self._bucket.refuse_late_unseen(self._key)
 
     def abort(self) -> None:
         """Remove what was uploaded."""
@@ -325,9 +345,11 @@ def bucket_of(address: str) -> Bucket:
 
 
 def _info(meta: Any) -> ObjectInfo:
-    return ObjectInfo(
-        meta["size"], meta["last_modified"], {key: meta[key] for key in ("e_tag", "version") if meta[key]}
-    )
+    return ObjectInfo(meta["size"], meta["last_modified"], _version(meta))
+
+
+def _version(stated: Any) -> dict[str, str]:
+    return {key: stated[key] for key in ("e_tag", "version") if stated[key]}
 
 
 def _is_below(key: str, folder: str) -> bool:

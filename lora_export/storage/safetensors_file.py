@@ -8,11 +8,14 @@ name a tensor twice; the library takes the last one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.isolation.limits import MAX_HEADER
 from lora_export.storage import input_files, json_files
+from lora_export.storage.store_file import KEPT_OF_ONE
 from lora_export.storage.store_path import StorePath
 from lora_export.storage.system_calls import file_status
 
@@ -98,9 +102,9 @@ class TensorFile:
     def read(self, name: str) -> NDArray[Any]:
         """Read one tensor, as stored. Raises InputRefused where the file became shorter."""
         entry = self.entries[name]
-        with self.path.open("rb") as file:
+        data = np.empty(entry.nbytes, np.uint8)
+        with _opened(self.path) as file:
             file.seek(entry.start)
-            data = np.empty(entry.nbytes, np.uint8)
             count = file.readinto(data.data)
         if count != entry.nbytes:
             raise InputRefused(f"{self.path}: the file became shorter while {name} was read")
@@ -135,6 +139,25 @@ def _open(path: Path) -> TensorFile:
         prefix = file.read(8)
         text = file.read(_header_size(path, prefix, status.st_size))
     return _described(path, text, status.st_size, status.st_mtime_ns)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    """A file for reading. An object stays open until another one is read, and reads ahead from one time to the next."""
+    if isinstance(path, StorePath):
+        with _object_lock:
+            yield _opened_object(path, path.stat().st_ino)
+    else:
+        with path.open("rb") as file:
+            yield file
+
+
+_object_lock = threading.Lock()
+
+
+@functools.lru_cache(1)
+def _opened_object(path: StorePath, _version: int) -> io.BufferedReader:
+    return path.open_object(KEPT_OF_ONE)
 
 
 @functools.lru_cache(CACHED_HEADERS)

@@ -18,6 +18,8 @@ from lora_export.storage.system_calls import descriptor_of, forget_descriptor
 CHUNK = 4 << 20  # bytes of one request
 CHUNKS_AHEAD = 4  # chunks that are requested before they are needed, once an object is read in its order
 KEPT = CHUNKS_AHEAD + 6  # chunks in memory: threads of a transfer are up to 10 blocks of 2 MiB apart
+KEPT_OF_ONE = CHUNKS_AHEAD + 1  # the same, where one thread reads
+REQUESTS_AT_ONCE = 32  # requests of all files that are read ahead
 SMALL_READ = 1 << 16  # bytes; most headers are shorter
 
 
@@ -63,18 +65,55 @@ class _NumberedFile(io.RawIOBase):
         super().close()
 
 
-_pool = ThreadPoolExecutor(CHUNKS_AHEAD, "store")  # threads are started when they are needed
+_pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, "store")  # threads are started when they are needed
+
+
+class Chunks:
+    """The bytes of an object from `start` to `stop`, in chunks: the next ones are requested where reads go on."""
+
+    def __init__(self, bucket: Bucket, key: str, start: int, stop: int, *, ahead: int, kept: int, chunk: int):
+        self.start, self._stop, self._ahead, self._kept, self._size = start, stop, ahead, kept, chunk
+        self._bucket, self._key, self._lock = bucket, key, threading.Lock()
+        self._chunks: OrderedDict[int, Future[memoryview]] = OrderedDict()
+
+    def read_at(self, buffer: memoryview, position: int) -> int:
+        """Fill the first bytes of `buffer` from a position of the object. Returns how many; 0 at the end."""
+        if position >= self._stop:
+            return 0
+        number, offset = divmod(position - self.start, self._size)
+        piece = self._chunk(number).result()[offset : offset + len(buffer)]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def _chunk(self, number: int) -> Future[memoryview]:
+        with self._lock:
+            ahead = self._ahead if number - 1 in self._chunks or number in self._chunks else 0
+            for each in range(number, number + ahead + 1):
+                first = self.start + each * self._size
+                if each not in self._chunks and first < self._stop:
+                    until = min(first + self._size, self._stop)
+                    self._chunks[each] = _pool.submit(self._bucket.read, self._key, first, until)
+            found = self._chunks[number]
+            while len(self._chunks) > self._kept:
+                self._chunks.popitem(last=False)
+            return found
+
+    def clear(self) -> None:
+        """Drop what was read, and request nothing that has not been requested yet."""
+        for chunk in self._chunks.values():
+            chunk.cancel()
+        self._chunks.clear()
 
 
 class StoredFile(_NumberedFile):
-    """An object that is read. Reads at positions read ahead where they follow each other."""
+    """An object that is read, with `kept` chunks in memory. Reads at positions read ahead where they go on."""
 
-    def __init__(self, bucket: Bucket, key: str, status: os.stat_result):
+    def __init__(self, bucket: Bucket, key: str, status: os.stat_result, kept: int = KEPT):
         super().__init__()
         self._bucket, self._key, self._position, self._status = bucket, key, 0, status
         self._read_to = -1  # where the last read ended
         self._size = status.st_size
-        self._chunks: OrderedDict[int, Future[memoryview]] = OrderedDict()
+        self._chunks = Chunks(bucket, key, 0, self._size, ahead=CHUNKS_AHEAD, kept=kept, chunk=CHUNK)
 
     def status(self) -> os.stat_result:
         return self._status
@@ -90,9 +129,9 @@ class StoredFile(_NumberedFile):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Exactly these bytes, by one request, for headers and small files; chunk by chunk where more is read."""
+        """Exactly these bytes, by one request, where they do not follow what was read last; else chunk by chunk."""
         wanted = memoryview(buffer).cast("B")
-        if len(wanted) <= SMALL_READ and self._position != self._read_to:
+        if len(wanted) <= CHUNK and self._position != self._read_to:
             content = self._bucket.read(self._key, self._position, self._position + len(wanted))
             wanted[: len(content)] = content
             count = len(content)
@@ -102,27 +141,9 @@ class StoredFile(_NumberedFile):
         return count
 
     def read_at(self, buffer: memoryview, position: int) -> int:
-        number, offset = divmod(position, CHUNK)
-        if position >= self._size:
-            return 0
-        piece = self._chunk(number).result()[offset : offset + len(buffer)]
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-    def _chunk(self, number: int) -> Future[memoryview]:
-        with self._lock:
-            ahead = CHUNKS_AHEAD if number - 1 in self._chunks or number in self._chunks else 0
-            for each in range(number, min(number + ahead, (self._size - 1) // CHUNK) + 1):
-                if each not in self._chunks:
-                    self._chunks[each] = _pool.submit(self._bucket.read, self._key, each * CHUNK, (each + 1) * CHUNK)
-            found = self._chunks[number]
-            while len(self._chunks) > KEPT:
-                self._chunks.popitem(last=False)
-            return found
+        return self._chunks.read_at(buffer, position)
 
     def close(self) -> None:
-        for chunk in self._chunks.values():
-            chunk.cancel()
         self._chunks.clear()
         super().close()
 

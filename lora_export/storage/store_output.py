@@ -356,7 +356,7 @@ def _withdraw(target: StorePath, key: str) -> None:
     name, bucket = key.removeprefix(f"{target.key}/"), target.bucket
     bucket.held.pop((target / MANIFEST).key, None)  # the store's own counts
     _, stated = _stated(marker_of(target))
-    info = bucket.info(key)
+    info = _info((target / name).newly())  # which may be another one by now
     recorded = stated.get("finished", {}).get(name)
     if "sealed" in stated:
         is_same = info is not None and info.e_tag == stated["sealed"].get(name)

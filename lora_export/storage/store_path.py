@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.storage.object_store import ADDRESS, SCHEME, Bucket, ObjectInfo, bucket_of
-from lora_export.storage.store_file import SMALL_READ, SmallObject, StoredFile, UploadedFile, stat_of
+from lora_export.storage.store_file import KEPT, SMALL_READ, SmallObject, StoredFile, UploadedFile, stat_of
 
 _PATTERN = "s3:/", "gs:/", "az:/"
 
@@ -185,9 +185,9 @@ class StorePath(Path, PurePosixPath):
 
     # --- Contents ---
 
-    def open_object(self) -> io.BufferedReader:
-        """The object for reading."""
-        return io.BufferedReader(StoredFile(self.bucket, self.key, self.stat()), SMALL_READ)
+    def open_object(self, kept: int = KEPT) -> io.BufferedReader:
+        """The object for reading, of which so many chunks are in memory."""
+        return io.BufferedReader(StoredFile(self.bucket, self.key, self.stat(), kept), SMALL_READ)
 
     def open(  # type: ignore[override]
         self,

@@ -20,6 +20,7 @@ import lora_export as le
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.storage import object_store
 from lora_export.storage.object_store import Bucket
+from lora_export.verification.against_checkpoint import stored_tensor
 from support import gguf_files, quantised_weights, stores
 from support.cli import call
 from support.folder_contents import folder_contents
@@ -151,6 +152,24 @@ def test_verify_reads_both_from_the_store_and_finds_a_wrong_number(local: Path, 
     assert not found and "down.weight" in str(found)
     with pytest.raises(InputRefused, match=rf"{SHARDS[1]} contains other bytes than were written"):
         le.inspect(str(stored / "out/m"), check=True)
+
+
+def test_verify_reads_each_weight_once_in_few_requests(
+    local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(stored)
+    read, sizes = Bucket.read, list[int]()
+
+    def counted(bucket: Bucket, key: str, start: int, stop: int) -> memoryview:
+        sizes.extend([stop - start] if "model-" in key else [])
+        return read(bucket, key, start, stop)
+
+    monkeypatch.setattr(Bucket, "read", counted)
+    monkeypatch.setattr("lora_export.storage.store_path.SMALL_READ", 256)
+    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", 8 * 40 * 10)  # ten rows
+    assert le.verify(str(stored / "out/m"), base=str(stored / "base"), adapters=str(stored / "adapter"))
+    weights = [one for one in sizes if one > 256]
+    assert weights == [4 * 96 * 40] * 6 and sum(sizes) < 1.1 * sum(weights)
 
 
 def test_inspect_reads_headers_alone(local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:

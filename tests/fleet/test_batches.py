@@ -37,7 +37,7 @@ MERGES, PROOFS = JOBS[::2], JOBS[1::2]
         (BASES + MERGE + 'calibration = "texts.txt"\n', 5, 1, None, [1] * 5),
         (BASES + MERGE + 'device = "cuda"\n', 5, 1, None, [1] * 5),
         (BASES + VERIFY + 'candidate = "m/{adapter}"\n', 40, 1, None, [16, 16, 8]),
-        (BASES + VERIFY + 'candidate = "m/{adapter}"\n', 5, 1, 350 << 20, [2, 2, 1]),  # blocks of each proof
+        (BASES + VERIFY + 'candidate = "m/{adapter}"\n', 5, 1, 366 << 20, [2, 2, 1]),  # blocks of each proof
         (BASES + VERIFY + 'candidate = "m/{adapter}"\ncalibration = "texts.txt"\n', 5, 1, None, [1] * 5),
         (BASES + CONVERT, 5, 1, None, [1] * 5),
         (BASES + MERGE + MERGE.replace("release", "other"), 3, 1, None, [3, 3]),

@@ -42,6 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # A cluster on a busy machine: otherwise it gives itself up.
     monkeypatch.setenv("RAY_agent_register_timeout_ms", "300000")
     monkeypatch.setenv("RAY_health_check_failure_threshold", "100")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default 15: beside other programs it would hardly run
     return tmp_path
 
 

@@ -22,8 +22,6 @@ from lora_export.errors import InputRefused
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, RunningHashes
 from lora_export.storage.hashes import ALGORITHMS
-from lora_export.storage.object_store import Bucket
-from support.stores import Stored
 
 DATA = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8).tobytes()
 
@@ -290,19 +288,3 @@ def test_a_merge_on_a_sharing_disk_takes_space_for_changes_only(sharing_disk, tm
     merged = load_file(sharing_disk / "out/model.safetensors")
     assert merged["fc.weight"].tolist() == [[2] * 8] * 4
     assert merged["kept"].tobytes() == tensors["kept"].astype(np.float32).tobytes()
-
-
-def test_a_piece_of_an_object_is_one_request_of_its_size(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored.put("object", bytes(range(200)))
-    sizes, read = [], Bucket.read
-
-    def counted(bucket: Bucket, key: str, start: int, stop: int) -> memoryview:
-        sizes.append(stop - start)
-        return read(bucket, key, start, stop)
-
-    monkeypatch.setattr(Bucket, "read", counted)
-    buffer = np.zeros(20, np.uint8)
-    block_copy.read_piece(stored / "object", buffer, 150)
-    assert buffer.tolist() == list(range(150, 170)) and sizes == [20]
-    with pytest.raises(InputRefused, match="object became shorter while it was being read"):
-        block_copy.read_piece(stored / "object", buffer, 190)

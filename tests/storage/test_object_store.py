@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.storage import object_store
+from lora_export.storage.object_store import UPLOADED_PART
 from lora_export.storage.store_path import StorePath, newly_opened, place
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 from support import stores
+from support.stores import Stored
 
 QUOTED = b"<Error><Code>%s</Code><Message>the key wJalrXUtnFEMIbPxRfiCYEXAMPLEKEY</Message></Error>"
 # status, body -> what a read ends as, the error of a write, and a part of both messages
@@ -90,6 +93,17 @@ def test_a_range_that_is_cut_short_is_refused(monkeypatch: pytest.MonkeyPatch) -
         path.bucket._known["a"] = path.bucket._known["a"]._replace(size=9)  # type: ignore[union-attr]
         with pytest.raises(LoraExportError, match="s3://bucket/a"):
             path.bucket.read(path.key, 0, 9)
+
+
+@pytest.mark.parametrize(("size", "requests"), [(10, 1), (UPLOADED_PART + 1, 4)])  # begin, two parts, complete
+def test_the_version_of_what_was_put_is_not_requested(
+    size: int, requests: int, stored: Stored, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(size))
+    path, server = stored / "a", stores.Failing(monkeypatch, 0, seed=0)
+    path.bucket.upload("a", tmp_path / "file")
+    assert server.requests == requests and path.stat().st_size == size and server.requests == requests
+    assert path.bucket.put_here == {"a": stored.objects()["a"]["ETag"]}
 
 
 def test_without_credentials_the_message_tells_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:

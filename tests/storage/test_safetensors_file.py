@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 
 from lora_export.errors import InputRefused
-from lora_export.storage import safetensors_file
+from lora_export.storage import safetensors_file, store_file
+from lora_export.storage.object_store import Bucket
 from support.handmade import raw_tensor_file
 
 TENSORS = {
@@ -227,6 +228,43 @@ def test_a_file_that_became_shorter_is_refused(path):
     os.truncate(path, file.size - 1)
     with pytest.raises(InputRefused, match="became shorter while x was read"):
         file.read("x")
+
+
+@pytest.fixture
+def requested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each request of an object so far."""
+    sizes, read = list[int](), Bucket.read
+
+    def recorded(bucket: Bucket, key: str, start: int, stop: int) -> memoryview:
+        sizes.append(stop - start)
+        return read(bucket, key, start, stop)
+
+    monkeypatch.setattr(Bucket, "read", recorded)
+    return sizes
+
+
+@pytest.mark.parametrize(("step", "most"), [(1, 23), (7, 42)])
+def test_tensors_of_an_object_are_requested_once(
+    path, stored, requested, monkeypatch: pytest.MonkeyPatch, step: int, most: int
+) -> None:
+    """In the order of the file by the chunks of it; in another order each by its own request."""
+    monkeypatch.setattr(store_file, "CHUNK", 1 << 18)
+    tensors = {f"t{number:02}": np.full(30_000, number, np.float32) for number in range(40)}
+    safetensors_file.write(path, tensors)
+    stored.put("model.safetensors", path.read_bytes())
+    file = safetensors_file.open_file(stored / "model.safetensors")
+    for number in range(40):
+        name = f"t{number * step % 40:02}"
+        assert same(file.read(name), tensors[name])
+    assert len(requested) <= most and sum(requested) < 1.1 * file.size
+
+
+def test_another_object_in_its_place_is_read_anew(path, stored) -> None:
+    for value in (1, 2):
+        safetensors_file.write(path, {name: np.full(100_000, value, np.float32) for name in "xy"})
+        stored.put("model.safetensors", path.read_bytes())
+        file = safetensors_file.open_file((stored / "model.safetensors").newly())
+        assert all((file.read(name) == value).all() for name in "xyxy")
 
 
 def test_a_changed_or_removed_file_is_detected(path):

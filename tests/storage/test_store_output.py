@@ -230,10 +230,12 @@ with (stage_folder if kind == "folder" else stage_file)(target, inputs=[], strea
     if kind == "folder":
         write_manifest(stage, {"by": "the other"})
 """
-FROZEN = {  # where a run sleeps that has seen that it has the output, and before it changes this object
-    "manifest": ("folder", f"out/m/{MANIFEST}"),
-    "end": ("folder", MARK),
-    "file": ("file", "out/m"),
+# where a run sleeps that has seen that it has the output, and before it changes this object; whether it streams
+FROZEN = {
+    "manifest": ("folder", f"out/m/{MANIFEST}", True),
+    "end": ("folder", MARK, True),
+    "file": ("file", "out/m", True),
+    "file from the disk": ("file", "out/m", False),
 }
 
 
@@ -352,6 +354,25 @@ def test_a_late_file_that_the_next_run_did_not_see_is_withdrawn(
     assert ("out/m/c" in stored.objects()) is stays
 
 
+def test_what_another_run_put_in_place_of_a_late_file_stays(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_late, key = Bucket.refuse_late, "out/m/c"
+
+    def freeze(bucket: Bucket, put: str) -> None:
+        if put == key:
+            stored.put(key, b"new!")
+            sealed = {"c": stored.objects()[key]["ETag"]}
+            stored.put(MARK, begun(process=1, host="elsewhere", run="r", sealed=sealed))
+            awake = time.time() + store_output.TRUSTED
+            monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+        refuse_late(bucket, put)
+
+    monkeypatch.setattr(Bucket, "refuse_late", freeze)
+    late = pytest.raises(OutputFailed, match="another run")
+    with late, stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        (stage / "c").write_bytes(b"late")
+    assert stored.get(key) == b"new!"
+
+
 @pytest.mark.parametrize("content", ["late", "new!"])
 def test_a_worker_that_joins_parts_too_late_replaces_no_file(
     content: str, stored: Stored, monkeypatch: pytest.MonkeyPatch
@@ -381,7 +402,7 @@ def test_a_worker_that_joins_parts_too_late_replaces_no_file(
 def test_a_run_that_freezes_after_its_last_check_publishes_nothing(
     where: str, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind, frozen = FROZEN[where]
+    kind, frozen, streamed = FROZEN[where]
     begins = f"out/m/{MANIFEST}" if where == "end" else ""
     other = frozen_run(
         stored, monkeypatch, kind, frozen, "of the other", is_awake_before=is_awake_before, begins=begins
@@ -389,7 +410,7 @@ def test_a_run_that_freezes_after_its_last_check_publishes_nothing(
     stage_output = stage_folder if kind == "folder" else stage_file
     with (
         pytest.raises(OutputFailed, match="another run"),
-        stage_output(stored / "out/m", inputs=[], streamed=True) as stage,
+        stage_output(stored / "out/m", inputs=[], streamed=streamed) as stage,
     ):
         fill(stage) if kind == "folder" else (stage / "m").write_bytes(b"late")
     assert (MARK in stored.objects()) == is_awake_before

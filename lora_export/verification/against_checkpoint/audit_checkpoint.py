@@ -219,7 +219,7 @@ def judge_rest(name: str, parts: Sequence[StoredRegion], base: StoredTensor, can
     shape = parts[0].shape
     whole = StoredRegion(name, shape, slice(0, shape[0]))
     before, after = base.part(whole), candidate.part(whole)
-    scratch, off, elements = Scratch(), 0, 0
+    scratch, off, elements = Scratch(reads_on=False), 0, 0
     is_changed = np.zeros(shape[0], bool)  # rows that are a part, or of one, from end to end
     for part in parts:
         is_changed[part.rows] |= part.columns == EVERY_ROW

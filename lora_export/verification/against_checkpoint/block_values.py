@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
+from lora_export.storage.file_pieces import read_piece
 from lora_export.storage.gguf_blocks import CODECS
 from lora_export.storage.gguf_file import GgufFile, GgufTensor
 from lora_export.verification.against_checkpoint.block_scales import wrong_scales
@@ -103,8 +103,7 @@ class StoredBlocks:
 def bytes_at(file: GgufFile, start: int, size: int) -> Bytes:
     """Some bytes of a file. Raises InputRefused where it became shorter."""
     found = np.empty(size, np.uint8)
-    with file.path.open("rb") as opened:
-        block_copy.read(file.path, opened.fileno(), found, start)
+    read_piece(file.path, found, start)
     return found
 
 

@@ -230,7 +230,7 @@ class ChangedWeight:
 
     def before(self, rows: slice) -> Wide:
         """The rows to which something is added, in fp64."""
-        return np.asarray(self._stored(rows, Scratch()), np.float64)
+        return np.asarray(self._stored(rows), np.float64)
 
     def after(self, rows: slice) -> Wide:
         """The rows of the candidate, in fp64."""
@@ -250,7 +250,7 @@ class ChangedWeight:
                 yield WeightRows(rows, *wide, after[part], gaps, self.calibrated is not None)
                 first, size = part.stop, MOST_ENTRIES
 
-    def _stored(self, rows: slice, scratch: Scratch) -> NDArray[Any]:
+    def _stored(self, rows: slice, scratch: Scratch | None = None) -> NDArray[Any]:
         """The rows to which something is added, as they are stored."""
         return self.base.rows(rows, scratch, "base") if self.step.replace is None else self.step.replace[rows]
 

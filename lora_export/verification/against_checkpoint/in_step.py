@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from lora_export.storage import block_copy
+from lora_export.storage.file_pieces import PiecesAhead, read_piece
 from lora_export.verification.against_checkpoint.result import AuditedWeight
 
 _T = TypeVar("_T")
@@ -41,6 +41,7 @@ class _Read:
     path: Path
     position: int
     buffer: Any
+    until: int
     is_done: bool = False
     error: Exception | None = None
 
@@ -54,6 +55,7 @@ class _SharedReads:
 
     def __init__(self, readers: int):
         self._readers, self._waiting, self._changed = readers, list[_Read](), threading.Condition()
+        self._pieces = PiecesAhead()
 
     def read(self, one: _Read) -> None:
         with self._changed:
@@ -76,19 +78,18 @@ class _SharedReads:
         for one in self._waiting:
             like = first.setdefault(one.key, one)
             if like is one:
-                _read_now(one)
+                self._read_now(one)
             else:
                 one.buffer[:], one.error = like.buffer, like.error
             one.is_done = True
         self._waiting.clear()
         self._changed.notify_all()
 
-
-def _read_now(one: _Read) -> None:
-    try:
-        block_copy.read_piece(one.path, one.buffer, one.position)
-    except Exception as error:  # noqa: BLE001 - each audit that needs these bytes raises it
-        one.error = error
+    def _read_now(self, one: _Read) -> None:
+        try:
+            self._pieces.read(one.path, one.buffer, one.position, one.until)
+        except Exception as error:  # noqa: BLE001 - each audit that needs these bytes raises it
+            one.error = error
 
 
 class AuditInStep(Generic[_T]):
@@ -146,12 +147,15 @@ class AuditInStep(Generic[_T]):
             raise self.error
         return [self.found[one] for own in by_tensor for one in own]
 
-    def read(self, path: Path, buffer: Any, position: int) -> None:
-        """Fill a buffer from a position of a file of the base. Raises InputRefused where the file ends before."""
+    def read(self, path: Path, buffer: Any, position: int, until: int) -> None:
+        """Fill a buffer from a position of a file of the base, whose bytes are read on up to `until`.
+
+        Raises InputRefused where the file ends before.
+        """
         if self._reads is None:
-            block_copy.read_piece(path, buffer, position)
+            read_piece(path, buffer, position)
         else:
-            self._reads.read(_Read(path, position, buffer))
+            self._reads.read(_Read(path, position, buffer, until))
 
     def judge(self, tensor: str, reads: _SharedReads) -> None:
         """Judge a tensor of the base. Errors are kept."""

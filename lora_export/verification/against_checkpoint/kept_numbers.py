@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.plan import Layout, Step
-from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
+from lora_export.storage.file_pieces import read_piece
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer, ChangedWeight, WeightRows
 from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum
@@ -78,8 +78,7 @@ class KeptWeight:
         file = self.files[self.tensor.packed]
         first, last = self.codes.layout.extent(rows)
         found = np.empty(last - first, np.uint8)
-        with file.path.open("rb") as reader:
-            block_copy.read(file.path, reader.fileno(), found, file.entries[self.tensor.packed].start + first)
+        read_piece(file.path, found, file.entries[self.tensor.packed].start + first)
         return found
 
     def pieces(self, rows: slice) -> list[slice]:

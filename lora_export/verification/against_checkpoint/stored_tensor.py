@@ -13,16 +13,21 @@ from numpy.typing import NDArray
 
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
+from lora_export.storage.file_pieces import PiecesAhead, read_piece
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.verification.against_checkpoint.in_step import AuditInStep
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
 
 class Scratch:
-    """Named arrays of any content, for one thread. An array is valid until its name is requested again."""
+    """Named arrays of any content, for one thread. An array is valid until its name is requested again.
 
-    def __init__(self) -> None:
+    `pieces` reads tensors of which each piece is read after the one before.
+    """
+
+    def __init__(self, *, reads_on: bool = True) -> None:
         self._bytes: dict[str, NDArray[np.uint8]] = {}
+        self.pieces = PiecesAhead() if reads_on else None
 
     def array(self, name: str, shape: Sequence[int], dtype: Any = np.float64) -> NDArray[Any]:
         """An array of this shape and dtype, in the memory that is kept under this name."""
@@ -37,13 +42,13 @@ class Scratch:
 
 def have_equal_bytes(one: Path, first: int, other: Path, second: int, size: int) -> bool:
     """Whether so many bytes of two files are equal, from these positions on."""
-    with one.open("rb") as own, other.open("rb") as its:
-        for start in range(0, size, block_copy.BLOCK):
-            found = np.empty((2, min(block_copy.BLOCK, size - start)), np.uint8)
-            block_copy.read(one, own.fileno(), found[0], first + start)
-            block_copy.read(other, its.fileno(), found[1], second + start)
-            if not np.array_equal(*found):
-                return False
+    pieces = PiecesAhead()
+    for start in range(0, size, block_copy.BLOCK):
+        found = np.empty((2, min(block_copy.BLOCK, size - start)), np.uint8)
+        pieces.read(one, found[0], first + start, first + size)
+        pieces.read(other, found[1], second + start, second + size)
+        if not np.array_equal(*found):
+            return False
     return True
 
 
@@ -74,28 +79,33 @@ class StoredTensor:
         They may be in the memory that `scratch` keeps under this name, and are valid until it is used again.
         """
         if self.region is None:
-            return self._read(rows, self.entry.shape, scratch or Scratch(), name)
-        first = self.region.rows.start
+            return self._read(rows, self.entry.shape, self.entry.rows or 1, scratch, name)
+        first, last = self.region.rows.start, self.region.rows.stop
         own = slice(first + rows.start, first + rows.stop)
-        return self._read(own, self.region.shape, scratch or Scratch(), name)[:, *self._columns()]
+        return self._read(own, self.region.shape, last, scratch, name)[:, *self._columns()]
 
     def _columns(self) -> tuple[slice, ...]:
         assert self.region is not None
         return () if len(self.region.shape) == 1 else (self.region.columns,)
 
-    def _read(self, rows: slice, shape: Sequence[int], scratch: Scratch, name: str) -> NDArray[Any]:
+    def _read(self, rows: slice, shape: Sequence[int], last: int, scratch: Scratch | None, name: str) -> NDArray[Any]:
+        """Some rows of the whole tensor, which has this shape. Up to the row `last` the others are read next."""
         if self.quantised is not None:
             own = self.quantised.rows_in(shape or (1,), rows)
             with self.file.path.open("rb") as file:
                 packed = self.quantised.read(self.file.path, file.fileno(), self.entry.start, self.entry.nbytes, own)
             return packed.reshape(rows.stop - rows.start, *shape[1:])
         row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        scratch = scratch or Scratch(reads_on=False)
         found = scratch.array(name, [(rows.stop - rows.start) * row_bytes], np.uint8)
         position = self.entry.start + rows.start * row_bytes
+        until = position + len(found) if scratch.pieces is None else self.entry.start + last * row_bytes
         if self.in_step is not None:
-            self.in_step.read(self.file.path, found, position)
+            self.in_step.read(self.file.path, found, position, until)
+        elif scratch.pieces is not None:
+            scratch.pieces.read(self.file.path, found, position, until)
         else:
-            block_copy.read_piece(self.file.path, found, position)
+            read_piece(self.file.path, found, position)
         return found.view(self.dtype).reshape(rows.stop - rows.start, *shape[1:])
 
     @property

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
+from lora_export.storage.file_pieces import read_piece
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import StoredCodes
 from lora_export.weights.quantised.new_grid import NewGrid, ScaleRule, new_parts
@@ -171,8 +172,7 @@ class StoredParts:
         shard = self._shard_of[name]
         entry = shard.entries[name]
         found = np.empty((rows.stop - rows.start) * entry.row_bytes, np.uint8)
-        with shard.path.open("rb") as file:
-            block_copy.read(shard.path, file.fileno(), found, entry.start + rows.start * entry.row_bytes)
+        read_piece(shard.path, found, entry.start + rows.start * entry.row_bytes)
         return found.view(entry.dtype).reshape(rows.stop - rows.start, *entry.shape[1:])
 
 
