@@ -65,6 +65,7 @@ def plan_for(contract: Contract, adapters: Sequence[Adapter], strengths: Sequenc
         raise InputRefused(
             f"{program} takes one adapter at a time, and not {len(adapters)}: `{command('combine')}` makes one of them"
         )
+    onnx_adapter.refuse_beyond_low_rank(adapters)
     try:
         steps = plan.make(adapters, [place.spec for place in contract.places], strengths=strengths)
     except MatchError as error:

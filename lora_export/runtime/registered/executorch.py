@@ -45,7 +45,8 @@ def open_executorch(
     path = candidate.path.absolute()
     memory = memory_for(path.stat().st_size)
     process = IsolatedProcess.start(SERVING_CHILD, path, memory, *input_names, memory=memory)
-    return RegisteredRunner(EXECUTORCH, candidate, adapter=adapter, timeout=timeout, process=process)
+    runner = RegisteredRunner(EXECUTORCH, candidate, timeout=timeout, process=process)
+    return runner if adapter is None else runner.with_adapter(adapter)
 
 
 def main() -> None:
