@@ -93,7 +93,8 @@ def planned_sizes(model: Model, stated: Mapping[str, int]) -> Sizes:
         known = ", ".join(symbols) or "none"
         raise InputRefused(f"{named('max_size', unknown)}: the model has no axis of this name. It has {known}")
     usual = {symbol: max(USUAL_GREATEST, model.traced_sizes[symbol]) for symbol in symbols} | {"batch": USUAL_BATCH}
-    sizes = {symbol: stated.get(symbol, usual[symbol]) for symbol in symbols}
+    # An axis of at most 2 has no other size than 2 for the exporter, which takes 0 and 1 for constants.
+    sizes = {symbol: 3 if stated.get(symbol) == 2 else stated.get(symbol, usual[symbol]) for symbol in symbols}
     return {symbol: min(size, model.limits.get(symbol, (0, None))[1] or size) for symbol, size in sizes.items()}
 
 
