@@ -23,10 +23,12 @@ from lora_export.api.adapter_values import adapter_values, taking_graphs
 from lora_export.api.adapters import copy_head_config, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
+from lora_export.artifacts.artifact import artifact_kind, open_artifact
 from lora_export.artifacts.files import file_for_graph, with_suffix
 from lora_export.callbacks import note_each
-from lora_export.errors import InputRefused
-from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, program_adapter, writer_of
+from lora_export.formats.contract import read_contract
 from lora_export.formats.peft_writing import name_in_patterns
 from lora_export.formats.writing import with_positive_scales
 from lora_export.lora import Adapter
@@ -37,6 +39,7 @@ from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.store_copy import on_disk
 from lora_export.storage.store_path import newly_opened, place
@@ -62,7 +65,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
     `to` is "peft" or "mlx" (a folder), "kohya", "comfyui", "diffusers" or "openvino" (a .safetensors file), "gguf" (a
     file for llama.cpp, with the package gguf), or "onnx_adapter": next week's adapter for an existing graph, without
     another export. `graph` is then that .onnx, made with `lora="inputs"` or "slots"; of an encoder-decoder its folder,
-    for which a file is written for each of its graphs, OUTPUT.GRAPH.onnx_adapter. Values keep the smallest type that
+    for which a file is written for each of its graphs, OUTPUT.GRAPH.onnx_adapter; or a .pte made with `lora="inputs"`,
+    for which the file is .safetensors. Values keep the smallest type that
     holds them exactly, and what a format cannot express is refused by name.
 
     With `names`, a PEFT adapter gets the names of the checkpoint `base` ("transformers4", "vllm"), with all experts of
@@ -96,7 +100,9 @@ def convert(options: ConvertOptions) -> ConvertResult:
             loaded, options.rank, options.min_kept, lambda module: name_in_patterns(of_adapter, module)
         )
     if options.graph is not None:
-        return replace(_for_graph(options, adapter, loaded, options.graph), layers=layers)
+        is_program = artifact_kind(place(options.graph)) is ArtifactKind.EXECUTORCH
+        for_it = _for_program if is_program else _for_graph
+        return replace(for_it(options, adapter, loaded, options.graph), layers=layers)
     loaded = _scaled(loaded, weight)
     if base is not None and holds_pipelines(to):
         loaded = named_for_pipeline(loaded, base, to)
@@ -154,6 +160,22 @@ def _scaled(adapter: Adapter, weight: float) -> Adapter:
         biases={name: np.float32(weight) * change for name, change in adapter.biases.items()},
         added={name: np.float32(weight) * change for name, change in adapter.added.items()},
     )
+
+
+def _for_program(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter, source: str | Path) -> ConvertResult:
+    program = on_disk(newly_opened(source), options.on_message)
+    input_files.must_exist(program, "program")
+    if options.ignore_head:
+        raise WrongUsage(f"{named('ignore_head')} is for graphs: a .pte has the base's head")
+    contract = read_contract(open_artifact(program).metadata, program)
+    steps = program_adapter.plan_for(contract, [loaded], [options.weight], program)
+    notes = tuple(dict.fromkeys([*loaded.notes, *steps.notes]))
+    note_each(options.on_message, notes)
+    arrays = program_adapter.values(contract, steps, loaded.name)
+    output = with_suffix(place(options.output), program_adapter.SUFFIX)
+    with atomic_output.staged(options, output, [program, *adapter_paths(adapter)], is_file=True) as folder:
+        program_adapter.write(folder / output.name, arrays, contract, sha256=loaded.sha256)
+    return ConvertResult(output, len(steps.low_rank), len(contract.places), contract.base, notes)
 
 
 def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter, source: str | Path) -> ConvertResult:

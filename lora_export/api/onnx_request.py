@@ -149,6 +149,7 @@ class OnnxProofs:
         found: dict[str, Any] = {}
         if self.unlike_base is not None:
             found["bits_of_base"] = not self.unlike_base
+        if self.adapters or self.unlike_base is not None:
             found["adapters"] = {name: form(proof) for name, proof in self.adapters.items()}
         if self.strengths:
             found["strengths"] = {name: form(proof) for name, proof in self.strengths.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,17 +14,21 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.api import load
 from lora_export.api.adapted_model import adapted_model
+from lora_export.api.onnx_request import OnnxProofs
+from lora_export.api.program_adapters import attach_inputs, parameters_by_input, prove_inputs, write_files
 from lora_export.api.programs import ProgramFormat, program_format
 from lora_export.api.publish import prove_trace, record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.artifacts.artifact import artifact_kind
 from lora_export.artifacts.files import with_suffix
 from lora_export.callbacks import in_stages, note_each
-from lora_export.errors import RuntimeRefused
+from lora_export.errors import RuntimeRefused, WrongUsage
+from lora_export.formats.contract import CONTRACT_KEY
 from lora_export.graph.refusals import refuse_transforms
 from lora_export.models.model import Model
 from lora_export.notebook import html_table
 from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
+from lora_export.options.spelling import named
 from lora_export.storage import atomic_output
 from lora_export.storage.artifact_kinds import PROGRAM_FORMATS
 from lora_export.storage.store_path import place
@@ -36,8 +41,14 @@ class TorchScriptResult:
     """What was published, and its proof."""
 
     output: Path
-    proof: Proof | None  # None: `verify=False`
+    proofs: OnnxProofs | None  # None: `verify=False`
     notes: tuple[str, ...]
+    files: tuple[Path, ...]  # the program first, then the file of each adapter where they are inputs
+
+    @property
+    def proof(self) -> Proof | None:
+        """The proof of the program with the adapters that are in it; where they are inputs, without any."""
+        return self.proofs.whole if self.proofs else None
 
     def _repr_html_(self) -> str:
         return self.proof._repr_html_() if self.proof else html_table(f"{self.output} (not proven)", (), ())
@@ -50,8 +61,9 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     A TorchScript file is a trace. A .pt2 is a program of torch.export, with dynamic batch and sequence, which
     `torch.export.load` reads. A .pte is the same program for ExecuTorch, with sizes up to `max_size`. The names of the
     inputs and the record of where the file comes from are stored in its extra file `lora_export.json`; of a .pte, in
-    an archive behind the program. `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or
-    `(module, example_inputs)`.
+    an archive behind the program. With `lora="inputs"` a .pte takes A and B of each layer after the model's inputs,
+    from NAME.safetensors of each adapter, beside it. `model` is a Hugging Face folder, `package.module:factory`,
+    `file.py:factory`, or `(module, example_inputs)`.
 
     Raises InputRefused for what does not fit; EnvironmentLacking for a .pte without ExecuTorch; Different or Undecided,
     with `.proof`, where the proof fails; RuntimeRefused where the model cannot be traced; OutputFailed where the file
@@ -67,6 +79,9 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     name = _format(options)
     program = program_format(name)
     options.check_usage(format=name)
+    is_swapped = options.lora == "inputs"
+    if is_swapped and (name != "pte" or not adapters):
+        raise WrongUsage(f"{named('lora', 'inputs')} is for an output that ends in .pte, and needs {named('adapters')}")
     getattr(program, "require", lambda: None)()
     output = with_suffix(options.output, *PROGRAM_FORMATS[name].suffixes)
     stage = in_stages(options.on_progress)
@@ -78,33 +93,46 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         base = load.resolve_model(model, loaded, inputs=options.inputs, export=True)
         adapted = adapted_model(base, loaded, weights, options, on_message)
         base = adapted.model
-        module, notes = copy.deepcopy(base.module), []
+        module, notes, contract = copy.deepcopy(base.module), [], None
         if loaded:
-            steps = plan.make(adapted.adapters, layers.specs(module), strengths=adapted.strengths)
+            specs, strengths = layers.specs(module), adapted.strengths
+            steps = plan.make(adapted.adapters, specs, strengths=strengths, one_at_a_time=is_swapped)
             notes = [*(note for adapter in adapted.adapters for note in adapter.notes), *steps.notes]
             note_each(on_message, notes)
             if options.lora != "merged":
                 refuse_transforms(steps)
-            (layers.fold if options.lora == "merged" else layers.attach)(module, steps)
+            if is_swapped:
+                contract = attach_inputs(module, steps, options.max_rank)
+            else:
+                (layers.fold if options.lora == "merged" else layers.attach)(module, steps)
         stage("tracing" if program.IS_TRACE else "exporting")
         base, save = _made(base, module, program, options)
         record = record_of_model(base, loaded, weights, {"lora": options.lora, **options.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
+        files = []
+        if contract is not None:
+            contract = replace(contract, base=record["base"]["sha256"])
+            record["inputs"] += parameters_by_input(module).values()
+            record[CONTRACT_KEY] = json.loads(str(contract))
+            files = write_files(folder, contract, steps)
         further = None if options.inputs is None else place(options.inputs)
         references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
 
-        def prove_file() -> Proof:
+        def prove_file() -> OnnxProofs:
             save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
             candidate = program.runner_of_file(folder / output.name, base)
-            return require_same(prove(candidate, references, step=stage_of_proof(stage)))
+            if contract is not None:
+                return prove_inputs(candidate, references, steps, files, stage)
+            return OnnxProofs(require_same(prove(candidate, references, step=stage_of_proof(stage))))
 
         # A program has the sizes that it takes, and refuses others.
         model = references.model if program.IS_TRACE else replace(references.model, traced={})
-        proof = prove_trace(model, prove_file if options.verify else None, record.update, on_message)
-        record["verdict"] = recorded_verdict(proof, program.RUNTIME)
+        proofs = prove_trace(model, prove_file if options.verify else None, record.update, on_message)
+        form = functools.partial(recorded_verdict, runtime=program.RUNTIME)
+        record["verdict"] = form(proofs.whole if proofs else None) | (proofs.parts(form) if proofs else {})
         save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
-    return TorchScriptResult(output, proof, tuple(notes))
+    return TorchScriptResult(output, proofs, tuple(notes), (output, *(output.with_name(file.name) for file in files)))
 
 
 def _format(options: TorchScriptOptions) -> str:

@@ -331,7 +331,8 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
         whose = "PyTorch files are judged on the CPU" if request.runner is None else "a runner chooses its own"
         raise WrongUsage(f"{named('provider', request.provider)} is for .onnx files under onnxruntime; {whose}")
     dtype = "float32" if candidate.address else request.dtype  # any of the halves is served
-    of_graphs = (request.onnx_adapter, request.adapter_id, dtype) != (None, None, "float32")
+    adapter = None if candidate.kind is ArtifactKind.EXECUTORCH else request.onnx_adapter
+    of_graphs = (adapter, request.adapter_id, dtype) != (None, None, "float32")
     if of_graphs and not is_graph and request.runner is None:
         raise WrongUsage(f"{named('onnx_adapter')}, {named('adapter_id')} and {named('dtype')} are for .onnx files")
     _check_endpoint(candidate, request)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.artifacts.artifact import Artifact, WrittenRecord
 from lora_export.errors import InputRefused
-from lora_export.formats import onnx_adapter
+from lora_export.formats import onnx_adapter, program_adapter
 from lora_export.formats.contract import version_of
 from lora_export.lora import Adapter
 from lora_export.options.combining import AdapterSource
 from lora_export.options.spelling import named
 from lora_export.options.verify import VerifyOptions
-from lora_export.storage.artifact_kinds import claimed_kind
+from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
 from lora_export.storage.hashes import ALGORITHMS, SHORT_HASH, file_hash
 from lora_export.verification.against_checkpoint import Audit
 
@@ -77,7 +77,6 @@ def recorded_explanation(
         base_record = WrittenRecord() if origin is None or not origin.path.exists() else origin.record
     except InputRefused:
         return ()
-    file = None if request.onnx_adapter is None else onnx_adapter.read(request.onnx_adapter)
     given = ComparedWith(
         adapters=adapters,
         weights=request.weights or (1.0,) * len(adapters),
@@ -86,7 +85,8 @@ def recorded_explanation(
         fingerprint=fingerprint,
         dtype=request.dtype,
         adapter_file=request.onnx_adapter,
-        adapter_version=None if file is None else file.adapter_version,
+        adapter_version=None if request.onnx_adapter is None else _version_in(request.onnx_adapter, candidate),
+        fills_inputs=candidate.kind is ArtifactKind.EXECUTORCH,
         adapter_id=request.adapter_id,
     )
     return explain_by_record(record, given)
@@ -105,6 +105,7 @@ class ComparedWith:
     adapter_file: Path | None = None  # `onnx_adapter`
     adapter_version: int | None = None  # 31 bits of the hash of the adapter in that file
     adapter_id: int | None = None
+    fills_inputs: bool = False  # whether the candidate's inputs get the adapters, where there is no such file
 
     @property
     def records(self) -> list[Record]:
@@ -135,14 +136,20 @@ def active_adapters(record: WrittenRecord, given: ComparedWith) -> Sequence[Reco
         own = own[-len(record.by_row) :] if record.by_row else []
         ids = given.adapter_id
         return own if ids is None else own[ids - 1 : ids] if ids else []
-    if record.mode == "slots":  # whatever was put into them
-        return given.records
-    if record.mode != "inputs":
+    if record.mode not in ("inputs", "slots"):
         return own
+    if record.mode == "slots" or (given.fills_inputs and given.adapter_file is None):  # whatever was put into them
+        return given.records
     if given.adapter_file is None:
         return None if given.adapters else []
     fitting = [adapter for adapter in own if _version(adapter) == given.adapter_version]
     return fitting or [{"name": given.adapter_file.name}]
+
+
+def _version_in(file: Path, candidate: Artifact) -> int | None:
+    if candidate.kind is ArtifactKind.EXECUTORCH:
+        return _version({"sha256": program_adapter.adapter_sha256(file)})
+    return onnx_adapter.read(file).adapter_version
 
 
 def _version(adapter: Record) -> int | None:

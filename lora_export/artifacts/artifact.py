@@ -8,6 +8,7 @@ in what it writes: base, adapters, settings, verdict. Needs neither PyTorch nor 
 from __future__ import annotations
 
 import contextlib
+import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from lora_export.artifacts.files import (
     hashes_of,
 )
 from lora_export.errors import InputRefused, brief
-from lora_export.formats.contract import ROW_ADAPTERS_KEY, SLOTS_KEY, read_contract, read_row_adapters
+from lora_export.formats.contract import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, read_contract, read_row_adapters
 from lora_export.options.common import is_address
 from lora_export.options.spelling import command
 from lora_export.provenance import History, read_shared
@@ -250,8 +251,14 @@ class Artifact:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """What a graph's own metadata contain. Raises InputRefused where the graph is damaged."""
-        return self._metadata_and_shapes[0]
+        """What a graph's own metadata contain; of a program of ExecuTorch, what its record has of adapter inputs.
+
+        Nothing for other artifacts. Raises InputRefused where the graph or the record is damaged.
+        """
+        if self.kind is ArtifactKind.EXECUTORCH:
+            contract = self.record.content.get(CONTRACT_KEY)
+            return {} if contract is None else {CONTRACT_KEY: json.dumps(contract)}
+        return self._metadata_and_shapes[0] if self.kind is ArtifactKind.GRAPH else {}
 
     @property
     def input_shapes(self) -> Mapping[str, tuple[Any, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lora_export.cli.arguments import TakesAdapters, cli_command, print_document, wrote
+from lora_export.cli.arguments import TakesAdapters, cli_command, print_document
 from lora_export.cli.progress import shown
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.options.export import OnnxOptions, TorchScriptOptions
@@ -67,12 +67,13 @@ def torchscript_command(as_json: bool, **options: Any) -> None:
     the output has the names of the inputs.
     """
     from lora_export.api.torchscript import export_torchscript
-    from lora_export.cli.verdicts import proof_document, show_proof
+    from lora_export.cli.verdicts import onnx_proofs_document, show_files, show_onnx_proofs
 
     with shown() as on_progress:
         result = export_torchscript(on_progress=on_progress, **options)
     if as_json:
-        print_document({"output": str(result.output), "proof": proof_document(result.proof)})
+        files = {"files": [str(path) for path in result.files]} if len(result.files) > 1 else {}
+        print_document({"output": str(result.output), **onnx_proofs_document(result.proofs), **files})
     else:
-        show_proof(result.proof)
-        wrote(result.output)
+        show_onnx_proofs(result.proofs)
+        show_files(result.files)

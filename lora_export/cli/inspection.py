@@ -36,7 +36,7 @@ PORTS = 6  # kinds of inputs or outputs that are listed
 MODES = {
     "merged": "merged into the weights",
     "nodes": "as nodes beside the weights",
-    "inputs": "as inputs (a file .onnx_adapter each)",
+    "inputs": "as inputs (a file each)",
     "rows": "chosen by the input adapter_ids",
     "slots": "as inputs in slots, chosen by the input adapter_ids (a file .onnx_adapter each)",
 }
@@ -279,11 +279,13 @@ def _program_lines(found: Inspection, methods: Sequence[ProgramMethod]) -> Itera
         yield _joined(f"method {method.name}", by, f"{method.planned_bytes:,} bytes of memory planned")
         named = names if len(names) >= len(method.inputs) else []
         for what, tensors in (("input", method.inputs), ("output", method.outputs)):
-            for number, tensor in enumerate(tensors[:PORTS]):
-                name = named[number] if what == "input" and named else str(number)
-                yield f"  {what} {name}  {_planned_text(tensor)}"
-            if len(tensors) > PORTS:
-                yield f"  {what}s: {len(tensors) - PORTS} more (--json lists them)"
+            has_names = what == "input" and bool(named)
+            ports = list(zip(named if has_names else map(str, range(len(tensors))), tensors, strict=False))
+            groups = list(_grouped(ports, lambda port: port[0], lambda port: port[1], every=not has_names))
+            for name, ((_, tensor), *_), several in groups[:PORTS]:
+                yield _joined(f"  {what} {name}  {_planned_text(tensor)}", several)
+            if len(groups) > PORTS:
+                yield f"  {what}s: {len(groups) - PORTS} more (--json lists them)"
 
 
 def _planned_text(tensor: PlannedTensor) -> str:

@@ -48,7 +48,7 @@ def show_proof(proof: Proof | Audit | None, name: str = "") -> None:
 
 
 def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
-    """The proofs of an ONNX export as JSON."""
+    """The proofs of an export as JSON."""
     return {
         "proof": proof_document(proofs.whole if proofs else None),
         **(proofs.parts(proof_document) if proofs else {}),
@@ -56,8 +56,8 @@ def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
 
 
 def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
-    """Print the verdicts of an ONNX export on stdout, all of which are `same`."""
-    if proofs is None or proofs.unlike_base is None:
+    """Print the verdicts of an export on stdout, all of which are `same`."""
+    if proofs is None or not (proofs.adapters or proofs.unlike_base is not None):
         show_proof(proofs.whole if proofs else None)
         return
     adapters = list(proofs.adapters.items())

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.options.spelling import command
+from lora_export.options.spelling import command, named
 from lora_export.plan import Layout, TensorSpec
 from lora_export.storage import json_files
 from lora_export.storage.json_files import parse_json
@@ -106,10 +106,11 @@ NO_ARRAYS: AdapterArrays = MappingProxyType({})
 
 @dataclass(frozen=True)
 class AdapterPlace:
-    """The optional inputs of a graph that take an adapter for one weight.
+    """The inputs of a graph or a program that take an adapter for one weight.
 
-    A linear layer takes A (in, rank) and B (rank, out). An embedding takes the same; `in` is its number of rows.
-    A convolution takes A (rank, in, kernel) and B (out, rank, 1...). B contains the scale.
+    A linear layer of a graph takes A (in, rank) and B (rank, out). An embedding takes the same; `in` is its number of
+    rows. With `out_in` it takes A (rank, in) and B (out, rank), as PyTorch computes with them. A convolution takes A
+    (rank, in, kernel) and B (out, rank, 1...). B contains the scale.
     """
 
     weight: str  # the base's name of the weight
@@ -125,6 +126,7 @@ class AdapterPlace:
     block: tuple[int, int] | None = None  # the weight's output features, where the initializer holds others too
     quantised: str = ""  # how the weight is quantised, in words; empty where it is not
     max_rank: int = 0  # the rank of A and B, to which smaller ones are padded; 0: any rank
+    out_in: bool = False  # whether those of a linear layer begin with outputs, as its weight does
 
     @property
     def spec(self) -> TensorSpec:
@@ -136,8 +138,8 @@ class AdapterPlace:
         """The shape of each input, by its name. The size of the rank is None, unless it is fixed."""
         out, inner, *kernel = self.shape
         ones, rank = (1,) * len(kernel), self.max_rank or None
-        a = (rank, inner, *kernel) if kernel else (inner, rank)
-        b = (out, rank, *ones) if kernel else (rank, out)
+        a = (rank, inner, *kernel) if kernel or self.out_in else (inner, rank)
+        b = (out, rank, *ones) if kernel or self.out_in else (rank, out)
         factors = {self.factor: (out, *ones), self.scale: (inner, *ones)}
         return {self.a: a, self.b: b} | {name: shape for name, shape in factors.items() if name}
 
@@ -157,8 +159,12 @@ class AdapterPlace:
 
     def rank_axis(self, name: str) -> int:
         """The axis of an input that is the rank."""
-        is_a, is_linear = name == self.a, len(self.shape) == 2
-        return int(is_a == is_linear)
+        is_a, is_operand = name == self.a, len(self.shape) == 2 and not self.out_in
+        return int(is_a == is_operand)
+
+    def oriented(self, factor: NDArray[Any]) -> NDArray[Any]:
+        """Return A or B of a pair, as `Term.factors` has it, in the layout of its input."""
+        return factor.T if self.out_in and factor.ndim == 2 else factor
 
     def padded(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """Return A or B with zeros up to the fixed rank; unchanged where any rank fits."""
@@ -304,8 +310,8 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
         )
     if key not in metadata:
         raise InputRefused(
-            f"{source} does not record where it takes adapters: it was not made by `{command('onnx', lora='inputs')}`, "
-            f"or it has lost its metadata ({CONTRACT_KEY})"
+            f"{source} does not record where it takes adapters: it was not made with {named('lora', 'inputs')}, or it "
+            f"has lost its metadata ({CONTRACT_KEY})"
         )
     record = json_files.parse_json(metadata[key].encode(), f"{source}, {key}")
     try:
@@ -343,7 +349,8 @@ def _place(entry: Mapping[str, Any]) -> AdapterPlace:
     if max_rank < 0:
         raise ValueError(f"a rank of {max_rank}")
     block = (start, stop) if "block" in entry else None
-    return AdapterPlace(shape=shape, embedding=bool(entry.get("embedding")), block=block, max_rank=max_rank, **texts)
+    flags: dict[str, Any] = {key: bool(entry.get(key)) for key in ("embedding", "out_in")}
+    return AdapterPlace(shape=shape, block=block, max_rank=max_rank, **flags | texts)
 
 
 def version_of(fingerprint: str) -> int:

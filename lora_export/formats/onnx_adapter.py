@@ -158,7 +158,7 @@ def input_values(
             arrays[name] = own.scaling.factors.reshape(arrays[name].shape)
         else:
             arrays |= {
-                name: place.padded(name, np.concatenate(parts, axis=place.rank_axis(name)))
+                name: place.padded(name, np.concatenate([*map(place.oriented, parts)], axis=place.rank_axis(name)))
                 for name, *parts in zip((place.a, place.b), *(term.factors for term in own.terms), strict=True)
             }
         if own.magnitude is not None:

@@ -12,13 +12,15 @@ import io
 import shutil
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
+from torch.utils._pytree import tree_flatten
 
 from lora_export.errors import RuntimeRefused
 from lora_export.models.export import check_axes
@@ -97,6 +99,46 @@ def _refuse_unwritable(module: nn.Module, program: ExportedProgram) -> None:
         raise RuntimeRefused(
             f"torch.export cannot write the program of {name}: it calls a function of Python (flat_apply)"
         )
+
+
+def with_inputs(program: ExportedProgram, names: Sequence[str]) -> ExportedProgram:
+    """The same program, in which these parameters are inputs. They follow the other inputs, in this order.
+
+    Raises RuntimeRefused where the program lacks one of the parameters.
+    """
+    signature = program.graph_signature
+    of_parameter = {spec.target: spec for spec in signature.input_specs if spec.kind is InputKind.PARAMETER}
+    if lost := [name for name in names if name not in of_parameter]:
+        raise RuntimeRefused(f"the exporter left {', '.join(lost)} out of the program, so that it cannot be an input")
+    moved = [of_parameter[name] for name in names]
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    last = [*placeholders.values()][-1]
+    for spec in moved:
+        last.append(placeholders[spec.arg.name])
+        last = placeholders[spec.arg.name]
+    program.graph.lint()
+    program.graph_module.recompile()
+    others = [spec for spec in signature.input_specs if spec not in moved]
+    specs = [*others, *(InputSpec(InputKind.USER_INPUT, spec.arg, None) for spec in moved)]
+    args, kwargs = program.example_inputs or ((), dict[str, Any]())
+    values = {spec.arg.name: program.state_dict[name] for spec, name in zip(moved, names, strict=True)}
+    call = copy.deepcopy(program.module_call_graph)
+    entry = call[0].signature
+    assert entry is not None
+    entry.inputs = [*entry.inputs, *(spec.arg for spec in moved)]
+    entry.in_spec = tree_flatten((args, {**kwargs, **values}))[1]
+    entry.forward_arg_names = [*(entry.forward_arg_names or kwargs), *values]
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=ExportGraphSignature(specs, signature.output_specs),
+        state_dict={name: value for name, value in program.state_dict.items() if name not in names},
+        range_constraints=program.range_constraints,
+        module_call_graph=call,
+        example_inputs=(args, {**kwargs, **values}),
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def load_own_program(path: Path) -> tuple[nn.Module, dict[str, tuple[tuple[int, int | None], ...]]]:

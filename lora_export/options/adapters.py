@@ -31,9 +31,9 @@ class ConvertOptions(Output):
     graph: str | Path | None = option(
         None,
         "With {to=onnx_adapter}: graph that will run the adapter, made by `onnx {lora=inputs}` or slots; of an "
-        "encoder-decoder, the folder.",
+        "encoder-decoder, the folder; or a .pte by `torchscript {lora=inputs}`, for which a .safetensors is written.",
         flags=("--for",),
-        metavar="MODEL.onnx",
+        metavar="MODEL.onnx|.pte",
         often=True,
     )
     base: str | Path | None = option(

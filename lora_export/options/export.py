@@ -185,7 +185,19 @@ class TorchScriptOptions(GivenAdapters, Published):
             "OUT.pt|OUT.pt2|OUT.pte",
         ),
     )
-    lora: Literal["merged", "nodes"] = option("merged", modes("merged", "nodes"), often=True)
+    lora: Literal["merged", "nodes", "inputs"] = option(
+        "merged",
+        f"{modes('merged', 'nodes')} inputs: of a .pte, take A and B as further inputs, with one file per adapter.",
+        often=True,
+    )
+    max_rank: int | None = option(
+        None,
+        "With {lora=inputs}: rank of the inputs, for future adapters. Smaller ones are padded with zeros. Default: the "
+        "largest of the adapters.",
+        metavar="N",
+        at_least=1,
+        only=(Only("lora", ("inputs",), "in other programs an adapter has its own rank"),),
+    )
     max_size: Mapping[str, int] | None = option(
         None,
         "Greatest size of an axis, such as `sequence`, for which a .pte reserves memory. Default: 4 of `batch`, 128 of "

@@ -98,7 +98,8 @@ class Judging(Running):
 
     onnx_adapter: str | Path | None = option(
         None,
-        "Adapter file to run CANDIDATE with. For a graph made by `onnx {lora=inputs}`.",
+        "Adapter file to run CANDIDATE with. For a graph made by `onnx {lora=inputs}`, or a .pte by `torchscript "
+        "{lora=inputs}`.",
         often=True,
         metavar="FILE",
         section=Section.OPTIONS,

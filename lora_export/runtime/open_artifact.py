@@ -154,7 +154,7 @@ RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]]
     ArtifactKind.WEIGHTS: lambda one, how: _module(one, module_with_weights(how.base, one.path), how),
     ArtifactKind.SCRIPT: lambda one, how: ScriptRunner(one.path, how.base.input_names, timeout=how.timeout),
     ArtifactKind.PROGRAM: _program,
-    ArtifactKind.EXECUTORCH: lambda one, how: open_executorch(one, how.base.input_names, how.timeout),
+    ArtifactKind.EXECUTORCH: lambda one, how: open_executorch(one, how.base.input_names, how.timeout, how.onnx_adapter),
     ArtifactKind.OPENVINO: _registered,
     ArtifactKind.ENDPOINT: _endpoint,
 }

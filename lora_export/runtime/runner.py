@@ -271,13 +271,18 @@ class AdaptersByInput(PlainRunner, ABC):
             if is_required := contract.required:
                 contract.refuse_other_inputs(shapes, self.path)
                 values = contract.without_adapter()
-            if adapter is not None:
-                onnx_adapter.refuse_misfits(onnx_adapter.read(adapter), contract, source=adapter, graph=self.path)
         if is_required and self.adapters_with_strength:
             values = {**values, ADAPTER_STRENGTHS: np.ones(len(self.adapters_with_strength), np.float32)}
-        self._adapter_values = values if adapter is None else {**values, **onnx_adapter.arrays_of(adapter)}
+        self._adapter_values = values if adapter is None else {**values, **self._values_of_file(adapter)}
         self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
         return is_required
+
+    def _values_of_file(self, file: Path) -> AdapterArrays:
+        """The values of an adapter's file. Raises InputRefused where it does not fit the metadata."""
+        if CONTRACT_KEY in self.metadata:
+            contract = read_contract(self.metadata, self.path)
+            onnx_adapter.refuse_misfits(onnx_adapter.read(file), contract, source=file, graph=self.path)
+        return onnx_adapter.arrays_of(file)
 
 
 @dataclass(frozen=True)

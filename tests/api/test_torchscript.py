@@ -15,7 +15,7 @@ import lora_export as le
 from lora_export.api import torchscript
 from lora_export.api.programs import program_format
 from lora_export.api.programs.torchscript import follows
-from lora_export.errors import Different
+from lora_export.errors import Different, WrongUsage
 from lora_export.models.model import Model
 from lora_export.options.export import TorchScriptOptions
 from support.api import MODEL, A, B, Recorder, an_adapter
@@ -35,6 +35,22 @@ def test_a_proven_script_computes_the_adapted_layer(tmp_path: Path, lora: str) -
     script = torch.jit.load(result.output)
     np.testing.assert_allclose(script(rows, weights)[0].detach().numpy(), expected, atol=1e-5)
     assert {"loading the model", "tracing", "writing"} <= set(seen.stages)
+
+
+@pytest.mark.parametrize(
+    ("output", "has_adapter", "options", "says"),
+    [
+        ("m.pt2", True, {"lora": "inputs"}, r"is for an output that ends in \.pte, and needs adapters="),
+        ("m.pte", False, {"lora": "inputs"}, r"is for an output that ends in \.pte, and needs adapters="),
+        ("m.pte", True, {"max_rank": 4}, r"max_rank= is for lora=\"inputs\": in other programs an adapter has its own"),
+    ],
+)
+def test_adapters_are_inputs_of_a_pte_alone(
+    output: str, has_adapter: bool, options: Any, says: str, tmp_path: Path
+) -> None:
+    adapters = an_adapter(tmp_path / "adapter") if has_adapter else ()
+    with pytest.raises(WrongUsage, match=says):
+        le.export_torchscript(MODEL, tmp_path / output, adapters=adapters, **options)
 
 
 def test_a_wrong_script_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

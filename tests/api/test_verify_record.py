@@ -155,6 +155,13 @@ INPUTS = record(entry("fr", FR), entry("de", DE), mode="inputs")
             given(adapter("fr", FR), adapter_file=Path("x.y"), adapter_version=version_of(DE)),
             ("You gave `fr`; this file contains `de`.",),
         ),
+        # as inputs of a program, which get the adapter that is given
+        (INPUTS, given(adapter("x", "99" * 32), fills_inputs=True), ()),
+        (
+            INPUTS,
+            given(adapter("fr", FR), adapter_file=Path("x.y"), fills_inputs=True),
+            ("You gave `fr`; this file contains `x.y`.",),
+        ),
         # in slots
         (record(entry("fr", FR), mode="slots"), given(adapter("x", FR)), ()),
         # the base, by the hash of the model's weights

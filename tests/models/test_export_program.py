@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_export as le
 from lora_export.errors import RuntimeRefused, WrongUsage
-from lora_export.models.export_program import load_own_program, save_program, to_program
+from lora_export.models.export_program import load_own_program, save_program, to_program, with_inputs
 from lora_export.models.load import from_module
 
 # Run by a Python that knows neither this package nor transformers, and turns every warning into an error.
@@ -169,3 +169,19 @@ def test_formats_and_suffixes_that_do_not_fit_are_refused(llama: Path, tmp_path:
         with pytest.raises(WrongUsage, match=r"max_size= is for an output that ends in \.pte: other files take any"):
             le.export_torchscript(llama / "base", tmp_path / output, format=format_, max_size={"batch": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parameters_of_a_program_become_its_last_inputs() -> None:
+    model = net()
+    program = to_program(model.module, model.example_inputs(), axes=model.axes)
+    moved = with_inputs(program, ["out.weight", "up.weight"])
+    other = net().module
+    for layer in (other.up, other.out):
+        torch.nn.init.normal_(layer.weight)
+    x, scale = torch.randn(7, 9, 4), torch.tensor(3.0)
+    names = moved.graph_signature.user_inputs
+    assert names[:2] == ("x", "scale") and set(moved.state_dict) == {"up.bias", "out.bias"}
+    weights = dict(zip(names[2:], (other.out.weight, other.up.weight), strict=True))
+    torch.testing.assert_close(moved.module()(x=x, scale=scale, **weights), other(x, scale))
+    with pytest.raises(RuntimeRefused, match=r"left down\.weight out of the program"):
+        with_inputs(program, ["up.bias", "down.weight"])

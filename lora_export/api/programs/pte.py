@@ -7,6 +7,7 @@ program stays as it was proven, and readers of the record need no ExecuTorch.
 from __future__ import annotations
 
 import functools
+import importlib
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
+from lora_export.api.program_adapters import parameters_by_input
 from lora_export.artifacts.artifact import Artifact
 from lora_export.errors import InputRefused
 from lora_export.extras import optional_package
-from lora_export.models.export_program import FIXED_TIME, to_program
+from lora_export.models.export_program import FIXED_TIME, to_program, with_inputs
 from lora_export.models.model import CHECKED_SIZES, Model, Sizes
 from lora_export.models.tracing import exporter_refusals, silence
 from lora_export.options.export import TorchScriptOptions
@@ -45,14 +47,36 @@ def writer(base: Model, module: nn.Module, options: TorchScriptOptions) -> Calla
     inputs = base.inputs({symbol: min(size, base.traced_sizes[symbol]) for symbol, size in most.items()}, seed=0)
     axes = {name: {axis: symbol for axis, symbol in own.items() if most[symbol] > 1} for name, own in base.axes.items()}
     exported = to_program(module, inputs, axes=axes, most=most)
+    if options.lora == "inputs":
+        exported = with_inputs(exported, list(parameters_by_input(module)))
     compiler, partitioner = require()
+    chosen = _partitioner_of_inputs(partitioner) if options.lora == "inputs" else partitioner()
     with silence(), exporter_refusals(module):
-        program = compiler.to_edge_transform_and_lower(exported, partitioner=[partitioner()]).to_executorch()
+        program = compiler.to_edge_transform_and_lower(exported, partitioner=[chosen]).to_executorch()
     sizes = ", ".join(f"{symbol} {size}" for symbol, size in most.items())
     options.on_message(
         f"note: the file takes sizes of up to {sizes}, for which it reserves memory ({named('max_size')})"
     )
     return functools.partial(save_executorch, program)
+
+
+def _partitioner_of_inputs(partitioner: Any) -> Any:
+    """XNNPACK's partitioner, which also takes linear layers whose weight is an input, as A and B are.
+
+    By itself it leaves them to ExecuTorch's kernels, and the program is cut at each of them.
+    """
+    package = "executorch.backends.xnnpack.partition.config"
+    configs, gemm = (importlib.import_module(name) for name in (package, f"{package}.gemm_configs"))
+
+    class Linear(gemm.LinearConfig):  # type: ignore[misc, name-defined]
+        def _get_weight_deps(self, node: Any, program: Any, precision: Any) -> tuple[bool, list[Any]]:
+            is_input = not gemm.is_param_node(program, gemm.get_input_node(node, self.weight_idx))
+            if is_input and precision is gemm.ConfigPrecisionType.FP32:
+                return True, []
+            found: tuple[bool, list[Any]] = super()._get_weight_deps(node, program, precision)
+            return found
+
+    return partitioner(configs=[Linear if one is gemm.LinearConfig else one for one in configs.ALL_PARTITIONER_CONFIGS])
 
 
 def runner_of_file(path: Path, base: Model) -> RegisteredRunner:
@@ -69,7 +93,8 @@ def planned_sizes(model: Model, stated: Mapping[str, int]) -> Sizes:
         known = ", ".join(symbols) or "none"
         raise InputRefused(f"{named('max_size', unknown)}: the model has no axis of this name. It has {known}")
     usual = {symbol: max(USUAL_GREATEST, model.traced_sizes[symbol]) for symbol in symbols} | {"batch": USUAL_BATCH}
-    sizes = {symbol: stated.get(symbol, usual[symbol]) for symbol in symbols}
+    # An axis of at most 2 has no other size than 2 for the exporter, which takes 0 and 1 for constants.
+    sizes = {symbol: 3 if stated.get(symbol) == 2 else stated.get(symbol, usual[symbol]) for symbol in symbols}
     return {symbol: min(size, model.limits.get(symbol, (0, None))[1] or size) for symbol, size in sizes.items()}
 
 

@@ -33,15 +33,20 @@ _NUMBERED = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torc
 NUMBERED_DTYPES = {**dict(enumerate(_NUMBERED)), 11: torch.bool, 15: torch.bfloat16}
 
 
-def open_executorch(candidate: Artifact, input_names: Sequence[str], timeout: float = TIMEOUT) -> RegisteredRunner:
+def open_executorch(
+    candidate: Artifact, input_names: Sequence[str], timeout: float = TIMEOUT, adapter: Path | None = None
+) -> RegisteredRunner:
     """A runner of a .pte file. `input_names` are those of the model in order, for a file without a record of them.
+
+    `adapter` is a file for the adapter inputs of the program. Without it they have zeros.
 
     Raises EnvironmentLacking where ExecuTorch is not installed, and InputRefused for what it does not load.
     """
     path = candidate.path.absolute()
     memory = memory_for(path.stat().st_size)
     process = IsolatedProcess.start(SERVING_CHILD, path, memory, *input_names, memory=memory)
-    return RegisteredRunner(EXECUTORCH, candidate, timeout=timeout, process=process)
+    runner = RegisteredRunner(EXECUTORCH, candidate, timeout=timeout, process=process)
+    return runner if adapter is None else runner.with_adapter(adapter)
 
 
 def main() -> None:
@@ -70,7 +75,8 @@ class ExecuTorchProgram:
         names = _names(path, input_names, len(inputs))
         self._dtypes = {name: NUMBERED_DTYPES.get(each.dtype()) for name, each in zip(names, inputs, strict=True)}
         planned = {name: tuple(each.sizes()) for name, each in zip(names, inputs, strict=True)}
-        varies = {name: self._takes_smaller(name, planned) for name in names}
+        largest = {name: torch.zeros(sizes, dtype=self._dtypes[name]) for name, sizes in planned.items()}
+        varies = {name: self._takes_smaller(name, largest) for name in names}
         self.axes: Mapping[str, list[int | None]] = {
             name: [None if varies[name] else size for size in sizes] for name, sizes in planned.items()
         }
@@ -78,13 +84,13 @@ class ExecuTorchProgram:
         self.plans_memory = True
         self.notes = [f"run by ExecuTorch {version}"]
 
-    def _takes_smaller(self, name: str, planned: Mapping[str, Sequence[int]]) -> bool:
+    def _takes_smaller(self, name: str, largest: Mapping[str, torch.Tensor]) -> bool:
         """Whether an input takes other sizes than the largest. Sets the inputs, and computes nothing."""
-        sizes = {**planned, name: [max(1, size - 1) for size in planned[name]]}
-        if sizes == planned:
+        smaller = largest[name][tuple(slice(max(1, size - 1)) for size in largest[name].shape)].contiguous()
+        if smaller.shape == largest[name].shape:
             return False
         try:
-            self._method._method.set_inputs([torch.zeros(sizes[each], dtype=self._dtypes[each]) for each in planned])
+            self._method._method.set_inputs([*{**largest, name: smaller}.values()])
         except RuntimeError:
             return False
         return True

@@ -10,6 +10,8 @@ from typing import Any, Self
 from lora_export import errors
 from lora_export.artifacts.artifact import Artifact
 from lora_export.errors import RuntimeRefused, one_line
+from lora_export.formats import program_adapter
+from lora_export.formats.contract import CONTRACT_KEY, AdapterArrays, Contract, read_contract
 from lora_export.isolation.limits import MAX_LEAST
 from lora_export.isolation.process import IsolatedProcess
 from lora_export.runtime.runner import TIMEOUT, AdaptersByInput, Arrays, completed_inputs, refused_ends
@@ -54,9 +56,10 @@ class RegisteredRunner(AdaptersByInput):
         self.plans_memory = bool(header.get("plans_memory"))  # for the largest inputs: the batch has limits, too
         self.notes: Sequence[str] = header["notes"] or [f"run by the runner {name}"]
         self.cannot_give: Sequence[str] = header["cannot_give"]
-        is_graph = candidate.kind is ArtifactKind.GRAPH
-        self._metadata = candidate.metadata if is_graph else {}
-        self._set_adapter_inputs(candidate.input_shapes if is_graph else {}, adapter)
+        self._metadata = candidate.metadata
+        self._is_program = candidate.kind is ArtifactKind.EXECUTORCH
+        shapes = candidate.input_shapes if candidate.kind is ArtifactKind.GRAPH else self.axes
+        self._set_adapter_inputs(shapes, adapter)
 
     def run(self, inputs: Arrays) -> Arrays:
         inputs = completed_inputs(inputs, self.axes) if self.axes else inputs
@@ -71,6 +74,28 @@ class RegisteredRunner(AdaptersByInput):
         runner = copy.copy(self)
         runner.axes = self.axes or {name: sizes for name, sizes in axes.items() if name not in self._adapter_values}
         return runner
+
+    @property
+    def contract(self) -> Contract | None:
+        """The adapter inputs of a program of ExecuTorch; None where it has none, and of other candidates."""
+        is_given = self._is_program and CONTRACT_KEY in self._metadata
+        return read_contract(self._metadata, self.path) if is_given else None
+
+    def with_adapter(self, file: Path) -> Self:
+        """The same process, whose runs have the adapter of a file. Raises InputRefused where it does not fit."""
+        return self.with_values(self._values_of_file(file), f"its adapter inputs have {file.name}")
+
+    def with_values(self, values: AdapterArrays, note: str) -> Self:
+        """The same process, whose runs have these values of adapter inputs."""
+        runner = copy.copy(self)
+        runner._adapter_values = {**self._adapter_values, **values}
+        runner.notes = [*self.notes, note]
+        return runner
+
+    def _values_of_file(self, file: Path) -> AdapterArrays:
+        if self._is_program:
+            return program_adapter.read(file, read_contract(self._metadata, self.path), self.path)
+        return super()._values_of_file(file)
 
     def close(self) -> None:
         """End the process. Nothing can be run afterwards."""

@@ -34,6 +34,7 @@ def test_the_record_is_behind_the_program(tmp_path: Path) -> None:
     [
         ({}, {"batch": 4, "frames": 300, "sequence": 64}),
         ({"batch": 1, "sequence": 32}, {"batch": 1, "frames": 300, "sequence": 32}),
+        ({"batch": 2}, {"batch": 3, "frames": 300, "sequence": 64}),
         ({"sequence": 1000, "frames": 1000}, {"batch": 4, "frames": 1000, "sequence": 64}),
     ],
 )

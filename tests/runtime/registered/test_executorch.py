@@ -17,6 +17,7 @@ import torch
 
 from lora_export import cli
 from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.executorch_file import read_methods
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.runtime.registered import executorch, stated_by
 from support import FACTORIES, ROOT
@@ -72,6 +73,33 @@ def test_a_program_of_small_and_large_sizes(tmp_path: Path) -> None:
     np.savez(tmp_path / "long.npz", input_ids=np.arange(200)[None] % 60, attention_mask=np.ones((1, 200), np.int64))
     inputs = ["--inputs", tmp_path / "long.npz"]
     assert called("verify", out, "--model", base, "-a", adapter, *inputs)[0] == 0
+
+
+@real
+def test_a_program_takes_adapters_as_inputs(tmp_path: Path) -> None:
+    """Two adapters with which it was exported, and a third one of a smaller rank, which is converted for it."""
+    base, out, file = small_model("llama", tmp_path / "base"), tmp_path / "m.pte", tmp_path / "es.safetensors"
+    fr, de, es = (small_adapter("llama", base, tmp_path / f"a{seed}", seed=seed) for seed in (1, 2, 3))
+    how = ["--lora", "inputs", "--max-rank", "12", "--max-size", "batch=2"]
+    code, document, messages = called("torchscript", base, "-a", fr, "-a", de, "-o", out, *how)
+    assert (code, document["proof"]["outcome"]) == (0, "same"), messages
+    assert {name: proof["outcome"] for name, proof in document["adapters"].items()} == {"a1": "same", "a2": "same"}
+    assert [Path(path).name for path in document["files"]] == ["m.pte", "a1.safetensors", "a2.safetensors"]
+    record = open_artifact(out).record
+    assert record.mode == "inputs" and record.content["verdict"]["adapters"]["a2"]["outcome"] == "same"
+    (method,) = read_methods(out)
+    assert method.backends == ("XnnpackBackend",) and len(method.inputs) == len(record.content["inputs"]) == 2 + 28
+    assert called("convert", es, "--for", out, "-o", file)[0] == 0
+    with_file = ["--onnx-adapter", file]
+    for options, expected in (
+        (["-a", es, *with_file], (0, "same")),
+        (["-a", es], (0, "same")),
+        ([], (0, "same")),
+        (["-a", fr, *with_file], (4, "different")),
+    ):
+        code, document, messages = called("verify", out, "--model", base, *options)
+        assert (code, document["outcome"]) == expected, messages
+    assert "You gave `a1`; this file contains `es.safetensors`" in str(document["recorded"])
 
 
 @real

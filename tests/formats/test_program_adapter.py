@@ -1,0 +1,107 @@
+"""The files with the values of a program's adapter inputs: what is in them, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lora_export import formats, plan
+from lora_export.errors import InputRefused, MatchError
+from lora_export.formats import program_adapter
+from lora_export.formats.contract import AdapterPlace, Contract
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan import Layout, TensorSpec
+
+A, B = np.float32([[1, 2, 3], [0, 5, 0]]), np.float32([[1, 0], [2, 0], [3, 1], [4, 0]])  # (rank, in), (out, rank)
+NAMES = {module: [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"] for module in ("m.q", "m.v")}
+PLACES = tuple(
+    AdapterPlace(f"{module}.weight", *NAMES[module], (4, 3), "float32", "", max_rank=3, out_in=True) for module in NAMES
+)
+CONTRACT = Contract("ffffffff00", "", PLACES, required=True)
+FR = Adapter("fr", "test", {"m.q": LoraPair(A, B, 0.5)}, sha256="ab" * 32)
+
+
+def values_of(adapter: Adapter, strength: float = 1.0) -> dict[str, Any]:
+    steps = program_adapter.plan_for(CONTRACT, [adapter], [strength], Path("m.pte"))
+    return program_adapter.values(CONTRACT, steps, adapter.name)
+
+
+def a_file(path: Path, values: dict[str, Any], *, base: str = CONTRACT.base) -> Path:
+    program_adapter.write(path, values, replace(CONTRACT, base=base), sha256=FR.sha256)
+    return path
+
+
+def test_the_values_have_the_scale_in_b_and_zeros_up_to_the_rank(tmp_path: Path) -> None:
+    path = a_file(tmp_path / "fr.safetensors", values_of(FR, strength=3))
+    written = load_file(path)
+    (a, b), (other_a, other_b) = ([written[name] for name in names] for names in NAMES.values())
+    np.testing.assert_array_equal(a, [*A, [0, 0, 0]])
+    np.testing.assert_array_equal(b, np.concatenate([1.5 * B, np.zeros((4, 1))], axis=1))
+    assert other_a.shape == (3, 3) and other_b.shape == (4, 3) and not other_a.any() and not other_b.any()
+    found = program_adapter.read(path, CONTRACT, Path("m.pte"))
+    assert list(found) == [*NAMES["m.q"], *NAMES["m.v"]]  # the order of the inputs
+    assert all(np.array_equal(found[name], written[name]) for name in written)
+    assert program_adapter.adapter_sha256(path) == FR.sha256
+
+
+def test_the_file_is_an_adapter_of_the_same_change(tmp_path: Path) -> None:
+    read = formats.load(a_file(tmp_path / "fr.safetensors", values_of(FR)))
+    np.testing.assert_array_equal(read.pairs["m.q"].delta(), FR.pairs["m.q"].delta())
+    assert not read.pairs["m.v"].delta().any()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda values: values.pop(NAMES["m.v"][1]), r"m\.v\.lora_B\.weight: missing, the program takes float32"),
+        (lambda values: values.update(more=A), "more: the program has no such input"),
+        (lambda values: values.update({NAMES["m.q"][0]: A}), r"lora_A\.weight: float32 \[2, 3\], the program takes"),
+        (lambda values: values.update({NAMES["m.q"][0]: A.astype(np.float16)}), r"float16 \[2, 3\], the program takes"),
+        (lambda values: values[NAMES["m.q"][0]].__setitem__((0, 0), np.nan), "holds values that are not finite"),
+    ],
+)
+def test_a_file_of_other_inputs_is_refused(change: Callable[[Any], object], says: str, tmp_path: Path) -> None:
+    values = {name: value.copy() for name, value in values_of(FR).items()}
+    change(values)
+    with pytest.raises(InputRefused, match=says):
+        program_adapter.read(a_file(tmp_path / "fr.safetensors", values), CONTRACT, Path("m.pte"))
+
+
+def test_a_file_for_another_base_is_refused(tmp_path: Path) -> None:
+    path = a_file(tmp_path / "fr.safetensors", values_of(FR), base="00ff")
+    with pytest.raises(InputRefused, match="made for another base \\(00ff…, the program has ffffffff00…\\)"):
+        program_adapter.read(path, CONTRACT, Path("m.pte"))
+
+
+DORA = LoraPair(A, B, 1.0, magnitude=np.ones(4, np.float32))
+PAIR = FR.pairs["m.q"]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "error", "says"),
+    [
+        ([FR, replace(FR, name="de")], InputRefused, "takes one adapter at a time, and not 2"),
+        ([replace(FR, pairs={"m.k": PAIR})], MatchError, "the program takes no adapter at"),
+        ([replace(FR, pairs={"m.q": DORA})], InputRefused, r"fr, m\.q\.weight: DoRA, whose factor follows"),
+        ([replace(FR, invocation_tokens=(1,))], InputRefused, "acts on some tokens alone"),
+        ([replace(FR, biases={"m.q": np.ones(4, np.float32)})], InputRefused, r"fr, m\.q: a change of a bias"),
+        ([replace(FR, pairs={"m.q": LoraPair(A[[0] * 4], B[:, [0] * 4], 1.0)})], InputRefused, "rank 4 > 3"),
+    ],
+)
+def test_what_is_no_input_is_refused_by_name(adapters: list[Adapter], error: Any, says: str) -> None:
+    with pytest.raises(error, match=says):
+        steps = program_adapter.plan_for(CONTRACT, adapters, [1.0] * len(adapters), Path("m.pte"))
+        program_adapter.values(CONTRACT, steps, "fr")
+
+
+def test_a_pair_of_an_embedding_is_refused_by_name() -> None:
+    pair = replace(PAIR, embedding=True)
+    steps = plan.make([replace(FR, pairs={"e": pair})], [TensorSpec("e.weight", (3, 4), "float32", Layout.EMBEDDING)])
+    with pytest.raises(InputRefused, match=r"fr, e\.weight: a pair of an embedding"):
+        program_adapter.refuse_kinds(steps)
