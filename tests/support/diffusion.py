@@ -77,247 +77,75 @@ def clip_text_model() -> nn.Module:
     return _seeded(lambda: CLIPTextModel(config))
 
 
-def _flux() -> nn.Module:
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=20,
-        axes_dims_rope=[4, 4, 8],
-        guidance_embeds=True,
-    )
-
-
-def _flux_2() -> nn.Module:
-    from diffusers import Flux2Transformer2DModel
-
-    return Flux2Transformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        axes_dims_rope=[4, 4, 4, 4],
-    )
-
-
-def _sd_3() -> nn.Module:
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=24,
-        pooled_projection_dim=40,
-        out_channels=4,
-        dual_attention_layers=(0,),
-    )
-
-
-def _wan() -> nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=28,
-        num_layers=2,
-        image_dim=8,
-        added_kv_proj_dim=24,
-        rope_max_seq_len=32,
-    )
-
-
-def _hunyuan_video() -> nn.Module:
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    return HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=1,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
-    )
-
-
-def _qwen_image() -> nn.Module:
-    from diffusers import QwenImageTransformer2DModel
-
-    return QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        axes_dims_rope=(8, 4, 4),
-    )
-
-
-def _z_image() -> nn.Module:
-    from diffusers import ZImageTransformer2DModel
-
-    return ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[8, 4, 4],
-        axes_lens=[32, 32, 32],
-    )
-
-
-def _chroma() -> nn.Module:
-    from diffusers import ChromaTransformer2DModel
-
-    return ChromaTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        axes_dims_rope=(4, 4, 8),
-        approximator_num_channels=16,
-        approximator_hidden_dim=20,
-        approximator_layers=2,
-    )
-
-
-def _wan_vace() -> nn.Module:
-    from diffusers import WanVACETransformer3DModel
-
-    return WanVACETransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=28,
-        num_layers=2,
-        vace_layers=[0, 1],
-        vace_in_channels=6,
-    )
-
-
-def _lumina_2() -> nn.Module:
-    from diffusers import Lumina2Transformer2DModel
-
-    return Lumina2Transformer2DModel(
-        in_channels=4,
-        hidden_size=24,
-        num_layers=2,
-        num_refiner_layers=1,
-        num_attention_heads=3,
-        num_kv_heads=1,
-        multiple_of=8,
-        axes_dim_rope=(4, 2, 2),
-        cap_feat_dim=16,
-    )
-
-
-def _mochi() -> nn.Module:
-    """Its 48 blocks are those of the published model, which diffusers counts on."""
-    from diffusers import MochiTransformer3DModel
-
-    return MochiTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=6,
-        pooled_projection_dim=8,
-        in_channels=4,
-        text_embed_dim=10,
-        time_embed_dim=16,
-    )
-
-
-def _aura_flow() -> nn.Module:
-    from diffusers import AuraFlowTransformer2DModel
-
-    return AuraFlowTransformer2DModel(
-        sample_size=4,
-        num_mmdit_layers=1,
-        num_single_dit_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-    )
-
-
-def _sana() -> nn.Module:
-    from diffusers import SanaTransformer2DModel
-
-    return SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=12,
-        sample_size=8,
-    )
-
-
-def _ltx_video() -> nn.Module:
-    from diffusers import LTXVideoTransformer3DModel
-
-    return LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=2,
-        caption_channels=12,
-    )
-
-
-BUILDERS = {
-    "Flux": _flux,
-    "Chroma": _chroma,
-    "Flux 2": _flux_2,
-    "Stable Diffusion 3": _sd_3,
-    "Wan": _wan,
-    "Wan-VACE": _wan_vace,
-    "HunyuanVideo": _hunyuan_video,
-    "Qwen-Image": _qwen_image,
-    "Z-Image": _z_image,
-    "Lumina 2": _lumina_2,
-    "Mochi": _mochi,
-    "AuraFlow": _aura_flow,
-    "Sana": _sana,
-    "LTX-Video": _ltx_video,
-}
+# The class of each family in diffusers, and the settings of a tiny model
+TINY_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Flux": ("FluxTransformer2DModel", {
+        "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 20,
+        "axes_dims_rope": [4, 4, 8], "guidance_embeds": True,
+    }),
+    "Chroma": ("ChromaTransformer2DModel", {
+        "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 8),
+        "approximator_num_channels": 16, "approximator_hidden_dim": 20, "approximator_layers": 2,
+    }),
+    "Flux 2": ("Flux2Transformer2DModel", {
+        "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": [4, 4, 4, 4],
+    }),
+    "Stable Diffusion 3": ("SD3Transformer2DModel", {
+        "sample_size": 8, "patch_size": 1, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 4, "caption_projection_dim": 32, "joint_attention_dim": 24,
+        "pooled_projection_dim": 40, "out_channels": 4, "dual_attention_layers": (0,),
+    }),
+    "Wan": ("WanTransformer3DModel", {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+        "text_dim": 20, "freq_dim": 32, "ffn_dim": 28, "num_layers": 2, "image_dim": 8,
+        "added_kv_proj_dim": 24, "rope_max_seq_len": 32,
+    }),
+    "Wan-VACE": ("WanVACETransformer3DModel", {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+        "text_dim": 20, "freq_dim": 32, "ffn_dim": 28, "num_layers": 2, "vace_layers": [0, 1],
+        "vace_in_channels": 6,
+    }),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10,
+        "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "patch_size": 1,
+        "patch_size_t": 1, "guidance_embeds": True, "text_embed_dim": 16, "pooled_projection_dim": 8,
+        "rope_axes_dim": (2, 4, 4),
+    }),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {
+        "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (8, 4, 4),
+    }),
+    "Z-Image": ("ZImageTransformer2DModel", {
+        "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        "cap_feat_dim": 16, "axes_dims": [8, 4, 4], "axes_lens": [32, 32, 32],
+    }),
+    "Lumina 2": ("Lumina2Transformer2DModel", {
+        "in_channels": 4, "hidden_size": 24, "num_layers": 2, "num_refiner_layers": 1,
+        "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 8, "axes_dim_rope": (4, 2, 2),
+        "cap_feat_dim": 16,
+    }),
+    # With the 48 blocks of the published model, which diffusers counts on
+    "Mochi": ("MochiTransformer3DModel", {
+        "num_attention_heads": 2, "attention_head_dim": 6, "pooled_projection_dim": 8, "in_channels": 4,
+        "text_embed_dim": 10, "time_embed_dim": 16,
+    }),
+    "AuraFlow": ("AuraFlowTransformer2DModel", {
+        "sample_size": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": 12, "caption_projection_dim": 16,
+    }),
+    "Sana": ("SanaTransformer2DModel", {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+        "num_layers": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16, "caption_channels": 12, "sample_size": 8,
+    }),
+    "LTX-Video": ("LTXVideoTransformer3DModel", {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+        "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 12,
+    }),
+}  # fmt: skip
 PIPELINES = {
     "Flux": "FluxPipeline",
     "Flux 2": "Flux2Pipeline",
@@ -330,8 +158,11 @@ PIPELINES = {
 
 @functools.cache
 def transformer(name: str) -> nn.Module:
-    """A tiny transformer of a family in BUILDERS. Callers must not change it."""
-    return _seeded(BUILDERS[name])
+    """A tiny transformer of a family in TINY_TRANSFORMERS. Callers must not change it."""
+    import diffusers
+
+    kind, settings = TINY_TRANSFORMERS[name]
+    return _seeded(lambda: getattr(diffusers, kind)(**settings))
 
 
 def headers_of(build: Callable[[], nn.Module], folder: Path) -> Path:
