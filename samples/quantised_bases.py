@@ -29,13 +29,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 import docstrings
 import lora_export as le
@@ -141,10 +135,7 @@ def as_gguf_reads(file: Path, like: Path, folder: Path) -> Path:
 # The name of a scheme -> what makes such a base, and how transformers loads it
 SCHEMES: dict[str, tuple[Callable[[Path, Path], None], dict[str, Any]]] = {
     "int8": (lambda base, folder: by_bitsandbytes(base, folder, load_in_8bit=True), {}),
-    "nf4": (
-        lambda base, folder: by_bitsandbytes(base, folder, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-        {},
-    ),
+    "nf4": (lambda base, folder: by_bitsandbytes(base, folder, load_in_4bit=True, bnb_4bit_quant_type="nf4"), {}),
     "int4": (in_int4, {}),  # with dequantize=True transformers would not read layers of 8 bits beside those of 4
 }
 

@@ -57,10 +57,7 @@ class SingularValues:
         The singular values are shared: A has their roots, and B too. So neither is much smaller than the other.
         """
         roots = np.sqrt(self.s[:rank])
-        return (
-            (roots[:, None] * self.vt[:rank]).astype(np.float32),
-            (self.u[:, :rank] * roots).astype(np.float32),
-        )
+        return ((roots[:, None] * self.vt[:rank]).astype(np.float32), (self.u[:, :rank] * roots).astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,7 @@ SOUNDS = ("input_features", "input_values")  # what the encoder of a speech mode
 
 
 def token_ids(
-    prompt: Prompt,
-    tokenizer: Any,
-    settings: GenerationSettings,
-    *,
-    chat: bool,
-    special: bool = True,
+    prompt: Prompt, tokenizer: Any, settings: GenerationSettings, *, chat: bool, special: bool = True
 ) -> list[int]:
     """A text or token ids as token ids. With `special`, the tokenizer adds its tokens around a text.
 

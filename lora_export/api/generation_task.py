@@ -11,13 +11,7 @@ from lora_export.artifacts.files import GRAPH_FILES, IMAGE_TEXT_FILES, SINGLE_GR
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.common import ModelSource
-from lora_export.options.export import (
-    IMAGE_TEXT_TO_TEXT,
-    IMAGE_TO_TEXT,
-    SPEECH_TO_TEXT,
-    TEXT_GENERATION,
-    TEXT_TO_TEXT,
-)
+from lora_export.options.export import IMAGE_TEXT_TO_TEXT, IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG

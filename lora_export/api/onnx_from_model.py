@@ -303,12 +303,7 @@ def _with_targets(located: Located, future: list[Adapter], whole: Sequence[Tenso
 
 
 def write_with_adapters(
-    program: ir.Model,
-    options: OnnxRequest,
-    future: list[Adapter],
-    folder: Path,
-    *,
-    whole: Sequence[TensorSpec] = (),
+    program: ir.Model, options: OnnxRequest, future: list[Adapter], folder: Path, *, whole: Sequence[TensorSpec] = ()
 ) -> tuple[Located | None, list[str]]:
     """Write the graph with its adapters; return where they landed, and the names of the files beside it.
 

@@ -116,12 +116,7 @@ def insert_and_save(
     options.stage("inserting the adapters")
     if options.lora == "rows":
         insert_rows(
-            program,
-            located.sites,
-            located.plan,
-            max_rank=options.rank,
-            heads=located.heads,
-            per_row=options.per_row,
+            program, located.sites, located.plan, max_rank=options.rank, heads=located.heads, per_row=options.per_row
         )
     else:
         insert_nodes(program, located.sites, located.plan, strength_input=options.strength_input)

@@ -91,10 +91,7 @@ def require_same(proof: Proof, what: str = "") -> Proof:
 
 
 def prove_trace(
-    model: Model,
-    prove: Callable[[], Proofs] | None,
-    state: Callable[[Mapping[str, str]], None],
-    on_message: OnMessage,
+    model: Model, prove: Callable[[], Proofs] | None, state: Callable[[Mapping[str, str]], None], on_message: OnMessage
 ) -> Proofs | None:
     """What `prove` returns, of a trace of a model (`with_traced_lengths`); None where no proof was requested.
 

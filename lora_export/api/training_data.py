@@ -168,9 +168,7 @@ def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tu
     match data.content:
         case LabelledArrays(inputs, labels):
             whole = _of_arrays(
-                loaded,
-                {name: torch.from_numpy(values) for name, values in inputs.items()},
-                torch.from_numpy(labels),
+                loaded, {name: torch.from_numpy(values) for name, values in inputs.items()}, torch.from_numpy(labels)
             )
             made: list[Data] = [
                 ArrayData({name: values[rows] for name, values in whole.inputs.items()}, whole.labels[rows])

@@ -51,9 +51,7 @@ JOBS = {
         "verify": "Prove that a file computes what the PyTorch model computes.",
         "doctor": "Check the installed packages and the execution providers.",
     },
-    "Help": {
-        "guide": "Show a page of the guide.",
-    },
+    "Help": {"guide": "Show a page of the guide."},
 }
 COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.items()}
 # The file of a command, where it is not that of its name: one with a record of options beside its own.

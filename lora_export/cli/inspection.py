@@ -10,15 +10,7 @@ from lora_export.errors import count
 from lora_export.formats.contract import ADAPTER_STRENGTHS
 from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.report.json_document import as_dict, plain
-from lora_export.report.screens import (
-    NO_EFFECT,
-    adapter_facts,
-    by_kind,
-    contents_of,
-    kind_of_pair,
-    shape_text,
-    title,
-)
+from lora_export.report.screens import NO_EFFECT, adapter_facts, by_kind, contents_of, kind_of_pair, shape_text, title
 from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hashes import SHORT_HASH
 

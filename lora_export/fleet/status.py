@@ -14,11 +14,7 @@ from lora_export.fleet.steps import FleetJob
 from lora_export.report.json_document import as_dict
 
 # The exit code of a fleet is that of the first of these that it has; then of a failure; then of what is not done.
-WORST_FIRST = {
-    "different": Different.exit_code,
-    "undecided": Undecided.exit_code,
-    "refused": InputRefused.exit_code,
-}
+WORST_FIRST = {"different": Different.exit_code, "undecided": Undecided.exit_code, "refused": InputRefused.exit_code}
 
 
 @dataclass(frozen=True)

@@ -106,14 +106,7 @@ def _group_of(numbers: Tensor, ends: Tensor) -> Tensor:
 
 
 def _attention(
-    _: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *__: Any,
-    scaling: float,
-    cu_seq_lens_q: Tensor,
-    **___: Any,
+    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: Any, scaling: float, cu_seq_lens_q: Tensor, **___: Any
 ) -> tuple[Tensor, None]:
     """Attention (1, heads, patches, features) within groups; here `cu_seq_lens_q` is the group of each patch."""
     same = cu_seq_lens_q[:, None] == cu_seq_lens_q[None, :]

@@ -21,15 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from lora_export.graph.cache_names import (
-    EMBEDS,
-    GRIDS,
-    IDS,
-    IMAGE_FEATURES,
-    IMAGE_INPUTS,
-    LOGITS,
-    ImageTokens,
-)
+from lora_export.graph.cache_names import EMBEDS, GRIDS, IDS, IMAGE_FEATURES, IMAGE_INPUTS, LOGITS, ImageTokens
 from lora_export.models.cached_decoder import BATCH_SYMBOL, SEQUENCE_SYMBOL, export_decoder
 from lora_export.models.deepstack import all_features, embeds_of
 from lora_export.models.export import to_onnx

@@ -74,10 +74,7 @@ class Combination(Options):
         None, "Rank after an SVD (default: the largest of the adapters).", metavar="R", at_least=1
     )
     seed: int | None = option(
-        None,
-        "Random seed for the entries that dare_* keeps (default: 0).",
-        flags=("--combine-seed",),
-        metavar="N",
+        None, "Random seed for the entries that dare_* keeps (default: 0).", flags=("--combine-seed",), metavar="N"
     )
 
     def __post_init__(self) -> None:

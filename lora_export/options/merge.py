@@ -183,8 +183,7 @@ class MergeOptions(Applied, Signed):
         only=(Only("base", ("gguf",), "only there has each weight a type of its own", words="a .gguf BASE"),),
     )
     share_with: str | Path | None = means(
-        None,
-        replace(SHARE_WITH, only=graphs("a checkpoint has all of its weights in its own files")),
+        None, replace(SHARE_WITH, only=graphs("a checkpoint has all of its weights in its own files"))
     )
     external_data: bool = means(False, replace(WEIGHTS_BESIDE, only=graphs("a checkpoint has files of weights anyway")))
     min_retention: float = means(0.5, LEAST_RETENTION)

@@ -156,10 +156,7 @@ def _tiles(document: Document) -> Iterator[tuple[str, str]]:
         yield percent(min(agreements)), "top-1 agreement, at least"
     if placement := document["placement"]:
         on_provider = placement["compute_nodes"] - len(placement["off_provider"])
-        yield (
-            f"{on_provider} of {placement['compute_nodes']}",
-            f"compute nodes on {placement['requested_provider']}",
-        )
+        yield (f"{on_provider} of {placement['compute_nodes']}", f"compute nodes on {placement['requested_provider']}")
 
 
 def _output(document: Document, name: str) -> dict[str, Any]:

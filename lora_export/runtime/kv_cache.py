@@ -20,15 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
-from lora_export.graph.cache_names import (
-    BRANCH,
-    CACHE_POSITION,
-    IDS,
-    MASK,
-    POSITION_IDS,
-    TOKEN_TYPES,
-    present_by_past,
-)
+from lora_export.graph.cache_names import BRANCH, CACHE_POSITION, IDS, MASK, POSITION_IDS, TOKEN_TYPES, present_by_past
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.operators import cache_heads
 from lora_export.runtime.onnx_runner import OnnxRunner

@@ -178,10 +178,7 @@ class Fp64Runner:
         return [_as_arrays({name: value[row] for name, value in outputs.items()}) for row in range(len(rows))]
 
     def _outputs(
-        self,
-        inputs: Arrays,
-        call: Callable[[Callable[[], NamedTensors]], NamedTensors],
-        meet: Meet | None = None,
+        self, inputs: Arrays, call: Callable[[Callable[[], NamedTensors]], NamedTensors], meet: Meet | None = None
     ) -> NamedTensors:
         """What `call` returns for the module's forward pass. With `meet`, other runs have its state in common."""
         wide = {name: to_tensor(value) for name, value in inputs.items()}

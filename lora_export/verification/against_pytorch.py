@@ -42,12 +42,7 @@ from lora_export.verification.compare_outputs import (
 from lora_export.verification.diagnose.localize import diagnose_module
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.inputs.coverage import coverage_of_pairs, seeds_that_reach
-from lora_export.verification.inputs.model_inputs import (
-    doubts_on_sizes,
-    further_draw,
-    inputs_of_proof,
-    notes_on_sizes,
-)
+from lora_export.verification.inputs.model_inputs import doubts_on_sizes, further_draw, inputs_of_proof, notes_on_sizes
 from lora_export.verification.module_copies import is_large, limit_outputs, shared_copy, widened
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.proof_session import ProofSession

@@ -183,10 +183,7 @@ def _largest_rounding(dtype: str) -> float:
 
 
 def outputs_beyond_rounding(
-    deployed: Mapping[str, Arrays],
-    reference: Mapping[str, Arrays],
-    unjudged: UnjudgedPositions,
-    dtype: str,
+    deployed: Mapping[str, Arrays], reference: Mapping[str, Arrays], unjudged: UnjudgedPositions, dtype: str
 ) -> Iterator[str]:
     """The outputs in which PyTorch's own error is more than rounding can explain: such an error allows any other."""
     limit = _largest_rounding(dtype)

@@ -111,11 +111,7 @@ def _factors(candidate: Runner, chosen: Mapping[str, float], adapters: Sequence[
 
 
 def prove_several(
-    candidate: RowsRunner,
-    references: References,
-    *,
-    prove: Prove = prove,
-    step: OnProofStep = ignore,
+    candidate: RowsRunner, references: References, *, prove: Prove = prove, step: OnProofStep = ignore
 ) -> Proof:
     """Judge a graph whose rows have several adapters, by the sum of these. Errors are those of `prove`."""
     ids, scales = several_on_row(len(references.adapters), candidate.adapters_per_row)
@@ -130,10 +126,7 @@ def prove_several(
 
 
 def prove_mixed(
-    candidate: RowsRunner,
-    references: References,
-    proofs: Sequence[Proof],
-    several: Proof | None = None,
+    candidate: RowsRunner, references: References, proofs: Sequence[Proof], several: Proof | None = None
 ) -> Proof:
     """Judge batches whose rows have each adapter in turn, and the base.
 
@@ -263,11 +256,7 @@ def _mixed_cases(candidate: Runner, proofs: Sequence[Proof], rows: Sequence[Mixe
 
 
 def prove_rows(
-    candidate: RowsRunner,
-    references: References,
-    *,
-    prove: Prove = prove,
-    step: OnProofStep = ignore,
+    candidate: RowsRunner, references: References, *, prove: Prove = prove, step: OnProofStep = ignore
 ) -> Proof:
     """Judge a graph whose rows choose their adapters: the base, each adapter alone, and all of them in one batch.
 

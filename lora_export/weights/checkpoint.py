@@ -326,9 +326,7 @@ def tensor_aliases(shards: Iterable[TensorFile]) -> dict[str, str]:
 
 
 def _specs(
-    shards: Collection[TensorFile],
-    config: Mapping[str, Any],
-    quantised: Mapping[str, QuantisedTensor] | None = None,
+    shards: Collection[TensorFile], config: Mapping[str, Any], quantised: Mapping[str, QuantisedTensor] | None = None
 ) -> Iterator[TensorSpec]:
     model_types = _known_model_types(config)
     aliases: dict[str, list[str]] = {}

@@ -348,10 +348,7 @@ def _output_tensors(
 
 
 def _output_tensor(
-    entry: Entry,
-    plan: Plan,
-    dtype: np.dtype[Any],
-    quantised: QuantisedTensor | None = None,
+    entry: Entry, plan: Plan, dtype: np.dtype[Any], quantised: QuantisedTensor | None = None
 ) -> OutputTensor:
     """A tensor of the base on its way into the output, with the step on it, or with the steps on its parts."""
     name, parts = plan.output_name(entry.name), plan.by_part.get(entry.name, ())

@@ -229,7 +229,7 @@ def test_the_config_names_the_base_and_the_task(tmp_path: Path) -> None:
     config = read_json(tmp_path / "adapter/adapter_config.json")
     assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(tmp_path / "base"))
     assert sorted({layer.module for layer in result.layers}) == [
-        *("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"),
+        *("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
     ]
     assert result.whole == ("model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_proj.bias")
 

@@ -39,8 +39,7 @@ def test_first_config_that_has_a_value_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "given", "first"),
-    [("vit", [7, 8], [1, 7, 8]), ("vit", [1, 7], [1, 7]), ("donut-swin", [7, 8], [7, 8])],
+    ("encoder", "given", "first"), [("vit", [7, 8], [1, 7, 8]), ("vit", [1, 7], [1, 7]), ("donut-swin", [7, 8], [7, 8])]
 )
 def test_the_start_token_is_before_given_ones(encoder: str, given: list[int], first: list[int], tmp_path: Path) -> None:
     model = {"decoder_start_token_id": 1, "encoder": {"model_type": encoder}}

@@ -13,13 +13,7 @@ from lora_export.api.generation_task import first_file, generating_model, task_o
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.load import load_model
-from lora_export.options.export import (
-    IMAGE_TEXT_TO_TEXT,
-    IMAGE_TO_TEXT,
-    SPEECH_TO_TEXT,
-    TEXT_GENERATION,
-    TEXT_TO_TEXT,
-)
+from lora_export.options.export import IMAGE_TEXT_TO_TEXT, IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
 from support.generators import DECODERS, ENCODER_DECODERS, small_decoder, small_encoder_decoder
 from support.small_models import small_model
 

@@ -44,8 +44,7 @@ def test_a_damaged_merge_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "error"),
-    [("missing", {}, InputRefused), ("adapter", {"checkpoint": "x"}, WrongUsage)],
+    ("name", "options", "error"), [("missing", {}, InputRefused), ("adapter", {"checkpoint": "x"}, WrongUsage)]
 )
 def test_what_cannot_be_inspected_is_refused(
     tmp_path: Path, name: str, options: dict[str, str], error: type[Exception]

@@ -155,9 +155,7 @@ def test_an_error_of_a_worker_is_that_of_one_process(place: Path) -> None:
 def in_this_process(monkeypatch: pytest.MonkeyPatch, change: Callable[[ShardRequest], ShardRequest]) -> None:
     """Let requests reach the worker's function changed, without a process."""
     monkeypatch.setattr(
-        merge_shards,
-        "_outcomes",
-        lambda _, shards: ((one, write_shard(change(one))) for one in shards),
+        merge_shards, "_outcomes", lambda _, shards: ((one, write_shard(change(one))) for one in shards)
     )
 
 

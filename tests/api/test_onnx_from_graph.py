@@ -343,11 +343,7 @@ def test_half_precision_and_int8_in_one_graph(tmp_path: Path, capsys: Capture) -
 
 @pytest.mark.parametrize("mode", ["inputs", "rows"])
 def test_a_base_in_int8_that_was_changed_is_never_published(
-    rounded: tuple[Path, str],
-    tmp_path: Path,
-    mode: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    rounded: tuple[Path, str], tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     folder, factory = rounded
     right = onnx_steps.save_graph

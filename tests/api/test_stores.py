@@ -240,18 +240,12 @@ WRITTEN: dict[str, tuple[Callable[[Path], None], Callable[[At], Any]]] = {
         nothing_more,
         lambda at: le.extract(at("base"), at("merged"), at("out/a"), rank=2, layout={"*": "out_in"}),
     ),
-    "unmerge": (
-        with_residual,
-        lambda at: le.unmerge(at("kept"), at("adapter"), at("out/a"), base_from=at("residual")),
-    ),
+    "unmerge": (with_residual, lambda at: le.unmerge(at("kept"), at("adapter"), at("out/a"), base_from=at("residual"))),
     "merge with a residual": (
         nothing_more,
         lambda at: le.merge(at("base"), at("adapter"), at("out/a"), keep_residual=at("out/residual")),
     ),
-    "merge, quantised": (
-        in_float8,
-        lambda at: le.merge(at("fp8"), at("on-fp8"), at("out/a"), keep_quantised=True),
-    ),
+    "merge, quantised": (in_float8, lambda at: le.merge(at("fp8"), at("on-fp8"), at("out/a"), keep_quantised=True)),
     "merge into GGUF": (for_llama_cpp, lambda at: le.merge(at("base.gguf"), at("on-llama"), at("out/a.gguf"))),
     "merge into a pipeline": (of_two_models, lambda at: le.merge(at("pipeline"), at("adapter"), at("out/a"))),
 }

@@ -63,10 +63,7 @@ def test_a_merge_beside_the_copy_and_its_peers(base, which, request):
     if torch.cuda.is_available():
         rivals["lora-export merge --device cuda"] = lambda: ours("--device", "cuda")
     results = side_by_side(rivals, settled, RUNS)
-    peers = {
-        "lora-export merge": ours,
-        PEFT_NAME: lambda: run([sys.executable, "-c", PEFT, base, made, out]),
-    }
+    peers = {"lora-export merge": ours, PEFT_NAME: lambda: run([sys.executable, "-c", PEFT, base, made, out])}
     mergekit = os.environ.get("MERGEKIT") or shutil.which("mergekit-yaml")
     if mergekit:
         recipe = place / "recipe.yaml"

@@ -48,10 +48,7 @@ def measure(folder: Path, size: float, measured: Measured, *, is_loaded: bool) -
     base, made, out, graph = (folder / name for name in ("base", "adapter", "out", "m.onnx"))
     llama(base, shape)
     adapter(made, shape=shape)
-    commands = {
-        "merge": ["merge", base, made, "-o", out],
-        "verify --base": ["verify", out, "--base", base, "-a", made],
-    }
+    commands = {"merge": ["merge", base, made, "-o", out], "verify --base": ["verify", out, "--base", base, "-a", made]}
     if is_loaded:
         commands |= {
             "verify --model": ["verify", out, "--model", base, "-a", made],

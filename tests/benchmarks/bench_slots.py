@@ -127,11 +127,7 @@ def requests(seed: int, adapters: int = ADAPTERS) -> tuple[dict[str, NDArray[np.
 
 
 def traffic(
-    served: le.AdapterSlots,
-    merged: Any,
-    rivals: dict[str, PeftCache],
-    batches: int = BATCHES,
-    adapters: int = ADAPTERS,
+    served: le.AdapterSlots, merged: Any, rivals: dict[str, PeftCache], batches: int = BATCHES, adapters: int = ADAPTERS
 ) -> tuple[dict[str, float], float]:
     """Texts in a second of processor time by what computes them, and how many adapters a batch loads."""
     slots, loads = served.contract.slots, 0

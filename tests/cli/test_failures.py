@@ -229,12 +229,7 @@ def failing(error: type[BaseException]) -> Callable[..., Any]:
     [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated"), (MemoryError, 6, "environment")],
 )
 def test_an_interrupted_command_is_a_document_too(
-    tmp_path: Path,
-    error: type[BaseException],
-    code: int,
-    kind: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    tmp_path: Path, error: type[BaseException], code: int, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(lora_export.api.verify, "verify", failing(error))
     found, document = answer(capsys, "verify", "x.onnx", "--model", MODEL, *reports(tmp_path))

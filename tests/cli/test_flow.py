@@ -160,12 +160,7 @@ def test_a_file_that_is_no_graph_is_exit_8(place: Path, tmp_path: Path, capsys: 
     ],
 )
 def test_what_cannot_be_done_is_told_with_its_code_and_leaves_nothing(
-    place: Path,
-    tmp_path: Path,
-    capsys: Capture,
-    arguments: list[str],
-    code: int,
-    message: str,
+    place: Path, tmp_path: Path, capsys: Capture, arguments: list[str], code: int, message: str
 ) -> None:
     before = sorted(place.rglob("*"))
     capsys.readouterr()

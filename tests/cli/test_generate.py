@@ -18,14 +18,7 @@ from lora_export.api import generate
 from lora_export.artifacts.files import GRAPH_FILES, IMAGE_TEXT_FILES
 from lora_export.cli.generate import shown_text
 from support.cli import answer, call
-from support.generators import (
-    FRAMES,
-    MELS,
-    decoder_adapter,
-    small_decoder,
-    small_encoder_decoder,
-    small_tokenizer,
-)
+from support.generators import FRAMES, MELS, decoder_adapter, small_decoder, small_encoder_decoder, small_tokenizer
 
 
 @pytest.fixture(scope="module")

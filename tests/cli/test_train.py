@@ -161,12 +161,7 @@ def test_a_base_in_4_bits_needs_bitsandbytes_and_a_folder(
     ],
 )
 def test_the_command_that_continues_is_printed_by_one_process(
-    rank: int,
-    count: int,
-    printed: str,
-    data: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    rank: int, count: int, printed: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

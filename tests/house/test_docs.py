@@ -97,11 +97,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> PageInputs:
 
 @pytest.mark.parametrize("page", slow_but(QUICK, NEEDS))
 def test_every_block_of_a_page_runs(
-    page: str,
-    inputs: PageInputs,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    page: str, inputs: PageInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in NEEDS[page]:
         inputs.copy(name, tmp_path)

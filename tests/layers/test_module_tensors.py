@@ -116,10 +116,7 @@ def test_an_adapter_with_the_modules_names_stays_as_it_is():
 
 
 def test_a_layer_of_the_original_names_without_tensors_is_missing():
-    old = holding(
-        pairs={"vit.encoder.layer.0.attention.attention.query": filled(2, 8, 8)},
-        targets=("query",),
-    )
+    old = holding(pairs={"vit.encoder.layer.0.attention.attention.query": filled(2, 8, 8)}, targets=("query",))
     module = ViTForImageClassification(ViTConfig(num_hidden_layers=2, **SIZES))
     with pytest.raises(MatchError, match=r"vit\.layers\.1\.attention\.q_proj: targeted"):
         layers.respelled_for(module, [old])

@@ -20,13 +20,7 @@ from lora_export import layers, plan
 from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions
 from lora_export.formats import peft as peft_writer
-from lora_export.layers.new_adapter import (
-    STARTING_POINT,
-    Init,
-    as_plain_lora,
-    frozen_start,
-    started_from_weights,
-)
+from lora_export.layers.new_adapter import STARTING_POINT, Init, as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter, LoraPair
 from support import experts
 from support.architectures import tiny_models

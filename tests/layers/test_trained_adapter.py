@@ -90,9 +90,7 @@ def test_what_is_trained_is_widened_and_the_frozen_rest_is_not() -> None:
     model[2].requires_grad_(False)
     layers.widen_trained(model)
     wide = {name for name, tensor in model.named_parameters() if tensor.dtype is torch.float32}
-    assert wide == {
-        *("0.lora_A.default", "0.lora_B.default", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"),
-    }
+    assert wide == {*("0.lora_A.default", "0.lora_B.default", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")}
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     assert model[1].bias.grad.dtype is torch.float32

@@ -155,7 +155,7 @@ def test_tensors_get_their_names() -> None:
     assert name_cache(program) == own | dict.fromkeys(["past_key_values.2.key", "past_key_values.2.value"], (0, 2))
     assert [value.name for value in program.graph.inputs][-1] == "input_ids"
     assert [value.name for value in program.graph.outputs] == [
-        *("present_conv.0", "present_conv.0.1", "present_recurrent.0", "present.2.key", "present.2.value"),
+        *("present_conv.0", "present_conv.0.1", "present_recurrent.0", "present.2.key", "present.2.value")
     ]
 
 

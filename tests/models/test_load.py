@@ -88,10 +88,7 @@ def test_a_file_with_more_inputs_is_the_example(needs_right: bool, tmp_path: Pat
     assert model.axes == {"left": {0: "batch", 1: "left_axis1"}, "right": {0: "batch", 1: "left_axis1"}}
     assert {
         name: tuple(value.shape) for name, value in model.inputs({"batch": 3, "left_axis1": 7}, seed=0).items()
-    } == {
-        "left": (3, 7, 4),
-        "right": (3, 7, 4),
-    }
+    } == {"left": (3, 7, 4), "right": (3, 7, 4)}
     assert model.notes == (f"the generated inputs are like those in {path}",)
 
 

@@ -10,15 +10,7 @@ import torch
 
 from lora_export.names.diffusion_layouts import TABLES, OtherLayout, other_layouts, unet_table
 from lora_export.names.tensor_parts import NotExpressible
-from support.diffusion import (
-    CONVERTERS,
-    Arrays,
-    converted_by_diffusers,
-    layout_of,
-    original_shapes,
-    transformer,
-    unet,
-)
+from support.diffusion import CONVERTERS, Arrays, converted_by_diffusers, layout_of, original_shapes, transformer, unet
 
 QKV = "double_blocks.0.img_attn.qkv"
 FLUX = {

@@ -9,15 +9,7 @@ from lora_export import plan, sums
 from lora_export.errors import MatchError
 from lora_export.lora import LoraPair
 from support.plans import holding
-from support.spellings import (
-    MIXTRAL,
-    NEW,
-    OLD,
-    VIT,
-    base,
-    experts,
-    numbered,
-)
+from support.spellings import MIXTRAL, NEW, OLD, VIT, base, experts, numbered
 
 
 @pytest.mark.parametrize(("own", "stored"), [(NEW, OLD), (OLD, NEW)])

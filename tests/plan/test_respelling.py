@@ -10,18 +10,7 @@ from lora_export.errors import MatchError
 from lora_export.lora import TokenRows
 from lora_export.names.architecture import rules_of
 from support.plans import holding, matrix, table, vector
-from support.spellings import (
-    LARA,
-    NEW,
-    NOMIC,
-    OLD,
-    QKV,
-    VIT,
-    base,
-    filled,
-    fused,
-    numbered,
-)
+from support.spellings import LARA, NEW, NOMIC, OLD, QKV, VIT, base, filled, fused, numbered
 
 
 def test_biases_and_whole_tensors_are_renamed_too():

@@ -13,20 +13,7 @@ from lora_export.errors import InputRefused, MatchError
 from lora_export.names.architecture import RenameRule, rules_of
 from lora_export.plan.spelling import respelled, unknown_names
 from support.plans import adapter, holding, matrix, pair
-from support.spellings import (
-    EXPERTS,
-    KIMI,
-    MIXTRAL,
-    NEW,
-    NOMIC,
-    OLD,
-    VIT,
-    base,
-    experts,
-    filled,
-    fused,
-    numbered,
-)
+from support.spellings import EXPERTS, KIMI, MIXTRAL, NEW, NOMIC, OLD, VIT, base, experts, filled, fused, numbered
 
 
 @pytest.mark.parametrize(

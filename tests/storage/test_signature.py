@@ -109,7 +109,7 @@ def test_weights_that_a_graph_shares_are_signed_with_it(tmp_path: Path, overwrit
     le.merge(tmp_path / "base.onnx", graph_adapter({"up": pair}), output, **own)
     assert (data.read_bytes(), data.stat().st_ino) == before and output.stat().st_size < 4000
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("base.onnx", "out.onnx", "out.onnx.sig", "own.pem", "own.pub", "w.data"),
+        *("base.onnx", "out.onnx", "out.onnx.sig", "own.pem", "own.pub", "w.data")
     ]
     refuse_unsigned(output, tmp_path / "own.pub")
     data.write_bytes(before[0][:-1] + b"!")

@@ -28,10 +28,7 @@ SHAPES = {
 }  # fmt: skip
 WEIGHTS = {name: normal(*shape) for name, shape in SHAPES.items()}
 RANK = 4
-PAIRS = {
-    "a": (normal(RANK, 40, std=1), normal(40, RANK)),
-    "b": (normal(RANK, 24, std=1), normal(64, RANK)),
-}
+PAIRS = {"a": (normal(RANK, 40, std=1), normal(40, RANK)), "b": (normal(RANK, 24, std=1), normal(64, RANK))}
 
 
 def the_base(path: Path, dtype: Any = np.float32) -> Path:

@@ -67,10 +67,7 @@ def a_graph(
         layers.fold(module, plan.make([adapter], layers.specs(module)))
     assert change[0] in SUMS
     graph = _parsed(SUMS.replace(*change))
-    weights = {
-        "table": module.table.weight.detach().numpy(),
-        "turned": module.dense.weight.detach().numpy().T.copy(),
-    }
+    weights = {"table": module.table.weight.detach().numpy(), "turned": module.dense.weight.detach().numpy().T.copy()}
     graph.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
     onnx.save(graph, path)
     return path

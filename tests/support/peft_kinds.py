@@ -102,15 +102,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield case(f"{method}, removal", peft.DeftConfig, r=3, decomposition_method=method, para=True)
     for paths in ("lora", "vector", "constant", "none"):
         targets = LINEAR if paths != "none" else LINEAR[:1]
-        yield case(
-            f"{paths}",
-            peft.GloraConfig,
-            targets,
-            r=3,
-            config_A_B=paths,
-            config_C="none",
-            config_D_E="vector",
-        )
+        yield case(f"{paths}", peft.GloraConfig, targets, r=3, config_A_B=paths, config_C="none", config_D_E="vector")
     yield case(
         "one number for a bias", peft.GloraConfig, r=3, config_A_B="lora", config_C="none", config_D_E="constant"
     )

@@ -32,10 +32,4 @@ def a_result(weight: str, retention: float = 1.0, relative_change: float = 0.012
 
 
 def a_merge_report(*results: StepResult, replaced: tuple[str, ...] = ()) -> MergeReport:
-    return MergeReport(
-        results,
-        copied=80_200_000,
-        bytes=88_100_000,
-        replaced_weights=replaced,
-        seconds=0.25,
-    )
+    return MergeReport(results, copied=80_200_000, bytes=88_100_000, replaced_weights=replaced, seconds=0.25)

@@ -87,12 +87,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[
     return calls
 
 
-TARGETS = {
-    "self_attn": (24, 8),
-    "self_attn.out_proj": (8, 8),
-    "linear1": (16, 8),
-    "linear2": (8, 16),
-}
+TARGETS = {"self_attn": (24, 8), "self_attn.out_proj": (8, 8), "linear1": (16, 8), "linear2": (8, 16)}
 
 
 def an_encoder_layer(**options: Any) -> nn.TransformerEncoderLayer:

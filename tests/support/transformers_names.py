@@ -41,11 +41,7 @@ AUTO_TABLES = {
     "backbone": modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES,
 }
 # Renames that are not a substitution by a pattern.
-KINDS = {
-    GroupWeightRename: "group",
-    Inkling2IndexOffsetWeightRename: "offset",
-    LayerPairCollapse: "layer pairs",
-}
+KINDS = {GroupWeightRename: "group", Inkling2IndexOffsetWeightRename: "offset", LayerPairCollapse: "layer pairs"}
 _RESNET = {"model_type": "resnet", "out_features": ["stage1", "stage2", "stage3", "stage4"]}
 _OF_TIMM = {"use_timm_backbone": False, "backbone_config": _RESNET}
 _OF_THREE = _OF_TIMM | {"backbone_config": _RESNET | {"out_features": ["stage2", "stage3", "stage4"]}}

@@ -344,10 +344,7 @@ def test_factors_are_copied_once_and_only_the_latest_cached(tmp_path, monkeypatc
     pairs = {name: (np.ones((2, 50)), np.ones((20, 2))) for name in names}
     arithmetic = device.Arithmetic(CPU)
     merged(
-        base,
-        peft_adapter(tmp_path / "adapter", pairs),
-        tmp_path / "out",
-        backend=Backend(arithmetic.apply, threads=1),
+        base, peft_adapter(tmp_path / "adapter", pairs), tmp_path / "out", backend=Backend(arithmetic.apply, threads=1)
     )
     assert sorted(copied) == sorted(f"{name}.weight" for name in names)
     assert arithmetic.factors.cache_info().currsize == device.CACHED_STEPS

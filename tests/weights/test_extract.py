@@ -57,7 +57,7 @@ def test_a_head_that_the_base_lacks_is_saved_whole(tmp_path: Path) -> None:
     result = le.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=RANK)
     assert all(layer.module.startswith("bert.encoder") for layer in result.layers)
     assert {name for name in result.whole if "LayerNorm" not in name and "encoder" not in name} == {
-        *("classifier.weight", "classifier.bias"),
+        *("classifier.weight", "classifier.bias")
     }
     le.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     tuned, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("tuned", "merged"))

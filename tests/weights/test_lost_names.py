@@ -86,10 +86,7 @@ def test_parts_that_transformers_would_draw_at_random_are_refused(base, target, 
     cls = getattr(transformers, base)
     sizes = {"dim": 8, "hidden_dim": 12, "n_layers": 1, "n_heads": 2} if "Distil" in base else ONE_LAYER
     cls(cls.config_class(vocab_size=23, **sizes)).save_pretrained(tmp_path / "base")
-    head = getattr(
-        transformers,
-        re.sub("For.*|Model", "", base) + "ForSequenceClassification",
-    )
+    head = getattr(transformers, re.sub("For.*|Model", "", base) + "ForSequenceClassification")
     model, loading = head.from_pretrained(tmp_path / "base", output_loading_info=True)
     missing = {name.rpartition(".")[0] for name in loading["missing_keys"]}
     random = {module for module in missing if not module.split(".")[0].endswith(saved)}  # as PEFT looks for them

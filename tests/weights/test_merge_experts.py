@@ -19,16 +19,7 @@ import lora_export
 from lora_export.errors import InputRefused, MatchError
 from lora_export.options.reading import ReadOptions
 from support import experts
-from support.experts import (
-    COUNT,
-    MODELS,
-    PROJECTIONS,
-    RANK,
-    of_single_experts,
-    parts_of,
-    rewritten,
-    weights,
-)
+from support.experts import COUNT, MODELS, PROJECTIONS, RANK, of_single_experts, parts_of, rewritten, weights
 
 LAYER = "base_model.model.model.layers.0.mlp.experts"
 

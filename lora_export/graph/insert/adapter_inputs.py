@@ -24,15 +24,7 @@ from lora_export.formats.contract import (
     read_contract,
 )
 from lora_export.graph.find_sites import Sites, find_sites
-from lora_export.graph.insert.adapter_names import (
-    CONVENTIONS,
-    DORA_FACTOR,
-    LORA_A,
-    LORA_B,
-    SCALE,
-    dotted,
-    module_of,
-)
+from lora_export.graph.insert.adapter_names import CONVENTIONS, DORA_FACTOR, LORA_A, LORA_B, SCALE, dotted, module_of
 from lora_export.graph.insert.adapter_nodes import scaled_input
 from lora_export.graph.insert.adapter_strengths import StrengthInput, refused_strength
 from lora_export.graph.insert.branches import Inserter, common_rescaling, dora_factors_by_weight

@@ -170,13 +170,7 @@ class _NodesOfStep:
     """The nodes of one step: its pairs, or the factors of its inputs or outputs."""
 
     def __init__(
-        self,
-        inserter: Inserter,
-        step: Step,
-        strengths: StrengthInput | None,
-        active: ActiveTokens,
-        *,
-        is_alone: bool,
+        self, inserter: Inserter, step: Step, strengths: StrengthInput | None, active: ActiveTokens, *, is_alone: bool
     ):
         self.inserter, self.step, self.strengths, self.is_alone = inserter, step, strengths, is_alone
         self.active = active

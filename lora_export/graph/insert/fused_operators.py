@@ -236,9 +236,5 @@ def _follow(factory: NodeFactory, node: ir.Node, nodes: NodeList, news: Mapping[
 
 
 TAKEN_APART: Mapping[tuple[str, str], Callable[[NodeFactory, ir.Node], None]] = MappingProxyType(
-    {
-        (MICROSOFT, "FusedGemm"): _product,
-        (MICROSOFT, "FusedConv"): _convolution,
-        (MICROSOFT, "Attention"): _attention,
-    }
+    {(MICROSOFT, "FusedGemm"): _product, (MICROSOFT, "FusedConv"): _convolution, (MICROSOFT, "Attention"): _attention}
 )

@@ -159,12 +159,7 @@ class NodeList:
         return factor._replace(value=value)
 
     def pad(
-        self,
-        value: ir.Value,
-        names: tuple[str, str],
-        sizes: Sequence[int],
-        number: float,
-        shape: Iterable[Dim] | None,
+        self, value: ir.Value, names: tuple[str, str], sizes: Sequence[int], number: float, shape: Iterable[Dim] | None
     ) -> ir.Value:
         """The value padded by these sizes with a number. `names` are those of the initializers of both."""
         dtype = value.dtype

@@ -44,12 +44,7 @@ NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def merge_graph(
-    plan: Plan,
-    graph: GraphFile,
-    sites: Sites,
-    stage: Path,
-    run: MergeRun,
-    settings: Mapping[str, Any] = NO_SETTINGS,
+    plan: Plan, graph: GraphFile, sites: Sites, stage: Path, run: MergeRun, settings: Mapping[str, Any] = NO_SETTINGS
 ) -> MergeReport:
     """Merge a plan into the graph of a file. Writes into the folder `stage` (see `atomic_output.stage_file`).
 

@@ -158,11 +158,7 @@ class DecoderRun:
         return last
 
     def _run(
-        self,
-        ids: NDArray[Any],
-        mask: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        types: NDArray[np.int64] | None,
+        self, ids: NDArray[Any], mask: NDArray[np.int64], positions: NDArray[np.int64], types: NDArray[np.int64] | None
     ) -> NDArray[np.floating]:
         decoder, binding = self.decoder, self.binding
         has_past = np.array([mask.shape[1] > ids.shape[1]])

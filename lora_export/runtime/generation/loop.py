@@ -188,11 +188,7 @@ def generate_tokens(
 
 
 def generate_from_encoder(
-    run: EncoderDecoderRun,
-    starts: Sequence[Sequence[int]],
-    limits: TextLimits,
-    sampling: Sampling,
-    on_token: OnToken,
+    run: EncoderDecoderRun, starts: Sequence[Sequence[int]], limits: TextLimits, sampling: Sampling, on_token: OnToken
 ) -> list[list[int]]:
     """The new tokens of each row that the encoder has read, after the tokens with which its text starts.
 

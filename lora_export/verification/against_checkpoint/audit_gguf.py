@@ -39,11 +39,7 @@ from lora_export.verification.against_checkpoint.block_scales import beside_code
 from lora_export.verification.against_checkpoint.block_values import ChangedBlocks, StoredBlocks, bytes_at
 from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer
 from lora_export.verification.against_checkpoint.in_step import Judgement
-from lora_export.verification.against_checkpoint.judge_changed import (
-    judge_changed,
-    judge_unknown_layout,
-    judge_weight,
-)
+from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout, judge_weight
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor, have_equal_bytes

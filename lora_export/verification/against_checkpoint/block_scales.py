@@ -141,11 +141,7 @@ class _Best:
         """Whether numbers of blocks are the nearest that can be stored; `factors` are those of their groups."""
         above, below, error = (
             (factor * each).sum(axis=1, keepdims=True)
-            for factor, each in (
-                (factors, self.above),
-                (np.square(factors), self.below),
-                (np.abs(factors), self.error),
-            )
+            for factor, each in ((factors, self.above), (np.square(factors), self.below), (np.abs(factors), self.error))
         )
         wanted, error = above / below, error / below
         lower, higher = _neighbours(number, found)

@@ -111,7 +111,7 @@ def _remedies(f: Figures) -> dict[str, str]:
     """
     remedies = {
         "loss": f"weights in a finer type (merge {named('dtype', 'float32')}, or a graph of more bits), or the adapter "
-        f"beside the weights (onnx {named('lora', 'nodes')})",
+        f"beside the weights (onnx {named('lora', 'nodes')})"
     }
     text = f"inputs on which {f.peer}'s own error is smaller relative to the values ({named('inputs')})"
     remedies |= dict.fromkeys(VALUE_CONTROLS, text)

@@ -22,12 +22,7 @@ from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import PackedRows, StoredCodes
 from lora_export.weights.quantised.new_grid import ScaleRule, to_exponents
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
-from lora_export.weights.quantised.stored_parts import (
-    Pieces,
-    QuantisedTensor,
-    StoredParts,
-    powers_of_two,
-)
+from lora_export.weights.quantised.stored_parts import Pieces, QuantisedTensor, StoredParts, powers_of_two
 
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
 BLOCK_NUMBERS, BLOCK_BYTES = 32, 16  # numbers that share a scale, and their bytes

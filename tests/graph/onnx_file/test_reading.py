@@ -63,8 +63,7 @@ def test_graph_longer_than_protobuf_limit_is_refused_unread(tmp_path: Path) -> N
     with path.open("wb") as file:
         file.truncate(MAX_MESSAGE_BYTES)
     with pytest.raises(
-        InputRefused,
-        match=r"has 2,147,483,648 bytes\. An ONNX graph must have less than .*external data",
+        InputRefused, match=r"has 2,147,483,648 bytes\. An ONNX graph must have less than .*external data"
     ):
         load_graph(path)
 

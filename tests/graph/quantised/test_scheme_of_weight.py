@@ -59,10 +59,7 @@ def by_group_index() -> ir.Model:
         (int32, r"fc.weight is quantised in a way that cannot be repeated \(int32 by channel\)"),
         (without_zero_points, r"fc.weight is quantised without zero points .*: it cannot store negative values"),
         (not_finite, r"fc.weight: the base holds 2 values that are not finite"),
-        (
-            nf4,
-            r"lora_A.weight: fc.weight is uint8 of MatMulBnb4: a quantised weight is never merged silently",
-        ),
+        (nf4, r"lora_A.weight: fc.weight is uint8 of MatMulBnb4: a quantised weight is never merged silently"),
         (
             by_group_index,
             r"lora_A.weight: fc.weight is uint8 of MatMulNBits: a quantised weight is never merged silently",

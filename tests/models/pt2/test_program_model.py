@@ -95,11 +95,7 @@ def no_inputs(graph: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "problem"),
-    [
-        (sizes(1 << 40, 4), "too large to run"),
-        (ranges(1 << 40), "too large to run"),
-        (no_inputs, "takes 0 inputs"),
-    ],
+    [(sizes(1 << 40, 4), "too large to run"), (ranges(1 << 40), "too large to run"), (no_inputs, "takes 0 inputs")],
 )
 def test_inputs_too_large_or_missing_are_refused(good: Path, tmp_path: Path, change: Change, problem: str) -> None:
     path = changed(good, tmp_path, change)

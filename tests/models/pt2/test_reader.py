@@ -181,10 +181,7 @@ def number(value: int) -> dict[str, int]:
     [
         (tensor_meta(sizes=[number(1 << 40), number(4)]), "has not as many"),
         (tensor_meta(sizes=[number(1 << 62), number(1 << 62)]), "has not as many"),
-        (
-            tensor_meta(sizes=[number(1 << 40), number(1 << 20)], strides=[number(0), number(0)]),
-            "has not as many",
-        ),
+        (tensor_meta(sizes=[number(1 << 40), number(1 << 20)], strides=[number(0), number(0)]), "has not as many"),
         (tensor_meta(storage_offset=number(39)), "has not as many"),
         (tensor_meta(strides=[number(5), number(1)]), "has not as many"),
         (tensor_meta(strides=[number(-4), number(1)]), "a size is negative"),
