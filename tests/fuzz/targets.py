@@ -272,24 +272,18 @@ def a_base(place: Path, config: bytes = b"", weights: bytes = GOOD_BASE) -> None
 # --- targets ---------------------------------------------------------------------------------------
 
 
-def adapter_config(data: bytes) -> bool:
-    """adapter_config.json beside a good file."""
-    with a_place() as place:
-        a_base(place)
-        an_adapter(place)
-        (place / "adapter/adapter_config.json").write_bytes(data)
-        command("inspect", place / "adapter")
-        return merge_is_all_or_nothing(place)
+def beside_an_adapter(name: str) -> Target:
+    """A file in the folder of an adapter that is good otherwise."""
 
+    def target(data: bytes) -> bool:
+        with a_place() as place:
+            a_base(place)
+            an_adapter(place)
+            (place / "adapter" / name).write_bytes(data)
+            command("inspect", place / "adapter")
+            return merge_is_all_or_nothing(place)
 
-def adapter_model_config(data: bytes) -> bool:
-    """The model's config.json that some trainers put beside an adapter."""
-    with a_place() as place:
-        a_base(place)
-        an_adapter(place)
-        (place / "adapter/config.json").write_bytes(data)
-        command("inspect", place / "adapter")
-        return merge_is_all_or_nothing(place)
+    return target
 
 
 def adapter_header(data: bytes) -> bool:
@@ -822,36 +816,19 @@ def run_program(path: Path) -> None:
         module(**inputs.make(dict.fromkeys(inputs.traced_sizes, 2), torch.Generator().manual_seed(0)))
 
 
+NAMED = (
+    adapter_header, adapter_keys, mlx_config, litgpt_settings, pickled_adapter, model_with_tasks, keys_of_a_file,
+    diffusion_file, peft_kind, pipeline_index, base_header, base_index, base_config, manifest, graph, external_data,
+    quantised_graph, quantised_fields, contract, inputs_npz, exported_archive,
+)  # fmt: skip
 TARGETS: dict[str, Target] = {
-    "adapter_config": adapter_config,
-    "adapter_model_config": adapter_model_config,
-    "adapter_header": adapter_header,
-    "adapter_keys": adapter_keys,
-    "mlx_config": mlx_config,
-    "litgpt_settings": litgpt_settings,
-    "pickled_adapter": pickled_adapter,
+    **{target.__name__: target for target in NAMED},
+    "adapter_config": beside_an_adapter("adapter_config.json"),
+    "adapter_model_config": beside_an_adapter("config.json"),  # the model's, which some trainers put there
     "shard_metadata": lambda data: shards(metadata=data),
     "shard": lambda data: shards(shard=data),
-    "model_with_tasks": model_with_tasks,
-    "keys_of_a_file": keys_of_a_file,
-    "diffusion_file": diffusion_file,
-    "peft_kind": peft_kind,
-    "pipeline_index": pipeline_index,
-    "base_header": base_header,
-    "base_index": base_index,
-    "base_config": base_config,
-    "manifest": manifest,
-    "graph": graph,
-    "external_data": external_data,
-    "quantised_graph": quantised_graph,
-    "quantised_fields": quantised_fields,
-    "contract": contract,
     "onnx_adapter": onnx_adapter_file,
-    "examples_jsonl": examples_reader(".jsonl"),
-    "examples_csv": examples_reader(".csv"),
-    "examples_npz": examples_reader(".npz"),
-    "inputs_npz": inputs_npz,
-    "exported_archive": exported_archive,
+    **{f"examples_{suffix}": examples_reader(f".{suffix}") for suffix in ("jsonl", "csv", "npz")},
     "exported_graph": lambda data: exported_archive(archive_of(data, as_json(WEIGHTS))),
     "exported_weights": lambda data: exported_archive(archive_of(as_json(PROGRAM), data)),
 }
