@@ -26,6 +26,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from support import factories
 from support.api import MODEL, A, B, Recorder, an_adapter
 from support.handmade import add_tensors
+from support.peft_models import fill
 from support.slow import slow
 
 INPUTS = {
@@ -228,10 +229,7 @@ def activated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module.save_pretrained(folder / "base")
     fields = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     model = peft.get_peft_model(module, peft.LoraConfig(**fields, alora_invocation_tokens=[7, 8, 9]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.4)
+    fill(model, "lora_", std=0.4)
     model.save_pretrained(folder / "alora")
     result = le.export_onnx(folder / "base", folder / "nodes.onnx", adapters=folder / "alora", lora="nodes")
     assert result.proof is not None and result.proof.verdict.same

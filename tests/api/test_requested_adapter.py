@@ -17,6 +17,7 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.train import AdapterChoice
 from lora_export.training.order import ShuffledOrder
 from support.api import MODEL
+from support.peft_models import fill
 from support.small_models import small_model, words_tokenizer
 
 LINES = [f"very {'good' if n % 2 else 'bad'} film the {'a' if n % 3 else 'very'} film" for n in range(16)]
@@ -53,9 +54,7 @@ def test_what_peft_trained_is_continued_with_its_losses(texts: Path) -> None:
     )
     torch.manual_seed(3)
     start = peft.get_peft_model(base, config)
-    for parameter in start.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
+    fill(start, std=0.1)
     start.save_pretrained(texts / "theirs")
     settings = {"batch_size": 4, "epochs": 2, "learning_rate": 1e-2, "warmup": 0.0, "holdout": 0.0}
     settings |= {"schedule": "constant"}

@@ -27,6 +27,7 @@ from lora_export.pairs import exact_transforms
 from support import ROOT, tables
 from support.cli import answer, call
 from support.peft_kinds import CASES, LAYOUT, Layers, Trained, differences, graph_of, trained
+from support.peft_models import fill
 
 README = ROOT / "tests/README.md"
 TABLE = "kinds of PEFT's adapters"
@@ -185,10 +186,7 @@ def test_rows_of_a_tied_table_are_one(tmp_path):
     base = LlamaForCausalLM(LlamaConfig(**config, tie_word_embeddings=True))
     base.save_pretrained(tmp_path / "base")
     model = peft.get_peft_model(base, peft.TrainableTokensConfig(token_indices=[3, 5]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
+    fill(model)
     model.save_pretrained(tmp_path / "adapter")
     assert len(load_file(tmp_path / "adapter/adapter_model.safetensors")) == 2
     le.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

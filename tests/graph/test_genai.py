@@ -45,6 +45,7 @@ from support.exporters import (
     save_tokenizer,
 )
 from support.genai import GENERATED_TOKENS, build_genai_graph
+from support.peft_models import fill
 
 genai: Any = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 
@@ -111,10 +112,7 @@ def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[peft.
     folder = tmp_path_factory.mktemp("adapters") / "pirate"
     model = peft.get_peft_model(pytorch(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.25, generator=generator)
+    fill(model, std=0.25, generator=generator)
     model.save_pretrained(folder)
     return model, folder
 

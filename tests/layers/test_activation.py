@@ -17,6 +17,7 @@ from lora_export import formats, layers, plan
 from lora_export.errors import InputRefused
 from lora_export.layers.activation import active_tokens
 from lora_export.lora import Adapter
+from support.peft_models import fill
 
 WORDS, INVOCATION = 13, [7, 8, 7]
 SIZES: dict[str, Any] = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -45,10 +46,7 @@ def a_model(name: str) -> tuple[nn.Module, list[str]]:
 def trained(module: nn.Module, targets: list[str], folder: Path, **config: Any) -> tuple[peft.PeftModel, Adapter]:
     fields = {"r": 2, "lora_alpha": 8, "task_type": "CAUSAL_LM", "alora_invocation_tokens": INVOCATION, **config}
     model = peft.get_peft_model(copy.deepcopy(module), peft.LoraConfig(target_modules=targets, **fields)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_()
+    fill(model, "lora_")
     model.save_pretrained(folder)
     return model, formats.load(folder, activated=True)
 

@@ -15,6 +15,7 @@ import lora_export as le
 from lora_export import plan, sums
 from lora_export.errors import MatchError
 from lora_export.plan import Layout, TensorSpec
+from support.peft_models import fill
 from support.plans import BA, adapter, holding, matrix, misfits, pair, rows, table, tied, unknown, vector
 from support.tied import WORDS, tied_model
 
@@ -177,10 +178,7 @@ def trained(base: Path, **how: object) -> PeftModel:
     model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
     model.resize_token_embeddings(NEW, mean_resizing=False)
     adapted = get_peft_model(model, LoraConfig(r=2, **how))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
+    fill(adapted)
     return adapted.eval()
 
 

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import lora_export as le
 from support.local_server import Silent, local_server
+from support.peft_models import fill
 
 WORDS = 60
 TEMPLATE = "{{ bos_token }}{% for each in messages %} w2 {{ each.content }} w3{% endfor %} w4"
@@ -60,9 +61,7 @@ def save_adapter(
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "down_proj", *further])
     model = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.05)
+    fill(model, "lora_B", std=0.05)
     model.save_pretrained(folder)
     return folder
 

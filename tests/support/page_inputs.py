@@ -24,6 +24,7 @@ from support.cli import call
 from support.diffusion import adapter_file, clip_text_model, linear_shapes, random_pairs, unet
 from support.exporters import a_llama, save_tokenizer
 from support.graphs import quantised
+from support.peft_models import fill
 
 TOPICS = {
     "account": ["login", "password", "reset", "locked", "email", "blocked"],
@@ -104,10 +105,7 @@ def _peft_adapter(seed: int, base: str = "base", targets: str | list[str] = "all
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
         model = peft.get_peft_model(model, config)
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.1, generator=generator)
+        fill(model, std=0.1, generator=generator)
         model.save_pretrained(path)
 
     return make
@@ -203,10 +201,7 @@ def _customers(inputs: PageInputs, path: Path) -> None:
         model = AutoModelForSequenceClassification.from_pretrained(inputs.path("base"), num_labels=labels)
         config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"])
         model = peft.get_peft_model(model, config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.1)
+        fill(model, std=0.1)
         model.save_pretrained(path / f"customer-{number:02}")
 
 

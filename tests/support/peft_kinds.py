@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from support.peft_models import fill
+
 
 class Layers(nn.Module):
     """Layers of every class that an adapter changes. No matrix is square: their layout shows in their shape."""
@@ -189,10 +191,7 @@ def trained(case: Case, folder: Path, **more: Any) -> Trained:
         warnings.simplefilter("ignore")
         config = case.config(target_modules=list(case.targets), **case.options, **more)
         model = peft.get_peft_model(base, config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_()
+        fill(model)
         model.save_pretrained(folder / "adapter")
         if case.saved_as:
             _rename(folder / "adapter", config.peft_type.value, case.saved_as)

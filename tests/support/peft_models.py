@@ -29,14 +29,19 @@ class Mlp(nn.Module):
         return self.last(x)
 
 
+@torch.no_grad()
+def fill(model: nn.Module, part: str = "", *, std: float = 1.0, generator: torch.Generator | None = None) -> None:
+    """Give what is trained of a model, and has `part` in its name, random values: no value is zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and part in name:
+            parameter.normal_(std=std, generator=generator)
+
+
 def trained(base: nn.Module, **config: Any) -> peft.PeftModel:
     """PEFT's model with an adapter as after training: no value is zero."""
     torch.manual_seed(0)
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
+    fill(model)
     return model.eval()
 
 

@@ -20,6 +20,7 @@ from torch.export import Dim
 from lora_export import formats
 from lora_export.lora import Adapter
 from support.factories import Pictures, Wide, Worded
+from support.peft_models import fill
 
 VARIES = Dim.DYNAMIC
 
@@ -44,10 +45,7 @@ class Subject:
         torch.manual_seed(1)
         config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(self.targets))
         model = peft.get_peft_model(copy.deepcopy(self.base), config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.normal_(std=0.3)
+        fill(model, "lora_", std=0.3)
         return model
 
     def adapter(self, folder: Path) -> Adapter:

@@ -18,6 +18,7 @@ from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.parity import Outcome, Verdict
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references.attached_module import attached_copy
+from support.peft_models import fill
 
 pytestmark = pytest.mark.usefixtures("undiagnosed")
 
@@ -42,9 +43,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Adapter]:
     ).save_pretrained(folder / "base")
     options = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
     adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), options)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.004)
+    fill(adapted, "lora_B", std=0.004)
     adapted.save_pretrained(folder / "adapter")
     return load_model(str(folder / "base"), dtype=torch.float16), formats.load(folder / "adapter")
 

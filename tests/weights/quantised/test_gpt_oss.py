@@ -16,6 +16,7 @@ import lora_export
 from lora_export.errors import InputRefused
 from support.cli import answer, call
 from support.handmade import peft_adapter
+from support.peft_models import fill
 
 EXPERTS = ("gate_up_proj", "down_proj")
 TARGET = "model.layers.0.self_attn.q_proj"
@@ -80,9 +81,7 @@ def test_adapter_on_experts_gives_pefts_weights(place: Path, tmp_path: Path) -> 
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=targets)
     torch.manual_seed(0)
     adapted = peft.get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+    fill(adapted, "lora_B", std=0.5)
     adapter, out = tmp_path / "adapter", tmp_path / "merged"
     adapted.save_pretrained(adapter)
     result = lora_export.merge(
@@ -111,9 +110,7 @@ def test_experts_stay_in_mxfp4_or_become_floats(place: Path, tmp_path: Path, siz
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=[], target_parameters=targets)
     torch.manual_seed(0)
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(place / "float"), config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=size)
+    fill(adapted, "lora_B", std=size)
     adapted.save_pretrained(adapter)
     out = tmp_path / "merged"
     result = lora_export.merge(place / "mxfp4", [adapter], out, keep_quantised=True)

@@ -20,6 +20,7 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.weights.quantised import method_of
 from support.cli import answer, call
 from support.handmade import peft_adapter
+from support.peft_models import fill
 from support.quantised import LLAMA_SIZES
 
 
@@ -38,9 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantised = LlamaForCausalLM.from_pretrained(folder / "float", quantization_config=scheme, device_map="cpu")
     quantised.save_pretrained(folder / "nf4")
     adapted = peft.get_peft_model(quantised, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    fill(adapted, "lora_B", std=0.05)
     adapted.save_pretrained(folder / "adapter")
     return folder
 
