@@ -107,19 +107,12 @@ def is_linear(pair: LoraPair) -> bool:
 KIND_OF_LAYER = {"net": "linear2", "gpt2": "c_fc", "bert": "value", "minilm": "value", "moenet": "experts.1"}
 
 
-@of_adapter("adapter missing on every layer")
-def _(adapter: Adapter, column: Column) -> Adapter:
-    return subjects.change(adapter, {}, biases={}, replaced={})
-
-
-@of_adapter("adapter missing on the first layer")
-def _(adapter: Adapter, column: Column) -> Adapter:
-    return without(adapter, first(adapter))
-
-
-@of_adapter("adapter missing on the last layer")
-def _(adapter: Adapter, column: Column) -> Adapter:
-    return without(adapter, last(adapter))
+for _name, _change in {
+    "adapter missing on every layer": lambda adapter, column: subjects.change(adapter, {}, biases={}, replaced={}),
+    "adapter missing on the first layer": lambda adapter, column: without(adapter, first(adapter)),
+    "adapter missing on the last layer": lambda adapter, column: without(adapter, last(adapter)),
+}.items():
+    of_adapter(_name)(_change)
 
 
 @of_adapter("adapter missing on one kind of layer")
@@ -169,18 +162,15 @@ for _name, _factor in {
     of_adapter(_name)(lambda adapter, column, factor=_factor: each(adapter, lambda pair: scaled(pair, factor)))
 
 
-@of_adapter("one layer's α ignored (× 2)")
-def _(adapter: Adapter, column: Column) -> Adapter:
-    return each(adapter, lambda pair: scaled(pair, 2), first(adapter))
-
-
-@of_adapter("last layer's scale × 1.1")
-def _(adapter: Adapter, column: Column) -> Adapter:
-    return each(adapter, lambda pair: scaled(pair, 1.1), last(adapter))
-
-
 def exchanged(adapter: Adapter, one: str, other: str) -> Adapter:
     return subjects.change(adapter, {**adapter.pairs, one: adapter.pairs[other], other: adapter.pairs[one]})
+
+
+for _name, _change in {
+    "one layer's α ignored (× 2)": lambda adapter, column: each(adapter, lambda pair: scaled(pair, 2), first(adapter)),
+    "last layer's scale × 1.1": lambda adapter, column: each(adapter, lambda pair: scaled(pair, 1.1), last(adapter)),
+}.items():
+    of_adapter(_name)(_change)
 
 
 @of_adapter("q and k swapped")
@@ -282,14 +272,11 @@ def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, lambda p: dataclasses.replace(p, a=in_steps(p.a, 7), b=in_steps(p.b, 7)))
 
 
-@of_adapter("another adapter than requested")
-def _(adapter: Adapter, column: Column) -> Adapter:
-    return subjects.adapter(column.subject, column.kind, seed=7)
-
-
-@of_adapter("biases dropped")
-def _(adapter: Adapter, column: Column) -> Adapter | None:
-    return subjects.change(adapter, biases={}) if adapter.biases else None
+for _name, _change in {
+    "another adapter than requested": lambda adapter, column: subjects.adapter(column.subject, column.kind, seed=7),
+    "biases dropped": lambda adapter, column: subjects.change(adapter, biases={}) if adapter.biases else None,
+}.items():
+    of_adapter(_name)(_change)
 
 
 @of_adapter("modules_to_save dropped")
@@ -425,31 +412,6 @@ def _(weight: NDArray[Any]) -> NDArray[Any]:
     return changed
 
 
-@of_weights("weights rounded to bf16")
-def _(weight: NDArray[Any]) -> NDArray[Any]:
-    return bf16(weight)
-
-
-@of_weights("weights rounded to fp16")
-def _(weight: NDArray[Any]) -> NDArray[Any]:
-    return weight.astype(np.float16).astype(np.float32)
-
-
-@of_weights("weights rounded to TF32")
-def _(weight: NDArray[Any]) -> NDArray[Any]:
-    return (((weight.view(np.uint32) + 0x1000) >> 13) << 13).view(np.float32)
-
-
-@of_weights("weights quantised to 8 bits")
-def _(weight: NDArray[Any]) -> NDArray[Any]:
-    return in_steps(weight, 127)
-
-
-@of_weights("weights quantised to 16 bits")
-def _(weight: NDArray[Any]) -> NDArray[Any]:
-    return in_steps(weight, 32767)
-
-
 def bf16(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(ml_dtypes.bfloat16).astype(np.float32)
 
@@ -457,6 +419,16 @@ def bf16(array: NDArray[Any]) -> NDArray[Any]:
 def in_steps(array: NDArray[Any], steps: int) -> NDArray[Any]:
     largest = float(np.abs(array).max()) or 1.0
     return (np.round(array / largest * steps) * (largest / steps)).astype(np.float32)
+
+
+for _name, _change in {
+    "weights rounded to bf16": bf16,
+    "weights rounded to fp16": lambda weight: weight.astype(np.float16).astype(np.float32),
+    "weights rounded to TF32": lambda weight: (((weight.view(np.uint32) + 0x1000) >> 13) << 13).view(np.float32),
+    "weights quantised to 8 bits": lambda weight: in_steps(weight, 127),
+    "weights quantised to 16 bits": lambda weight: in_steps(weight, 32767),
+}.items():
+    of_weights(_name)(_change)
 
 
 # --- the run ---------------------------------------------------------------------------------------
@@ -614,49 +586,18 @@ def _(output: NDArray[Any]) -> NDArray[Any]:
     return output
 
 
-@of_each_output("all-zero output")
-def _(output: NDArray[Any]) -> NDArray[Any]:
-    return np.zeros_like(output)
-
-
-@of_each_output("constant output")
-def _(output: NDArray[Any]) -> NDArray[Any]:
-    return np.full_like(output, output.mean())
-
-
-@of_each_output("outputs rounded to fp16")
-def _(output: NDArray[Any]) -> NDArray[Any]:
-    return output.astype(np.float16).astype(np.float32)
-
-
-@of_each_output("outputs rounded to bf16")
-def _(output: NDArray[Any]) -> NDArray[Any]:
-    return bf16(output)
-
-
-@of_each_output("dtype changed to float64")
-def _(output: NDArray[Any]) -> NDArray[Any]:
-    return output.astype(np.float64)
-
-
-@of_each_output("dtype changed to float16")
-def _(output: NDArray[Any]) -> NDArray[Any]:
-    return output.astype(np.float16)
-
-
-@of_each_output("one dimension too many")
-def _(output: NDArray[Any]) -> NDArray[Any]:
-    return output[None]
-
-
-@of_each_output("shifted by one along the last axis")
-def _(output: NDArray[Any]) -> NDArray[Any]:
-    return np.roll(output, 1, axis=-1)
-
-
-@of_each_output("shifted by one along the batch")
-def _(output: NDArray[Any]) -> NDArray[Any]:
-    return np.roll(output, 1, axis=0)
+for _name, _change in {
+    "all-zero output": np.zeros_like,
+    "constant output": lambda output: np.full_like(output, output.mean()),
+    "outputs rounded to fp16": lambda output: output.astype(np.float16).astype(np.float32),
+    "outputs rounded to bf16": bf16,
+    "dtype changed to float64": lambda output: output.astype(np.float64),
+    "dtype changed to float16": lambda output: output.astype(np.float16),
+    "one dimension too many": lambda output: output[None],
+    "shifted by one along the last axis": lambda output: np.roll(output, 1, axis=-1),
+    "shifted by one along the batch": lambda output: np.roll(output, 1, axis=0),
+}.items():
+    of_each_output(_name)(_change)
 
 
 @of_each_output("softmax already applied")
@@ -671,14 +612,11 @@ def _(output: NDArray[Any]) -> NDArray[Any]:
     return output
 
 
-@of_outputs("output missing")
-def _(outputs: Arrays) -> Arrays:
-    return dict(list(outputs.items())[:-1])
-
-
-@of_outputs("extra output")
-def _(outputs: Arrays) -> Arrays:
-    return {**outputs, "present.0": next(iter(outputs.values()))}
+for _name, _change in {
+    "output missing": lambda outputs: dict(list(outputs.items())[:-1]),
+    "extra output": lambda outputs: {**outputs, "present.0": next(iter(outputs.values()))},
+}.items():
+    of_outputs(_name)(_change)
 
 
 @defect("output renamed")
@@ -811,21 +749,6 @@ def with_file(column: Column, change: Callable[[Arrays], Arrays]) -> Runner | No
         onnx_adapter.write = write
 
 
-@defect("another row's adapter id")
-def _(column: Column) -> Runner | None:
-    return with_ids(column, [2])
-
-
-@defect("adapter id of the base")
-def _(column: Column) -> Runner | None:
-    return with_ids(column, [0])
-
-
-@defect("right adapter id on the first row alone")
-def _(column: Column) -> Runner | None:
-    return with_ids(column, [1, 0, 0, 0, 0])
-
-
 def with_ids(column: Column, ids: list[int]) -> Runner | None:
     if column.mode != "rows":
         return None
@@ -876,6 +799,14 @@ def constant(program: ir.Model, array: Any) -> ir.Value:
 
 def float_outputs(program: ir.Model) -> Iterator[ir.Value]:
     yield from list(program.graph.outputs)
+
+
+for _name, _change in {
+    "another row's adapter id": lambda column: with_ids(column, [2]),
+    "adapter id of the base": lambda column: with_ids(column, [0]),
+    "right adapter id on the first row alone": lambda column: with_ids(column, [1, 0, 0, 0, 0]),
+}.items():
+    defect(_name)(_change)
 
 
 @of_graph("Dropout in training mode")
