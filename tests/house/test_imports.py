@@ -21,27 +21,12 @@ PACKAGE = Path(lora_export.__file__).parent
 
 # From the ground up: an entry of the package imports only entries that stand before it. `plan` stands low because
 # every holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
+GROUND = (
+    *("version", "callbacks", "isolation", "errors", "extras", "notebook", "lora", "options", "workers", "pairs"),
+    *("names", "plan", "sums", "adapters", "storage", "user_code", "provenance", "formats"),
+)
 ORDER = (
-    *(
-        "version",
-        "callbacks",
-        "isolation",
-        "errors",
-        "extras",
-        "notebook",
-        "lora",
-        "options",
-        "workers",
-        "pairs",
-        "names",
-        "plan",
-        "sums",
-        "adapters",
-        "storage",
-        "user_code",
-        "provenance",
-        "formats",
-    ),
+    *GROUND,
     *("weights", "layers", "graph", "artifacts", "preflight", "models", "training", "runtime"),
     *("verification", "report", "api", "fleet", "testing", "cli"),
 )
@@ -52,31 +37,8 @@ DOERS = (
 )
 PRIVATE_NAMES = "lora_export.layers.torch_internals"  # of PyTorch, which do no work
 NUMPY_CORE = (
-    *(
-        "version",
-        "callbacks",
-        "isolation",
-        "errors",
-        "extras",
-        "notebook",
-        "lora",
-        "options",
-        "workers",
-        "pairs",
-        "names",
-        "plan",
-        "sums",
-        "adapters",
-        "storage",
-        "user_code",
-        "provenance",
-        "formats",
-        "weights",
-        "graph",
-        "artifacts",
-        "preflight",
-        "report",
-    ),
+    *GROUND,
+    *("weights", "graph", "artifacts", "preflight", "report"),
     *("training.records", "training.row_forms"),
     *("runtime.environment", "runtime.environment_probes"),
     *("runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
@@ -84,12 +46,8 @@ NUMPY_CORE = (
     *("verification.parity", "verification.proof", "verification.compare_outputs"),
     "verification.candidate_outputs",
     *("verification.against_graph", "verification.against_checkpoint", "verification.inputs.graph_inputs"),
-    *(
-        "verification.references.graph_with_adapter",
-        "verification.references.graph_fp64",
-        "verification.diagnose.diagnosis",
-    ),
-    "verification.diagnose.root_cause",
+    *("verification.references.graph_with_adapter", "verification.references.graph_fp64"),
+    *("verification.diagnose.diagnosis", "verification.diagnose.root_cause"),
 )
 TORCH_BY_REQUEST = {
     "lora_export.storage.torch_pickle",  # reads a pickle, where --allow-pickle is given
