@@ -13,17 +13,7 @@ from support.cli import Capture, answer, call
 from support.small_models import small_model, words_tokenizer
 
 TEXTS = (
-    "bert",
-    "roberta",
-    "distilbert",
-    "electra",
-    "deberta",
-    "modernbert",
-    "llama",
-    "qwen2",
-    "gpt2",
-    "opt",
-    "t5",
+    *("bert", "roberta", "distilbert", "electra", "deberta", "modernbert", "llama", "qwen2", "gpt2", "opt", "t5"),
     "bart",
 )
 IMAGES = ("vit", "deit", "swin", "convnext", "dinov2")

@@ -47,17 +47,10 @@ NOT_BROKEN = "–"
 # converter clamps the constants that an overflow needs.
 BELOW_FP16 = frozenset(
     {
-        "adapter rounded to fp16",
-        "weights rounded to fp16",
-        "weights rounded to TF32",
-        "weights quantised to 16 bits",
-        "outputs rounded to fp16",
-        "one element of A off by a thousandth",
-        "Cast to fp16 and back at the end",
-        "outputs rounded to bf16",
-        "one element off by a thousandth of the largest",
-        "Dropout in training mode",
-        "fp16 overflow inside",
+        *("adapter rounded to fp16", "weights rounded to fp16", "weights rounded to TF32"),
+        *("weights quantised to 16 bits", "outputs rounded to fp16", "one element of A off by a thousandth"),
+        *("Cast to fp16 and back at the end", "outputs rounded to bf16"),
+        *("one element off by a thousandth of the largest", "Dropout in training mode", "fp16 overflow inside"),
     }
 )
 # Its effect on the outputs is 0.00004 % of the adapter's, 1.5 times what rounding to fp32 does.

@@ -15,19 +15,11 @@ from lora_export.formats.lora_changes import KeyPart, has_pairs, sort_keys, spli
 
 SPELLINGS = {
     KeyPart.A: [
-        "lora_down.weight",
-        "lora_A.weight",
-        "lora_A.default.weight",
-        "lora_A",
-        "lora.down.weight",
+        *("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora_A", "lora.down.weight"),
         "lora_linear_layer.down.weight",
     ],
     KeyPart.B: [
-        "lora_up.weight",
-        "lora_B.weight",
-        "lora_B.default.weight",
-        "lora_B",
-        "lora.up.weight",
+        *("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora_B", "lora.up.weight"),
         "lora_linear_layer.up.weight",
     ],
     KeyPart.B_BIAS: ["lora_B.bias", "lora_up.bias"],

@@ -273,13 +273,8 @@ def test_options_that_leave_no_matrix_are_named(tmp_path, name, options, message
 @pytest.mark.parametrize(
     "name",
     [
-        "lin",
-        "layers.0.self_attn.q_proj",
-        "h.3.c_attn",
-        "encoder.layer.1.attention.output.dense",
-        "encoder.layer.1.output.dense",
-        "blocks.2",
-        "classifier.dense",
+        *("lin", "layers.0.self_attn.q_proj", "h.3.c_attn", "encoder.layer.1.attention.output.dense"),
+        *("encoder.layer.1.output.dense", "blocks.2", "classifier.dense"),
     ],
 )
 def test_layers_share_a_matrix_by_pefts_names(name):

@@ -15,20 +15,11 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # What is imported later, as commands import what they need, would not be seen.
 READERS = (
-    *("api.merge", "api.inspect", "api.convert", "cli.merge", "cli.adapters", "cli.verbosity"),
-    *(
-        "formats.peft",
-        "formats.peft_config",
-        "formats.peft_keys",
-        "formats.megatron",
-        "formats.onnx_adapter",
-        "formats.task_adapters",
-        "storage.safetensors_file",
-        "weights.task_head",
-        "weights.merge",
-    ),
-    *("report", "runtime.session", "graph.merge.merge_graph", "graph.insert.adapter_inputs"),
-    *("models.pt2.program", "models.processors", "api.unmerge", "api.generation_settings"),
+    *("api.merge", "api.inspect", "api.convert", "cli.merge", "cli.adapters", "cli.verbosity", "formats.peft"),
+    *("formats.peft_config", "formats.peft_keys", "formats.megatron", "formats.onnx_adapter"),
+    *("formats.task_adapters", "storage.safetensors_file", "weights.task_head", "weights.merge", "report"),
+    *("runtime.session", "graph.merge.merge_graph", "graph.insert.adapter_inputs", "models.pt2.program"),
+    *("models.processors", "api.unmerge", "api.generation_settings"),
 )
 with atheris.instrument_imports(include=["lora_export", "onnx_ir.serde", "onnx.external_data_helper"]):
     for reader in READERS:

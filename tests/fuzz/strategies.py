@@ -117,27 +117,14 @@ def keys_of_formats() -> SearchStrategy[bytes]:
     """Keys of files without a config, in any format, one a line."""
     starts = ("", "diffusion_model.", "unet.", "lora_unet_", "lora_te1_", "lycoris_", "transformer.h.0.", "layers.0.")
     owners = (
-        "fc",
-        "attn.q_proj",
-        "attn.qkv",
-        "mlp.experts",
-        "down_blocks_0",
-        "embed",
-        "blocks.0.switch_mlp.up_proj",
+        *("fc", "attn.q_proj", "attn.qkv", "mlp.experts", "down_blocks_0", "embed", "blocks.0.switch_mlp.up_proj"),
         "",
     )
     ends = (
         *(".lora_A", ".lora_B", ".lora_a", ".lora_b", ".m", ".lora_A.weight", ".lora_B.weight", ".lora_a.weight"),
-        *(
-            ".lora_b.weight",
-            ".magnitude",
-            ".lora_down.weight",
-            ".lora_up.weight",
-            ".alpha",
-            ".lora_mid.weight",
-            ".bias",
-        ),
-        *(".hada_w1_a", ".hada_w1_b", ".lokr_w1", ".lokr_w2", ".diff", ".dora_scale", ".lora_gate_a", "", "\x1b[2J"),
+        *(".lora_b.weight", ".magnitude", ".lora_down.weight", ".lora_up.weight", ".alpha", ".lora_mid.weight"),
+        *(".bias", ".hada_w1_a", ".hada_w1_b", ".lokr_w1", ".lokr_w2", ".diff", ".dora_scale", ".lora_gate_a", ""),
+        "\x1b[2J",
     )
     key = st.tuples(*map(st.sampled_from, (starts, owners, ends))).map("".join)
     good = st.sampled_from(("fc.lora_A", "fc.lora_B", "lora_unet_fc.lora_down.weight", "lora_unet_fc.lora_up.weight"))
@@ -216,14 +203,7 @@ def models_with_tasks() -> SearchStrategy[bytes]:
 def yaml_settings() -> SearchStrategy[bytes]:
     """litgpt's two files of settings, with odd values."""
     names = (
-        "lora_r",
-        "lora_alpha",
-        "lora_query",
-        "lora_key",
-        "name",
-        "mlp_class_name",
-        "n_head",
-        "n_embd",
+        *("lora_r", "lora_alpha", "lora_query", "lora_key", "name", "mlp_class_name", "n_head", "n_embd"),
         "head_size",
     )
     odd = ("", "1", "2", "-1", "0", "true", "null", ".inf", ".nan", "1e400", "Llama-3", "falcon", "phi-3", "LLaMAMoE")
@@ -309,38 +289,12 @@ def json_lines() -> SearchStrategy[bytes]:
 def templates() -> SearchStrategy[bytes]:
     """Chat templates of parts of such, in any sequence."""
     parts = (
-        *(
-            "{% for m in messages %}",
-            "{% endfor %}",
-            "{{ m.content }}",
-            "{{ m['role'] | upper }}",
-            "{% if loop.last %}",
-        ),
-        *("{% endif %}", "{{ raise_exception('no') }}", "{{ strftime_now('%d') }}", "{% set n = namespace(a=1) %}"),
-        *(
-            "{% set n.a = n.a * 9 %}",
-            "{{ n }}",
-            "{{ messages | tojson }}",
-            "{% break %}",
-            "{% generation %}",
-            "{{ eos_token }}",
-        ),
-        *(
-            "{% endgeneration %}",
-            "{{ 1 // 0 }}",
-            "{{ ().__class__ }}",
-            "{{ messages[9] }}",
-            "{% include 'x' %}",
-            "\n",
-            "{#",
-        ),
-        *(
-            "{{ lipsum(2) }}",
-            "{{ cycler.__init__ }}",
-            "{% macro f(x) %}{{ x }}{% endmacro %}",
-            "{{ f(f) }}",
-            "{{ 'é\x1b' }}",
-        ),
+        *("{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ m['role'] | upper }}"),
+        *("{% if loop.last %}", "{% endif %}", "{{ raise_exception('no') }}", "{{ strftime_now('%d') }}"),
+        *("{% set n = namespace(a=1) %}", "{% set n.a = n.a * 9 %}", "{{ n }}", "{{ messages | tojson }}"),
+        *("{% break %}", "{% generation %}", "{{ eos_token }}", "{% endgeneration %}", "{{ 1 // 0 }}"),
+        *("{{ ().__class__ }}", "{{ messages[9] }}", "{% include 'x' %}", "\n", "{#", "{{ lipsum(2) }}"),
+        *("{{ cycler.__init__ }}", "{% macro f(x) %}{{ x }}{% endmacro %}", "{{ f(f) }}", "{{ 'é\x1b' }}"),
     )
     return st.lists(st.sampled_from(parts), max_size=8).map(lambda some: "".join(some).encode())
 
@@ -348,31 +302,12 @@ def templates() -> SearchStrategy[bytes]:
 def project_tables() -> SearchStrategy[bytes]:
     """Tables of options, with odd names and values."""
     names = (
-        "lora-rank",
-        "lora-alpha",
-        "report",
-        "model",
-        "quiet",
-        "json",
-        "allow-pickle",
-        "format",
-        "x",
-        '"a b"',
+        *("lora-rank", "lora-alpha", "report", "model", "quiet", "json", "allow-pickle", "format", "x", '"a b"'),
         "inspect",
     )
     values = (
         *(
-            "5",
-            "true",
-            '"a"',
-            "[]",
-            '["a.html"]',
-            "{}",
-            "{a = 1}",
-            "1e400",
-            "nan",
-            "2026-01-01",
-            "[[1]]",
+            *("5", "true", '"a"', "[]", '["a.html"]', "{}", "{a = 1}", "1e400", "nan", "2026-01-01", "[[1]]"),
             '"\\u001b[2J"',
         ),
         *("-1", "9" * 400, '"' + "n" * 300 + '"', "[" * 3000, '"a.py:f"', "0x7f", '"\\u0000.json"', '""'),

@@ -424,13 +424,8 @@ def test_a_pattern_that_is_none_is_refused(place: Path, pattern: str) -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        "fc",
-        "f.*",
-        "^fc",
-        r"layers\.(0|1|2|3|4|5|6|7|8|9|10|11)\..*|fc",
-        r".*\.(q|k|v|o)_proj|fc",
-        r"(.*\.)?\w+",
-        "(?:fc)",
+        *("fc", "f.*", "^fc", r"layers\.(0|1|2|3|4|5|6|7|8|9|10|11)\..*|fc", r".*\.(q|k|v|o)_proj|fc"),
+        *(r"(.*\.)?\w+", "(?:fc)"),
     ],
 )
 def test_patterns_as_trainers_write_them_are_matched(place: Path, pattern: str) -> None:

@@ -911,14 +911,9 @@ def test_a_base_that_cannot_be_written_to_is_read(place):
 
 
 INPUTS = [
-    "base/config.json",
-    "base/model.safetensors.index.json",
-    "base/model-00001-of-00002.safetensors",
-    "base/model-00002-of-00002.safetensors",
-    "first/adapter_config.json",
-    "first/adapter_model.safetensors",
-    "base",
-    "first",
+    *("base/config.json", "base/model.safetensors.index.json", "base/model-00001-of-00002.safetensors"),
+    *("base/model-00002-of-00002.safetensors", "first/adapter_config.json", "first/adapter_model.safetensors"),
+    *("base", "first"),
 ]
 
 

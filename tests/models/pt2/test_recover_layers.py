@@ -114,16 +114,8 @@ def renamed(name: str) -> Callable[[Path, Path], Path]:
     "name",
     [
         *(
-            "forward.weight",
-            "__class__.weight",
-            "_modules.x",
-            "a..b",
-            "training",
-            "dense",
-            ".",
-            "",
-            "unobserved_weights",
-            "description",
+            *("forward.weight", "__class__.weight", "_modules.x", "a..b", "training", "dense", ".", ""),
+            *("unobserved_weights", "description"),
         ),
         "a." * 200 + "weight",
     ],
