@@ -17,24 +17,15 @@ from benchmarks.measure import keep, machine, run, settle, side_by_side, table
 
 HIDDEN, INNER, LAYERS, RANK, WORDS = 2048, 5632, 16, 16, 32000
 SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (512, HIDDEN),
-    "self_attn.v_proj": (512, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
+    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (512, HIDDEN), "self_attn.v_proj": (512, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
-}
+}  # fmt: skip
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
-    "vocab_size": WORDS,
-    "dtype": "bfloat16",
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+    "intermediate_size": INNER, "num_hidden_layers": LAYERS, "vocab_size": WORDS, "dtype": "bfloat16",
     "tie_word_embeddings": False,
-}
+}  # fmt: skip
 RUNS = 5
 ALL = ("--min-retention", "0")  # every layer stays in nf4
 FLOATS, NF4, KEPT = "merge into floats", "merge --dequantize into nf4", "merge --keep-quantised into nf4"

@@ -51,13 +51,9 @@ from support.small_models import words_tokenizer
 RATE = 640  # samples a second
 SETTINGS = {"eos_token_id": [2], "pad_token_id": 0, "vocab_size": 9, "suppress_tokens": [1], "num_beams": 1}
 LLAMA = {
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "hidden_size": 3,
-    "rope_scaling": None,
-}
+    "model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+    "hidden_size": 3, "rope_scaling": None,
+}  # fmt: skip
 TURNS = [{"role": "user", "content": "good film"}, {"role": "assistant", "content": "bad"}]
 TEMPLATE = b"{% for m in messages %}{{ m['role'] | trim }}: {{ m.content }}{% if loop.last %}\n{% endif %}{% endfor %}"
 

@@ -26,16 +26,10 @@ from support.distributed import save_whole
 EXPERTS, INNER, WIDTH, HEAD = 2, 2, 3, 2
 RUN = {"peft": {"dim": 1, "alpha": 2, "normalize_moe_lora": True}}
 BASE = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": HEAD,
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "moe_intermediate_size": INNER,
-    "num_experts": EXPERTS,
-}
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": HEAD, "hidden_size": WIDTH, "intermediate_size": INNER,
+    "moe_intermediate_size": INNER, "num_experts": EXPERTS,
+}  # fmt: skip
 LAYER = "decoder.layers.0."
 SHAPES = {  # of linear_in and linear_out
     "self_attention.linear_qkv": ("1,3", "6,1"),

@@ -12,19 +12,10 @@ from lora_export.names.families import EXPERT, LLAMA_CPP_NAMES, LLAMA_CPP_TYPES,
 from lora_export.names.row_orders import Heads, RowOrder
 
 SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 32,
-    "vocab_size": 64,
-    "head_dim": 16,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 1,
-    "pad_token_id": 0,
-    "num_local_experts": 2,
-    "num_experts": 2,
-    "shared_expert_intermediate_size": 32,
-}
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "vocab_size": 64, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "pad_token_id": 0,
+    "num_local_experts": 2, "num_experts": 2, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
 ARCHITECTURES = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
 # Mixtral's files have the names of transformers 4, and its loaded model those of 5.
 OF_FILES = {"mlp.gate.": "block_sparse_moe.gate."}

@@ -39,15 +39,10 @@ def unet(*, like_sdxl: bool = False) -> nn.Module:
     own: dict[str, Any] = {"layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 8}
     if like_sdxl:
         own = {
-            "layers_per_block": 2,
-            "cross_attention_dim": 64,
-            "attention_head_dim": (2, 4),
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "transformer_layers_per_block": (1, 2),
-            "projection_class_embeddings_input_dim": 80,
-        }
+            "layers_per_block": 2, "cross_attention_dim": 64, "attention_head_dim": (2, 4),
+            "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+            "transformer_layers_per_block": (1, 2), "projection_class_embeddings_input_dim": 80,
+        }  # fmt: skip
     return _seeded(
         lambda: UNet2DConditionModel(
             block_out_channels=(32, 64),
@@ -147,13 +142,9 @@ TINY_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 PIPELINES = {
-    "Flux": "FluxPipeline",
-    "Flux 2": "Flux2Pipeline",
-    "Wan": "WanPipeline",
-    "HunyuanVideo": "HunyuanVideoPipeline",
-    "Qwen-Image": "QwenImagePipeline",
-    "Z-Image": "ZImagePipeline",
-}
+    "Flux": "FluxPipeline", "Flux 2": "Flux2Pipeline", "Wan": "WanPipeline",
+    "HunyuanVideo": "HunyuanVideoPipeline", "Qwen-Image": "QwenImagePipeline", "Z-Image": "ZImagePipeline",
+}  # fmt: skip
 
 
 @functools.cache

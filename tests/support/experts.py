@@ -16,17 +16,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "num_experts_per_tok": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "num_experts_per_tok": 2, "bos_token_id": 1, "eos_token_id": 2,
     "pad_token_id": 0,
-}
+}  # fmt: skip
 COUNT, RANK = 4, 2
 
 # model type -> its class, its sizes, and the attention's module that the adapter changes too

@@ -22,17 +22,10 @@ from lora_export.runtime.runner import Runner
 
 VOCABULARY = 60
 LLAMA_LIKE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 OPT: dict[str, Any] = {**LLAMA_LIKE, "num_hidden_layers": 1, "ffn_dim": 64, "word_embed_proj_dim": 32}
 STATES = {**LLAMA_LIKE, "num_hidden_layers": 3}
@@ -103,16 +96,9 @@ STEPWISE = {"mamba", "mamba2", "falcon_mamba", "qwen3_next", "olmo_hybrid", "jam
 STEPWISE |= {"granite_hybrid"}
 # Weights of this size give texts that vary.
 BART_LIKE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "init_std": 0.3,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-}
+    "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "init_std": 0.3,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+}  # fmt: skip
 FRAMES, MELS = 40, 8
 GEMMA: dict[str, Any] = {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "initializer_range": 0.3}
 T5: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}

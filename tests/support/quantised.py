@@ -22,13 +22,9 @@ EXAMPLES = Path(__file__).with_name("quantised_examples.json")
 Tensors = dict[str, torch.Tensor]
 
 LLAMA_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
