@@ -27,6 +27,11 @@ def one_line(text: str) -> str:
     return _no_command(text) if "GITHUB_ACTIONS" in os.environ else text
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
 class EscapedLines(str):
     """A text of several lines. Each was escaped on its own, so every line break in it is this program's."""
 

@@ -10,6 +10,7 @@ from lora_export.errors import (
     MatchError,
     Misfit,
     escaped_lines,
+    first_line,
     listed,
     one_line,
     printable,
@@ -38,6 +39,10 @@ def test_one_line_escapes_line_breaks_and_printable_keeps_them():
     assert one_line("a\nb\x1b[2J\u202ec") == r"a\nb\x1b[2J\u202ec"
     assert printable("a\nb\x1b[2J") == "a\nb" + r"\x1b[2J"
     assert one_line("größer α") == "größer α"
+
+
+def test_an_error_without_a_message_is_told_by_its_type():
+    assert first_line(ValueError("  no\nmatter")) == "no" and first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
 
 
 def test_names_with_control_characters_are_refused_and_listed():

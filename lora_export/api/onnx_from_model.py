@@ -35,7 +35,7 @@ from lora_export.api.publish import prove_trace, record_of_model
 from lora_export.api.shared_head import stored_in_module
 from lora_export.artifacts.files import EMBEDDING_FILE
 from lora_export.callbacks import each_once, ignore, note_each
-from lora_export.errors import MatchError, RuntimeRefused
+from lora_export.errors import MatchError, RuntimeRefused, first_line
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.interface import precision_of
 from lora_export.graph.merge.fold import fold_graph
@@ -169,7 +169,7 @@ def _exported(base: Model, options: OnnxRequest) -> tuple[Model, dict[str, ir.Mo
     except RuntimeRefused as error:
         if base.text_only is None:
             raise
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         base = base.without_images(why)
         options.on_message(f"note: the graph takes texts without images. With images, {why}")
     return base, {name: _graph_of(base, options)}, why

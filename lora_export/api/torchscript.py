@@ -21,7 +21,7 @@ from lora_export.api.publish import prove_trace, record_of_model, recorded_verdi
 from lora_export.artifacts.artifact import artifact_kind
 from lora_export.artifacts.files import with_suffix
 from lora_export.callbacks import in_stages, note_each
-from lora_export.errors import RuntimeRefused, WrongUsage
+from lora_export.errors import RuntimeRefused, WrongUsage, first_line
 from lora_export.formats.contract import CONTRACT_KEY
 from lora_export.graph.refusals import refuse_transforms
 from lora_export.models.model import Model
@@ -152,7 +152,7 @@ def _made(
     except RuntimeRefused as error:
         if base.text_only is None:
             raise
-        why = str(error).splitlines()[0]
+        why = first_line(error)
     options.on_message(f"note: the file takes texts without images. With images, {why}")
     base = base.without_images(why)
     return base, program.writer(base, module, options)

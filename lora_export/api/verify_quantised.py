@@ -31,7 +31,7 @@ from lora_export.api.memory_needs import PROGRAM
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import judge_weights
 from lora_export.artifacts.artifact import Artifact
-from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused, first_line
 from lora_export.graph.cache_names import MASK
 from lora_export.lora import Adapter
 from lora_export.options.spelling import named
@@ -207,7 +207,7 @@ def _with_transformers(
             library.module(**{name: torch.from_numpy(value) for name, value in next(iter(cases.values())).items()})
         return outputs._replace(loaded={name: library.run(arrays) for name, arrays in cases.items()})
     except (ImportError, RuntimeError, ValueError, InputRefused, EnvironmentLacking) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         return outputs._replace(refusal=why.removesuffix(" Nothing was started."))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, first_line
 from lora_export.formats import adapter_files
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.isolation.limits import MAX_SETTINGS
@@ -162,7 +162,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
-        raise InputRefused(f"{path} is not YAML ({str(error).splitlines()[0][:100]})") from error
+        raise InputRefused(f"{path} is not YAML ({first_line(error)[:100]})") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise InputRefused(f"{path} is not a table of settings")
     return content

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, listed
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, first_line, listed
 from lora_export.formats.contract import NO_ARRAYS, AdapterArrays, AdapterPlace, Contract, HeadPlace, version_of
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import command, named
@@ -217,7 +217,7 @@ def write(path: Path, values: AdapterArrays, contract: Contract, *, sha256: str)
     try:
         file.export_adapter(str(path))
     except (RuntimeError, UnicodeError) as error:
-        raise OutputFailed(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+        raise OutputFailed(f"{path} could not be written: {first_line(error)}") from error
     hashes.append_hash(path)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_export.errors import EscapedLines, InputRefused, escaped_lines, listed
+from lora_export.errors import EscapedLines, InputRefused, escaped_lines, first_line, listed
 from lora_export.extras import optional_package
 from lora_export.isolation.limits import MAX_OBJECTS
 from lora_export.layers.frozen_linear import scales_of_4bit
@@ -34,7 +34,7 @@ from lora_export.models.sentence_transformer import (
     has_removable_pooler,
 )
 from lora_export.models.stored_parameter import StoredParameter, StreamedFolder, streamed_folder
-from lora_export.models.tracing import disable_cache, first_line
+from lora_export.models.tracing import disable_cache
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, first_line
 from lora_export.graph.cache_names import GRIDS, IMAGE_SIZES, PIXEL_MASK
 from lora_export.models.image_sizes import ROW_TOWER, best_resolutions, pixels_of_token
 from lora_export.models.model import Axes, ModelInputs, Sizes, in_dtype_of
 from lora_export.models.processors import PIXELS, PROCESSOR
-from lora_export.models.tracing import first_line
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, one_line
+from lora_export.errors import InputRefused, first_line, one_line
 from lora_export.extras import optional_package
 from lora_export.isolation.limits import CHAT_MEMORY, CHAT_SECONDS, MAX_CHAT, MAX_PIXELS, MAX_SAMPLES
 from lora_export.isolation.process import IsolatedProcess, ProcessEnded, read_request, write_message
@@ -58,7 +58,7 @@ def refusing_failures(failure: str) -> Iterator[None]:
         raise
     except BaseException as error:  # any type: tokenizers' panics in Rust are no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputRefused(f"{failure}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+            raise InputRefused(f"{failure}: {first_line(error)}") from error
         raise
 
 

@@ -250,11 +250,6 @@ def failure_on(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str:
     return ""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-
-
 def innermost_cause(error: BaseException) -> str:
     """The first paragraph of the innermost cause's message, and the line of the model that it names."""
     while error.__cause__ is not None:

@@ -18,12 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.errors import EnvironmentLacking, InputRefused, listed, refuse_unprintable
+from lora_export.errors import EnvironmentLacking, InputRefused, first_line, listed, refuse_unprintable
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
 from lora_export.isolation.limits import MAX_OPCODES, MAX_PICKLE, memory_for
 from lora_export.storage import input_files
-from lora_export.storage.safetensors_file import Entry
-from lora_export.storage.torch_pickle import FAILURES, PickledTensors, array_of, costly_pickle
+from lora_export.storage.torch_pickle import FAILURES, PickledTensors, costly_pickle
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -107,14 +106,8 @@ def open_distributed_checkpoint(folder: Path, is_wanted: Callable[[str], bool]) 
         inner = [found for found, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         if any(map(is_out_of_memory, inner)):
             raise InputRefused(f"{folder} needs more than {memory_for(size):,} bytes of memory") from error
-        raise InputRefused(f"{folder} is damaged: {_reason(inner[0])}") from error
-    arrays = {name: array_of(path, name, tensor) for name, tensor in tensors.items()}
-    entries = {name: Entry(name, array.dtype, array.shape, 0, array.nbytes) for name, array in arrays.items()}
-    return PickledTensors(path, entries, arrays, {}, state)
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputRefused(f"{folder} is damaged: {first_line(inner[0])}") from error
+    return PickledTensors.of(path, tensors, state)
 
 
 # --- The metadata ---
@@ -149,7 +142,7 @@ def _metadata(path: Path) -> Metadata:
         ):
             return found
     except (*FAILURES, MemoryError) as error:
-        raise InputRefused(f"{path} is no metadata of a checkpoint: {_reason(error)}") from error
+        raise InputRefused(f"{path} is no metadata of a checkpoint: {first_line(error)}") from error
     raise InputRefused(f"{path} is no metadata of a checkpoint")
 
 
@@ -211,4 +204,4 @@ def _why_not_read(file: Any) -> str:
         with zipfile.ZipFile(file) as archive:
             return costly_pickle(archive)
     except FAILURES as error:
-        return f"it is no tensor of torch.save ({_reason(error)})"
+        return f"it is no tensor of torch.save ({first_line(error)})"

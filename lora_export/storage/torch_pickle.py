@@ -14,13 +14,13 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused, refuse_unprintable
+from lora_export.errors import EnvironmentLacking, InputRefused, first_line, refuse_unprintable
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
 from lora_export.isolation.limits import MAX_OPCODES, MAX_PICKLE, memory_for
 from lora_export.storage import input_files
@@ -59,6 +59,13 @@ class PickledTensors:
     arrays: Mapping[str, NDArray[Any]]
     metadata: Mapping[str, str]
     state: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path, tensors: Mapping[str, Any], state: tuple[int, ...]) -> Self:
+        """Torch's tensors. Raises as `array_of`."""
+        arrays = {name: array_of(path, name, tensor) for name, tensor in tensors.items()}
+        entries = {name: Entry(name, array.dtype, array.shape, 0, array.nbytes) for name, array in arrays.items()}
+        return cls(path, entries, arrays, {}, state)
 
     def read(self, name: str) -> NDArray[Any]:
         return self.arrays[name]
@@ -139,12 +146,8 @@ def open_pickle(path: Path) -> PickledTensors:
         except (*FAILURES, MemoryError) as error:
             if is_out_of_memory(error):
                 raise InputRefused(f"{path} needs more than {most:,} bytes of memory") from error
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputRefused(NOT_TENSORS.format(path, reason)) from error
-    table = _table(path, content)
-    arrays = {name: array_of(path, name, value) for name, value in table.items()}
-    entries = {name: Entry(name, array.dtype, array.shape, 0, array.nbytes) for name, array in arrays.items()}
-    return PickledTensors(path, entries, arrays, {}, state)
+            raise InputRefused(NOT_TENSORS.format(path, first_line(error))) from error
+    return PickledTensors.of(path, _table(path, content), state)
 
 
 def _refuse_other_archives(path: Path, file: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import LoraExportError, RuntimeRefused
+from lora_export.errors import LoraExportError, RuntimeRefused, first_line
 from lora_export.runtime.runner import Arrays, Placement, Runner, RunsTogether
 from lora_export.verification import parity
 from lora_export.verification.compare_outputs import aligned, candidate_errors, differ, same_bits
@@ -144,7 +144,7 @@ def run_with_provider_defaults(
         shipped: Runner = candidate.with_provider_defaults()  # type: ignore[attr-defined]
         outputs = {case.name: shipped.run(inputs.cases[case.name]) for case in cases}
     except LoraExportError as refusal:
-        return ProviderDefaults(not_judged=(f"{begin}: it did not run: {str(refusal).splitlines()[0]}",))
+        return ProviderDefaults(not_judged=(f"{begin}: it did not run: {first_line(refusal)}",))
     own = [
         replace(case, candidate=aligned(outputs[case.name], case.reference, names_known=names_known)) for case in cases
     ]

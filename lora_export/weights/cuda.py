@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_export import sums
-from lora_export.errors import EnvironmentLacking
+from lora_export.errors import EnvironmentLacking, first_line
 from lora_export.options.spelling import command
 from lora_export.plan import Step
 from lora_export.storage import block_copy
@@ -126,7 +126,7 @@ def cuda_errors(where: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "CUDA" not in str(error):
             raise
-        raise EnvironmentLacking(f"{where}: {str(error).splitlines()[0]}. {_advice()}") from error
+        raise EnvironmentLacking(f"{where}: {first_line(error)}. {_advice()}") from error
 
 
 class Arithmetic:

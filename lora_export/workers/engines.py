@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeVar
 
-from lora_export.errors import EnvironmentLacking
+from lora_export.errors import EnvironmentLacking, first_line
 from lora_export.extras import optional_package
 
 TRIES_OF_JOB = 3  # of a job whose worker dies
@@ -170,7 +170,7 @@ class _Ray:
     def died(self, error: BaseException) -> str:
         known = self._ray.exceptions
         is_death = isinstance(error, known.RayError) and not isinstance(error, known.RayTaskError)  # which a job raised
-        return str(error).splitlines()[0] if is_death else ""
+        return first_line(error) if is_death else ""
 
     def cancel(self) -> None:
         """End the jobs that run, as Ctrl-C does, and wait for that: nothing unfinished is left."""

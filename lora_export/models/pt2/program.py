@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
+from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused, first_line
 from lora_export.layers.torch_internals import changes_of, own_buffers, own_parameters
 from lora_export.models.model import Axes, Limits, Model, ModelInputs, Sizes
 from lora_export.models.pt2 import reader
@@ -33,7 +33,6 @@ from lora_export.models.pt2.graph_json import Node, ProgramDescription, Symbol, 
 from lora_export.models.pt2.prepared_graph import PreparedGraph, PreparedNode, TensorLocation, all_nodes, prepare
 from lora_export.models.pt2.recover_layers import has_matrix, readable, recover_layers, split_attribute, uses_of
 from lora_export.models.text_inputs import padding_mask
-from lora_export.models.tracing import first_line
 
 MAX_INPUT_PROBLEMS = 5  # that a message lists
 

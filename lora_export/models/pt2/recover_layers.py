@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, first_line
 from lora_export.layers.torch_internals import own_modules, own_parameters
 from lora_export.models.pt2.graph_json import Graph, Node, ProgramDescription, ProgramTensor, StoredArray, Value
 from lora_export.plan import Layout
@@ -151,7 +151,7 @@ def _loaded(tensor: ProgramTensor, content: bytearray, file: Path) -> Tensor:
         flat = torch.frombuffer(content, dtype=dtype) if content else torch.zeros(0, dtype=dtype)
         value = flat.as_strided(data.sizes, data.strides, data.offset)
     except RuntimeError as error:  # sizes whose product PyTorch cannot count
-        raise InputRefused(f"{file}: {tensor.name} cannot be a tensor: {str(error).splitlines()[0]}") from error
+        raise InputRefused(f"{file}: {tensor.name} cannot be a tensor: {first_line(error)}") from error
     is_parameter = tensor.kind == "parameter" and dtype.is_floating_point
     return nn.Parameter(value, requires_grad=False) if is_parameter else value
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from lora_export.artifacts.artifact import Artifact
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import InputRefused, RuntimeRefused, first_line
 from lora_export.extras import optional_package
 from lora_export.isolation.bounds import bound_child
 from lora_export.isolation.limits import TIMEOUT, memory_for
 from lora_export.isolation.process import IsolatedProcess
-from lora_export.models.tracing import first_line
 from lora_export.runtime.registered.child import serve
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import Arrays

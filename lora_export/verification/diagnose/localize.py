@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_export.errors import EscapedLines, InputRefused, LoraExportError, escaped_lines
+from lora_export.errors import EscapedLines, InputRefused, LoraExportError, escaped_lines, first_line
 from lora_export.graph.cache_names import IDS, LOGITS
 from lora_export.isolation.limits import GIB
 from lora_export.models.pt2.program import Program
@@ -221,4 +221,4 @@ def diagnose_module(
         )
         return diagnose(made, every=every), []
     except CANNOT_FOLLOW as error:
-        return None, [f"modules could not be compared: {(str(error) or repr(error)).splitlines()[0]}"]
+        return None, [f"modules could not be compared: {first_line(error)}"]
