@@ -164,7 +164,8 @@ class GraphReferences(References):
         model, sites, steps = self.planned() if self.adapters else (model, find_sites(model), None)
         written = load_graph(graph.source)
         try:
-            faults, notes = compare_pairs(candidate, lambda _: tensors_of_graph(written), sites.specs, steps)
+            tensors_in, dtype = (lambda _: tensors_of_graph(written)), self.base.dtype
+            faults, notes = compare_pairs(candidate, tensors_in, sites.specs, steps, dtype)
             if self.requantised and steps is not None:
                 faults += RequantisedGraph(written).faults(sites, steps)
             found = compare_initializers(written, model, sites, steps, merged=self.mode == "merged")

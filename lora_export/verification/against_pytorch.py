@@ -173,7 +173,8 @@ class PyTorchReferences(References):
         )
         promoted = [name for name, weight in quantised.items() if weight.wrong is not None]
         weights = compare_weights(candidate, model, changes, quantised, promoted)
-        faults, notes = compare_pairs(candidate, candidate_tensors, layers.specs(model.module), changes)
+        dtype = dtype_name(coarser_dtype(candidate, model.module))
+        faults, notes = compare_pairs(candidate, candidate_tensors, layers.specs(model.module), changes, dtype)
         weights = replace(weights, faults=[*weights.faults, *faults], notes=[*weights.notes, *notes])
         judged = quantised_weights.with_dequantised_weights(model, quantised)
         module = attach_adapters(shared_copy(judged.module), adapters, self.strengths)

@@ -33,6 +33,7 @@ from lora_export.verification.references.compare_tensors import AGREES, Candidat
 from lora_export.verification.references.expected_weight import rounded_to
 
 # A name in a graph or a module: its layer, A or B, which of several adapters. `lora_embedding_A` is PEFT's
+HALF, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 TensorsOf = Callable[[Runner], Iterable[CandidateTensor]]
 NAME = re.compile(r"(?:(.+)\.)?lora_(?:embedding_)?([AB])(?:\.(.+?))??(?:\.MatMul)?(\.weight)?")
 
@@ -53,12 +54,12 @@ class StoredPairs(NamedTuple):
 
 
 def compare_pairs(
-    candidate: Runner, tensors_in: TensorsOf, specs: Sequence[TensorSpec], changes: Plan | None
+    candidate: Runner, tensors_in: TensorsOf, specs: Sequence[TensorSpec], changes: Plan | None, dtype: str
 ) -> tuple[list[str], list[str]]:
     """What is wrong with the pairs that a candidate stores, and notes on how many were compared.
 
     `specs` are the tensors of the model, or of the graph that the candidate was made from; `tensors_in` reads those of
-    the candidate, or of one of its graphs.
+    the candidate, or of one of its graphs. `dtype` is that in which the candidate computes.
 
     Nothing of a layer whose pairs are in a form that is not known, and of pairs without names.
     """
@@ -73,7 +74,7 @@ def compare_pairs(
             step = steps.get(found.module)
             if step is None and not (found.is_ours and found.module in weights):
                 continue
-            what = _compared(found, step)
+            what = _compared(found, step, dtype)
             compared += what is not None
             faults += [f"{step.weight if step else weights[found.module]}: {what}"] if what else []
     notes = [f"A and B beside {compared} weights were compared with the adapter's"] if compared else []
@@ -195,9 +196,11 @@ class _Factors(NamedTuple):
         return bounds[0], bounds[1]
 
 
-def _compared(found: StoredPairs, step: Step | None) -> str | None:
+def _compared(found: StoredPairs, step: Step | None, computed_in: str) -> str | None:
     """What is wrong with the pairs beside a weight; empty where they are right, None where they are not known."""
     dtype = max((rounded_to(each) for pair in found.pairs for each in pair), key=_eps)
+    if step is not None and found.is_ours and computed_in == "float16" and (text := _less_exact(found, step)):
+        return text
     wrong = []
     for expected, stored in itertools.product(_expected(step, found), _stored(found, step)):
         if (one := _wrong(expected, stored, dtype)) is None:
@@ -205,6 +208,25 @@ def _compared(found: StoredPairs, step: Step | None) -> str | None:
         wrong.append(one)
     share, text = min(wrong, default=(np.inf, ""))
     return text if text and (found.is_ours or share <= 1 - AGREES) else None
+
+
+def _less_exact(found: StoredPairs, step: Step) -> str:
+    """What was rounded to bf16 on the way into a candidate in fp16, number by number; empty where nothing was.
+
+    The lengths of columns and rows do not show it.
+    """
+    if len(found.pairs) != 1 or len(step.terms) != 1:
+        return ""
+    pair, scale = step.terms[0].pair, step.terms[0].scale
+    for part, stored, expected in zip(
+        "AB", found.pairs[0], (pair.a.T, pair.b.T.astype(np.float64) * scale), strict=True
+    ):
+        if stored.shape == expected.shape and np.array_equal(stored.astype(BF16).astype(stored.dtype), stored):
+            limit = _eps(HALF) * np.abs(expected) + float(ml_dtypes.finfo(HALF).smallest_subnormal)
+            wrong = np.abs(stored.astype(np.float64) - expected) > limit
+            if wrong.any():
+                return f"{part} beside it was rounded to bf16: {wrong.sum():,} of {wrong.size:,} numbers are not fp16's"
+    return ""
 
 
 def _eps(dtype: np.dtype) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -115,7 +117,7 @@ def adapters_of(mode: str) -> list[Adapter]:
 
 def found_in(runner: Runner, model: Model, mode: str) -> tuple[list[str], list[str]]:
     specs = layers.specs(model.module)
-    return compare_pairs(runner, candidate_tensors, specs, plan.make(adapters_of(mode), specs))
+    return compare_pairs(runner, candidate_tensors, specs, plan.make(adapters_of(mode), specs), "float32")
 
 
 MODES = pytest.mark.parametrize("mode", ["nodes", "several", "inputs", "rows"])
@@ -157,6 +159,29 @@ def test_wrong_pairs_are_found(defect: Defect, mode: str, routed: Model, base: P
     faults, _ = found_in(write(base, tmp_path, mode, defect), routed, mode)
     assert len(faults) == 1 and faults[0].startswith("rare.weight: A and B beside it are not the adapter's: ")
     assert DEFECTS[defect] in faults[0]
+
+
+def test_pairs_rounded_to_bf16_are_found_in_a_candidate_in_fp16(routed: Model, base: Path, tmp_path: Path) -> None:
+    def rounded(arrays: Arrays, a: str, b: str) -> None:
+        for name in (a, b):
+            arrays[name][:] = arrays[name].astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    specs, runner = layers.specs(routed.module), write(base, tmp_path, "nodes", rounded)
+    faults = {}
+    for dtype in ("float32", "float16"):
+        for adapter in (ONE, dataclasses.replace(ONE, pairs={**ONE.pairs, "rare": of_bf16(ONE.pairs["rare"])})):
+            faults[dtype, adapter is ONE], _ = compare_pairs(
+                runner, candidate_tensors, specs, plan.make([adapter], specs), dtype
+            )
+    ((fault,), *others) = (faults.pop(("float16", True)), *faults.values())
+    assert fault.startswith("rare.weight: A beside it was rounded to bf16: ") and "of 48 numbers" in fault
+    assert others == [[], [], []]
+
+
+def of_bf16(pair: LoraPair) -> LoraPair:
+    """A pair as an adapter in bf16 has it."""
+    a, b = (each.astype(ml_dtypes.bfloat16).astype(np.float32) for each in (pair.a, pair.b))
+    return dataclasses.replace(pair, a=a, b=b)
 
 
 @pytest.mark.parametrize("against", ["pytorch", "graph"])
@@ -205,10 +230,10 @@ class Tensors:
             yield CandidateTensor(name, NameSource.INITIALIZER, array.shape, lambda array=array: array)
 
 
-def compared(arrays: Mapping[str, NDArray[Any]], model: Model) -> tuple[list[str], list[str]]:
+def compared(arrays: Mapping[str, NDArray[Any]], model: Model, dtype: str = "float32") -> tuple[list[str], list[str]]:
     candidate: Any = Tensors(arrays)
     specs = layers.specs(model.module)
-    return compare_pairs(candidate, iter, specs, plan.make([ONE], specs))
+    return compare_pairs(candidate, iter, specs, plan.make([ONE], specs), dtype)
 
 
 PAIR = ONE.pairs["rare"]
