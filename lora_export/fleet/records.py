@@ -29,7 +29,9 @@ from lora_export.version import __version__
 RECORD_SCHEMA = "lora-export/fleet-record/1"
 STARTED, JOB_NOT_DONE = "started", "not done"
 PUBLISHED = "published"  # in a record: what the job was about to publish, as in its "written"
-HASHES = "hashes"  # in a record: those of the files of what the job wrote, each behind the file's state
+HASHES = "hashes"  # in a record, by output: those of its files, each behind the file's state
+StatesAndHashes = Mapping[str, list[Any]]  # by the name of a file
+NONE_KNOWN: StatesAndHashes = {}
 FORMER = "former"  # in a record: what the job wrote under other names, each output as a record has it in "written"
 GOOD = ("done", "same")
 # Outcomes that a job has again while nothing changes. `failed` is tried again
@@ -63,7 +65,7 @@ class FleetRecords:
         self._hashes_file = folder / "hashes.json"
         self._known = json_files.read_json(self._hashes_file) if self._hashes_file.is_file() else {}
         self._has_new_hashes = False
-        self._of_records: dict[str, list[Any]] = {}  # as `_known`, of outputs: the records of their jobs have these
+        self._published: dict[tuple[int, ...], str] = {}  # inode, size and time of a file in a stage -> its hash
         self.unread: set[str] = set()  # files whose hash is not known, where they are not to be read
         self._contents: dict[str, dict[str, str] | None] = {}  # of this run, by path
 
@@ -71,7 +73,6 @@ class FleetRecords:
         """What is known of a job, by the standings of those `after` which it comes."""
         before = {name: others[name] for name in job.after}
         record = self.read(job.id)
-        self.learn(record)
         if bad := [name for name, one in before.items() if one.outcome not in (*GOOD, JOB_NOT_DONE)]:
             return Standing("not run", f"after {bad[0]}: {before[bad[0]].outcome}", record)
         is_open, own = any(one.outcome == JOB_NOT_DONE for one in before.values()), self.own(job, record)
@@ -98,7 +99,9 @@ class FleetRecords:
         names = {absolute(place(path)) for each in known for path in each}
         if job.output is not None and names.isdisjoint(map(absolute, job.output_paths())):
             return {}
-        found = {path: self.identity_of(path) for path in {**known[0], **known[1]} if _exists(path)}
+        hashes = record.get(HASHES, {})
+        paths = [path for path in {**known[0], **known[1]} if _exists(path)]
+        found = {path: self.identity_of(path, hashes.get(path, {})) for path in paths}
         is_uncertain = PUBLISHED in record or record.get("outcome") in (STARTED, None)  # a kill, or a former output
         for path, one in found.items():
             written = [each[path] for each in known if path in each]
@@ -145,20 +148,11 @@ class FleetRecords:
             _write(self._hashes_file, self._known)
             self._has_new_hashes = False
 
-    def hashes_in(self, outputs: Iterable[str]) -> dict[str, list[Any]]:
-        """What is known of the files of outputs, for the record of their job: no other process has to read them."""
-        names = tuple(str(Path(path).absolute()) for path in outputs)
-        return {file: one for file, one in self._known.items() if file.startswith(names)}
-
-    def learn(self, record: Mapping[str, Any]) -> None:
-        """Know the hashes of the outputs of a job."""
-        self._of_records |= record.get(HASHES, {})
-
-    def identity_of(self, path: str | Path, *, is_new: bool = False) -> dict[str, Any] | None:
+    def identity_of(self, path: str | Path, known: StatesAndHashes = NONE_KNOWN) -> dict[str, Any] | None:
         """What an output is: its own record, and the hashes of its files; in a store their sizes and ETags.
 
-        Of an output that is new, the hashes that its record states are not computed again. Where one is not known and
-        files are not to be read, there are none. None where it does not exist or cannot be read, or nothing is known.
+        `known` is what the record of its job has of the files. Where a hash is not known and files are not to be read,
+        there are no hashes. None where the output does not exist or cannot be read, or nothing is known.
         """
         try:
             artifact = open_artifact(path if isinstance(path, Path) else newly_opened(path))
@@ -167,13 +161,34 @@ class FleetRecords:
             own = {"record": hashlib.sha256(text).hexdigest()} if content else {}
             if content and isinstance(artifact.path, StorePath):
                 return {"sizes": {name: _size_of(file) for name, file in artifact.files.items()}, **own}
-            for name, stated in content.get("files", {}).items() if is_new else ():
-                if FAST in stated and name in artifact.files:
-                    self._know(artifact.files[name], stated[FAST])
-            hashes = self._hashes_of(artifact.files)
+            hashes = self._hashes_of(artifact.files, known)
             return ({"hashes": hashes} if hashes else {}) | own or None
         except (InputRefused, OSError):
             return None
+
+    def identity_in_stage(self, path: Path) -> dict[str, Any] | None:
+        """What an output is that this process wrote and is about to publish.
+
+        Its files keep inode, size and time under their final names: they are not read again there.
+        """
+        try:
+            artifact = open_artifact(path)
+            stated = artifact.record.content.get("files", {}) if artifact.path.exists() else {}
+            for name, file in {} if isinstance(path, StorePath) else artifact.files.items():
+                digest = stated.get(name, {}).get(FAST) or file_hash(file, FAST)
+                self._published[_place_of(file)] = digest
+        except (InputRefused, OSError):
+            return None
+        return self.identity_of(path)
+
+    def states_of(self, path: str) -> dict[str, list[Any]]:
+        """What is known of the files of an output, for the record of its job: no other process has to read them."""
+        try:
+            files = open_artifact(newly_opened(path)).files
+        except (InputRefused, OSError):
+            return {}
+        known = {name: self._known.get(str(file.absolute())) for name, file in files.items()}
+        return {name: one for name, one in known.items() if one}
 
     def _path(self, job_id: str) -> Path:
         return self.folder / f"{job_id}.json"
@@ -214,31 +229,34 @@ class FleetRecords:
         except (InputRefused, OSError):
             return {}
 
-    def _hashes_of(self, files: Mapping[str, Path]) -> dict[str, str] | None:
+    def _hashes_of(self, files: Mapping[str, Path], known: StatesAndHashes = NONE_KNOWN) -> dict[str, str] | None:
         """The hash of each file, by name; None where one is not known."""
-        hashes = {name: self._hash_of(file) for name, file in files.items()}
-        known = {name: digest for name, digest in hashes.items() if digest is not None}
-        return known if len(known) == len(hashes) else None
+        hashes = {name: self._hash_of(file, known.get(name)) for name, file in files.items()}
+        found = {name: digest for name, digest in hashes.items() if digest is not None}
+        return found if len(found) == len(hashes) else None
 
-    def _hash_of(self, file: Path) -> str | None:
+    def _hash_of(self, file: Path, known: list[Any] | None = None) -> str | None:
         name, state = str(file.absolute()), _state_of(file)
-        for *before, digest in filter(None, (self._known.get(name), self._of_records.get(name))):
+        for *before, digest in filter(None, (self._known.get(name), known)):
             if before == state:
                 return str(digest)
-        if not self.reads:
+        if (published := self._published.get(_place_of(file))) is None and not self.reads:
             self.unread.add(str(file))
             return None
-        digest = file_hash(file, FAST)
-        self._know(file, digest)
+        digest = published or file_hash(file, FAST)
+        self._known[name], self._has_new_hashes = [*state, digest], True
         return digest
-
-    def _know(self, file: Path, digest: str) -> None:
-        self._known[str(file.absolute())], self._has_new_hashes = [*_state_of(file), digest], True
 
 
 def _state_of(file: Path) -> list[int]:
     (state,) = input_files.file_states([file])
     return list(state[1:])  # the number of a device changes when it is mounted
+
+
+def _place_of(file: Path) -> tuple[int, ...]:
+    """Inode, size and time of the last write, which a file keeps under another name."""
+    state = file.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _size_of(file: Path) -> list[int]:

@@ -173,7 +173,6 @@ class _Run:
     def _take_in(self, job: FleetJob, record: Mapping[str, Any], standing: Standing) -> None:
         """Know the result of a job."""
         self.standings[job.id] = Standing(record["outcome"], str(record.get("message", "")), record, standing.facts)
-        self.records.learn(record)
         self.done += 1
         if record["outcome"] in GOOD:
             self.needs.learn(job, record["seconds"])

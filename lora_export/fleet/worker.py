@@ -89,7 +89,7 @@ def perform(batch: JobBatch) -> list[dict[str, Any]]:
         record |= {"seconds": seconds, "created": when, "notes": own, "facts": dict(request.facts)}
         if "written" not in record:
             record.update(_own(request, records))
-        record[HASHES] = records.hashes_in(record["written"])
+        record[HASHES] = {path: records.states_of(path) for path in record["written"]}
         last = records.read(request.job.id)
         if last.get("attempt") == attempt:  # this worker was not taken for dead meanwhile
             records.write(request.job.id, {**record, FORMER: records.former(last, record["written"])})
@@ -134,8 +134,7 @@ def _record_published(
             for path, each in contents.items():
                 _refuse_foreign(goal.with_name(path.name), each, request.own)
         found = {
-            str(goal.with_name(path.name)): records.identity_of(each, is_new=True) or {}
-            for path, each in contents.items()
+            str(goal.with_name(path.name)): records.identity_in_stage(each) or {} for path, each in contents.items()
         }
         records.write(request.job.id, {**record, PUBLISHED: found})
 
@@ -203,15 +202,22 @@ def _record_of(request: JobRequest, result: Any, records: FleetRecords) -> dict[
     if code:
         return _failed(code, message if result.error is None else str(result.error))
     output = getattr(result, "output", None)
-    paths = [str(path) for path in getattr(result, "files", ()) or (() if output is None else (output,))]
-    if "sign" in request.job.values and output is not None and not output.is_dir():
+    is_folder = output is not None and output.is_dir()
+    files = () if is_folder else getattr(result, "files", ())
+    paths = [str(path) for path in files or (() if output is None else (output,))]
+    if "sign" in request.job.values and output is not None and not is_folder:
         paths.append(str(signature_of(output)))
+    written = {path: records.identity_of(path) or {} for path in paths}
+    published = records.read(request.job.id).get(PUBLISHED) or {}
+    for path, one in written.items():
+        if "hashes" in published.get(path, {}) and one != published[path]:
+            return _failed(OutputFailed.exit_code, f"{path}: something changed its files as soon as they were written")
     return {
         "outcome": "done" if proof is None else "same",
         "exit": 0,
         "message": message,
         "output": None if output is None else str(output),
-        "written": {path: records.identity_of(path, is_new=True) or {} for path in paths},
+        "written": written,
     }
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from safetensors.numpy import load_file
 
 import lora_export as le
 from lora_export.api import load
+from lora_export.api.convert import convert
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run, worker
 from lora_export.fleet.status import FleetStatus
 from lora_export.fleet.worker import JobBatch, perform, session_of_process
 from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.storage.hashes import file_hash
 from lora_export.storage.output_lock import output_lock
 from lora_export.storage.signature import refuse_unsigned
 from lora_export.storage.store_path import StorePath
@@ -95,11 +98,60 @@ def test_what_changed_is_done_again(changed: str, place: Path, monkeypatch: pyte
         assert np.array_equal(merged, weight + np.array(b) @ np.array(a))
 
 
-def test_what_a_job_wrote_is_not_read_again_for_its_hash(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", ["", 'hash = "sha256"\n'])
+def test_what_a_job_wrote_is_not_read_again_for_its_hash(
+    options: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "fleet.toml").write_text(BASES + MERGE + options + VERIFY)
+    read: list[Path] = []
+    monkeypatch.setattr(records, "file_hash", lambda path, kind: read.append(path) or file_hash(path, kind))
     run_here(monkeypatch)
-    assert not any("/release/" in name for name in json.loads((place / "fleet.records" / "hashes.json").read_text()))
-    monkeypatch.setattr("lora_export.fleet.records.file_hash", lambda *_: 1 / 0)
+    weights = [path for path in read if path.name == "model.safetensors" and "base" not in path.parts]
+    assert len(weights) == 2 * bool(options)  # the manifest has another hash: each is read once
+    hashes = json.loads((place / "fleet.records" / "hashes.json").read_text())
+    assert not any("/release/" in name for name in hashes)
+    read.clear()
+    (place / "release").rename(place / "elsewhere")
+    (place / "elsewhere").rename(place / "release")
     assert le.run_fleet("status", "fleet.toml").counts == {"done": 2, "same": 2}
+    change_byte(place)
+    read.clear()
+    assert run_here(monkeypatch)[1] == JOBS
+    assert [path for path in read if path.parent.name in ("fr", "de") and "release" in path.parts] == []
+
+
+def test_a_byte_that_changes_before_the_record_is_noticed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = worker._record_of
+    with monkeypatch.context() as changed:
+
+        def change_first(request: worker.JobRequest, *others: Any) -> dict[str, Any]:
+            if request.job.id == FR[0]:
+                change_byte(place, "release/fr")
+                os.utime(place / "release" / "fr" / "model.safetensors")
+            return written(request, *others)
+
+        changed.setattr(worker, "_record_of", change_first)
+        status, _ = run_here(changed)
+        assert status.counts == {"done": 1, "same": 1, "failed": 1, "not run": 1}
+        assert "release/fr: something changed its files" in status.jobs[2].message
+    status, ran = run_here(monkeypatch)
+    assert ran == FR and status.counts == {"done": 2, "same": 2}
+
+
+def test_a_folder_whose_files_a_result_lists_is_done_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a decoder with its cache."""
+
+    def listed(**options: Any) -> SimpleNamespace:
+        output = convert(**options).output
+        return SimpleNamespace(output=output, files=tuple(output.iterdir()))
+
+    monkeypatch.setattr("lora_export.api.convert.convert", listed)
+    (place / "fleet.toml").write_text(BASES + TO_KOHYA.replace("kohya", "mlx"))
+    assert run_here(monkeypatch)[0].counts == {"done": 2}
+    assert run_here(monkeypatch)[1] == []
+    peft_adapter(place / "adapters" / "fr", {"up": ([[1, 1, 1]], [[1], [1]])})
+    status, ran = run_here(monkeypatch)
+    assert ran == ["base/fr/1-convert"] and status.counts == {"done": 2}
 
 
 def test_a_base_that_is_nowhere_ends_its_jobs_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

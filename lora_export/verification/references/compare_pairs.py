@@ -218,9 +218,8 @@ def _less_exact(found: StoredPairs, step: Step) -> str:
     if len(found.pairs) != 1 or len(step.terms) != 1:
         return ""
     pair, scale = step.terms[0].pair, step.terms[0].scale
-    for part, stored, expected in zip(
-        "AB", found.pairs[0], (pair.a.T, pair.b.T.astype(np.float64) * scale), strict=True
-    ):
+    own: tuple[Array, Array] = (pair.a.T, pair.b.T.astype(np.float64) * scale)
+    for part, stored, expected in zip("AB", found.pairs[0], own, strict=True):
         if stored.shape == expected.shape and np.array_equal(stored.astype(BF16).astype(stored.dtype), stored):
             limit = _eps(HALF) * np.abs(expected) + float(ml_dtypes.finfo(HALF).smallest_subnormal)
             wrong = np.abs(stored.astype(np.float64) - expected) > limit
