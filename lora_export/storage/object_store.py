@@ -176,8 +176,10 @@ class Bucket:
     def upload(self, key: str, path: Path) -> None:
         """Put a local file. Raises OutputFailed, and puts nothing, where its fence does not let it change."""
         size = path.stat().st_size
-        with self.refused_replaced(key):
-            self._put(key, path, size, self.mode_of(key) if size <= UPLOADED_PART else "overwrite")
+        if size <= UPLOADED_PART:
+            self.put_in_place(key, path.read_bytes(), self.mode_of(key))
+        else:
+            self._put(key, path, size, "overwrite")
 
     def _put(self, key: str, content: bytes | Path, size: int, mode: Any) -> None:
         self.refuse_fenced(key)
@@ -194,13 +196,29 @@ class Bucket:
         before = self.info(key)
         return "create" if before is None else before.version
 
-    @contextlib.contextmanager
-    def refused_replaced(self, key: str) -> Iterator[None]:
-        """Raise OutputFailed where the mode that puts an object does not hold."""
+    def put_in_place(self, key: str, content: bytes, mode: Any) -> None:
+        """As `put`. Raises OutputFailed where the mode does not hold, and the object has other bytes than these.
+
+        With these bytes it is this process's own: the store put it and answered 5xx, and obstore put it again.
+        """
         try:
-            yield
+            self.put(key, content, mode)
         except ObjectChanged:
-            raise OutputFailed(f"{self._of(key)}: another run has put it meanwhile") from None
+            info = self._info_if_equal(key, content)
+            if info is None:
+                raise OutputFailed(f"{self._of(key)}: another run has put it meanwhile") from None
+            self.refuse_fenced(key)  # another run may have put the same
+            self._record_put(key, info)
+
+    def _info_if_equal(self, key: str, content: bytes) -> ObjectInfo | None:
+        """What the store states of an object that has these bytes; None where it has others or is gone."""
+        self.forget(key)
+        info = self.info(key)
+        if info is None or info.size != len(content):
+            return None
+        with contextlib.suppress(InputRefused):  # it changed
+            return info if self.read(key, 0, info.size) == content else None
+        return None
 
     def release(self, key: str, *, replaces: bool = False) -> None:
         """Put an object that was held. Raises ObjectChanged where there is one by now, unless that is replaced."""
@@ -309,8 +327,7 @@ class Upload:
     def close(self) -> None:
         """Put the object. Raises OutputFailed, and puts nothing, where its fence does not let it change."""
         if self._file is None:
-            with self._bucket.refused_replaced(self._key):
-                self._bucket.put(self._key, bytes(self._first), self._mode)
+            self._bucket.put_in_place(self._key, bytes(self._first), self._mode)
             return
         try:
             self._bucket.refuse_fenced(self._key)

@@ -103,7 +103,7 @@ class TensorFile:
         """Read one tensor, as stored. Raises InputRefused where the file became shorter."""
         entry = self.entries[name]
         data = np.empty(entry.nbytes, np.uint8)
-        with _opened(self.path) as file:
+        with _opened(self.path, is_last=entry.stop == self.size) as file:
             file.seek(entry.start)
             count = file.readinto(data.data)
         if count != entry.nbytes:
@@ -142,11 +142,19 @@ def _open(path: Path) -> TensorFile:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedReader]:
-    """A file for reading. An object stays open until another one is read, and reads ahead from one time to the next."""
+def _opened(path: Path, *, is_last: bool) -> Iterator[io.BufferedReader]:
+    """A file for reading. An object reads ahead from one time to the next.
+
+    It stays open, with what was read ahead, until its last tensor or another object is read, or a read fails.
+    """
     if isinstance(path, StorePath):
-        with _object_lock:
-            yield _opened_object(path, path.stat().st_ino)
+        with _object_lock, contextlib.ExitStack() as stack:
+            file = _opened_object(path, path.stat().st_ino)
+            stack.callback(file.close)
+            stack.callback(_opened_object.cache_clear)
+            yield file
+            if not is_last:
+                stack.pop_all()
     else:
         with path.open("rb") as file:
             yield file

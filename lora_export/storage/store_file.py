@@ -81,9 +81,19 @@ class Chunks:
         if position >= self._stop:
             return 0
         number, offset = divmod(position - self.start, self._size)
-        piece = self._chunk(number).result()[offset : offset + len(buffer)]
+        piece = self._content(number)[offset : offset + len(buffer)]
         buffer[: len(piece)] = piece
         return len(piece)
+
+    def _content(self, number: int) -> memoryview:
+        chunk = self._chunk(number)
+        try:
+            return chunk.result()
+        except Exception:  # the next read requests it again
+            with self._lock:
+                if self._chunks.get(number) is chunk:
+                    del self._chunks[number]
+            raise
 
     def _chunk(self, number: int) -> Future[memoryview]:
         with self._lock:

@@ -106,6 +106,15 @@ def test_the_version_of_what_was_put_is_not_requested(
     assert path.bucket.put_here == {"a": stored.objects()["a"]["ETag"]}
 
 
+@pytest.mark.parametrize("other", [b"them", b"longer"])
+def test_an_object_with_other_bytes_is_another_runs(stored: Stored, other: bytes) -> None:
+    stored.put("a", other)
+    bucket = (stored / "a").bucket
+    with pytest.raises(OutputFailed, match=r"/a: another run has put it meanwhile"):
+        bucket.put_in_place("a", b"mine", "create")
+    assert stored.get("a") == other and bucket.put_here == {}
+
+
 def test_without_credentials_the_message_tells_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
     with stores.answering(404) as address:
         stores.use(monkeypatch, address)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lora_export.errors import InputRefused
+from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.storage import safetensors_file, store_file
 from lora_export.storage.object_store import Bucket
 from support.handmade import raw_tensor_file
@@ -257,6 +257,30 @@ def test_tensors_of_an_object_are_requested_once(
         name = f"t{number * step % 40:02}"
         assert same(file.read(name), tensors[name])
     assert len(requested) <= most and sum(requested) < 1.1 * file.size
+
+
+@pytest.mark.parametrize("failures", [1, 4])
+def test_an_object_is_read_again_after_a_failure(path, stored, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    """Also where the requests of chunks that are read ahead fail."""
+    monkeypatch.setattr(store_file, "CHUNK", 1 << 18)
+    tensors = {f"t{number:02}": np.full(30_000, number, np.float32) for number in range(12)}
+    safetensors_file.write(path, tensors)
+    stored.put("model.safetensors", path.read_bytes())
+    file, read, failed = safetensors_file.open_file(stored / "model.safetensors"), Bucket.read, list[int]()
+
+    def fail(bucket: Bucket, key: str, start: int, stop: int) -> memoryview:
+        if start > 1 << 17 and len(failed) < failures:
+            failed.append(start)
+            raise EnvironmentLacking("the store did not answer")
+        return read(bucket, key, start, stop)
+
+    monkeypatch.setattr(Bucket, "read", fail)
+    with pytest.raises(EnvironmentLacking):
+        for name in (names := iter(tensors)):
+            file.read(name)
+    monkeypatch.setattr(Bucket, "read", read)
+    assert all(same(file.read(again), tensors[again]) for again in (name, *names))
+    assert safetensors_file._opened_object.cache_info().currsize == 0  # nothing of it is kept after its last tensor
 
 
 def test_another_object_in_its_place_is_read_anew(path, stored) -> None:

@@ -25,6 +25,7 @@ from lora_export.storage.manifest import MANIFEST, damage, write_manifest
 from lora_export.storage.object_store import UPLOADED_PART, Bucket, Upload, bucket_of
 from lora_export.storage.store_output import begun_at, written_by_worker
 from lora_export.storage.store_path import copy_in_store, newly_opened
+from support import stores
 
 if TYPE_CHECKING:
     from support.stores import Stored
@@ -63,6 +64,21 @@ def test_after_an_error_nothing_is_left(stored: Stored, streamed: bool, is_folde
         fill(stage) if is_folder else (stage / "m").write_bytes(b"1")
         raise InputRefused("too little is left")
     assert stored.objects() == {} and stored.uploads() == []
+
+
+@pytest.mark.parametrize("before", [None, b"of an earlier run"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_what_was_put_and_answered_with_an_error_is_this_runs(
+    streamed: bool, before: bytes | None, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before is not None:
+        stored.put("out/m", before)
+    server = stores.Failing(monkeypatch, 0, seed=0)
+    with stage_file(stored / "out/m", inputs=[], streamed=streamed, overwrite=before is not None) as stage:
+        server.unconfirmed = f"/{stored.name}/out/m"
+        (stage / "m").write_bytes(b"whole")
+    assert server.unconfirmed == "" and stored.files("out") == {"m": b"whole"}
+    assert (stored / "out/m").bucket.put_here["out/m"] == stored.objects()["out/m"]["ETag"]
 
 
 def test_a_second_writer_is_refused(stored: Stored) -> None:
@@ -373,11 +389,11 @@ def test_what_another_run_put_in_place_of_a_late_file_stays(stored: Stored, monk
     assert stored.get(key) == b"new!"
 
 
-@pytest.mark.parametrize("content", ["late", "new!"])
-def test_a_worker_that_joins_parts_too_late_replaces_no_file(
-    content: str, stored: Stored, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("content", "times"), [("late", PARTS), ("new!", PARTS), ("late", 1)])
+def test_a_worker_that_puts_its_file_too_late_replaces_none(
+    content: str, times: int, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times, path, check = PARTS, stored / "out/m/b", Bucket.refuse_fenced
+    path, check = stored / "out/m/b", Bucket.refuse_fenced
 
     def freeze(bucket: Bucket, key: str) -> None:
         check(bucket, key)
@@ -398,15 +414,16 @@ def test_a_worker_that_joins_parts_too_late_replaces_no_file(
 
 
 @pytest.mark.parametrize("is_awake_before", [True, False], ids=["meanwhile", "afterwards"])
-@pytest.mark.parametrize("where", FROZEN)
+@pytest.mark.parametrize(
+    ("where", "content"),
+    [*((where, "of the other") for where in FROZEN), ("file", "late"), ("file from the disk", "late")],
+)
 def test_a_run_that_freezes_after_its_last_check_publishes_nothing(
-    where: str, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
+    where: str, content: str, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, frozen, streamed = FROZEN[where]
     begins = f"out/m/{MANIFEST}" if where == "end" else ""
-    other = frozen_run(
-        stored, monkeypatch, kind, frozen, "of the other", is_awake_before=is_awake_before, begins=begins
-    )
+    other = frozen_run(stored, monkeypatch, kind, frozen, content, is_awake_before=is_awake_before, begins=begins)
     stage_output = stage_folder if kind == "folder" else stage_file
     with (
         pytest.raises(OutputFailed, match="another run"),
@@ -415,7 +432,7 @@ def test_a_run_that_freezes_after_its_last_check_publishes_nothing(
         fill(stage) if kind == "folder" else (stage / "m").write_bytes(b"late")
     assert (MARK in stored.objects()) == is_awake_before
     assert other() == 0
-    files = {"out/m/b": b"of the other"} if kind == "folder" else {"out/m": b"of the other"}
+    files = {"out/m/b" if kind == "folder" else "out/m": content.encode()}
     found = {key: stored.get(key) for key in stored.objects() if not key.endswith(MANIFEST)}
     assert found == files
     if kind == "folder":

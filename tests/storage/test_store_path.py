@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from lora_export.errors import InputRefused, OutputFailed
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from lora_export.storage import block_copy, input_files, store_file
 from lora_export.storage.store_path import StorePath, copy_in_store, newly_opened, place
 
@@ -110,6 +110,24 @@ def test_threads_read_any_range_in_few_requests(stored: Stored, monkeypatch: pyt
 
         list(pool.map(fill, range(0, len(content), 250)))
     assert np.array_equal(found, content) and len(requests) == 21
+
+
+def test_a_chunk_that_failed_is_requested_again(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored.put("a", b"content")
+    path, failures = stored / "a", [EnvironmentLacking("the store did not answer")]
+    read, buffer = path.bucket.read, np.zeros(7, np.uint8)
+
+    def fail_once(*given: Any) -> memoryview:
+        if failures:
+            raise failures.pop()
+        return read(*given)
+
+    with path.open("rb") as file:
+        monkeypatch.setattr(path.bucket, "read", fail_once)
+        with pytest.raises(EnvironmentLacking):
+            block_copy.read(path, file.fileno(), buffer, 0)
+        block_copy.read(path, file.fileno(), buffer, 0)
+    assert buffer.tobytes() == b"content"
 
 
 def test_an_object_that_changes_after_it_was_listed_is_refused(stored: Stored) -> None:

@@ -111,12 +111,16 @@ def model(folder: Path, shards: int = 3, rows: int = 96) -> tuple[Path, Path]:
 
 
 class Failing:
-    """Lets the store refuse a share of all requests, and records the changes of objects that it made."""
+    """Lets the store refuse a share of all requests, and records the changes of objects that it made.
+
+    The next put of `unconfirmed` (/bucket/key) is done, and answered with 500.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float, seed: int):
         from moto.server import DomainDispatcherApplication
 
         self.requests, self.refused, self.changes = 0, 0, list[tuple[str, str]]()
+        self.unconfirmed = ""
         self._share, self._random, self._answer = share, random.Random(seed), DomainDispatcherApplication.__call__
 
         def call(app: Any, environ: dict[str, Any], start: Callable[..., Any]) -> Any:
@@ -139,6 +143,10 @@ class Failing:
             environ["wsgi.input"] = io.BytesIO(body)
             keys = (html.unescape(key) for key in re.findall("<Key>(.*?)</Key>", body.decode()))
             changed = [("DELETE", f"{path.rstrip('/')}/{key}") for key in keys]
+
+        if method == "PUT" and path == self.unconfirmed:
+            self.unconfirmed = ""
+            return self._answer(app, environ, lambda _, *rest: start("500 Internal Server Error", *rest))
 
         def started(status: str, *rest: Any) -> Any:
             if method in ("PUT", "POST", "DELETE") and status.startswith("2"):
