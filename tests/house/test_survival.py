@@ -39,25 +39,8 @@ from support.slow import slow, slow_but
 W = np.arange(6).reshape(2, 3)
 A, B = [[1, 2, 3]], [[1], [10]]
 Contents = dict[str, bytes]
-MODULE = """
-import torch
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc1, self.fc2 = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.fc1(x) + self.fc2(x)
-
-
-def make():
-    return Net(), torch.ones(2, 3)
-"""
 PROGRAM = [sys.executable, "-m", "lora_export"]
-ran = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+run_captured = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -77,7 +60,6 @@ def place(tmp_path: Path) -> Path:
     matrices = {"fc1.weight": W.T, "fc2.weight": 2 * W.T, "rest": np.ones((W.shape[1], 300))}
     weights = {name: np.float32(matrix) for name, matrix in matrices.items()}
     graph_file(tmp_path / "base.onnx", weights, data="base.data")
-    (tmp_path / "module.py").write_text(MODULE)
     return tmp_path
 
 
@@ -138,9 +120,9 @@ def merge_line(place: Path, base: str, out: str, version: int) -> list[str]:
     ]
 
 
-def export_line(place: Path, model: str, out: str, version: int) -> list[str]:
-    adapter = place / ("first", "second")[version]
-    return ["onnx", model, "-a", str(adapter), "-o", str(place / out), "--overwrite", "--no-verify"]
+def export_line(place: Path, version: int) -> list[str]:
+    adapter, out = place / ("first", "second")[version], place / "exported.onnx"
+    return ["onnx", str(place / "base.onnx"), "-a", str(adapter), "-o", str(out), "--overwrite", "--no-verify"]
 
 
 # The commands beside `merge`, in a folder that `others` fills
@@ -171,17 +153,15 @@ def outputs(place: Path) -> dict[str, Output]:
     def merged(base: str, out: str, work: Callable[..., None] = fault_injector.command) -> Output:
         return Output(place / out, lambda version: (work, *merge_line(place, base, out, version)))
 
-    def exported(model: str, out: str) -> Output:
-        return Output(place / out, lambda version: (fault_injector.command, *export_line(place, model, out, version)))
-
     graph = place / "m.onnx"
     return {
         "folder": merged("base", "out"),
         "file": merged("bare.safetensors", "out.safetensors"),
         "folder without exchange": merged("base", "out", fault_injector.command_without_exchange),
         "merged graph": merged("base.onnx", "merged.onnx"),
-        "exported graph": exported(str(place / "base.onnx"), "exported.onnx"),
-        "exported module": exported(str(place / "module.py:make"), "module.onnx"),
+        "exported graph": Output(
+            place / "exported.onnx", lambda version: (fault_injector.command, *export_line(place, version))
+        ),
         "graph": Output(graph, lambda version: (fault_injector.publish_graph, str(graph), float(version + 1))),
     }
 
@@ -311,10 +291,8 @@ def test_300_merges_killed_at_random_leave_old_or_new_output(place):
 
 @pytest.mark.soak
 @pytest.mark.fault(28)
-@pytest.mark.parametrize(
-    ("kind", "rounds", "seed"), [("merged graph", 150, 5), ("exported graph", 150, 6), ("exported module", 30, 4)]
-)
-def test_exports_killed_at_random_leave_old_or_new_graph(place, kind, rounds, seed):
+@pytest.mark.parametrize(("kind", "rounds", "seed"), [("merged graph", 150, 5), ("exported graph", 150, 6)])
+def test_300_exports_killed_at_random_leave_old_or_new_graph(place, kind, rounds, seed):
     assert killed_and_run_again(place, rounds, seed=seed, kind=kind) > rounds // 5
 
 
@@ -334,6 +312,43 @@ def test_300_publications_killed_at_random_leave_old_or_new_graph(place):
         is_cleaned_by_the_next_run(output, number % 2, known)
     print(f"\n300 publications were killed, {hit} of them at work on the output")
     assert hit > 50
+
+
+@pytest.mark.soak
+@pytest.mark.fault(28)
+def test_exports_killed_at_random_leave_old_or_new_graph(tmp_path):
+    rounds, rng = 30, random.Random(4)
+    target = tmp_path / "out.onnx"
+    for name, alpha in (("first", 1), ("second", 2)):
+        peft_adapter(tmp_path / name, {"dense": (np.ones((1, 8)), np.ones((8, 1)))}, lora_alpha=alpha)
+
+    def start(version: int) -> subprocess.Popen[str]:
+        model, adapter = f"{FACTORIES}:scaled", str(tmp_path / ("first", "second")[version])
+        line = [sys.executable, "-m", "lora_export", "onnx", model, "-a", adapter, "-o", str(target), "--overwrite"]
+        return subprocess.Popen(
+            [*line, "--no-verify"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+
+    known, duration = [], 0.0
+    for version in (0, 1):
+        begun = time.monotonic()
+        assert start(version).wait() == 0
+        known.append(target.read_bytes())
+        duration = time.monotonic() - begun
+    for number in range(rounds):
+        process = start(number % 2)
+        time.sleep(rng.uniform(0, duration))
+        process.kill()
+        process.wait()
+        assert target.read_bytes() in known
+        left = {path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")}
+        if left or number == rounds - 1:
+            process = start(number % 2)
+            told = process.communicate()[1]
+            assert process.returncode == 0 and all(name in told for name in left)
+            assert target.read_bytes() == known[number % 2]
+            assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "out.onnx"}
+    print(f"\n{rounds} exports were killed")
 
 
 # --- Ctrl-C and SIGTERM ---
@@ -423,7 +438,7 @@ def test_a_signal_that_comes_when_all_is_said_changes_nothing(sent):
     # While Python ends, it would be a traceback, or another exit code than the one that was told.
     late = f"import atexit, os, signal; atexit.register(lambda: os.kill(os.getpid(), signal.{sent}))\n"
     line = [sys.executable, "-c", late + "from lora_export.cli import main; main()", "merge", "--help"]
-    done = ran(line)
+    done = run_captured(line)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -479,7 +494,7 @@ def test_at_any_memory_limit_a_merge_completes_or_is_refused(place):
     before = {path.name for path in place.iterdir()}
     codes = []
     for limit in range(160 << 20, 1 << 30, 60 << 20):  # bytes of address space; a Python with NumPy takes 150 MB
-        done = ran(line, preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+        done = run_captured(line, preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
         codes.append(done.returncode)
         assert done.returncode in (0, 6), done.stderr
         if done.returncode:
@@ -576,7 +591,7 @@ def test_a_small_disk_that_is_really_full_leaves_the_old_output(place):
 def test_a_full_disk_during_an_export_ends_with_7(tmp_path, command):
     (tmp_path / "out").write_text("old")
     line = [*PROGRAM, command, f"{FACTORIES}:scaled", "-o", "out", "--overwrite", "--no-verify"]
-    done = ran(line, cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))
+    done = run_captured(line, cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))
     assert (done.returncode, done.stderr) == (7, "Error: out could not be written: File too large\n")
     assert folder_contents(tmp_path) == {"out": b"old"}
 
@@ -613,7 +628,7 @@ def calls(place: Path, *line: str) -> list[tuple[str, list[str]]]:
     """The system calls of a command that make files last or give them names, with the paths they are about."""
     log = place / "strace.log"
     traced = ["strace", "-f", "-y", "-qq", "-s", "9999", "-e", "trace=fsync,fdatasync,rename,renameat,renameat2"]
-    done = ran([*traced, "-o", log, *line])
+    done = run_captured([*traced, "-o", log, *line])
     if "PTRACE" in done.stderr or "ptrace" in done.stderr:
         pytest.skip(f"strace may not look here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
@@ -659,7 +674,9 @@ def test_data_is_synced_before_the_rename_and_the_rename_after(place, kind):
 
 def alone(place: Path, mounting: str, *line: object) -> subprocess.CompletedProcess[str]:
     """A command in a file system of its own, where something is mounted first; skips where that is not allowed."""
-    done = ran(["unshare", "--mount", "sh", "-c", f'{mounting} && exec "$@"', "sh", *map(str, line)], cwd=place)
+    done = run_captured(
+        ["unshare", "--mount", "sh", "-c", f'{mounting} && exec "$@"', "sh", *map(str, line)], cwd=place
+    )
     if re.search("^(unshare|mount): ", done.stderr):
         pytest.skip(f"mounting needs root: {done.stderr.strip()}")
     return done
@@ -694,7 +711,7 @@ def test_a_place_that_cannot_be_written_to_is_told_before_any_work(others, comma
     if os.geteuid() == 0:  # root ignores mode bits
         done = alone(place, "mount --bind locked locked && mount -o remount,bind,ro locked", *line)
     else:
-        done = ran(line, cwd=place)
+        done = run_captured(line, cwd=place)
     (place / "locked").chmod(0o700)
     assert (done.returncode, done.stdout) == (7, "")
     assert re.fullmatch(f"Error: .*{message}\n", done.stderr), done.stderr
@@ -778,7 +795,7 @@ def test_a_second_run_on_one_output_ends_at_once(place, overwrite):
         time.sleep(0.001)
     first.send_signal(signal.SIGSTOP)
     assert not (place / "out.safetensors").exists(), "the first was too fast"
-    second = ran(line, timeout=30)
+    second = run_captured(line, timeout=30)
     first.send_signal(signal.SIGCONT)
     told = f"Error: another run (process {first.pid}) is writing {place}/out.safetensors\n"
     assert (second.returncode, second.stdout, second.stderr) == (7, "", told)
@@ -857,7 +874,7 @@ def test_a_merge_needs_no_scratch_folder_and_no_right_clock(place, scratch):
     for path in place.rglob("*"):
         os.utime(path, (2**33, 2**33))  # the year 2242
     line = ["env", f"TMPDIR={place / scratch}", *PROGRAM, *merge_line(place, "base", "out", 0)]
-    done = alone(place, "mount -t tmpfs -o size=4096,ro none full", *line) if scratch == "full" else ran(line)
+    done = alone(place, "mount -t tmpfs -o size=4096,ro none full", *line) if scratch == "full" else run_captured(line)
     assert (done.returncode, done.stderr) == (0, "")
     assert_whole(place / "out")
 
