@@ -115,7 +115,7 @@ def test_usage_that_a_function_refuses_is_shown_as_click_shows_it() -> None:
 def test_a_command_offers_the_modes_that_it_has() -> None:
     (mode,) = (parameter for parameter in command_of("torchscript").params if parameter.name == "lora")
     assert isinstance(mode, click.Option) and mode.default == "merged"
-    assert mode.help == f"merged: {LORA_MODES['merged']}; nodes: {LORA_MODES['nodes']}."
+    assert mode.help and mode.help.startswith(f"merged: {LORA_MODES['merged']}; nodes: {LORA_MODES['nodes']}. inputs: ")
     with pytest.raises(click.BadParameter):
         read("torchscript", "base", "-o", "o", "--lora", "rows")
 
