@@ -196,19 +196,26 @@ class Bucket:
         before = self.info(key)
         return "create" if before is None else before.version
 
-    def put_in_place(self, key: str, content: bytes, mode: Any) -> None:
-        """As `put`. Raises OutputFailed where the mode does not hold, and the object has other bytes than these.
+    def put_once(self, key: str, content: bytes, mode: Any) -> None:
+        """As `put`. Raises ObjectChanged where the mode does not hold, and the object has other bytes than these.
 
         With these bytes it is this process's own: the store put it and answered 5xx, and obstore put it again.
         """
         try:
             self.put(key, content, mode)
         except ObjectChanged:
-            info = self._info_if_equal(key, content)
+            info = self._info_if_equal(key, content) if content else None
             if info is None:
-                raise OutputFailed(f"{self._of(key)}: another run has put it meanwhile") from None
+                raise
             self.refuse_fenced(key)  # another run may have put the same
             self._record_put(key, info)
+
+    def put_in_place(self, key: str, content: bytes, mode: Any) -> None:
+        """As `put_once`. Raises OutputFailed where the object has other bytes."""
+        try:
+            self.put_once(key, content, mode)
+        except ObjectChanged:
+            raise OutputFailed(f"{self._of(key)}: another run has put it meanwhile") from None
 
     def _info_if_equal(self, key: str, content: bytes) -> ObjectInfo | None:
         """What the store states of an object that has these bytes; None where it has others or is gone."""
@@ -227,7 +234,7 @@ class Bucket:
             return
         self.forget(key)
         found = self.info(key) if replaces else None
-        self.put(key, content, "create" if found is None else found.version)
+        self.put_once(key, content, "create" if found is None else found.version)
 
     def copy(self, key: str, target: str) -> bool:
         """Copy an object on the server. False where it is gone, or the store copies none of its size in one request."""

@@ -84,7 +84,7 @@ class Begun:
                 sealed = {} if is_stopped or self.sealed is None else {"sealed": self.sealed}
                 stated = {**owner, "finished": self.finished, **sealed}
                 content = b"" if is_ended else json.dumps(stated).encode()
-                bucket.put(key, content, self._version if mode is None else mode)
+                bucket.put_once(key, content, self._version if mode is None else mode)
             except ObjectChanged:
                 self._lost = True
                 raise self._taken({}) from None

@@ -81,6 +81,18 @@ def test_what_was_put_and_answered_with_an_error_is_this_runs(
     assert (stored / "out/m").bucket.put_here["out/m"] == stored.objects()["out/m"]["ETag"]
 
 
+@pytest.mark.parametrize("name", [".m.begun", f"m/{MANIFEST}"])
+def test_a_put_that_is_done_and_answered_with_500_is_this_runs_own(
+    name: str, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = stores.Failing(monkeypatch, 0, seed=0)
+    server.unconfirmed = f"/{stored.name}/out/{name}"
+    with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        (stage / "b").write_bytes(b"whole")
+        write_manifest(stage, {})
+    assert server.unconfirmed == "" and stored.files("out").keys() == {"m/b", f"m/{MANIFEST}"}
+
+
 def test_a_second_writer_is_refused(stored: Stored) -> None:
     with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
         fill(stage)
