@@ -82,7 +82,7 @@ def test_what_was_put_and_answered_with_an_error_is_this_runs(
 
 
 @pytest.mark.parametrize("name", [".m.begun", f"m/{MANIFEST}"])
-def test_a_put_that_is_done_and_answered_with_500_is_this_runs_own(
+def test_a_put_that_is_answered_with_500_is_its_own(
     name: str, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = stores.Failing(monkeypatch, 0, seed=0)

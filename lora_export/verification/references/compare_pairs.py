@@ -33,7 +33,7 @@ from lora_export.verification.references.compare_tensors import AGREES, Candidat
 from lora_export.verification.references.expected_weight import rounded_to
 
 # A name in a graph or a module: its layer, A or B, which of several adapters. `lora_embedding_A` is PEFT's
-HALF, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+FP16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 TensorsOf = Callable[[Runner], Iterable[CandidateTensor]]
 NAME = re.compile(r"(?:(.+)\.)?lora_(?:embedding_)?([AB])(?:\.(.+?))??(?:\.MatMul)?(\.weight)?")
 
@@ -221,7 +221,7 @@ def _less_exact(found: StoredPairs, step: Step) -> str:
     own: tuple[Array, Array] = (pair.a.T, pair.b.T.astype(np.float64) * scale)
     for part, stored, expected in zip("AB", found.pairs[0], own, strict=True):
         if stored.shape == expected.shape and np.array_equal(stored.astype(BF16).astype(stored.dtype), stored):
-            limit = _eps(HALF) * np.abs(expected) + float(ml_dtypes.finfo(HALF).smallest_subnormal)
+            limit = _eps(FP16) * np.abs(expected) + float(ml_dtypes.finfo(FP16).smallest_subnormal)
             wrong = np.abs(stored.astype(np.float64) - expected) > limit
             if wrong.any():
                 return f"{part} beside it was rounded to bf16: {wrong.sum():,} of {wrong.size:,} numbers are not fp16's"
