@@ -12,7 +12,7 @@ WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-mlserver test-node test-triton soak defects mutants names check bench site release clean
+.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-mlserver test-transformers-serve test-node test-triton soak defects mutants names check bench site release clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +77,9 @@ test-vllm: $(VENV)/dev.stamp $(VENV)/vllm/done.stamp ## a model that vLLM serves
 
 test-mlserver: $(VENV)/dev.stamp $(VENV)/mlserver/done.stamp ## a graph that MLServer serves by KServe's protocol; takes 400 MB
 	MLSERVER_PYTHON=$(CURDIR)/$(VENV)/mlserver/bin/python $(BIN)/python -m pytest -rs -k mlserver tests/runtime/endpoint/test_real_servers.py
+
+test-transformers-serve: $(VENV)/dev.stamp $(VENV)/serve/done.stamp ## what verify makes of a server without log-probabilities; takes 1 GB
+	SERVE_PYTHON=$(CURDIR)/$(VENV)/serve/bin/python $(BIN)/python -m pytest -rs -k transformers_serve tests/runtime/endpoint/test_real_servers.py
 
 # The scripts of onnxruntime-node would download CUDA. Its binary for the CPU is in the package.
 test-node: $(VENV)/dev.stamp ## the JavaScript sample, graphs in Chromium, and a linter of the workflows; needs node and npm
@@ -157,6 +160,11 @@ $(VENV)/vllm/done.stamp: | $(VENV)/venv.stamp
 	$(VENV)/vllm/bin/python -m pip uninstall -y torchaudio torchcodec
 	metadata="$$($(VENV)/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info" && \
 	  mkdir -p "$$metadata" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$metadata/METADATA"
+	@touch $@
+
+$(VENV)/serve/done.stamp: | $(VENV)/venv.stamp
+	$(BIN)/python -m venv $(VENV)/serve
+	$(VENV)/serve/bin/python -m pip install --disable-pip-version-check 'transformers>=5.24' accelerate torch fastapi uvicorn openai
 	@touch $@
 
 $(VENV)/mlserver/done.stamp: | $(VENV)/venv.stamp

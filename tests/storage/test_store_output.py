@@ -82,9 +82,7 @@ def test_what_was_put_and_answered_with_an_error_is_this_runs(
 
 
 @pytest.mark.parametrize("name", [".m.begun", f"m/{MANIFEST}"])
-def test_a_put_that_is_answered_with_500_is_its_own(
-    name: str, stored: Stored, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_put_that_is_answered_with_500_is_its_own(name: str, stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     server = stores.Failing(monkeypatch, 0, seed=0)
     server.unconfirmed = f"/{stored.name}/out/{name}"
     with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:

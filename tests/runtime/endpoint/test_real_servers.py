@@ -1,4 +1,4 @@
-"""Real servers on the loopback: vLLM, MLServer, and mlx-lm's, which serves the base by the name that it lists."""
+"""Real servers on the loopback: vLLM, MLServer, transformers, and mlx-lm's, which serves the base by a listed name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import ROOT
 from support.endpoints import save_adapter, save_base, started
 from support.small_models import small_adapter, small_model
 
-VLLM, MLSERVER = os.environ.get("VLLM_PYTHON", ""), os.environ.get("MLSERVER_PYTHON", "")
+VLLM, MLSERVER, SERVE = (os.environ.get(f"{name}_PYTHON", "") for name in ("VLLM", "MLSERVER", "SERVE"))
 HAS_MLX = importlib.util.find_spec("mlx_lm") is not None
 
 
@@ -80,6 +80,17 @@ def test_vllm(dtype: str, folder: Path) -> None:
         assert "answers as the other tenant b" in str(verified("c"))
         base = le.verify(address, folder / "base", served_name="base", dtype=dtype)
         assert base.verdict.same, str(base)
+
+
+@pytest.mark.skipif(not SERVE, reason="transformers serve has an environment of its own: make test-transformers-serve")
+def test_transformers_serve_gives_nothing_to_compare(folder: Path) -> None:
+    merged = le.merge(folder / "base", folder / "a", folder / "merged").output
+    program = "from transformers.cli.transformers import main; main()"
+    command = [SERVE, "-c", program, "serve", merged, "--host", "127.0.0.1", "--device", "cpu", "--port"]
+    with started(command, folder / "log", HF_HUB_OFFLINE="1") as address:
+        verdict = le.verify(address, folder / "base", adapters=folder / "a", served_name=str(merged)).verdict
+    assert verdict.outcome == "undecided"
+    assert "gives no log-probabilities for `logprobs`, `echo` or `prompt_logprobs`" in str(verdict)
 
 
 @pytest.mark.skipif(not MLSERVER, reason="MLServer is in an environment of its own: make test-mlserver")
