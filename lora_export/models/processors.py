@@ -215,7 +215,7 @@ def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[s
     padding = {} if same_length or hasattr(extractor, "nb_max_frames") else {"padding": True}
     with refusing_failures("the sounds cannot be read by the model's extractor"):
         made = extractor(list(sounds), sampling_rate=extractor.sampling_rate, return_tensors="pt", **padding)
-        # A list says which part of which sound a row is, as of CohereAsr.
+        # A list states which part of which sound a row is, as of CohereAsr.
         arrays = {name: np.asarray(value) for name, value in made.items() if not isinstance(value, list)}
     rows = [array.shape[0] if array.ndim else 0 for array in arrays.values()]
     if wrong := [count for count in rows if count != len(sounds)]:
