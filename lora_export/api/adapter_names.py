@@ -94,15 +94,20 @@ def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
 
 
 def has_other_experts(adapter: Adapter, base: Path) -> bool:
-    """Whether an adapter of mlx-lm names experts as neither the base nor transformers does: w1 of Mixtral is gate_proj.
+    """Whether an adapter of mlx-lm names experts as its base, which numbers them, does not: w1 of Mixtral is gate_proj.
 
-    Raises InputRefused for a base that cannot be read.
+    False for a base of which only the config can be read: its weights may be missing, pickled or quantised.
     """
     if adapter.format != "mlx" or not adapter.experts:
         return False
-    known = {spec.name for spec in open_checkpoint(base).specs}
-    ends = [(owner, *owner.rpartition(".")) for owner in adapter.experts]
-    return any(known.isdisjoint((owner, f"{module}.0.{last}.weight")) for owner, module, _, last in ends)
+    try:
+        known = {spec.name for spec in open_checkpoint(base, variant=variant_like(base)).specs}
+    except InputRefused:
+        return False
+    firsts = [(f"{module}.0.", last) for module, _, last in (owner.rpartition(".") for owner in adapter.experts)]
+    return any(
+        f"{first}{last}.weight" not in known and any(name.startswith(first) for name in known) for first, last in firsts
+    )
 
 
 def without_repeated_tables(adapter: Adapter, base: Path) -> Adapter:

@@ -93,9 +93,16 @@ def layout_of(owner: nn.Module, attribute: str) -> Layout:
         return Layout.IN_OUT
     if attribute == "weight" and isinstance(declared := getattr(owner, "lora_layout", None), Layout):
         return declared  # the weight of a .pt2 program, whose layer is known by its name alone
-    if attribute == "weight" and (own := own_parameters(owner).get(attribute)) is not None and own.ndim == 2:
+    own = own_parameters(owner).get("weight")
+    if attribute == "weight" and own is not None and own.ndim == 2 and not _has_forward_of_torch(owner):
         return Layout.UNKNOWN  # a matrix that a forward of its own reads, such as that of a router of experts
     return Layout.OTHER
+
+
+def _has_forward_of_torch(owner: nn.Module) -> bool:
+    """Whether a module is one of torch.nn, such as a norm, or of a class derived from one."""
+    kinds = (kind for kind in type(owner).__mro__ if kind is not nn.Module)
+    return any(kind.__module__.startswith(nn.modules.__name__) for kind in kinds)
 
 
 def conv1d() -> tuple[type[nn.Module], ...]:

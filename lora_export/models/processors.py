@@ -208,19 +208,19 @@ def _name(source: Path | bytes) -> str:
 def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[str, NDArray[Any]]:
     """What an extractor makes of sounds (samples,), one row each.
 
-    Raises InputRefused where it refuses them, or makes several rows of one.
+    Raises InputRefused where it refuses them, or makes another number of rows.
     """
     # Whisper's extractor makes every sound as long as the model needs it. Others pad by an option.
     same_length = len({len(sound) for sound in sounds}) == 1
     padding = {} if same_length or hasattr(extractor, "nb_max_frames") else {"padding": True}
     with refusing_failures("the sounds cannot be read by the model's extractor"):
         made = extractor(list(sounds), sampling_rate=extractor.sampling_rate, return_tensors="pt", **padding)
-        # A list has the part of a sound that each row is, as of CohereAsr.
+        # A list states which part of which sound a row is, as of CohereAsr.
         arrays = {name: np.asarray(value) for name, value in made.items() if not isinstance(value, list)}
-    if most := max((len(array) for array in arrays.values() if len(array) != len(sounds)), default=0):
-        raise InputRefused(
-            f"the model's extractor makes {most} rows of {len(sounds)} sounds: it cuts long ones; give parts of them"
-        )
+    rows = [array.shape[0] if array.ndim else 0 for array in arrays.values()]
+    if wrong := [count for count in rows if count != len(sounds)]:
+        why = ": it cuts long ones; give parts of them" if max(wrong) > len(sounds) else ", and not one for each"
+        raise InputRefused(f"the model's extractor makes {max(wrong)} rows of {len(sounds)} sounds{why}")
     return arrays
 
 

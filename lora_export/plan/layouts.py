@@ -68,7 +68,7 @@ def refuse_unknown(steps: Sequence[Step]) -> None:
             "stored (out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by "
             f"{named('layout', {'NAME': 'out_in'})} or {named('layout', {'NAME': 'in_out'})}; "
             "NAME is a tensor, a module or a glob such as '*'. "
-            "Nothing was written."
+            "An export has no such option: merge the adapter with it, and export what was merged. Nothing was written."
         )
 
 

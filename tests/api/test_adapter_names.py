@@ -6,8 +6,11 @@ import copy
 import functools
 import json
 import re
+import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -15,7 +18,7 @@ import peft
 import pytest
 import torch
 from diffusers import CogView4Transformer2DModel
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_export
@@ -100,8 +103,32 @@ def test_experts_of_mlx_get_names_that_peft_finds(tmp_path: Path, name: str, ren
     lora_export.merge(saved["old"], tmp_path / "peft", tmp_path / "out")
     found, expected = weights(tmp_path / "out"), weights(saved["merged_old"])
     assert all(np.allclose(found[key], expected[key], rtol=0, atol=2e-7) for key in expected)
-    keys = load_file(tmp_path / "peft/adapter_model.safetensors")
+    keys = load_file(tmp_path / "peft/adapter_model.safetensors").keys()
     assert any("mlp.experts.base_layer.lora_A" in key for key in keys) == renamed
+    lora_export.convert(tmp_path / "mlx", tmp_path / "without", to="peft")
+    own = load_file(tmp_path / "without/adapter_model.safetensors").keys()
+    assert (own == keys) != renamed
+    for base in (saved["new"], as_mlx(saved["old"], tmp_path / "as_mlx"), only_config(saved["old"], tmp_path / "bare")):
+        written = lora_export.convert(tmp_path / "mlx", tmp_path / f"of_{base.name}", to="peft", base=base).output
+        assert load_file(written / "adapter_model.safetensors").keys() == own, base
+
+
+def only_config(base: Path, folder: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+    return folder
+
+
+def as_mlx(base: Path, folder: Path) -> Path:
+    """A checkpoint with its experts as mlx-lm stores them: stacked, and under names of its own."""
+    tensors, stacks = weights(base), defaultdict[str, list[np.ndarray[Any, Any]]](list)
+    of_mixtral = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    for key in sorted(key for key in tensors if ".experts." in key):
+        layer, _, _, projection, _ = key.rsplit(".", 4)
+        stacks[f"{layer}.switch_mlp.{of_mixtral.get(projection, projection)}.weight"].append(tensors.pop(key))
+    folder = only_config(base, folder)
+    save_file(tensors | {key: np.stack(parts) for key, parts in stacks.items()}, folder / "model.safetensors")
+    return folder
 
 
 def test_a_base_that_has_not_the_names_is_refused(tmp_path: Path) -> None:

@@ -255,13 +255,24 @@ def test_an_existing_graph_takes_experts(exported, tmp_path, mode, origin):
         exported.graph, output, adapters=[exported.paths["adapter"]], lora=mode, checkpoint=base, verify=origin is None
     )
     assert found.proof is None or found.proof.verdict.outcome == "same"
+    has_logits_of(exported.paths["merged_old"], output)
+
+
+def test_a_router_of_experts_has_its_nodes(tmp_path):
+    parameters = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
+    paths, output = experts.save(tmp_path / "olmoe", "olmoe", target_parameters=parameters), tmp_path / "model.onnx"
+    lora_export.export_onnx(paths["old"], output, adapters=[paths["adapter"]], lora="nodes", verify=False)
+    has_logits_of(paths["merged_old"], output)
+
+
+def has_logits_of(merged: Path, graph: Path) -> None:
     ids = np.array([[3, 9, 27], [5, 15, 45]])
-    merged = AutoModelForCausalLM.from_pretrained(exported.paths["merged_old"])
+    model = AutoModelForCausalLM.from_pretrained(merged)
     with torch.no_grad():
-        logits = merged(torch.from_numpy(ids)).logits.numpy()
+        logits = model(torch.from_numpy(ids)).logits.numpy()
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    names = {value.name for value in load_graph(output).graph.inputs}
-    (own, *_) = run(load_graph(output), **{name: value for name, value in feeds.items() if name in names}).values()
+    names = {value.name for value in load_graph(graph).graph.inputs}
+    (own, *_) = run(load_graph(graph), **{name: value for name, value in feeds.items() if name in names}).values()
     np.testing.assert_allclose(own, logits, atol=1e-5)
 
 

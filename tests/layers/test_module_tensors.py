@@ -56,6 +56,23 @@ def test_transformers_conv1d_is_in_out() -> None:
     assert (spec.name, spec.shape, spec.layout, spec.matrix) == ("0.weight", (3, 5), Layout.IN_OUT, (5, 3))
 
 
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 4))
+
+
+class OwnNorm(nn.LayerNorm):
+    pass
+
+
+def test_matrices_of_classes_outside_torch_have_an_unknown_layout() -> None:
+    module = nn.Sequential(Router(), nn.LayerNorm((3, 4)), OwnNorm((3, 4)), nn.RMSNorm((3, 4)))
+    found = {spec.name: spec.layout for spec in layers.specs(module) if spec.name.endswith("weight")}
+    assert found.pop("0.weight") is Layout.UNKNOWN
+    assert set(found.values()) == {Layout.OTHER}
+
+
 def test_tied_tensors_are_listed_under_both_names() -> None:
     module = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     module["head"].weight = module["embed"].weight

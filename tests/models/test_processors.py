@@ -251,6 +251,17 @@ def test_a_sound_that_becomes_several_rows_is_refused(tmp_path: Path) -> None:
         features_of([second, np.tile(second, 5)], extractor)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (1, 3)])
+def test_an_extractor_that_makes_fewer_rows_is_refused(shape: tuple[int, ...]) -> None:
+    def extractor(_: object, **__: object) -> dict[str, np.ndarray]:
+        return {"input_features": np.zeros((2, 3), np.float32), "lengths": np.zeros(shape, np.float32)}
+
+    extractor.sampling_rate = 8000
+    rows = shape[0] if shape else 0
+    with pytest.raises(InputRefused, match=f"makes {rows} rows of 2 sounds, and not one for each$"):
+        features_of([np.zeros(3, np.float32)] * 2, extractor)
+
+
 def test_folder_without_extractor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"has no preprocessor_config\.json") as refused:
         open_extractor(tmp_path)
