@@ -107,8 +107,12 @@ def read(path: Path, contract: Contract, program: Path) -> dict[str, NDArray[Any
 
 
 def _misfits(file: TensorFile, contract: Contract) -> Iterator[str]:
-    if file.metadata.get(BASE_KEY, contract.base) != contract.base:
-        yield f"it was made for another base ({file.metadata[BASE_KEY][:12]}…, the program has {contract.base[:12]}…)"
+    if not SCALE_IN_B.items() <= file.metadata.items():
+        yield "it is a trained adapter, whose scale is not in B"
+    elif (base := file.metadata.get(BASE_KEY)) is None:
+        yield "it does not state for which base it was made"
+    elif base != contract.base:
+        yield f"it was made for another base ({base[:12]}…, the program has {contract.base[:12]}…)"
     yield from (f"{name}: the program has no such input" for name in file.entries if name not in contract.inputs)
     for name, place in contract.inputs.items():
         wanted = f"{place.dtype} {list(contract.input_shapes[name])}"

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lora_export import formats, plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import program_adapter
 from lora_export.formats.contract import AdapterPlace, Contract
+from lora_export.formats.peft_keys import SCALE_IN_B
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout, TensorSpec
 
@@ -77,6 +78,21 @@ def test_a_file_for_another_base_is_refused(tmp_path: Path) -> None:
     path = a_file(tmp_path / "fr.safetensors", values_of(FR), base="00ff")
     with pytest.raises(InputRefused, match="made for another base \\(00ff…, the program has ffffffff00…\\)"):
         program_adapter.read(path, CONTRACT, Path("m.pte"))
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ({"format": "pt"}, "it is a trained adapter, whose scale is not in B"),  # PEFT's own file: the same inputs
+        ({"format": "pt", **SCALE_IN_B}, "it does not state for which base it was made"),  # OpenVINO's
+    ],
+)
+def test_a_file_of_the_same_tensors_is_refused_without_its_header(
+    header: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    save_file(values_of(FR), tmp_path / "adapter_model.safetensors", header)
+    with pytest.raises(InputRefused, match=f"{says}\nMake one .* from the trained adapter: .*convert"):
+        program_adapter.read(tmp_path / "adapter_model.safetensors", CONTRACT, Path("m.pte"))
 
 
 DORA = LoraPair(A, B, 1.0, magnitude=np.ones(4, np.float32))
