@@ -43,6 +43,7 @@ def attach_inputs(module: nn.Module, steps: Plan, max_rank: int | None) -> Contr
     refuse_full_rank(steps)
     program_adapter.refuse_kinds(steps)
     rank = max_rank or max(map(_largest_rank, steps.low_rank))
+    program_adapter.refuse_larger_ranks(steps, {step.weight: rank for step in steps.low_rank})
     blank = Adapter(name="adapter", format="", pairs={})
     attached = tuple(replace(step, terms=(_blank_term(step, rank, blank.name),)) for step in steps.low_rank)
     layers.attach(module, replace(steps, adapters=(blank,), strengths=(1.0,), steps=attached))

@@ -7,7 +7,7 @@ adapter that other commands read, too (see `openvino`). Where an adapter does no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ BASE_KEY, ADAPTER_KEY = "lora_export.base", "lora_export.adapter"
 
 def refuse_kinds(steps: Plan) -> None:
     """Raise InputRefused for changes that are no inputs of a program. The message lists them."""
-    onnx_adapter.refuse_beyond_low_rank(steps.adapters)
-    onnx_adapter.refuse_new_tables(steps)
+    onnx_adapter.refuse_beyond_low_rank(steps.adapters, "program")
+    onnx_adapter.refuse_new_tables(steps, "program")
     activated = {adapter.name for adapter in steps.adapters if adapter.invocation_tokens}
     found = [
         f"{term.adapter}, {step.weight}: {why}"
@@ -42,6 +42,7 @@ def refuse_kinds(steps: Plan) -> None:
         for term in step.terms
         for why in (
             *(["DoRA, whose factor follows from the weight"] if term.pair.magnitude is not None else []),
+            *(["a change by factors (IA3)"] if term.pair.scaling() is not None else []),
             *(["a pair of an embedding"] if step.spec.layout is Layout.EMBEDDING else []),
             *(["a pair of a part of a stored weight"] if step.spec.region is not None else []),
             *(["a pair that acts on some tokens alone"] if term.adapter in activated else []),
@@ -65,7 +66,7 @@ def plan_for(contract: Contract, adapters: Sequence[Adapter], strengths: Sequenc
         raise InputRefused(
             f"{program} takes one adapter at a time, and not {len(adapters)}: `{command('combine')}` makes one of them"
         )
-    onnx_adapter.refuse_beyond_low_rank(adapters)
+    onnx_adapter.refuse_beyond_low_rank(adapters, "program")
     try:
         steps = plan.make(adapters, [place.spec for place in contract.places], strengths=strengths)
     except MatchError as error:
@@ -74,7 +75,13 @@ def plan_for(contract: Contract, adapters: Sequence[Adapter], strengths: Sequenc
             "exported with"
         ) from error
     refuse_kinds(steps)
+    refuse_larger_ranks(steps, {place.weight: place.max_rank for place in contract.places})
     return steps
+
+
+def refuse_larger_ranks(steps: Plan, max_ranks: Mapping[str, int]) -> None:
+    """Raise InputRefused for ranks larger than that of the program's inputs at a weight. The message lists all."""
+    onnx_adapter.refuse_larger_ranks(steps, max_ranks, "program")
 
 
 def values(contract: Contract, steps: Plan, adapter: str) -> dict[str, NDArray[Any]]:

@@ -96,6 +96,9 @@ def test_what_is_no_input_is_refused_before_the_export(net: Net) -> None:
     steps = plan.make([replace(FR, pairs={"up": magnitude})], layers.specs(net))
     with pytest.raises(InputRefused, match=r"fr, up\.weight: DoRA"):
         attach_inputs(net, steps, None)
+    steps = plan.make([FR, DE], layers.specs(net), one_at_a_time=True)
+    with pytest.raises(InputRefused, match=r"has a fixed rank .*:\n  de, up\.weight: rank 3 > 2\nExport with a larger"):
+        attach_inputs(net, steps, 2)
 
 
 @pytest.mark.parametrize("name", ["a/b", ".", "..", ".fr"])

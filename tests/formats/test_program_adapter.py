@@ -15,6 +15,7 @@ from lora_export import formats, plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import program_adapter
 from lora_export.formats.contract import AdapterPlace, Contract
+from lora_export.formats.lora_changes import input_or_output_scales
 from lora_export.formats.peft_keys import SCALE_IN_B
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout, TensorSpec
@@ -97,6 +98,8 @@ def test_a_file_of_the_same_tensors_is_refused_without_its_header(
 
 DORA = LoraPair(A, B, 1.0, magnitude=np.ones(4, np.float32))
 PAIR = FR.pairs["m.q"]
+SCALING = input_or_output_scales(np.float32([2, 3, 4, 5]), np.zeros(1))  # of outputs
+RANK_4 = r"the program has a fixed rank \(max_rank=\), .*:\n  fr, m\.q\.weight: rank 4 > 3"
 
 
 @pytest.mark.parametrize(
@@ -106,8 +109,13 @@ PAIR = FR.pairs["m.q"]
         ([replace(FR, pairs={"m.k": PAIR})], MatchError, "the program takes no adapter at"),
         ([replace(FR, pairs={"m.q": DORA})], InputRefused, r"fr, m\.q\.weight: DoRA, whose factor follows"),
         ([replace(FR, invocation_tokens=(1,))], InputRefused, "acts on some tokens alone"),
-        ([replace(FR, biases={"m.q": np.ones(4, np.float32)})], InputRefused, r"fr, m\.q: a change of a bias"),
-        ([replace(FR, pairs={"m.q": LoraPair(A[[0] * 4], B[:, [0] * 4], 1.0)})], InputRefused, "rank 4 > 3"),
+        (
+            [replace(FR, biases={"m.q": np.ones(4, np.float32)})],
+            InputRefused,
+            r"program runs; these cannot:\n  fr, m\.q: a change of a bias",
+        ),
+        ([replace(FR, pairs={"m.q": SCALING})], InputRefused, r"fr, m\.q\.weight: a change by factors \(IA3\)"),
+        ([replace(FR, pairs={"m.q": LoraPair(A[[0] * 4], B[:, [0] * 4], 1.0)})], InputRefused, RANK_4),
     ],
 )
 def test_what_is_no_input_is_refused_by_name(adapters: list[Adapter], error: Any, says: str) -> None:
