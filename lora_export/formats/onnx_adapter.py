@@ -40,11 +40,11 @@ ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
 # --- the values of a graph's adapter inputs -----------------------------------------------------
 
 
-def _transforms(adapter: Adapter) -> dict[str, list[str]]:
-    """The layers whose change follows from their weight and is no scale, by its kind."""
+def _transforms(adapter: Adapter, of: str) -> dict[str, list[str]]:
+    """The layers whose change follows from their weight, by its kind; of a graph, which takes scales, without these."""
     found: dict[str, list[str]] = {}
     for module in adapter.beyond_pairs["transforms"]:
-        if adapter.pairs[module].scaling() is None:
+        if of != "graph" or adapter.pairs[module].scaling() is None:
             found.setdefault(f"a change by {adapter.pairs[module].kind}", []).append(module)
     return found
 
@@ -60,7 +60,7 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter], of: str = "graph") -> No
     for adapter in adapters:
         whole = [name for name in adapter.replaced if name.removesuffix(".weight") not in adapter.pairs]
         kinds = {"a whole tensor": whole, "a change of a bias": adapter.biases, "a change of a vector": adapter.added}
-        kinds |= {"rows of tokens": adapter.token_rows, **_transforms(adapter)}
+        kinds |= {"rows of tokens": adapter.token_rows, **_transforms(adapter, of)}
         problems += [f"{adapter.name}, {name}: {kind}" for kind, names in kinds.items() for name in names]
     remedies = [
         f"A graph of {named('lora', 'rows')} takes adapters with heads of their own.",

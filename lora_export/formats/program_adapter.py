@@ -7,6 +7,7 @@ adapter that other commands read, too (see `openvino`). Where an adapter does no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError, count, listed
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import AdapterArrays, Contract
+from lora_export.formats.contract import CONTRACT_KEY, AdapterArrays, Contract, read_contract
 from lora_export.formats.peft_keys import SCALE_IN_B
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
@@ -29,6 +30,30 @@ from lora_export.storage.safetensors_file import TensorFile
 SUFFIX = ".safetensors"
 # In the header: the SHA-256 of the base's weights, and of the trained adapter
 BASE_KEY, ADAPTER_KEY = "lora_export.base", "lora_export.adapter"
+GREATEST_RANK = 1 << 16  # which a record may claim: arrays of it are made before a program is run
+
+
+def contract_of(program: Path, metadata: Mapping[str, str]) -> Contract:
+    """The adapter inputs that a program records. Raises InputRefused for a record that `torchscript` does not make."""
+    contract = read_contract(metadata, program)
+    problems = list(_strange_in(contract))
+    if problems:
+        raise InputRefused(f"{program}: its record of adapter inputs ({CONTRACT_KEY}) is damaged:", listed(problems))
+    return contract
+
+
+def _strange_in(contract: Contract) -> Iterator[str]:
+    if not contract.required or contract.slots or not contract.places:
+        yield "no inputs of one adapter that every run passes"
+    names = Counter(name for place in contract.places for name in (place.a, place.b))
+    yield from (f"{name}: {times} inputs have this name" for name, times in names.items() if times > 1)
+    for place in contract.places:
+        if not 0 < place.max_rank <= GREATEST_RANK:
+            yield f"{place.weight}: a rank of {place.max_rank}"
+        if not place.out_in or place.embedding or place.factor or place.scale:
+            yield f"{place.weight}: inputs other than A (rank, in) and B (out, rank)"
+        if place.dtype not in ("float32", "float64"):
+            yield f"{place.weight}: inputs of {place.dtype}"
 
 
 def refuse_kinds(steps: Plan) -> None:
@@ -42,7 +67,6 @@ def refuse_kinds(steps: Plan) -> None:
         for term in step.terms
         for why in (
             *(["DoRA, whose factor follows from the weight"] if term.pair.magnitude is not None else []),
-            *(["a change by factors (IA3)"] if term.pair.scaling() is not None else []),
             *(["a pair of an embedding"] if step.spec.layout is Layout.EMBEDDING else []),
             *(["a pair of a part of a stored weight"] if step.spec.region is not None else []),
             *(["a pair that acts on some tokens alone"] if term.adapter in activated else []),

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from lora_export import formats, plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import program_adapter
-from lora_export.formats.contract import AdapterPlace, Contract
+from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract
 from lora_export.formats.lora_changes import input_or_output_scales
 from lora_export.formats.peft_keys import SCALE_IN_B
 from lora_export.lora import Adapter, LoraPair
@@ -75,6 +75,37 @@ def test_a_file_of_other_inputs_is_refused(change: Callable[[Any], object], says
         program_adapter.read(a_file(tmp_path / "fr.safetensors", values), CONTRACT, Path("m.pte"))
 
 
+Q, V = PLACES
+
+
+@pytest.mark.parametrize(
+    ("contract", "says"),
+    [
+        (replace(CONTRACT, places=()), "no inputs of one adapter that every run passes"),
+        (replace(CONTRACT, required=False), "no inputs of one adapter that every run passes"),
+        (
+            replace(CONTRACT, places=(replace(Q, out_in=False), V)),
+            r"m\.q\.weight: inputs other than A \(rank, in\) and B",
+        ),
+        (replace(CONTRACT, places=(Q, replace(V, max_rank=0))), r"m\.v\.weight: a rank of 0"),
+        (replace(CONTRACT, places=(Q, replace(V, max_rank=1 << 40))), r"m\.v\.weight: a rank of 1099511627776"),
+        (replace(CONTRACT, places=(Q, replace(V, dtype="int8"))), r"m\.v\.weight: inputs of int8"),
+        (
+            replace(CONTRACT, places=(Q, replace(V, b=V.a))),
+            r"base_model\.model\.m\.v\.lora_A\.weight: 2 inputs have this name",
+        ),
+        (
+            replace(CONTRACT, places=(Q, replace(V, a=Q.a))),
+            r"base_model\.model\.m\.q\.lora_A\.weight: 2 inputs have this name",
+        ),
+    ],
+)
+def test_a_record_that_no_export_makes_is_refused(contract: Contract, says: str) -> None:
+    assert program_adapter.contract_of(Path("m.pte"), {CONTRACT_KEY: str(CONTRACT)}) == CONTRACT
+    with pytest.raises(InputRefused, match=rf"m\.pte: its record of adapter inputs .* is damaged:\n  {says}"):
+        program_adapter.contract_of(Path("m.pte"), {CONTRACT_KEY: str(contract)})
+
+
 def test_a_file_for_another_base_is_refused(tmp_path: Path) -> None:
     path = a_file(tmp_path / "fr.safetensors", values_of(FR), base="00ff")
     with pytest.raises(InputRefused, match="made for another base \\(00ff…, the program has ffffffff00…\\)"):
@@ -114,7 +145,7 @@ RANK_4 = r"the program has a fixed rank \(max_rank=\), .*:\n  fr, m\.q\.weight: 
             InputRefused,
             r"program runs; these cannot:\n  fr, m\.q: a change of a bias",
         ),
-        ([replace(FR, pairs={"m.q": SCALING})], InputRefused, r"fr, m\.q\.weight: a change by factors \(IA3\)"),
+        ([replace(FR, pairs={"m.q": SCALING})], InputRefused, r"program runs; these cannot:\n  fr, m\.q: a change by"),
         ([replace(FR, pairs={"m.q": LoraPair(A[[0] * 4], B[:, [0] * 4], 1.0)})], InputRefused, RANK_4),
     ],
 )
