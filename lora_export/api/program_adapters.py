@@ -14,7 +14,7 @@ from lora_export import layers
 from lora_export.api.onnx_request import OnnxProofs, name_of_file
 from lora_export.api.publish import require_same, stage_of_proof
 from lora_export.errors import InputRefused, OutputFailed
-from lora_export.formats import program_adapter
+from lora_export.formats import onnx_adapter, program_adapter
 from lora_export.formats.contract import AdapterPlace, Contract
 from lora_export.formats.program_adapter import SUFFIX
 from lora_export.graph.insert.adapter_names import CONVENTIONS, LORA_A, LORA_B, module_of
@@ -43,7 +43,7 @@ def attach_inputs(module: nn.Module, steps: Plan, max_rank: int | None) -> Contr
     refuse_full_rank(steps)
     program_adapter.refuse_kinds(steps)
     rank = max_rank or max(map(_largest_rank, steps.low_rank))
-    program_adapter.refuse_larger_ranks(steps, {step.weight: rank for step in steps.low_rank})
+    onnx_adapter.refuse_larger_ranks(steps, {step.weight: rank for step in steps.low_rank}, "program")
     blank = Adapter(name="adapter", format="", pairs={})
     attached = tuple(replace(step, terms=(_blank_term(step, rank, blank.name),)) for step in steps.low_rank)
     layers.attach(module, replace(steps, adapters=(blank,), strengths=(1.0,), steps=attached))
@@ -149,7 +149,7 @@ def prove_inputs(
     return OnnxProofs(whole, adapters)
 
 
-def with_adapters(
+def with_values_of_adapters(
     runner: RegisteredRunner, adapters: Sequence[Adapter], strengths: Sequence[float] | None
 ) -> RegisteredRunner:
     """The runner of a program with the values of an adapter in its inputs; with zeros, where there is none.

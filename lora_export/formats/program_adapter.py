@@ -99,13 +99,8 @@ def plan_for(contract: Contract, adapters: Sequence[Adapter], strengths: Sequenc
             "exported with"
         ) from error
     refuse_kinds(steps)
-    refuse_larger_ranks(steps, {place.weight: place.max_rank for place in contract.places})
+    onnx_adapter.refuse_larger_ranks(steps, {place.weight: place.max_rank for place in contract.places}, "program")
     return steps
-
-
-def refuse_larger_ranks(steps: Plan, max_ranks: Mapping[str, int]) -> None:
-    """Raise InputRefused for ranks larger than that of the program's inputs at a weight. The message lists all."""
-    onnx_adapter.refuse_larger_ranks(steps, max_ranks, "program")
 
 
 def values(contract: Contract, steps: Plan, adapter: str) -> dict[str, NDArray[Any]]:

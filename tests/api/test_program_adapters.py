@@ -18,7 +18,7 @@ from lora_export.api.program_adapters import (
     attach_inputs,
     parameters_by_input,
     refuse_files_beside,
-    with_adapters,
+    with_values_of_adapters,
     write_files,
 )
 from lora_export.artifacts.artifact import open_artifact
@@ -149,7 +149,7 @@ class Process:
         return {"are_named": True}, dict(arrays)
 
 
-def test_the_runs_of_a_program_have_an_adapter_by_its_values_or_its_file(net: Net, tmp_path: Path) -> None:
+def test_runs_have_an_adapter_by_its_values_or_its_file(net: Net, tmp_path: Path) -> None:
     steps = plan.make([FR, DE], layers.specs(net), one_at_a_time=True)
     contract = replace(attach_inputs(net, steps, None), base="00ff")
     fr, _ = write_files(tmp_path, contract, steps)
@@ -166,8 +166,8 @@ def test_the_runs_of_a_program_have_an_adapter_by_its_values_or_its_file(net: Ne
     zeros = contract.without_adapter()
     of_fr, of_de = (program_adapter.values(contract, steps, name) for name in ("fr", "de"))
     for own, expected in (
-        (with_adapters(runner, [], None), zeros),
-        (with_adapters(runner, [DE], [1.0]), of_de),
+        (with_values_of_adapters(runner, [], None), zeros),
+        (with_values_of_adapters(runner, [DE], [1.0]), of_de),
         (runner.with_adapter(fr), of_fr),
         (opened(fr), of_fr),
         (runner, zeros),
@@ -175,4 +175,4 @@ def test_the_runs_of_a_program_have_an_adapter_by_its_values_or_its_file(net: Ne
         found = own.run(x)
         assert found.keys() == {"x", *expected}
         assert all(np.array_equal(found[name], value) for name, value in expected.items())
-    assert "its adapter inputs have de" in with_adapters(runner, [DE], [1.0]).notes
+    assert "its adapter inputs have de" in with_values_of_adapters(runner, [DE], [1.0]).notes

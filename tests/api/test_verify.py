@@ -67,7 +67,7 @@ def test_candidate_that_changes_while_it_is_judged_is_refused(place: Path, tmp_p
         le.verify(candidate, **base, adapters=place / "adapter", on_progress=swap)
 
 
-def test_a_file_of_an_adapter_that_is_not_there_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_missing_adapter_file_is_named_at_once(tmp_path: Path) -> None:
     stages: list[str] = []
     (tmp_path / "m.pte").write_bytes(b"a program")
     with pytest.raises(InputRefused, match=r"there is no adapter file at .*nothere\.safetensors"):

@@ -39,7 +39,7 @@ def a_file(path: Path, values: dict[str, Any], *, base: str = CONTRACT.base) -> 
     return path
 
 
-def test_the_values_have_the_scale_in_b_and_zeros_up_to_the_rank(tmp_path: Path) -> None:
+def test_values_have_the_scale_in_b_and_zeros(tmp_path: Path) -> None:
     path = a_file(tmp_path / "fr.safetensors", values_of(FR, strength=3))
     written = load_file(path)
     (a, b), (other_a, other_b) = ([written[name] for name in names] for names in NAMES.values())

@@ -142,7 +142,7 @@ class Router(nn.Module):
 
 
 @pytest.mark.parametrize("bias", [None, torch.tensor([5.0, 7.0])])
-def test_a_matrix_of_a_module_without_a_parameter_of_bias_can_be_traced(bias: Tensor | None) -> None:
+def test_a_matrix_without_a_bias_can_be_traced(bias: Tensor | None) -> None:
     model = nn.Sequential(Router(bias)).eval()
     expected = by_hand(model, {"0.weight": delta(PAIR)})(X)
     layers.attach(model, plan_for(model, an_adapter({"0": PAIR})))
