@@ -28,7 +28,6 @@ from lora_export.artifacts.files import file_for_graph, with_suffix
 from lora_export.callbacks import note_each
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, program_adapter, writer_of
-from lora_export.formats.contract import read_contract
 from lora_export.formats.peft_writing import name_in_patterns
 from lora_export.formats.writing import with_positive_scales
 from lora_export.lora import Adapter
@@ -167,7 +166,7 @@ def _for_program(options: ConvertOptions, adapter: AdapterSource, loaded: Adapte
     input_files.must_exist(program, "program")
     if options.ignore_head:
         raise WrongUsage(f"{named('ignore_head')} is for graphs: a .pte has the base's head")
-    contract = read_contract(open_artifact(program).metadata, program)
+    contract = program_adapter.contract_of(program, open_artifact(program).metadata)
     steps = program_adapter.plan_for(contract, [loaded], [options.weight], program)
     notes = tuple(dict.fromkeys([*loaded.notes, *steps.notes]))
     note_each(options.on_message, notes)

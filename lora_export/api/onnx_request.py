@@ -182,12 +182,18 @@ def adapter_file(adapter: Adapter, options: OnnxRequest) -> str:
 
     Raises InputRefused where it would be no file's name.
     """
+    name = name_of_file(adapter)
+    return file_for_graph(name, options.output.name) if options.has_parts else name + SUFFIX
+
+
+def name_of_file(adapter: Adapter) -> str:
+    """The name of an adapter, for a file. Raises InputRefused where it would be no file's name."""
     if adapter.name.startswith(".") or "/" in adapter.name:
         raise InputRefused(
             f"the name {adapter.name!r} of an adapter cannot be the name of a file. Name the adapter: "
             f"{named('adapters', 'NAME=ADAPTER')}"
         )
-    return file_for_graph(adapter.name, options.output.name) if options.has_parts else adapter.name + SUFFIX
+    return adapter.name
 
 
 def check_adapters(options: OnnxRequest) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 from torch import nn
 
 from lora_export import layers
-from lora_export.api.onnx_request import OnnxProofs
+from lora_export.api.onnx_request import OnnxProofs, name_of_file
 from lora_export.api.publish import require_same, stage_of_proof
-from lora_export.errors import InputRefused
-from lora_export.formats import program_adapter
+from lora_export.errors import InputRefused, OutputFailed
+from lora_export.formats import onnx_adapter, program_adapter
 from lora_export.formats.contract import AdapterPlace, Contract
 from lora_export.formats.program_adapter import SUFFIX
 from lora_export.graph.insert.adapter_names import CONVENTIONS, LORA_A, LORA_B, module_of
@@ -22,9 +22,12 @@ from lora_export.graph.refusals import refuse_full_rank, refuse_transforms
 from lora_export.layers.attachments import attachment_of, is_attached
 from lora_export.layers.module_tensors import tensor_name
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step, Term
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import Runner
+from lora_export.storage import atomic_output
+from lora_export.storage.store_path import StorePath
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import References
 from lora_export.verification.row_proofs import BASE
@@ -40,6 +43,7 @@ def attach_inputs(module: nn.Module, steps: Plan, max_rank: int | None) -> Contr
     refuse_full_rank(steps)
     program_adapter.refuse_kinds(steps)
     rank = max_rank or max(map(_largest_rank, steps.low_rank))
+    onnx_adapter.refuse_larger_ranks(steps, {step.weight: rank for step in steps.low_rank}, "program")
     blank = Adapter(name="adapter", format="", pairs={})
     attached = tuple(replace(step, terms=(_blank_term(step, rank, blank.name),)) for step in steps.low_rank)
     layers.attach(module, replace(steps, adapters=(blank,), strengths=(1.0,), steps=attached))
@@ -83,13 +87,43 @@ def parameters_by_input(module: nn.Module) -> dict[str, str]:
     return found
 
 
+def refuse_files_beside(output: Path, adapters: Sequence[Adapter], sources: Sequence[Path], *, overwrite: bool) -> None:
+    """Check where `write_files` will write beside a program, before there is anything to write.
+
+    Raises InputRefused for the name of an adapter that is no file's; OutputFailed for a file that is one of the
+    `sources`, and without `overwrite` for one that is there already, and is not of the same trained adapter.
+    """
+    for adapter in adapters:
+        path = output.with_name(name_of_file(adapter) + SUFFIX)
+        if any(_is_same(path, source) for source in sources):
+            raise OutputFailed(
+                f"{path} is an input, and would be replaced by the file of the adapter {adapter.name}. Name the "
+                f"adapter otherwise ({named('adapters', f'other={path.name}')}), or choose another folder"
+            )
+        if not overwrite and path.exists() and not _is_of(path, adapter):
+            raise atomic_output.other_contents(path)
+
+
+def _is_same(path: Path, source: Path) -> bool:
+    """Whether two names are of one file; on the disk also through a link, or by letters of another case."""
+    if isinstance(path, StorePath) or isinstance(source, StorePath):
+        return path == source
+    return path.exists() and source.exists() and path.samefile(source)
+
+
+def _is_of(path: Path, adapter: Adapter) -> bool:
+    """Whether a file was made from a trained adapter: only then can it be equal to the one that will be written."""
+    try:
+        return program_adapter.adapter_sha256(path) == adapter.sha256
+    except InputRefused:
+        return False
+
+
 def write_files(folder: Path, contract: Contract, steps: Plan) -> list[Path]:
     """Write the file of each adapter of a plan, NAME.safetensors, and return their paths."""
     paths = []
     for adapter in steps.adapters:
-        if adapter.name.startswith(".") or "/" in adapter.name:
-            raise InputRefused(f"the name {adapter.name!r} of an adapter cannot be the name of a file")
-        paths.append(folder / (adapter.name + SUFFIX))
+        paths.append(folder / (name_of_file(adapter) + SUFFIX))
         arrays = program_adapter.values(contract, steps, adapter.name)
         program_adapter.write(paths[-1], arrays, contract, sha256=adapter.sha256)
     return paths
@@ -115,7 +149,7 @@ def prove_inputs(
     return OnnxProofs(whole, adapters)
 
 
-def with_adapters(
+def with_values_of_adapters(
     runner: RegisteredRunner, adapters: Sequence[Adapter], strengths: Sequence[float] | None
 ) -> RegisteredRunner:
     """The runner of a program with the values of an adapter in its inputs; with zeros, where there is none.

@@ -15,7 +15,13 @@ from lora_export import layers, plan
 from lora_export.api import load
 from lora_export.api.adapted_model import adapted_model
 from lora_export.api.onnx_request import OnnxProofs
-from lora_export.api.program_adapters import attach_inputs, parameters_by_input, prove_inputs, write_files
+from lora_export.api.program_adapters import (
+    attach_inputs,
+    parameters_by_input,
+    prove_inputs,
+    refuse_files_beside,
+    write_files,
+)
 from lora_export.api.programs import ProgramFormat, program_format
 from lora_export.api.publish import prove_trace, record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.artifacts.artifact import artifact_kind
@@ -88,6 +94,8 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     with load.no_adapter_as_model(model, adapters):
         loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
     sources = [*load.model_paths(model), *load.adapter_paths(adapters)]
+    if is_swapped:
+        refuse_files_beside(output, loaded, sources, overwrite=options.overwrite)
     with atomic_output.staged(options, output, sources, is_file=True, sign=options.sign, streamed=False) as folder:
         stage("loading the model")
         base = load.resolve_model(model, loaded, inputs=options.inputs, export=True)

@@ -38,6 +38,7 @@ from lora_export.report.files import check_report_path, try_report_place, write_
 from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
 from lora_export.runtime.expectations import recorded_base, refuse_unexpected
+from lora_export.storage import input_files
 from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
@@ -192,6 +193,8 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     meanwhile.
     """
     _check_usage(candidate, request)
+    if request.onnx_adapter is not None:
+        input_files.must_exist(request.onnx_adapter, "adapter file")
     _refuse_unsigned(candidate, request)
     request = _read(request)
     _refuse_unexpected(candidate, request)

@@ -34,7 +34,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     """Prove the candidate against the PyTorch model. Its `error` is what ended the proof before it had figures."""
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.adapter_values import generated_adapters, with_filled_slots
-    from lora_export.api.program_adapters import with_adapters
+    from lora_export.api.program_adapters import with_values_of_adapters
     from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
     from lora_export.models.image_parts import without_image_pairs
     from lora_export.runtime.endpoint.runner import EndpointRunner
@@ -83,7 +83,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
                 adapted = replace(adapted, adapters=generated_adapters(runner.path), strengths=(1.0, 1.0))
             runner = with_filled_slots(runner, adapted.adapters, adapted.strengths)
         if isinstance(runner, RegisteredRunner) and request.onnx_adapter is None:
-            runner = with_adapters(runner, adapted.adapters, adapted.strengths)
+            runner = with_values_of_adapters(runner, adapted.adapters, adapted.strengths)
         make_references: Callable[..., PyTorchReferences] = PyTorchReferences
         if isinstance(runner, EndpointRunner):
             base = runner.judged(base)

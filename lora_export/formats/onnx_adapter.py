@@ -40,17 +40,19 @@ ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
 # --- the values of a graph's adapter inputs -----------------------------------------------------
 
 
-def _transforms(adapter: Adapter) -> dict[str, list[str]]:
-    """The layers whose change follows from their weight and is no scale, by its kind."""
+def _transforms(adapter: Adapter, of: str) -> dict[str, list[str]]:
+    """The layers whose change follows from their weight, by its kind; of a graph, which takes scales, without these."""
     found: dict[str, list[str]] = {}
     for module in adapter.beyond_pairs["transforms"]:
-        if adapter.pairs[module].scaling() is None:
+        if of != "graph" or adapter.pairs[module].scaling() is None:
             found.setdefault(f"a change by {adapter.pairs[module].kind}", []).append(module)
     return found
 
 
-def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
+def refuse_beyond_low_rank(adapters: Sequence[Adapter], of: str = "graph") -> None:
     """Raise InputRefused for adapters that hold more than low-rank pairs. The message lists what they hold.
+
+    `of` names what takes them: a "graph" or a "program".
 
     A table that PEFT saves beside its pair is no reason: `refuse_new_tables` compares it with the base's.
     """
@@ -58,7 +60,7 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         whole = [name for name in adapter.replaced if name.removesuffix(".weight") not in adapter.pairs]
         kinds = {"a whole tensor": whole, "a change of a bias": adapter.biases, "a change of a vector": adapter.added}
-        kinds |= {"rows of tokens": adapter.token_rows, **_transforms(adapter)}
+        kinds |= {"rows of tokens": adapter.token_rows, **_transforms(adapter, of)}
         problems += [f"{adapter.name}, {name}: {kind}" for kind, names in kinds.items() for name in names]
     remedies = [
         f"A graph of {named('lora', 'rows')} takes adapters with heads of their own.",
@@ -67,15 +69,15 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     ]
     if problems:
         raise InputRefused(
-            "only low-rank pairs can be swapped while a graph runs; these cannot:",
+            f"only low-rank pairs can be swapped while a {of} runs; these cannot:",
             listed(problems),
-            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}).",
-            *(remedies if any(adapter.replaced for adapter in adapters) else []),
+            f"Merge such an adapter into a {of} of its own ({named('lora', 'merged')}).",
+            *(remedies if of == "graph" and any(adapter.replaced for adapter in adapters) else []),
             "Nothing was written.",
         )
 
 
-def refuse_new_tables(plan: Plan) -> None:
+def refuse_new_tables(plan: Plan, of: str = "graph") -> None:
     """Raise InputRefused for whole tensors beside pairs, once those that the base has too are removed; for biases."""
     tables = [
         f"{step.terms[0].adapter}, {step.weight}"
@@ -84,9 +86,9 @@ def refuse_new_tables(plan: Plan) -> None:
     ]
     if tables:
         raise InputRefused(
-            "only low-rank pairs can be swapped while a graph runs; these tensors would differ from the base's:",
+            f"only low-rank pairs can be swapped while a {of} runs; these tensors would differ from the base's:",
             listed(tables),
-            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}). Nothing was written.",
+            f"Merge such an adapter into a {of} of its own ({named('lora', 'merged')}). Nothing was written.",
         )
 
 
@@ -115,7 +117,7 @@ def _input_of_factors(pair: LoraPair) -> str:
     return "factor" if scaling is not None or pair.magnitude is not None else ""
 
 
-def refuse_larger_ranks(plan: Plan, max_ranks: Mapping[str, int]) -> None:
+def refuse_larger_ranks(plan: Plan, max_ranks: Mapping[str, int], of: str = "graph") -> None:
     """Raise InputRefused for ranks larger than that of a weight (0 or no such weight: any fits). Lists all."""
     larger = []
     for step in plan.low_rank:
@@ -126,7 +128,7 @@ def refuse_larger_ranks(plan: Plan, max_ranks: Mapping[str, int]) -> None:
         larger += [f"{name}, {step.weight}: rank {rank} > {limit}" for name, rank in ranks.items() if 0 < limit < rank]
     if larger:
         raise InputRefused(
-            f"the graph has a fixed rank ({named('max_rank')}), and these adapters have a larger one:",
+            f"the {of} has a fixed rank ({named('max_rank')}), and these adapters have a larger one:",
             listed(larger),
             f"Export with a larger {named('max_rank')}, or make the adapter smaller ({command('resize')}). "
             "Nothing was written.",

@@ -7,7 +7,8 @@ adapter that other commands read, too (see `openvino`). Where an adapter does no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError, count, listed
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import AdapterArrays, Contract
+from lora_export.formats.contract import CONTRACT_KEY, AdapterArrays, Contract, read_contract
 from lora_export.formats.peft_keys import SCALE_IN_B
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
@@ -29,12 +30,36 @@ from lora_export.storage.safetensors_file import TensorFile
 SUFFIX = ".safetensors"
 # In the header: the SHA-256 of the base's weights, and of the trained adapter
 BASE_KEY, ADAPTER_KEY = "lora_export.base", "lora_export.adapter"
+GREATEST_RANK = 1 << 16  # which a record may claim: arrays of it are made before a program is run
+
+
+def contract_of(program: Path, metadata: Mapping[str, str]) -> Contract:
+    """The adapter inputs that a program records. Raises InputRefused for a record that `torchscript` does not make."""
+    contract = read_contract(metadata, program)
+    problems = list(_strange_in(contract))
+    if problems:
+        raise InputRefused(f"{program}: its record of adapter inputs ({CONTRACT_KEY}) is damaged:", listed(problems))
+    return contract
+
+
+def _strange_in(contract: Contract) -> Iterator[str]:
+    if not contract.required or contract.slots or not contract.places:
+        yield "no inputs of one adapter that every run passes"
+    names = Counter(name for place in contract.places for name in (place.a, place.b))
+    yield from (f"{name}: {times} inputs have this name" for name, times in names.items() if times > 1)
+    for place in contract.places:
+        if not 0 < place.max_rank <= GREATEST_RANK:
+            yield f"{place.weight}: a rank of {place.max_rank}"
+        if not place.out_in or place.embedding or place.factor or place.scale:
+            yield f"{place.weight}: inputs other than A (rank, in) and B (out, rank)"
+        if place.dtype not in ("float32", "float64"):
+            yield f"{place.weight}: inputs of {place.dtype}"
 
 
 def refuse_kinds(steps: Plan) -> None:
     """Raise InputRefused for changes that are no inputs of a program. The message lists them."""
-    onnx_adapter.refuse_beyond_low_rank(steps.adapters)
-    onnx_adapter.refuse_new_tables(steps)
+    onnx_adapter.refuse_beyond_low_rank(steps.adapters, "program")
+    onnx_adapter.refuse_new_tables(steps, "program")
     activated = {adapter.name for adapter in steps.adapters if adapter.invocation_tokens}
     found = [
         f"{term.adapter}, {step.weight}: {why}"
@@ -65,7 +90,7 @@ def plan_for(contract: Contract, adapters: Sequence[Adapter], strengths: Sequenc
         raise InputRefused(
             f"{program} takes one adapter at a time, and not {len(adapters)}: `{command('combine')}` makes one of them"
         )
-    onnx_adapter.refuse_beyond_low_rank(adapters)
+    onnx_adapter.refuse_beyond_low_rank(adapters, "program")
     try:
         steps = plan.make(adapters, [place.spec for place in contract.places], strengths=strengths)
     except MatchError as error:
@@ -74,6 +99,7 @@ def plan_for(contract: Contract, adapters: Sequence[Adapter], strengths: Sequenc
             "exported with"
         ) from error
     refuse_kinds(steps)
+    onnx_adapter.refuse_larger_ranks(steps, {place.weight: place.max_rank for place in contract.places}, "program")
     return steps
 
 
@@ -107,8 +133,12 @@ def read(path: Path, contract: Contract, program: Path) -> dict[str, NDArray[Any
 
 
 def _misfits(file: TensorFile, contract: Contract) -> Iterator[str]:
-    if file.metadata.get(BASE_KEY, contract.base) != contract.base:
-        yield f"it was made for another base ({file.metadata[BASE_KEY][:12]}…, the program has {contract.base[:12]}…)"
+    if not SCALE_IN_B.items() <= file.metadata.items():
+        yield "it is a trained adapter, whose scale is not in B"
+    elif (base := file.metadata.get(BASE_KEY)) is None:
+        yield "it does not state for which base it was made"
+    elif base != contract.base:
+        yield f"it was made for another base ({base[:12]}…, the program has {contract.base[:12]}…)"
     yield from (f"{name}: the program has no such input" for name in file.entries if name not in contract.inputs)
     for name, place in contract.inputs.items():
         wanted = f"{place.dtype} {list(contract.input_shapes[name])}"

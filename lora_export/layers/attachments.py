@@ -237,7 +237,12 @@ def per_output(values: Tensor, dimensions: int) -> Tensor:
 
 
 def adapted_bias(owner: nn.Module) -> Tensor | None:
-    """The bias plus the adapters' shift, rounded once to the dtype of the bias."""
+    """The bias plus the adapters' shift, rounded once to the dtype of the bias.
+
+    Raises AttributeError where the owner has no such parameter, which is then looked up as without adapters.
+    """
+    if "bias" not in own_parameters(owner):
+        raise AttributeError("bias")
     bias, shift = own_parameters(owner)["bias"], own_buffers(owner).get("lora_shift")
     factor, branches = attachment_of(owner).factor, attachment_of(owner).branches
     for branch in branches:

@@ -75,9 +75,12 @@ class ConvertOptions(Output):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.to == "onnx_adapter") is not (self.graph is not None):
+        if self.to == "onnx_adapter" and self.graph is None:
+            raise WrongUsage(f"{named('to', 'onnx_adapter')} needs {named('graph', 'MODEL.onnx')}, or a .pte")
+        if self.to != "onnx_adapter" and self.graph is not None:
             raise WrongUsage(
-                f"{named('to', 'onnx_adapter')} needs {named('graph', 'MODEL.onnx')}, and no other format has it"
+                f"{named('graph', self.graph)} determines the format of the file, so {named('to', self.to)} cannot be "
+                "chosen beside it"
             )
         self.check_usage()
         if self.layout and self.base is None:

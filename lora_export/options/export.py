@@ -200,8 +200,8 @@ class TorchScriptOptions(GivenAdapters, Published):
     )
     max_size: Mapping[str, int] | None = option(
         None,
-        "Greatest size of an axis, such as `sequence`, for which a .pte reserves memory. Default: 4 of `batch`, 128 of "
-        "others. May be repeated.",
+        "Greatest size of an axis, such as `sequence`, for which a .pte reserves memory (3 in place of 2). Default: 4 "
+        "of `batch`, 128 of others. May be repeated.",
         metavar="AXIS=SIZE",
         read=table_of("AXIS=SIZE, such as sequence=512", axis_size),
         only=(Only("format", ("pte",), "other files take any size", words="an output that ends in .pte"),),

@@ -230,12 +230,17 @@ def _equal_companions(stage: Path, folder: Path, names: Iterable[str]) -> list[s
         if not path.is_symlink() and path.is_file() and filecmp.cmp(stage / name, path, shallow=False):
             equal.append(name)
         elif path.is_symlink() or path.exists():
-            raise OutputFailed(
-                f"{path} exists already, with other contents, and may belong to another output. Give the adapter "
-                f"another name ({named('adapters', 'NAME=ADAPTER')}), choose another folder, or add "
-                f"{named('overwrite', True)} to replace the file"
-            )
+            raise other_contents(path)
     return equal
+
+
+def other_contents(path: Path) -> OutputFailed:
+    """What is raised for a file beside an output that is there already, and is another one."""
+    return OutputFailed(
+        f"{path} exists already, with other contents, and may belong to another output. Give the adapter "
+        f"another name ({named('adapters', 'NAME=ADAPTER')}), choose another folder, or add "
+        f"{named('overwrite', True)} to replace the file"
+    )
 
 
 def data_name(target: str, digest: str) -> str:

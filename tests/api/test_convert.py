@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import lora_export as le
+from lora_export.api.programs.pte import save_executorch
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract
 from lora_export.lora import Adapter
 from lora_export.pairs.structured import KroneckerPair
-from support.api import MODEL, Recorder, an_adapter
+from support.api import MODEL, A, B, Recorder, an_adapter
 from support.handmade import peft_adapter
 
 if TYPE_CHECKING:
@@ -33,6 +40,24 @@ def test_a_converted_adapter_runs_in_the_graph(graph: Path, tmp_path: Path) -> N
     assert (result.weights, result.of) == (1, 1) and result.output.is_file()
     verdict = le.verify(graph, MODEL, adapters=adapter, onnx_adapter=result.output)
     assert verdict.verdict.same
+
+
+@pytest.mark.parametrize(("stated", "is_taken"), [({}, True), ({"out_in": False}, False), ({"max_rank": 0}, False)])
+def test_the_record_of_a_pte_is_not_trusted(*, stated: dict[str, Any], is_taken: bool, tmp_path: Path) -> None:
+    names = [f"base_model.model.dense.lora_{side}.weight" for side in "AB"]
+    made = AdapterPlace("dense.weight", *names, (8, 8), "float32", "", max_rank=3, out_in=True)
+    contract = Contract("ffffffff00", "", (replace(made, **stated),), required=True)
+    record = json.dumps({CONTRACT_KEY: json.loads(str(contract))})
+    program: Any = SimpleNamespace(write_to_file=lambda file: file.write(b"a program"))
+    save_executorch(program, tmp_path / "m.pte", extra={"lora_export.json": record})
+    wanted: Any = (an_adapter(tmp_path / "next"), tmp_path / "next.safetensors")
+    refused = pytest.raises(InputRefused, match=r"its record of adapter inputs .* is damaged")
+    with contextlib.nullcontext() if is_taken else refused:
+        le.convert(*wanted, graph=tmp_path / "m.pte")
+    assert wanted[1].exists() is is_taken
+    if is_taken:
+        written = load_file(wanted[1])
+        np.testing.assert_allclose(written[names[1]] @ written[names[0]], B @ A, rtol=1e-6)
 
 
 def test_the_graph_and_the_adapter_for_it_may_be_in_a_store(graph: Path, tmp_path: Path, stored: Stored) -> None:
@@ -91,7 +116,8 @@ def test_the_models_config_beside_an_adapter_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "peft", "graph": "m.onnx"}, 'to="onnx_adapter" needs graph="MODEL.onnx", and no other format has it'),
+        ({}, 'to="onnx_adapter" needs graph="MODEL.onnx", or a .pte'),
+        ({"to": "peft", "graph": "m.onnx"}, 'graph="m.onnx" determines the format of the file, so to="peft" cannot'),
         ({"to": "peft", "ignore_head": True}, 'ignore_head= is for to="onnx_adapter"'),
         ({"to": "peft", "names": "vllm"}, 'names= is for to="peft", and needs base="CHECKPOINT"'),
         ({"to": "peft", "names": "tarot", "base": "b"}, "names= is 'tarot'; it must be transformers4,"),

@@ -14,9 +14,15 @@ import torch
 from torch import nn
 
 from lora_export import layers, plan
-from lora_export.api.program_adapters import attach_inputs, parameters_by_input, with_adapters, write_files
+from lora_export.api.program_adapters import (
+    attach_inputs,
+    parameters_by_input,
+    refuse_files_beside,
+    with_values_of_adapters,
+    write_files,
+)
 from lora_export.artifacts.artifact import open_artifact
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import program_adapter
 from lora_export.formats.contract import CONTRACT_KEY, Contract
 from lora_export.isolation.process import IsolatedProcess
@@ -90,13 +96,42 @@ def test_what_is_no_input_is_refused_before_the_export(net: Net) -> None:
     steps = plan.make([replace(FR, pairs={"up": magnitude})], layers.specs(net))
     with pytest.raises(InputRefused, match=r"fr, up\.weight: DoRA"):
         attach_inputs(net, steps, None)
+    steps = plan.make([FR, DE], layers.specs(net), one_at_a_time=True)
+    with pytest.raises(InputRefused, match=r"has a fixed rank .*:\n  de, up\.weight: rank 3 > 2\nExport with a larger"):
+        attach_inputs(net, steps, 2)
 
 
-def test_a_name_of_a_file_is_needed(net: Net, tmp_path: Path) -> None:
-    steps = plan.make([replace(DE, name="a/b")], layers.specs(net))
-    contract = attach_inputs(net, steps, None)
-    with pytest.raises(InputRefused, match="cannot be the name of a file"):
-        write_files(tmp_path, contract, steps)
+@pytest.mark.parametrize("name", ["a/b", ".", "..", ".fr"])
+def test_a_name_of_a_file_is_needed(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"cannot be the name of a file\. Name the adapter"):
+        refuse_files_beside(tmp_path / "m.pte", [replace(DE, name=name)], [], overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_an_input_is_never_replaced_by_the_file_of_an_adapter(
+    *, overwrite: bool, is_link: bool, tmp_path: Path
+) -> None:
+    source = tmp_path / "trained" / "fr.safetensors" if is_link else tmp_path / "fr.safetensors"
+    source.parent.mkdir(exist_ok=True)
+    source.write_bytes(b"trained")
+    if is_link:
+        (tmp_path / "fr.safetensors").symlink_to(source)
+    with pytest.raises(OutputFailed, match=r"fr\.safetensors is an input, .* \(adapters=\"other=fr\.safetensors\"\)"):
+        refuse_files_beside(tmp_path / "m.pte", [DE, FR], [tmp_path, source], overwrite=overwrite)
+    refuse_files_beside(tmp_path / "m.pte", [DE, replace(FR, name="other")], [tmp_path, source], overwrite=overwrite)
+
+
+def test_a_file_of_something_else_is_refused_before_the_work(net: Net, tmp_path: Path) -> None:
+    steps = plan.make([FR], layers.specs(net))
+    (file,) = write_files(tmp_path, replace(attach_inputs(net, steps, None), base="00ff"), steps)
+    refuse_files_beside(tmp_path / "m.pte", [FR], [], overwrite=False)  # it may be equal to the new one
+    other = replace(FR, sha256=DE.sha256)
+    refuse_files_beside(tmp_path / "m.pte", [other], [], overwrite=True)
+    for content in (file.read_bytes(), b"no safetensors"):
+        file.write_bytes(content)
+        with pytest.raises(OutputFailed, match=r"fr\.safetensors exists already, with other contents"):
+            refuse_files_beside(tmp_path / "m.pte", [other], [], overwrite=False)
 
 
 class Process:
@@ -114,7 +149,7 @@ class Process:
         return {"are_named": True}, dict(arrays)
 
 
-def test_the_runs_of_a_program_have_an_adapter_by_its_values_or_its_file(net: Net, tmp_path: Path) -> None:
+def test_runs_have_an_adapter_by_its_values_or_its_file(net: Net, tmp_path: Path) -> None:
     steps = plan.make([FR, DE], layers.specs(net), one_at_a_time=True)
     contract = replace(attach_inputs(net, steps, None), base="00ff")
     fr, _ = write_files(tmp_path, contract, steps)
@@ -131,8 +166,8 @@ def test_the_runs_of_a_program_have_an_adapter_by_its_values_or_its_file(net: Ne
     zeros = contract.without_adapter()
     of_fr, of_de = (program_adapter.values(contract, steps, name) for name in ("fr", "de"))
     for own, expected in (
-        (with_adapters(runner, [], None), zeros),
-        (with_adapters(runner, [DE], [1.0]), of_de),
+        (with_values_of_adapters(runner, [], None), zeros),
+        (with_values_of_adapters(runner, [DE], [1.0]), of_de),
         (runner.with_adapter(fr), of_fr),
         (opened(fr), of_fr),
         (runner, zeros),
@@ -140,4 +175,4 @@ def test_the_runs_of_a_program_have_an_adapter_by_its_values_or_its_file(net: Ne
         found = own.run(x)
         assert found.keys() == {"x", *expected}
         assert all(np.array_equal(found[name], value) for name, value in expected.items())
-    assert "its adapter inputs have de" in with_adapters(runner, [DE], [1.0]).notes
+    assert "its adapter inputs have de" in with_values_of_adapters(runner, [DE], [1.0]).notes

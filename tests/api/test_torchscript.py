@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch import nn
 
 import lora_export as le
 from lora_export.api import torchscript
-from lora_export.api.programs import program_format
+from lora_export.api.programs import program_format, pte
 from lora_export.api.programs.torchscript import follows
-from lora_export.errors import Different, WrongUsage
+from lora_export.errors import Different, OutputFailed, WrongUsage
+from lora_export.formats.peft_keys import SCALE_IN_B
 from lora_export.models.model import Model
 from lora_export.options.export import TorchScriptOptions
 from support.api import MODEL, A, B, Recorder, an_adapter
@@ -51,6 +53,23 @@ def test_adapters_are_inputs_of_a_pte_alone(
     adapters = an_adapter(tmp_path / "adapter") if has_adapter else ()
     with pytest.raises(WrongUsage, match=says):
         le.export_torchscript(MODEL, tmp_path / output, adapters=adapters, **options)
+
+
+def test_a_pte_never_replaces_the_adapter_that_it_was_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pte, "require", lambda: None)
+    seen, trained = Recorder(), tmp_path / "m.safetensors"
+    pair = {
+        f"base_model.model.dense.lora_{side}.weight": np.float32(factor)
+        for side, factor in zip("AB", (A, B), strict=True)
+    }
+    save_file(pair, trained, SCALE_IN_B)
+    before = trained.read_bytes()
+    options: Any = {"adapters": trained, "lora": "inputs", "overwrite": True}
+    with pytest.raises(OutputFailed, match=r"m\.safetensors is an input, and would be replaced"):
+        le.export_torchscript(MODEL, tmp_path / "served.pte", **options, **seen.callbacks)
+    assert trained.read_bytes() == before and "loading the model" not in seen.stages
 
 
 def test_a_wrong_script_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,19 @@ def test_candidate_that_changes_while_it_is_judged_is_refused(place: Path, tmp_p
         le.verify(candidate, **base, adapters=place / "adapter", on_progress=swap)
 
 
+def test_a_missing_adapter_file_is_named_at_once(tmp_path: Path) -> None:
+    stages: list[str] = []
+    (tmp_path / "m.pte").write_bytes(b"a program")
+    with pytest.raises(InputRefused, match=r"there is no adapter file at .*nothere\.safetensors"):
+        le.verify(
+            tmp_path / "m.pte",
+            MODEL,
+            onnx_adapter=tmp_path / "nothere.safetensors",
+            on_progress=lambda event: stages.append(event.stage),
+        )
+    assert "loading the model" not in stages
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder, an adapter, and the folder that a merge makes of both."""

@@ -65,7 +65,12 @@ RESIZE = ("resize", "big", "-o", "small")
         (AS_LORA, 3, "of each layer by --min-kept. Nothing was written."),
         ((*AS_LORA[:-2],), 2, "--as lora needs --rank R"),
         ((*AS_LORA[:6], "--rank", "1"), 2, "--rank is for --as lora"),
-        (("convert", "fr", "-o", "x.onnx_adapter"), 2, "--to onnx_adapter needs --for MODEL.onnx, and no other"),
+        (("convert", "fr", "-o", "x.onnx_adapter"), 2, "--to onnx_adapter needs --for MODEL.onnx, or a .pte"),
+        (
+            ("convert", "fr", "--for", "m.pte", "--to", "peft", "-o", "x"),
+            2,
+            "--for m.pte determines the format of the file, so --to peft cannot be chosen beside it",
+        ),
         (("convert", "fr", "--for", "m.onnx"), 2, "Missing option '-o'"),
         (("convert", "fr", "--for", "m.onnx", "-o", "x", "--to", "tarot"), 2, "Invalid value for '--to'"),
     ],

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lora_export import formats, plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import program_adapter
-from lora_export.formats.contract import AdapterPlace, Contract
+from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract
+from lora_export.formats.lora_changes import input_or_output_scales
+from lora_export.formats.peft_keys import SCALE_IN_B
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout, TensorSpec
 
@@ -37,7 +39,7 @@ def a_file(path: Path, values: dict[str, Any], *, base: str = CONTRACT.base) -> 
     return path
 
 
-def test_the_values_have_the_scale_in_b_and_zeros_up_to_the_rank(tmp_path: Path) -> None:
+def test_values_have_the_scale_in_b_and_zeros(tmp_path: Path) -> None:
     path = a_file(tmp_path / "fr.safetensors", values_of(FR, strength=3))
     written = load_file(path)
     (a, b), (other_a, other_b) = ([written[name] for name in names] for names in NAMES.values())
@@ -73,14 +75,62 @@ def test_a_file_of_other_inputs_is_refused(change: Callable[[Any], object], says
         program_adapter.read(a_file(tmp_path / "fr.safetensors", values), CONTRACT, Path("m.pte"))
 
 
+Q, V = PLACES
+
+
+@pytest.mark.parametrize(
+    ("contract", "says"),
+    [
+        (replace(CONTRACT, places=()), "no inputs of one adapter that every run passes"),
+        (replace(CONTRACT, required=False), "no inputs of one adapter that every run passes"),
+        (
+            replace(CONTRACT, places=(replace(Q, out_in=False), V)),
+            r"m\.q\.weight: inputs other than A \(rank, in\) and B",
+        ),
+        (replace(CONTRACT, places=(Q, replace(V, max_rank=0))), r"m\.v\.weight: a rank of 0"),
+        (replace(CONTRACT, places=(Q, replace(V, max_rank=1 << 40))), r"m\.v\.weight: a rank of 1099511627776"),
+        (replace(CONTRACT, places=(Q, replace(V, dtype="int8"))), r"m\.v\.weight: inputs of int8"),
+        (
+            replace(CONTRACT, places=(Q, replace(V, b=V.a))),
+            r"base_model\.model\.m\.v\.lora_A\.weight: 2 inputs have this name",
+        ),
+        (
+            replace(CONTRACT, places=(Q, replace(V, a=Q.a))),
+            r"base_model\.model\.m\.q\.lora_A\.weight: 2 inputs have this name",
+        ),
+    ],
+)
+def test_a_record_that_no_export_makes_is_refused(contract: Contract, says: str) -> None:
+    assert program_adapter.contract_of(Path("m.pte"), {CONTRACT_KEY: str(CONTRACT)}) == CONTRACT
+    with pytest.raises(InputRefused, match=rf"m\.pte: its record of adapter inputs .* is damaged:\n  {says}"):
+        program_adapter.contract_of(Path("m.pte"), {CONTRACT_KEY: str(contract)})
+
+
 def test_a_file_for_another_base_is_refused(tmp_path: Path) -> None:
     path = a_file(tmp_path / "fr.safetensors", values_of(FR), base="00ff")
     with pytest.raises(InputRefused, match="made for another base \\(00ff…, the program has ffffffff00…\\)"):
         program_adapter.read(path, CONTRACT, Path("m.pte"))
 
 
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ({"format": "pt"}, "it is a trained adapter, whose scale is not in B"),  # PEFT's own file: the same inputs
+        ({"format": "pt", **SCALE_IN_B}, "it does not state for which base it was made"),  # OpenVINO's
+    ],
+)
+def test_a_file_of_the_same_tensors_is_refused_without_its_header(
+    header: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    save_file(values_of(FR), tmp_path / "adapter_model.safetensors", header)
+    with pytest.raises(InputRefused, match=f"{says}\nMake one .* from the trained adapter: .*convert"):
+        program_adapter.read(tmp_path / "adapter_model.safetensors", CONTRACT, Path("m.pte"))
+
+
 DORA = LoraPair(A, B, 1.0, magnitude=np.ones(4, np.float32))
 PAIR = FR.pairs["m.q"]
+SCALING = input_or_output_scales(np.float32([2, 3, 4, 5]), np.zeros(1))  # of outputs
+RANK_4 = r"the program has a fixed rank \(max_rank=\), .*:\n  fr, m\.q\.weight: rank 4 > 3"
 
 
 @pytest.mark.parametrize(
@@ -90,8 +140,13 @@ PAIR = FR.pairs["m.q"]
         ([replace(FR, pairs={"m.k": PAIR})], MatchError, "the program takes no adapter at"),
         ([replace(FR, pairs={"m.q": DORA})], InputRefused, r"fr, m\.q\.weight: DoRA, whose factor follows"),
         ([replace(FR, invocation_tokens=(1,))], InputRefused, "acts on some tokens alone"),
-        ([replace(FR, biases={"m.q": np.ones(4, np.float32)})], InputRefused, r"fr, m\.q: a change of a bias"),
-        ([replace(FR, pairs={"m.q": LoraPair(A[[0] * 4], B[:, [0] * 4], 1.0)})], InputRefused, "rank 4 > 3"),
+        (
+            [replace(FR, biases={"m.q": np.ones(4, np.float32)})],
+            InputRefused,
+            r"program runs; these cannot:\n  fr, m\.q: a change of a bias",
+        ),
+        ([replace(FR, pairs={"m.q": SCALING})], InputRefused, r"program runs; these cannot:\n  fr, m\.q: a change by"),
+        ([replace(FR, pairs={"m.q": LoraPair(A[[0] * 4], B[:, [0] * 4], 1.0)})], InputRefused, RANK_4),
     ],
 )
 def test_what_is_no_input_is_refused_by_name(adapters: list[Adapter], error: Any, says: str) -> None:

@@ -128,6 +128,28 @@ def test_a_forward_of_its_own_reads_the_adapted_weight() -> None:
     assert isinstance(model[0], Doubled)
 
 
+class Router(nn.Module):
+    """A matrix of its own without a bias, or with a buffer of that name."""
+
+    def __init__(self, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(2, 3))
+        if bias is not None:
+            self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, getattr(self, "bias", None))
+
+
+@pytest.mark.parametrize("bias", [None, torch.tensor([5.0, 7.0])])
+def test_a_matrix_without_a_bias_can_be_traced(bias: Tensor | None) -> None:
+    model = nn.Sequential(Router(bias)).eval()
+    expected = by_hand(model, {"0.weight": delta(PAIR)})(X)
+    layers.attach(model, plan_for(model, an_adapter({"0": PAIR})))
+    for program in (model, torch.jit.trace(model, X), torch.export.export(model, (X,)).module()):
+        assert equal(program(X), expected)
+
+
 def test_a_bf16_weight_is_summed_in_fp32_and_rounded_once() -> None:
     model = nn.Sequential(nn.Linear(1, 1, bias=False, dtype=torch.bfloat16))
     nn.init.constant_(model[0].weight, 256)

@@ -11,7 +11,7 @@ from lora_export import errors
 from lora_export.artifacts.artifact import Artifact
 from lora_export.errors import RuntimeRefused, one_line
 from lora_export.formats import program_adapter
-from lora_export.formats.contract import CONTRACT_KEY, AdapterArrays, Contract, read_contract
+from lora_export.formats.contract import CONTRACT_KEY, AdapterArrays, Contract
 from lora_export.isolation.limits import MAX_LEAST
 from lora_export.isolation.process import IsolatedProcess
 from lora_export.runtime.runner import TIMEOUT, AdaptersByInput, Arrays, completed_inputs, refused_ends
@@ -79,7 +79,7 @@ class RegisteredRunner(AdaptersByInput):
     def contract(self) -> Contract | None:
         """The adapter inputs of a program of ExecuTorch; None where it has none, and of other candidates."""
         is_given = self._is_program and CONTRACT_KEY in self._metadata
-        return read_contract(self._metadata, self.path) if is_given else None
+        return program_adapter.contract_of(self.path, self._metadata) if is_given else None
 
     def with_adapter(self, file: Path) -> Self:
         """The same process, whose runs have the adapter of a file. Raises InputRefused where it does not fit."""
@@ -94,7 +94,7 @@ class RegisteredRunner(AdaptersByInput):
 
     def _values_of_file(self, file: Path) -> AdapterArrays:
         if self._is_program:
-            return program_adapter.read(file, read_contract(self._metadata, self.path), self.path)
+            return program_adapter.read(file, program_adapter.contract_of(self.path, self._metadata), self.path)
         return super()._values_of_file(file)
 
     def close(self) -> None:
