@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from lora_export.graph.content_match import Spellings
 from lora_export.graph.exporter_names import parameter_of
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.merge.fold import InitializerChange, isolate_changes
+from lora_export.graph.onnx_file.reading import moved_to
 from lora_export.graph.site import NameSource
 from lora_export.graph.values import initializers, stored_dtype, stored_shape, tensor_of
 from lora_export.options.spelling import named
@@ -78,9 +80,11 @@ def stored_floats(graph: ir.Model) -> Iterator[ir.Value]:
 
 
 def value_array(value: ir.Value) -> Callable[[], Array]:
-    """Reads a stored tensor."""
+    """Reads a stored tensor. The array maps its file; the graph's own tensor would keep the file mapped for longer."""
     tensor = tensor_of(value)
     assert tensor is not None
+    if isinstance(tensor, ir.ExternalTensor):
+        return lambda: moved_to(tensor, Path(tensor.path)).numpy()
     return tensor.numpy
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -18,12 +19,13 @@ from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.graph.values import initializer_tensors
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import prove
-from lora_export.verification.references.compare_tensors import ComparedWeights
+from lora_export.verification.references.compare_tensors import ComparedWeights, tensors_of_graph
 from lora_export.weights.checkpoint import open_checkpoint
 from support.handmade import base_file, graph_file
 
@@ -122,3 +124,13 @@ def test_a_wrong_weight_is_different_in_the_verdict(base: Path) -> None:
     assert verdict.outcome is Outcome.DIFFERENT
     assert {reason.gate for reason in verdict.reasons} == {"weights"}
     assert "val_7: 1 of 320 numbers are not the source graph's" in str(verdict)
+
+
+def test_a_file_is_mapped_while_its_tensor_is_read(base: Path) -> None:
+    """Pages of a mapped file count as memory of the process: they would do so in the whole proof."""
+    graph = load_graph(base)
+    for tensor in tensors_of_graph(graph):
+        assert np.any(tensor.load())
+    in_files = [tensor for tensor in initializer_tensors(graph) if isinstance(tensor, ir.ExternalTensor)]
+    assert len(in_files) == 3
+    assert not any(tensor.raw for tensor in in_files)
