@@ -169,8 +169,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stored(monkeypatch: pytest.MonkeyPatch) -> Stored:
-    """An empty bucket of a store with the interface of S3."""
+    """An empty bucket of a store with the interface of S3; with STORE=az, of Azure."""
     pytest.importorskip("obstore", reason="obstore is not installed")
+    if os.environ.get("STORE") == "az":
+        from support import azurite
+
+        return azurite.StoredInAzure(monkeypatch)
     pytest.importorskip("moto.server", reason="moto is not installed")
     from support import stores
 

@@ -29,6 +29,8 @@ RETRIES, DEADLINE = 5, timedelta(minutes=3)  # of one request: a store joins the
 MOST_OBJECTS = 100_000  # below an address; more is no model
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
+_NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound")
+_SETTINGS = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # scheme -> the beginning of environment variables
 
 
 class ObjectInfo(NamedTuple):
@@ -65,10 +67,12 @@ def _errors(address: str, failure: type[LoraExportError]) -> Iterator[None]:
     except (known.PreconditionError, known.AlreadyExistsError):
         raise ObjectChanged from None
     except (known.BaseError, OSError) as error:
-        if "NoSuchBucket" in str(error):
+        if _NO_BUCKET.search(str(error)):
             raise InputRefused(f"there is no bucket for {address}") from None
         if isinstance(error, FileNotFoundError | known.NotFoundError):
             raise InputRefused(f"there is no object {address}") from None
+        if "InvalidBlockList" in str(error):  # Azure keeps no parts of an object that another run has put
+            raise OutputFailed(f"{address}: another run has put it meanwhile") from None
         verb = "written" if failure is OutputFailed else "read"
         raise failure(f"{address} could not be {verb}: {_reason(error)}") from None
 
@@ -359,13 +363,30 @@ def bucket_of(address: str) -> Bucket:
         from obstore.store import from_url
     except ImportError as error:
         raise EnvironmentLacking(f"{address} needs obstore ({error}): {pip_install('stores')}") from error
+    return Bucket(address, _opened(address, from_url))
+
+
+def _opened(address: str, from_url: Callable[..., Any]) -> Any:
+    """The store, with the settings in the environment. Raises EnvironmentLacking where these are wrong."""
+    from obstore.exceptions import BaseError
+
+    settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS[address.split(":")[0]])}
+    for name, value in settings.items():
+        if "ENDPOINT" in name and not re.match(r"https?://[^/\s]", value):  # obstore would panic in the first request
+            raise EnvironmentLacking(f"{address}: {name} is no address that begins with https:// or http://")
     insecure = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
-    store = from_url(
-        address,
-        client_options={"timeout": DEADLINE, "connect_timeout": timedelta(seconds=10), "allow_http": insecure},
-        retry_config={"max_retries": RETRIES, "retry_timeout": DEADLINE},
-    )
-    return Bucket(address, store)
+    try:
+        return from_url(
+            address,
+            client_options={"timeout": DEADLINE, "connect_timeout": timedelta(seconds=10), "allow_http": insecure},
+            retry_config={"max_retries": RETRIES, "retry_timeout": DEADLINE},
+        )
+    except (BaseError, ValueError):  # its text may quote a key
+        given = f"has {', '.join(sorted(settings))}" if settings else "has none"
+        raise EnvironmentLacking(
+            f"{address} cannot be opened: a setting of its store is wrong or missing. The environment {given} "
+            "(guide stores)"
+        ) from None
 
 
 def _info(meta: Any) -> ObjectInfo:
@@ -373,7 +394,11 @@ def _info(meta: Any) -> ObjectInfo:
 
 
 def _version(stated: Any) -> dict[str, str]:
-    return {key: stated[key] for key in ("e_tag", "version") if stated[key]}
+    """What a store states of a version. An ETag has its quotes as in HTTP, which Azure leaves out in lists."""
+    version = {key: stated[key] for key in ("e_tag", "version") if stated[key]}
+    if "e_tag" in version and not version["e_tag"].endswith('"'):
+        version["e_tag"] = f'"{version["e_tag"]}"'
+    return version
 
 
 def _is_below(key: str, folder: str) -> bool:

@@ -58,7 +58,7 @@ def test_data_in_a_store_are_copied_to_the_disk(tmp_path: Path, stored: Stored, 
     read, expected = read_training_data(str(stored / kind), on_message=lines.append), read_training_data(path)
     assert (read.sha256, str(read)) == (expected.sha256, str(expected))
     assert [line.partition(",")[0] for line in lines] == [f"{stored / kind}: 1 file"]
-    with pytest.raises(InputRefused, match=f"there is no data at s3://{stored.name}/none"):
+    with pytest.raises(InputRefused, match=f"there is no data at {stored.address}/none"):
         read_training_data(str(stored / "none"))
 
 

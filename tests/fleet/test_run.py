@@ -427,7 +427,7 @@ def test_what_others_have_in_a_store_is_not_deleted(
             assert message.endswith(ending.format(release=stored / "release"))
         assert stored.files("release") == before
     for name in foreign:
-        stored.client.delete_object(Bucket=stored.name, Key=f"release/{name}")
+        stored.delete(f"release/{name}")
     assert run_here(monkeypatch)[0].counts == {"done": 2} and stored.files("release") != before
 
 
@@ -535,7 +535,7 @@ def put_in_store(place: Path, stored: Stored, base: str) -> list[str]:
     for name in ("base", "adapters"):
         stored.put(name, place / name)
         shutil.rmtree(place / name)
-    bucket = f"s3://{stored.name}"
+    bucket = stored.address
     text = FLEET.replace('"base"', f'"{bucket}/{base}"').replace('"adapters/', f'"{bucket}/adapters/')
     (place / "fleet.toml").write_text(text.replace('"release/', f'"{bucket}/release/'))
     return [job.replace("base", Path(base).stem, 1) for job in JOBS]
@@ -550,7 +550,8 @@ def test_a_fleet_from_store_to_store(place: Path, monkeypatch: pytest.MonkeyPatc
     first = stored.files("release")
     late = next(name for name in first if name.startswith("fr") and name.endswith(".safetensors"))
     stored.put(f"release/{late}", first[late][:-1] + bytes([first[late][-1] ^ 1]))  # of the same size
-    assert run_here(monkeypatch)[1] == jobs[2:3] and stored.files("release") == first
+    again = jobs[2:3] if stored.tags_contents else jobs[2:]
+    assert run_here(monkeypatch)[1] == again and stored.files("release") == first
     stored.put(f"release/{(beside := 'fr.json')}", b"{}")  # of another step or user
     peft_adapter(place / "fr", {"up": ([[3, 2, 1]], [[1], [10]])})
     stored.put("adapters/fr", place / "fr")
@@ -577,7 +578,7 @@ def test_after_a_changed_adapter_a_file_of_others_makes_nothing_again(
 
 def test_a_glob_in_a_store_that_matches_nothing_is_refused(place: Path, stored: Stored) -> None:
     stored.put("adapters", place / "adapters")
-    pattern = f"s3://{stored.name}/adapters/x*"
+    pattern = f"{stored.address}/adapters/x*"
     (place / "fleet.toml").write_text(FLEET.replace("adapters/*", pattern))
     with pytest.raises(InputRefused, match=f"{re.escape(repr(pattern))} matches no adapter"):
         le.run_fleet("plan", "fleet.toml")

@@ -172,7 +172,7 @@ def test_a_fleet_whose_workers_are_killed_publishes_each_output_once(
         stored.put(f"adapters/a{number}", folder)
         le.merge(base, folder, place / "alone" / f"a{number}")
         expected[f"a{number}"] = folder_contents(place / "alone" / f"a{number}")
-    failing, bucket = stores.Failing(monkeypatch, REFUSED, seed=3), f"s3://{stored.name}"
+    failing, bucket = stores.Failing(monkeypatch, REFUSED, seed=3), stored.address
 
     def one_round(number: int) -> list[str]:
         text = f'records = "records-{number}"\n[[bases]]\npath = "{bucket}/base"\nadapters = ["{bucket}/adapters/*"]\n'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,6 +25,7 @@ FAILURES = {
     "signature": (403, QUOTED % b"SignatureDoesNotMatch", EnvironmentLacking, "refused the credentials"),
     "expired": (400, QUOTED % b"ExpiredToken", EnvironmentLacking, "they expired (400 ExpiredToken)"),
     "missing bucket": (404, QUOTED % b"NoSuchBucket", InputRefused, "there is no bucket for"),
+    "missing container": (404, QUOTED % b"ContainerNotFound", InputRefused, "there is no bucket for"),
     "busy": (503, QUOTED % b"SlowDown", EnvironmentLacking, "the store answered 503 SlowDown, after 1 retries"),
     "full": (507, QUOTED % b"InsufficientStorage", EnvironmentLacking, "the store answered 507 InsufficientStorage"),
 }
@@ -61,6 +64,48 @@ def test_a_refused_copy_names_the_new_object(monkeypatch: pytest.MonkeyPatch) ->
     assert str(failed.value) == (
         "s3://bucket/out/b could not be written: the store refused the credentials, or they expired (403 AccessDenied)"
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "reason"),
+    [
+        ("az://bucket", {}, "cannot be opened: a setting of its store is wrong or missing. The environment has none"),
+        (
+            "az://bucket",
+            {"AZURE_STORAGE_ACCOUNT_NAME": "x", "AZURE_STORAGE_ACCOUNT_KEY": f"%{stores.SECRET}"},
+            "_KEY, ",
+        ),
+        ("gs://bucket", {"GOOGLE_SERVICE_ACCOUNT_KEY": f'{{"private_key": "{stores.SECRET}"}}'}, "has GOOGLE_SERVICE"),
+        ("gs://bucket", {"GOOGLE_APPLICATION_CREDENTIALS": "/nowhere"}, "has GOOGLE_APPLICATION_CREDENTIALS (guide"),
+        ("s3://bucket", {"AWS_SKIP_SIGNATURE": "perhaps"}, "AWS_SKIP_SIGNATURE"),
+        (
+            "s3://bucket",
+            {"AWS_ENDPOINT_URL": "bucket.example"},
+            "AWS_ENDPOINT_URL is no address that begins with https",
+        ),
+    ],
+)
+def test_wrong_settings_are_named_without_their_values(
+    address: str, settings: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EnvironmentLacking) as failed:
+        newly_opened(f"{address}/a")
+    assert str(failed.value).startswith(address) and reason in str(failed.value)
+    assert stores.SECRET not in "".join(traceback.format_exception(failed.value))
+
+
+def test_what_a_list_shows_without_quotes_is_the_same_version(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the lists of Azure."""
+    stored.put("folder/a", b"content")
+    stores.lists_without_quotes(monkeypatch)
+    bucket = (stored / "folder").bucket
+    (listed,) = bucket.below("folder").values()
+    bucket.forget("folder")
+    assert bucket.info("folder/a") == listed and bytes(bucket.read("folder/a", 0, 7)) == b"content"
 
 
 def test_what_cannot_be_opened_is_named_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_a_graph_brings_its_data(stored: Stored) -> None:
 
 def test_nothing_is_copied_of_what_is_on_the_disk_or_missing(stored: Stored, tmp_path: Path) -> None:
     assert on_disk(tmp_path, print) is tmp_path
-    with pytest.raises(InputRefused, match=rf"there is no model at s3://{stored.name}/none"):
+    with pytest.raises(InputRefused, match=rf"there is no model at {stored.address}/none"):
         on_disk(stored / "none", print)
 
 

@@ -170,6 +170,8 @@ def test_memory_that_is_used_again_does_not_change_what_was_written(stored: Stor
 
 
 def test_an_error_leaves_neither_object_nor_upload(stored: Stored) -> None:
+    if not stored.keeps_parts:
+        pytest.skip("this store aborts no upload: it deletes the parts itself, after a week")
     with pytest.raises(ZeroDivisionError), (stored / "big").open("xb") as file:
         file.write(bytes(13 << 20))
         assert len(stored.uploads()) == 1
