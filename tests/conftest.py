@@ -168,14 +168,19 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stored(monkeypatch: pytest.MonkeyPatch) -> Stored:
-    """An empty bucket of a store with the interface of S3; with STORE=az, of Azure."""
+def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Stored:
+    """An empty bucket of a store with the interface of S3, of Google (`gs`) or of Azure (`az`)."""
     pytest.importorskip("obstore", reason="obstore is not installed")
-    if os.environ.get("STORE") == "az":
+    kind = getattr(request, "param", os.environ.get("STORE", "s3"))
+    if kind == "az":
         from support import azurite
 
         return azurite.StoredInAzure(monkeypatch)
     pytest.importorskip("moto.server", reason="moto is not installed")
+    if kind == "gs":
+        from support import google_store
+
+        return google_store.StoredInGoogle(monkeypatch)
     from support import stores
 
     stores.use(monkeypatch, stores.endpoint())

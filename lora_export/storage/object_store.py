@@ -188,10 +188,23 @@ class Bucket:
     def _put(self, key: str, content: bytes | Path, size: int, mode: Any) -> None:
         self.refuse_fenced(key)
         with _errors(self._of(key), OutputFailed):
+            mode = self._with_generation(key, mode)
             put = self._store.put(key, content, mode=mode, chunk_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE)
         self._record_put(key, ObjectInfo(size, datetime.now(UTC), _version(put)))
         if mode == "overwrite":
             self.refuse_late(key)
+
+    def _with_generation(self, key: str, mode: Any) -> Any:
+        """The mode, where it is a version, as Google's conditions take it: its lists have ETags alone."""
+        if mode in ("create", "overwrite") or "version" in mode or not self.address.startswith("gs:"):
+            return mode
+        try:
+            now = _version(self._store.head(key))
+        except FileNotFoundError:
+            raise ObjectChanged from None
+        if now["e_tag"] != mode["e_tag"]:
+            raise ObjectChanged
+        return now
 
     def mode_of(self, key: str) -> Any:
         """The mode that puts an object with a fence of its own only in place of what is known to be there."""

@@ -286,8 +286,7 @@ def test_no_secret_leaves_the_environment(
     ]
     denied = b"<Error><Code>InvalidAccessKeyId</Code><AWSAccessKeyId>AKIAEXAMPLE</AWSAccessKeyId></Error>"
     with stores.answering(403, denied) as address:
-        for name in ("AWS_ENDPOINT_URL", "AZURE_ENDPOINT"):
-            monkeypatch.setenv(name, address)
+        stored.move(monkeypatch, address)
         object_store.bucket_of.cache_clear()
         codes.append(call("merge", base, adapter, "-o", out, "-v"))
     told = "".join(capsys.readouterr()) + (local / "report.json").read_text()

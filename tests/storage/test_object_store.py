@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
 from datetime import timedelta
@@ -11,7 +12,7 @@ import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.storage import object_store
-from lora_export.storage.object_store import UPLOADED_PART
+from lora_export.storage.object_store import UPLOADED_PART, ObjectChanged
 from lora_export.storage.store_path import StorePath, newly_opened, place
 
 pytest.importorskip("obstore", reason="obstore is not installed")
@@ -105,7 +106,24 @@ def test_what_a_list_shows_without_quotes_is_the_same_version(stored: Stored, mo
     bucket = (stored / "folder").bucket
     (listed,) = bucket.below("folder").values()
     bucket.forget("folder")
-    assert bucket.info("folder/a") == listed and bytes(bucket.read("folder/a", 0, 7)) == b"content"
+    found = bucket.info("folder/a")
+    assert found is not None and found.e_tag == listed.e_tag and bytes(bucket.read("folder/a", 0, 7)) == b"content"
+
+
+@pytest.mark.parametrize("stored", ["s3", "gs"], indirect=True)
+@pytest.mark.parametrize("meanwhile", ["nothing", "changed", "deleted"])
+def test_a_listed_object_is_replaced_while_it_is_the_same(stored: Stored, meanwhile: str) -> None:
+    stored.put("out/m", b"before")
+    bucket = (stored / "out").bucket
+    (listed,) = bucket.below("out").values()
+    if meanwhile == "changed":
+        stored.put("out/m", b"of another run")
+    if meanwhile == "deleted":
+        stored.delete("out/m")
+    with contextlib.nullcontext() if meanwhile == "nothing" else pytest.raises(ObjectChanged):
+        bucket.put("out/m", b"after", listed.version)
+    left = {"nothing": [b"after"], "changed": [b"of another run"], "deleted": []}
+    assert [stored.get(key) for key in stored.objects()] == left[meanwhile]
 
 
 def test_what_cannot_be_opened_is_named_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

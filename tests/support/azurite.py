@@ -22,7 +22,7 @@ from support.folder_contents import folder_contents
 from support.stores import Stored
 
 SERVER = NODE / "node_modules" / ".bin" / "azurite-blob"
-CLIENT = ROOT / ".venv" / "azure"  # where `make test-azure` installs azure-storage-blob
+CLIENT = ROOT / ".venv" / "azure"  # where `make test-stores` installs azure-storage-blob
 ACCOUNT = "devstoreaccount1"  # with this key, in every Azurite
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 READY = 60  # seconds in which it has to start
@@ -57,13 +57,16 @@ class StoredInAzure(Stored):
         sys.path.append(str(CLIENT))
         from azure.storage.blob import ContainerClient
 
-        values = {"STORAGE_ACCOUNT_NAME": ACCOUNT, "STORAGE_ACCOUNT_KEY": KEY, "ENDPOINT": endpoint()}
-        for name, value in values.items():
-            monkeypatch.setenv(f"AZURE_{name}", value)
+        for name, value in {"AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT, "AZURE_STORAGE_ACCOUNT_KEY": KEY}.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+        self.move(monkeypatch, endpoint())
         self.name = f"container-{next(_numbers)}"
         self.client = ContainerClient(endpoint(), self.name, {"account_name": ACCOUNT, "account_key": KEY})
         self.client.create_container()
+
+    def move(self, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+        monkeypatch.setenv("AZURE_ENDPOINT", endpoint)
 
     def put(self, key: str, content: bytes | Path) -> None:
         files = {"": content} if isinstance(content, bytes) else folder_contents(content)

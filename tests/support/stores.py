@@ -66,13 +66,17 @@ class Stored:
     tags_contents = True  # equal objects have equal ETags
     keeps_parts = True  # of an upload, whatever is put under its key meanwhile
 
-    def __init__(self) -> None:
-        self.name, self.client = f"bucket-{next(_numbers)}", client()
+    def __init__(self, other: Any = None) -> None:
+        self.name, self.client = f"bucket-{next(_numbers)}", other or client()
         self.client.create_bucket(Bucket=self.name)
 
     @property
     def address(self) -> str:
         return f"{self.scheme}://{self.name}"
+
+    def move(self, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+        """Let obstore find the bucket at another server."""
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
 
     def __truediv__(self, key: str) -> StorePath:
         found = place(f"{self.address}/{key}")
