@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +178,10 @@ def extract(options: ExtractOptions) -> ExtractResult:
         settings = {"extract": _limits(truncation), "excluded": list(found.excluded)}
         record = provenance.record([], [], {}, (), settings)
         architecture = str((other.config.get("architectures") or [""])[0])
-        config: dict[str, Any] = {"base_model_name_or_path": hub_name(base) or str(base)}
+        facts: dict[str, Any] = {"base_model_name_or_path": hub_name(base) or str(base)}
         if task := next((task for ending, task in TASKS.items() if architecture.endswith(ending)), ""):
-            config["task_type"] = task
-        write_any_ranks(found.adapter, stage, metadata={provenance.KEY: json.dumps(record)}, **config)
+            facts["task_type"] = task
+        write_any_ranks(replace(found.adapter, metadata=facts), stage, metadata={provenance.KEY: json.dumps(record)})
         for checkpoint in (one, other):
             checkpoint.refuse_changed_files("read")
         write_manifest(stage, {"made_by": record["made_by"], "settings": record["settings"]})
