@@ -152,14 +152,14 @@ def extract(options: ExtractOptions) -> ExtractResult:
     and convolution that differs gets a pair of `rank`, or of the least rank that holds the share `energy` (above 0, at
     most 1) of its ‖ΔW‖²; with both, at most `rank`. Norms, biases and buffers that differ, and a new head, are saved
     whole. Names are those of the model as transformers loads it. `layout` states how matrices are stored where the
-    config of the base does not, as in `merge`. `exclude` are globs over the names of tensors: what differs there is
-    left out, and listed.
+    config of the base does not, as in `merge`. `exclude` are tensors, modules or globs over the names of tensors: what
+    differs there is left out, and listed.
 
     Needs no PyTorch. Peak memory is the adapter and one block of a difference, whatever the size of the model.
 
     Raises InputRefused with all names for tensors that no adapter can hold, that only the base has, or that have
-    other shapes, and where nothing differs; WrongUsage for values out of range; OutputFailed where the output cannot be
-    written. Nothing is left behind then.
+    other shapes, where no tensor has the name of an `exclude`, and where nothing differs; WrongUsage for values out of
+    range; OutputFailed where the output cannot be written. Nothing is left behind then.
     """
     base, tuned = (locate(path, options.on_message, options.download) for path in (options.base, options.tuned))
     output, truncation = place(options.output), Truncation(options.rank, options.energy)
