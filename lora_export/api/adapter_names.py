@@ -33,6 +33,7 @@ from lora_export.plan.diffusion import (
     of_component,
 )
 from lora_export.plan.match_names import BaseTensors
+from lora_export.plan.match_tensors import with_kernel_of
 from lora_export.plan.spelling import respelled, spell
 from lora_export.plan.types import TensorSpec
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -146,7 +147,7 @@ def _placed(name: str, pair: LoraPair, base: BaseTensors, views: Mapping[str, Te
     spec = base.get(f"{name}.weight")
     if spec is None or index:
         return name, pair
-    return name, pair.of_layer(transposed=spec.layout.is_transposed, embedding=False)
+    return name, with_kernel_of(spec, pair.of_layer(transposed=spec.layout.is_transposed, embedding=False))
 
 
 def _as_loaded(adapter: Adapter, loaded: LoadedNames, base: BaseTensors) -> Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +152,14 @@ def extract(options: ExtractOptions) -> ExtractResult:
     and convolution that differs gets a pair of `rank`, or of the least rank that holds the share `energy` (above 0, at
     most 1) of its ‖ΔW‖²; with both, at most `rank`. Norms, biases and buffers that differ, and a new head, are saved
     whole. Names are those of the model as transformers loads it. `layout` states how matrices are stored where the
-    config of the base does not, as in `merge`. `exclude` are globs over the names of tensors: what differs there is
-    left out, and listed.
+    config of the base does not, as in `merge`. `exclude` are tensors, modules or globs over the names of tensors: what
+    differs there is left out, and listed.
 
     Needs no PyTorch. Peak memory is the adapter and one block of a difference, whatever the size of the model.
 
     Raises InputRefused with all names for tensors that no adapter can hold, that only the base has, or that have
-    other shapes, and where nothing differs; WrongUsage for values out of range; OutputFailed where the output cannot be
-    written. Nothing is left behind then.
+    other shapes, where no tensor has the name of an `exclude`, and where nothing differs; WrongUsage for values out of
+    range; OutputFailed where the output cannot be written. Nothing is left behind then.
     """
     base, tuned = (locate(path, options.on_message, options.download) for path in (options.base, options.tuned))
     output, truncation = place(options.output), Truncation(options.rank, options.energy)
@@ -178,10 +178,10 @@ def extract(options: ExtractOptions) -> ExtractResult:
         settings = {"extract": _limits(truncation), "excluded": list(found.excluded)}
         record = provenance.record([], [], {}, (), settings)
         architecture = str((other.config.get("architectures") or [""])[0])
-        config: dict[str, Any] = {"base_model_name_or_path": hub_name(base) or str(base)}
+        facts: dict[str, Any] = {"base_model_name_or_path": hub_name(base) or str(base)}
         if task := next((task for ending, task in TASKS.items() if architecture.endswith(ending)), ""):
-            config["task_type"] = task
-        write_any_ranks(found.adapter, stage, metadata={provenance.KEY: json.dumps(record)}, **config)
+            facts["task_type"] = task
+        write_any_ranks(replace(found.adapter, metadata=facts), stage, metadata={provenance.KEY: json.dumps(record)})
         for checkpoint in (one, other):
             checkpoint.refuse_changed_files("read")
         write_manifest(stage, {"made_by": record["made_by"], "settings": record["settings"]})

@@ -83,6 +83,8 @@ def generate(options: GenerateOptions) -> list[Generation]:
     if not prompts and not options.images:
         raise WrongUsage("there is no prompt")
     sampling = Sampling(options.temperature, options.top_p, options.seed)
+    if not options.temperature and (unused := [named(name) for name in ("top_p", "seed") if name in options.chosen()]):
+        on_message(f"note: no effect without {named('temperature')}, where nothing is drawn: {' and '.join(unused)}")
     graph = _graph_in(place(options.source))
     settings = GenerationSettings(graph if graph.is_dir() else graph.parent)
     if not_done := settings.not_done(sampling):

@@ -17,6 +17,7 @@ from lora_export.lora import Adapter
 from lora_export.options.adapters import InspectOptions
 from lora_export.options.declaring import takes
 from lora_export.options.spelling import named
+from lora_export.plan.diffusion import chosen_component
 from lora_export.provenance import adapter_records
 from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 from lora_export.storage import input_files
@@ -142,7 +143,10 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         raise InputRefused(f"{path} is not what was written:", listed(damaged))
     is_model = artifact.kind.is_checkpoint and not options.reading.stored_adapter and task_adapters.recognises(path)
     if formats.recognised(own := formats.located(path)) and not is_model:
-        return Inspection(own, adapter=formats.load(path, options=options.reading, activated=True))
+        adapter = formats.load(path, options=options.reading, activated=True)
+        return Inspection(own, adapter=chosen_component(adapter, options.reading.component))
+    if stated := options.reading.chosen().keys() - {"allow_pickle"}:
+        raise WrongUsage(f"{named(min(stated))} is for adapters that are read, and {path} is none")
     if artifact.kind is ArtifactKind.ADAPTER:
         from lora_export.formats import onnx_adapter
 

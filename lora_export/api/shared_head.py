@@ -48,7 +48,8 @@ def head_alone(adapter: Adapter) -> Adapter:
     """
     if not adapter.replaced:
         raise InputRefused(f"{adapter.name} saves no tensor whole: it has no head to merge ({named('only_head')})")
-    return replace(adapter, pairs={}, biases={}, token_rows={}, targets=(), sha256="", file_sha256="")
+    others: dict[str, Any] = {key: {} for key in ("pairs", "experts", "tied", "biases", "added", "token_rows")}
+    return replace(adapter, **others, targets=(), sha256="", file_sha256="")
 
 
 def stored_in_module(module: nn.Module) -> BaseTensor:

@@ -35,6 +35,7 @@ LARGEST_NUMBER = 1e30  # in a config
 # Modules that torch.compile, FSDP and activation checkpointing put around others. The base has none of them.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
+_OUTER = re.compile(r"(?:(?:model|module|app|state_dict)\.)+(?=base_model\.model\.)")  # around the model that PEFT made
 
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors")
 MOST_SHARDS = 1000
@@ -182,8 +183,10 @@ def header_in(path: Path | None) -> Mapping[str, str]:
 
 
 def unwrapped(name: str) -> str:
-    """A name without the modules that PyTorch wrapped around others, such as `_orig_mod`."""
-    return _WRAPPER.sub("", name)
+    """A name without the modules that PyTorch wrapped around others, such as `_orig_mod`, and around PEFT's model."""
+    plain = _WRAPPER.sub("", name)
+    outer = _OUTER.match(plain)
+    return plain[outer.end() :] if outer else plain
 
 
 def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:

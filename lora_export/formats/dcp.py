@@ -29,7 +29,6 @@ from lora_export.storage.distributed_checkpoint import (
 
 DESCRIPTION = "a folder of torch.distributed.checkpoint (.metadata and *.distcp), as FSDP saves an adapter in shards"
 OF_MEGATRON = re.compile(r"\.adapter\.(adapter_\w+\.)?linear_in\.")  # in names that `megatron.py` reads
-_OUTER = re.compile(rf"(?:(?:model|module|app|state_dict)\.)*(?={re.escape(WRAPPER)})")
 
 
 def recognises(path: Path) -> bool:
@@ -45,7 +44,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     found = open_distributed_checkpoint(path, lambda key: _is_of_adapter(key, config))
     if not found.entries:
         raise InputRefused(f"{path} has no tensor of an adapter of PEFT, such as `{WRAPPER}....lora_A.default.weight`")
-    names = {key: _OUTER.sub("", unwrapped(key), 1) for key in found.entries}
+    names = {key: unwrapped(key) for key in found.entries}
     if len(set(names.values())) < len(names):
         raise InputRefused(f"{path} contains one tensor under two names")
     entries = {names[key]: replace(entry, name=names[key]) for key, entry in found.entries.items()}
@@ -64,9 +63,8 @@ def refuse_without_permission(path: Path, options: ReadOptions) -> None:
 
 
 def _is_of_adapter(key: str, config: Mapping[str, Any]) -> bool:
-    outer = _OUTER.match(unwrapped(key))
-    if outer is None:  # of the optimiser, or the scheduler
+    name = unwrapped(key)
+    if not name.startswith(WRAPPER):  # of the optimiser, or the scheduler
         return False
-    name = unwrapped(key)[outer.end() :]
     own = any(pattern.fullmatch(name) for pattern in (LOW_RANK_KEY, ROWS_KEY, SAVED_KEY))
     return own or (config.get("bias", "none") != "none" and name.endswith(".bias"))

@@ -89,10 +89,8 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     return ()
 
 
-def write_any_ranks(
-    adapter: Adapter, folder: Path, *, metadata: Mapping[str, str] | None = None, **config: Any
-) -> None:
-    """Write an adapter of pairs of scale 1 and whole tensors, with their types. `config` holds further fields.
+def write_any_ranks(adapter: Adapter, folder: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write an adapter of pairs of scale 1 and whole tensors, with their types.
 
     Each alpha is the rank. The caller stages `folder`. `metadata` is added to the header of the file of tensors. Raises
     ValueError for what such a file cannot hold: another scale, DoRA, bare parameters, additions to vectors, rows of
@@ -107,7 +105,7 @@ def write_any_ranks(
     named_pairs = {name_in_patterns(adapter, name): pair for name, pair in adapter.pairs.items()}
     fields = _config(plain, named_pairs, [], dora=False)
     tensors = _pair_tensors(adapter) | _whole_tensors(plain, fields)
-    _write_files(folder, tensors, fields | config, adapter.layouts, metadata or {})
+    _write_files(folder, tensors, fields, adapter.layouts, metadata or {})
 
 
 def _write_files(

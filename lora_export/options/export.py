@@ -93,7 +93,9 @@ class OnnxOptions(GivenAdapters, Running, Published):
         only=(Only("lora", ("inputs", "slots"), OF_ADAPTERS),),
     )
     names: Literal["olive", "genai", "peft"] = option(
-        "olive", "With {lora=inputs} and slots: naming convention of the inputs."
+        "olive",
+        "With {lora=inputs} and slots: naming convention of the inputs.",
+        only=(Only("lora", ("inputs", "slots"), "other graphs have no inputs for adapters' values"),),
     )
     max_rank: int | None = option(
         None,

@@ -87,10 +87,10 @@ def match_adapter(
 def _laid_on(pair: LoraPair, spec: TensorSpec) -> LoraPair:
     """The pair in the shape of the weight, as far as it fits."""
     of_layer = pair.of_layer(transposed=spec.layout.is_transposed, embedding=spec.layout is Layout.EMBEDDING)
-    return _with_kernel_of(spec, of_layer.for_weight(resolved(spec, pair).matrix))
+    return with_kernel_of(spec, of_layer.for_weight(resolved(spec, pair).matrix))
 
 
-def _with_kernel_of(spec: TensorSpec, pair: LoraPair) -> LoraPair:
+def with_kernel_of(spec: TensorSpec, pair: LoraPair) -> LoraPair:
     """A pair whose file has no kernel, or one that differs by axes of size 1, with the kernel that the base has."""
     if pair.embedding or pair.as_stored or known_shape(pair) in (spec.matrix, ()) or not spec.layout.is_matrix:
         return pair

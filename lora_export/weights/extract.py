@@ -152,7 +152,7 @@ def extract_adapter(
 
     A matrix or convolution called `weight` gets a pair. Other tensors are saved whole, with the other tensors of their
     module: norms, biases, buffers, and a head that only `tuned` has. `layout` states how matrices are stored where the
-    base does not. `exclude` are globs over the names of tensors: what differs there is left out. Names are those of the
+    base does not. `exclude` are tensors, modules or globs: what differs there is left out. Names are those of the
     model as transformers loads it.
 
     Peak memory is the adapter and one block of a difference. Raises InputRefused, with all names, for tensors that only
@@ -160,6 +160,11 @@ def extract_adapter(
     """
     check_stated(layout or {}, {spec.name: spec for spec in base.specs})
     return _Extraction(base, tuned, truncation, layout or {}, exclude, progress).result(name)
+
+
+def _is_named(tensor: str, glob: str) -> bool:
+    """Whether a tensor has this name, or its module has it, or a glob matches it."""
+    return fnmatch.fnmatchcase(tensor, glob) or tensor.rpartition(".")[0] == glob
 
 
 @dataclass(eq=False)
@@ -189,8 +194,11 @@ class _Extraction:
         self.problems: list[str] = []
 
     def result(self, name: str) -> Extracted:
+        for glob in self.exclude:
+            if not any(_is_named(tensor, glob) for tensor in (*self.old, *self.new)):
+                raise InputRefused(f"{named('exclude', glob)}: no tensor has this name")
         for tensor in {**self.old, **self.new}:
-            if self._is_excluded(tensor):
+            if any(_is_named(tensor, glob) for glob in self.exclude):
                 if self._differs(tensor):
                     self.excluded.append(tensor)
             else:
@@ -211,9 +219,6 @@ class _Extraction:
             raise InputRefused(f"no matrix of {self.tuned.path} differs from {self.base.path}: a LoRA would be empty")
         adapter = Adapter(name, "extracted", self.pairs, replaced=whole, layouts=self.layouts, tied=self.tied)
         return Extracted(adapter, tuple(self.layers), tuple(whole), tuple(self.excluded))
-
-    def _is_excluded(self, tensor: str) -> bool:
-        return any(fnmatch.fnmatchcase(tensor, glob) or f"{glob}.weight" == tensor for glob in self.exclude)
 
     def _differs(self, tensor: str) -> bool:
         if tensor not in self.new or tensor not in self.old:

@@ -199,9 +199,9 @@ def test_renamed_modules_get_either_generation_of_names(tmp_path: Path, architec
             assert all(np.array_equal(back.pairs[name].delta(), pair.delta()) for name, pair in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["language model", "unet", "file"])
+@pytest.mark.parametrize("kind", ["language model", "with kernels", "unet", "file"])
 def test_flattened_names_get_the_dots_of_the_base_for_peft(kind, tmp_path):
-    if kind == "language model":
+    if kind in ("language model", "with kernels"):
         sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
         model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
     else:
@@ -212,7 +212,9 @@ def test_flattened_names_get_the_dots_of_the_base_for_peft(kind, tmp_path):
         (base,) = base.glob("*.safetensors")
     shapes = {name: shape for name, shape in linear_shapes(model).items() if name.endswith(("_proj", "to_q"))}
     pairs = random_pairs(shapes)
-    path = adapter_file(tmp_path / "a.safetensors", pairs, prefix="lycoris_", flattened=True, alpha=1)
+    stored = {name: tuple(each[..., None, None] for each in pair) for name, pair in pairs.items()}
+    stored = stored if kind == "with kernels" else pairs
+    path = adapter_file(tmp_path / "a.safetensors", stored, prefix="lycoris_", flattened=True, alpha=1)
     written = lora_export.convert(path, tmp_path / "out", to="peft", base=base).output
     before = {name: value.copy() for name, value in arrays_of(model).items()}
     model = copy.deepcopy(model)

@@ -17,7 +17,7 @@ from lora_export.errors import InputRefused, OutputFailed, WrongUsage
 from lora_export.storage.json_files import read_json
 from support.api import Recorder
 from support.combined import IDS, LAYERS, adapted, layers
-from support.fine_tuned import base_and_tuned
+from support.fine_tuned import RANK, base_and_tuned, inputs_of, made
 from support.handmade import base_file, graph_file, peft_adapter
 
 W = np.arange(12).reshape(4, 3)
@@ -232,6 +232,15 @@ def test_the_config_names_the_base_and_the_task(tmp_path: Path) -> None:
         *("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
     ]
     assert result.whole == ("model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_proj.bias")
+
+
+@pytest.mark.parametrize("parts", [("query",), ("query", "classifier")])
+def test_peft_loads_what_is_extracted_of_a_classifier(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    tuned = base_and_tuned("bert-classifier", tmp_path, parts=parts)
+    le.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=RANK)
+    loaded = peft.PeftModel.from_pretrained(made("bert-classifier"), str(tmp_path / "adapter")).eval()
+    inputs = inputs_of("bert-classifier")
+    torch.testing.assert_close(loaded(**inputs).logits, tuned(**inputs).logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -511,6 +511,12 @@ def test_seed_determines_the_draws(swapped: Path) -> None:
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+def test_options_of_draws_that_are_not_made_get_a_note(swapped: Path) -> None:
+    said: list[str] = []
+    le.generate(swapped, PROMPTS[:1], max_new_tokens=1, top_p=0.5, seed=3, on_message=said.append)
+    assert said == ["note: no effect without temperature=, where nothing is drawn: top_p= and seed="]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.options.reading import ReadOptions
 from support.api import an_adapter, base_weights
 from support.handmade import graph_file
 
@@ -43,12 +46,28 @@ def test_a_damaged_merge_is_found(tmp_path: Path) -> None:
         le.inspect(tmp_path / "merged", check=True)
 
 
+def test_a_component_is_shown_alone(tmp_path: Path) -> None:
+    pairs = {f"{module}.lora_{side}.weight": np.eye(2, dtype=np.float32) for module in ("unet.q", "text_encoder.q")
+             for side in "AB"}  # fmt: skip
+    save_file(pairs, tmp_path / "two.safetensors")
+    found = le.inspect(tmp_path / "two.safetensors", reading=ReadOptions(component="text_encoder"))
+    assert found.adapter is not None and list(found.adapter.pairs) == ["text_encoder/q"]
+    with pytest.raises(InputRefused, match="has no changes for transformer_2"):
+        le.inspect(tmp_path / "two.safetensors", reading=ReadOptions(component="transformer_2"))
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "error"), [("missing", {}, InputRefused), ("adapter", {"checkpoint": "x"}, WrongUsage)]
+    ("name", "options", "error"),
+    [
+        ("missing", {}, InputRefused),
+        ("adapter", {"checkpoint": "x"}, WrongUsage),
+        ("base.safetensors", {"reading": ReadOptions(lora_rank=4, allow_pickle=True)}, WrongUsage),
+    ],
 )
 def test_what_cannot_be_inspected_is_refused(
-    tmp_path: Path, name: str, options: dict[str, str], error: type[Exception]
+    tmp_path: Path, name: str, options: dict[str, Any], error: type[Exception]
 ) -> None:
     an_adapter(tmp_path / "adapter")
+    base_weights(tmp_path / "base.safetensors")
     with pytest.raises(error):
         le.inspect(tmp_path / name, **options)

@@ -182,6 +182,7 @@ def doubled(plan: le.Plan) -> le.Plan:
         ({"lora": "inputs"}, 'lora="inputs" needs an adapter'),
         ({"target": "all-linear"}, 'target= is for lora="inputs"'),
         ({"dora": True}, 'dora= is for lora="inputs"'),
+        ({"names": "genai"}, 'names= is for lora="inputs"'),
         ({"checkpoint": "x"}, "checkpoint= is for an .onnx MODEL"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.load import load_model
-from support import FACTORIES
+from support import FACTORIES, experts
 from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
 from support.slow import slow
@@ -86,6 +86,16 @@ def test_only_the_head_is_merged(tmp_path: Path) -> None:
     assert np.array_equal(file.read("head.weight"), head["head.weight"])
     # The adapter itself is not in it: it can be merged later.
     assert le.merge(tmp_path / "m.safetensors", tmp_path / "fr", tmp_path / "all.safetensors").report is not None
+
+
+def test_only_the_head_is_merged_of_an_adapter_of_experts(tmp_path: Path) -> None:
+    saved = experts.save(tmp_path, "mixtral", modules_to_save=["lm_head"])
+    head = np.full_like(experts.weights(saved["new"])["lm_head.weight"], 0.5)
+    name = "base_model.model.lm_head.weight"
+    changed = experts.rewritten(saved["adapter"], tmp_path / "changed", lambda tensors: tensors | {name: head})
+    le.merge(saved["new"], changed, tmp_path / "with-head", only_head=True)
+    merged, expected = experts.weights(tmp_path / "with-head"), experts.weights(saved["new"]) | {"lm_head.weight": head}
+    assert [tensor for tensor in expected if not np.array_equal(merged[tensor], expected[tensor])] == []
 
 
 def test_what_has_no_head_or_no_swap_is_refused(place: Path, tmp_path: Path) -> None:

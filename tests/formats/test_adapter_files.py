@@ -128,6 +128,7 @@ WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
     [
         ("peft", "{w}.base_model.model.layers.0.{w}.fc.lora_{AB}.weight", "layers.0.fc"),
         ("peft", "base_model.model.layers.0.{w}.{w}.fc.lora_{AB}.weight", "layers.0.fc"),
+        ("peft", "module.{w}.base_model.model.layers.0.fc.lora_{AB}.weight", "layers.0.fc"),
         ("comfyui", "{w}.diffusion_model.blocks.0.{w}.fc.lora_{AB}.weight", "denoiser/blocks.0.fc"),
         ("diffusers", "unet.blocks.0.{w}.fc.lora_{AB}.weight", "denoiser/blocks.0.fc"),
         ("loralib", "layers.0.{w}.fc.lora_{AB}", "layers.0.fc"),

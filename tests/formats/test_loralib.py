@@ -110,6 +110,8 @@ def test_what_the_file_does_not_record_is_asked_for(tmp_path: Path) -> None:
     assert 'such as enable_lora={"c_attn": (True, False, True)}' in refusal(fused)
     parts = {"qkv": (True, True, True)}
     assert "A (4, 4) and B (8, 2) belong to 2 parts, enable_lora= has 3" in refusal(fused, enable_lora=parts)
+    others = {"qkv": (True, False, True), "kv": (True, False)}
+    assert refusal(fused, enable_lora=others) == 'enable_lora="kv": ADAPTER has no layer whose name ends so'
 
 
 def test_damage_and_unknown_tensors_are_listed(tmp_path: Path) -> None:

@@ -109,6 +109,20 @@ def test_an_excluded_difference_is_left_out_and_listed(tmp_path: Path) -> None:
     assert sorted(found.excluded) == ["a.scale", "lm_head.weight", "new.weight"]
 
 
+def test_an_excluded_module_is_left_out_with_its_bias(tmp_path: Path) -> None:
+    old = {**OLD, "a.up.weight": EYE, "a.up.bias": EYE[0]}
+    new = {**old, "a.fc.weight": EYE + UP, "a.up.weight": EYE + UP, "a.up.bias": EYE[1]}
+    found = extracted(tmp_path, old, new, exclude=["a.up"])
+    assert (list(found.adapter.pairs), found.whole, sorted(found.excluded)) == (
+        *(["a.fc"], (), ["a.up.bias", "a.up.weight"]),
+    )
+
+
+def test_an_exclusion_that_no_tensor_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r'exclude="a\.cf": no tensor has this name'):
+        extracted(tmp_path, OLD, {**OLD, "a.fc.weight": EYE + UP}, exclude=["a.fc.*", "a.cf"])
+
+
 @pytest.mark.parametrize(
     ("new", "message"), [(OLD, "there is nothing to extract"), ({**OLD, "a.norm.weight": EYE[1]}, "no matrix")]
 )
