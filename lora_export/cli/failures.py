@@ -115,6 +115,7 @@ def answered() -> None:
 
 def failure_of(error: BaseException) -> Failure | None:
     """The message and the exit code of an exception; None for a bug of ours."""
+    error = _raised(error)
     if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
         # click turns Ctrl-C and Terminated into Abort where it catches them.
         return _stopped(terminated=isinstance(error, Terminated) or isinstance(error.__cause__, Terminated))
@@ -127,6 +128,12 @@ def failure_of(error: BaseException) -> Failure | None:
         return None
     message = one_line(known[0])
     return Failure(message, known[1], f"Error: {message}", details=_details(error))
+
+
+def _raised(error: BaseException) -> BaseException:
+    """What a command raised. click turns an EOFError, of a file that is cut off, into Abort too: nobody stopped it."""
+    cause = error.__cause__
+    return cause if isinstance(error, click.exceptions.Abort) and isinstance(cause, EOFError) else error
 
 
 def _details(error: BaseException) -> str:
@@ -146,6 +153,7 @@ def _details(error: BaseException) -> str:
 
 def bug(error: BaseException) -> Failure:
     """The failure that an unexpected exception is. Python prints the traceback itself."""
+    error = _raised(error)
     return Failure(f"a bug in lora-export: {type(error).__name__}: {error}", 1, "")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import click
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -237,13 +238,16 @@ def test_an_interrupted_command_is_a_document_too(
     assert f'type="{kind}"' in (tmp_path / "verdict.xml").read_text()
 
 
-def test_a_bug_is_a_document_and_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(lora_export.api.merge, "merge", failing(ZeroDivisionError))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize(("error", "raised"), [(ZeroDivisionError, ZeroDivisionError), (EOFError, click.Abort)])
+def test_a_bug_is_a_document_and_a_traceback(
+    error: type[Exception], raised: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(lora_export.api.merge, "merge", failing(error))
+    with pytest.raises(raised):
         cli.run(["merge", "base", "adapter", "-o", "out", "--json"])
     document = json.loads(capsys.readouterr().out)
     assert (document["exit"], document["kind"]) == (1, "bug")
-    assert document["error"].startswith("a bug in lora-export: ZeroDivisionError")
+    assert document["error"].startswith(f"a bug in lora-export: {error.__name__}")
 
 
 def test_an_interruption_after_the_result_is_no_second_document(

@@ -286,7 +286,11 @@ def test_the_notes_are_those_of_this_version(release, monkeypatch):
 def test_a_release_is_built_and_checked(release, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path / "dist"), "--owner", "acme"])
     release.main()
-    assert len(list((tmp_path / "dist").glob("*.whl"))) == len(list((tmp_path / "dist").glob("*.tar.gz"))) == 2
+    kernels = [("lora_export_kernel", platform) for platform in release.platforms_of_kernel()]
+    wheels = [(path.name.split("-")[0], path.stem.split("-")[-1]) for path in (tmp_path / "dist").glob("*.whl")]
+    assert sorted(wheels) == sorted([("lora_export", "any"), ("lora_export_core", "any"), *kernels])
+    sources = {path.name.split("-")[0] for path in (tmp_path / "dist").glob("*.tar.gz")}
+    assert sources == {"lora_export_core", "lora_export"}  # the kernel has compiled code alone
     assert "Nothing was uploaded" in capfd.readouterr().out
     wheel = next((tmp_path / "dist").glob("lora_export_core-*.whl"))
     with zipfile.ZipFile(wheel, "a") as archive:

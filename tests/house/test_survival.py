@@ -591,7 +591,10 @@ def test_a_small_disk_that_is_really_full_leaves_the_old_output(place):
 def test_a_full_disk_during_an_export_ends_with_7(tmp_path, command):
     (tmp_path / "out").write_text("old")
     line = [*PROGRAM, command, f"{FACTORIES}:scaled", "-o", "out", "--overwrite", "--no-verify"]
-    done = run_captured(line, cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))
+    # Python would cut its cache of a module at the same size, and each later import of the module would fail.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
+    done = run_captured(line, cwd=tmp_path, env=environment, preexec_fn=full)
     assert (done.returncode, done.stderr) == (7, "Error: out could not be written: File too large\n")
     assert folder_contents(tmp_path) == {"out": b"old"}
 
