@@ -56,7 +56,7 @@ def test_a_convert_step_has_the_adapter_alone(place: Path) -> None:
         (MERGE, MERGE + "min-retention = true\n", "`min-retention` is True; it must be a number"),
         (MERGE, MERGE.replace('"release/{adapter}"', "3"), "[[steps]] 1 (merge): `output` is 3; it must be text"),
         (VERIFY, VERIFY + "candidate = 3\n", "(verify --base): `candidate` is 3; it must be text"),
-        (MERGE, MERGE + "min-retention = 2\n", "[[steps]] 1 (merge): min_retention= is 2; it must be at least 0"),
+        (MERGE, MERGE + "min-retention = 2\n", "[[steps]] 1 (merge): `min-retention` is 2; it must be at least 0"),
         (MERGE, MERGE + 'dtype = "float8"\n', "`dtype` is 'float8'; it must be one of keep, float32"),
         (MERGE, MERGE + "dry-run = true\n", "[[steps]] 1 (merge): there is no key `dry-run`"),
         (VERIFY, VERIFY + 'adapter = ["adapters/fr"]\n', "[[steps]] 2 (verify --base): there is no key `adapter`"),
