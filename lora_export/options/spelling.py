@@ -27,12 +27,12 @@ FUNCTIONS = {
 COMMANDS_ALONE = ("doctor", "guide")  # commands that are no function
 
 Flags = Callable[[], Mapping[str, str]]  # returns flags by Python names, where they are not the names with dashes
-Entry = Callable[[str, object], str | None]  # spells an option and its value; None: the file has no such option
+EntrySpelling = Callable[[str, object], str | None]  # spells an option and its value; None: the file has no such option
 
 
 class _Spelling(NamedTuple):
     flags: Flags | None = None  # None: keywords of Python
-    entry: Entry | None = None
+    entry: EntrySpelling | None = None
 
 
 _spelling = _Spelling()
@@ -55,7 +55,7 @@ def as_python() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def as_entries(entry: Entry) -> Iterator[None]:
+def as_entries(entry: EntrySpelling) -> Iterator[None]:
     """Spell options as entries of a file within the block. Commands, and options that it lacks, stay as they are."""
     with _spelled(_spelling._replace(entry=entry)):
         yield
