@@ -133,7 +133,7 @@ class Bucket:
         if any(_is_below(key, listed) or listed == key for listed in self._listed):
             return False
         with _errors(self._of(key), EnvironmentLacking):
-            page = next(iter(self._store.list(key or None, chunk_size=PAGE)), [])
+            page: list[Any] = next(iter(self._store.list(key or None, chunk_size=PAGE)), [])
         self._known |= {each["path"]: _info(each) for each in page}
         if len(page) < PAGE:
             self._listed.add(key)
