@@ -116,7 +116,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         record["inputs"] = list(base.input_names)
         stage("writing")
         files: list[Path] = []
-        if contract is not None:
+        if contract is not None and steps is not None:
             contract = replace(contract, base=record["base"]["sha256"])
             record["inputs"] += parameters_by_input(module).values()
             record[CONTRACT_KEY] = json.loads(str(contract))
@@ -125,7 +125,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
 
         def proofs_of(candidate: Runner) -> ExportProofs:
-            if contract is not None:
+            if contract is not None and steps is not None:
                 return prove_inputs(candidate, references, steps, files, stage)
             return ExportProofs(require_same(prove(candidate, references, step=stage_of_proof(stage))))
 
@@ -135,13 +135,17 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     return TorchScriptResult(output, proofs, _notes(adapted, steps), (output, *beside))
 
 
-def _with_adapters(adapted: AdaptedModel, options: TorchScriptOptions) -> tuple[nn.Module, Plan, Contract | None]:
-    """A copy of the module with the adapters in it, the plan, and the contract where they are inputs.
+def _with_adapters(
+    adapted: AdaptedModel, options: TorchScriptOptions
+) -> tuple[nn.Module, Plan | None, Contract | None]:
+    """A copy of the module with the adapters in it, the plan of these, and the contract where they are inputs.
 
     Raises MatchError and InputRefused for adapters that do not fit.
     """
     module, contract, is_swapped = copy.deepcopy(adapted.model.module), None, options.lora == "inputs"
-    specs = layers.specs(module) if adapted.adapters else ()
+    if not adapted.adapters:
+        return module, None, None
+    specs = layers.specs(module)
     steps = plan.make(adapted.adapters, specs, strengths=adapted.strengths, one_at_a_time=is_swapped)
     note_each(options.on_message, _notes(adapted, steps))
     if options.lora != "merged":
@@ -211,5 +215,5 @@ def _written(
     return proofs
 
 
-def _notes(adapted: AdaptedModel, steps: Plan) -> tuple[str, ...]:
-    return (*(note for adapter in adapted.adapters for note in adapter.notes), *steps.notes)
+def _notes(adapted: AdaptedModel, steps: Plan | None) -> tuple[str, ...]:
+    return () if steps is None else (*(note for adapter in adapted.adapters for note in adapter.notes), *steps.notes)
