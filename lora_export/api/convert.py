@@ -15,6 +15,7 @@ from lora_export.api.adapter_names import (
     has_other_experts,
     named_for,
     named_for_pipeline,
+    notes_on_experts,
     with_dots_of,
     with_shapes_of_base,
     without_repeated_tables,
@@ -111,6 +112,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
         loaded = loaded if to == "peft" else without_repeated_tables(loaded, base)
     elif base is not None and (loaded.flattened or has_other_experts(loaded, base)):
         loaded = with_dots_of(loaded, base)
+    elif to == "peft":
+        loaded = replace(loaded, notes=(*loaded.notes, *notes_on_experts(loaded, base)))
     writer = writer_of(to)
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output
     family = Family.UNKNOWN
