@@ -28,7 +28,7 @@ UPLOADED_PART = 12 << 20  # bytes; a store takes at most 10,000 parts of an obje
 PARTS_AT_ONCE = 4
 OF_UPLOAD = (PARTS_AT_ONCE + 1) * UPLOADED_PART  # bytes of memory: parts on their way, and the one that is filled
 RETRIES, DEADLINE = 5, timedelta(minutes=3)  # of one request: a store joins the parts of a large object in minutes
-PAGE = 1000  # objects of one answer of a store
+LISTED_AT_ONCE = 1000  # objects of one answer of a store
 SMALL_OBJECT = 8 << 10  # bytes; an adapter's configuration
 SMALL_OBJECTS = 64  # whose bytes are in memory
 MOST_OBJECTS = 100_000  # below an address; more is no model
@@ -133,9 +133,9 @@ class Bucket:
         if any(_is_below(key, listed) or listed == key for listed in self._listed):
             return False
         with _errors(self._of(key), EnvironmentLacking):
-            page: list[Any] = next(iter(self._store.list(key or None, chunk_size=PAGE)), [])
+            page: list[Any] = next(iter(self._store.list(key or None, chunk_size=LISTED_AT_ONCE)), [])
         self._known |= {each["path"]: _info(each) for each in page}
-        if len(page) < PAGE:
+        if len(page) < LISTED_AT_ONCE:
             self._listed.add(key)
         return len(page) > 0
 

@@ -120,7 +120,7 @@ class Mixing(nn.Module):
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt"])
-def test_the_layout_of_a_matrix_of_the_models_own_class_can_be_stated(suffix: str, tmp_path: Path) -> None:
+def test_the_layout_of_an_own_class_can_be_stated(suffix: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     one = Adapter("ad", "peft", {"mix": LoraPair(rng.standard_normal((1, 6)), rng.standard_normal((6, 1)), 1.0)})
     x, module = torch.randn(3, 6), Mixing()
