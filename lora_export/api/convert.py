@@ -32,11 +32,11 @@ from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, pro
 from lora_export.formats.peft_writing import name_in_patterns
 from lora_export.formats.writing import with_positive_scales
 from lora_export.lora import Adapter
-from lora_export.options.adapters import ConvertOptions
+from lora_export.options.adapters import RUNTIMES, ConvertOptions
 from lora_export.options.combining import AdapterSource
 from lora_export.options.declaring import takes
 from lora_export.options.reading import ReadOptions
-from lora_export.options.spelling import named
+from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.artifact_kinds import ArtifactKind
@@ -184,6 +184,11 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     output, model = place(options.output), on_disk(newly_opened(source), options.on_message)  # ONNX opens files alone
     if options.ignore_head:
         onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={})])
+    if str(source) in RUNTIMES and not model.exists():
+        raise InputRefused(
+            f"{named('graph')} takes the file of a graph, and {source} is a runtime: `{command('check')}` shows what "
+            "that takes of an adapter"
+        )
     input_files.must_exist(model, "graph")
     graphs = taking_graphs(model)
     if options.ignore_head:
