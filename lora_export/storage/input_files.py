@@ -23,21 +23,21 @@ def must_exist(path: Path, what: str) -> None:
     try:
         path.stat()
     except FileNotFoundError:
-        near = f"; a similar name there is {name}" if (name := _nearest_name(path)) else ""
-        raise InputRefused(f"there is no {what} at {path}{near}") from None
+        raise InputRefused(f"there is no {what} at {path}{similar_name(path)}") from None
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error
 
 
-def _nearest_name(path: Path) -> str:
-    """The most similar name in the folder of a path on the disk; empty where none is similar."""
+def similar_name(path: Path) -> str:
+    """The most similar name in the folder of a path on the disk, as the end of a message; empty where none is."""
     import difflib  # after a mistake alone
 
     if isinstance(path, StorePath) or not path.parent.is_dir():
         return ""
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
         names = [entry.name for entry in itertools.islice(entries, MOST_NAMES)]
-        return next(iter(difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)), "")
+        if near := difflib.get_close_matches(path.name, names, n=1, cutoff=0.75):
+            return f"; a similar name there is {near[0]}"
     return ""
 
 

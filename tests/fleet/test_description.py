@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_export.errors import LoraExportError
+import lora_export as le
+from lora_export.errors import InputRefused, LoraExportError
 from lora_export.fleet.description import read_fleet
 from support.fleets import BASES, FLEET, JOBS, MERGE, VERIFY
 
@@ -69,3 +70,11 @@ def test_a_mistake_is_named_with_its_place(old: str, new: str, message: str, pla
     with pytest.raises(LoraExportError) as refused:
         described(place, FLEET.replace(old, new, 1))
     assert message in str(refused.value) and refused.value.exit_code in (2, 3)
+
+
+def test_a_file_that_is_not_there_has_a_similar_name(place: Path) -> None:
+    with pytest.raises(InputRefused, match=r"no file of a fleet at flet\.toml; a similar name there is fleet\.toml$"):
+        read_fleet(Path("flet.toml"))
+    for named in (lambda: le.inspect("bsae"), lambda: le.verify("base", "bsae")):
+        with pytest.raises(InputRefused, match=r"; a similar name there is base$"):
+            named()
