@@ -30,6 +30,12 @@ LEAST_ROWS, ROWS_PER_KERNEL, LARGEST_RANK = 8, 4, 24
 AVX512_NAMES = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})  # OpenBLAS's names of processors with AVX-512
 
 
+class ParameterEnding(str):
+    """The ending of the name of a parameter that is the weight of no module, such as stacked experts."""
+
+    __slots__ = ()
+
+
 class Scaling(NamedTuple):
     """Each output of a layer times a factor, or each input."""
 
@@ -373,7 +379,8 @@ class Adapter:
     layouts: Mapping[str, str] = field(default_factory=dict)  # module -> "out_in" or "in_out", where that is recorded
     experts: Mapping[str, ExpertAxes] = field(default_factory=dict)  # stacked parameter -> axes; absent: STORED
     tied: Mapping[str, str] = field(default_factory=dict)  # module -> the module of which it repeats pair and table
-    targets: tuple[str, ...] = ()  # module name endings that the trainer targeted; empty where not fully known
+    # The endings of the names of modules, and ParameterEnding, that the trainer targeted; empty where not fully known.
+    targets: tuple[str, ...] = ()
     # Token ids: pairs act from the last occurrence of these on alone (aLoRA). Empty: on every token.
     invocation_tokens: tuple[int, ...] = ()
     flattened: bool = False  # whether `_` stands for the dots in the names of modules

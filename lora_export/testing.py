@@ -42,6 +42,7 @@ def assert_parity(
     reading: ReadOptions = DEFAULTS,
     combination: str | Combination = "cat",
     tied: TiedEmbeddings = Applied.tied,
+    layout: Mapping[str, str] | None = None,
     provider: ProviderName = Running.provider,
     inputs: File | None = None,
     input_seed: int = 0,
@@ -75,6 +76,7 @@ def assert_parity(
                 reading=reading,
                 combination=combination,
                 tied=tied,
+                layout=layout,
                 provider=provider,
                 inputs=inputs,
                 input_seed=input_seed,
@@ -88,7 +90,7 @@ def assert_parity(
         )
     else:
         loaded = load_adapters(adapters, prefixes, reading=reading.for_base(model))
-        applied = Applied(combination=combination, tied=tied)
+        applied = Applied(combination=combination, tied=tied, layout=layout)
         adapted = adapted_model(resolve_model(model, loaded), loaded, weights, applied, ignore)
         references = PyTorchReferences(
             adapted.model,

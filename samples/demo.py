@@ -51,10 +51,11 @@ def size(path: Path) -> int:
 
 def train(base: Path, folder: Path) -> tuple[le.Adapter, bool]:
     """Train the adapter in `folder`. Returns it, and whether it beats the head alone."""
-    count = docstrings.write(folder / "docstrings.jsonl")
+    data = folder / "docstrings.jsonl"
+    count = docstrings.write(data)
     console.print(f"{count:,} docstrings from {len(docstrings.PACKAGES)} packages")
     settings = TRAINING | {"max_length": 32, "compare": ["frozen"]}
-    trained, _ = timed(le.train, base, folder / "docstrings.jsonl", folder / "adapter", **settings)
+    trained, _ = timed(le.train, base, data, folder / "adapter", **settings)
     for title, name in (
         ("the head alone, trained on the frozen base", "frozen"),
         ("with the adapter", "adapter"),

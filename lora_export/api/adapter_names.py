@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,16 +99,37 @@ def has_other_experts(adapter: Adapter, base: Path) -> bool:
 
     False for a base of which only the config can be read: its weights may be missing, pickled or quantised.
     """
-    if adapter.format != "mlx" or not adapter.experts:
-        return False
-    try:
-        known = {spec.name for spec in open_checkpoint(base, variant=variant_like(base)).specs}
-    except InputRefused:
-        return False
-    firsts = [(f"{module}.0.", last) for module, _, last in (owner.rpartition(".") for owner in adapter.experts)]
+    known = _names_in(base) if adapter.format == "mlx" and adapter.experts else ()
     return any(
-        f"{first}{last}.weight" not in known and any(name.startswith(first) for name in known) for first, last in firsts
+        f"{first}{last}.weight" not in known and any(name.startswith(first) for name in known)
+        for first, last in _first_experts(adapter)
     )
+
+
+def notes_on_experts(adapter: Adapter, base: Path | None) -> list[str]:
+    """The note on experts that have names of mlx-lm, unless the base has these names, too."""
+    if adapter.format != "mlx" or not adapter.experts:
+        return []
+    known = () if base is None else _names_in(base)
+    if all(f"{first}{last}.weight" in known for first, last in _first_experts(adapter)):
+        return []
+    return [
+        "the experts have mlx-lm's names, which some models lack (gate_proj is w1 of Mixtral). PEFT loads an adapter "
+        f"with other names without its experts, in silence. {named('base', 'CHECKPOINT')} gives the names of the model"
+    ]
+
+
+def _first_experts(adapter: Adapter) -> list[tuple[str, str]]:
+    """The module of the first expert, and its projection, of each stack of experts."""
+    return [(f"{module}.0.", last) for module, _, last in (owner.rpartition(".") for owner in adapter.experts)]
+
+
+def _names_in(base: Path) -> Collection[str]:
+    """The names of the tensors of a base; none where its weights are missing, pickled or quantised."""
+    try:
+        return {spec.name for spec in open_checkpoint(base, variant=variant_like(base)).specs}
+    except InputRefused:
+        return ()
 
 
 def without_repeated_tables(adapter: Adapter, base: Path) -> Adapter:

@@ -15,6 +15,7 @@ from lora_export.api.adapter_names import (
     has_other_experts,
     named_for,
     named_for_pipeline,
+    notes_on_experts,
     with_dots_of,
     with_shapes_of_base,
     without_repeated_tables,
@@ -31,11 +32,11 @@ from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, pro
 from lora_export.formats.peft_writing import name_in_patterns
 from lora_export.formats.writing import with_positive_scales
 from lora_export.lora import Adapter
-from lora_export.options.adapters import ConvertOptions
+from lora_export.options.adapters import RUNTIMES, ConvertOptions
 from lora_export.options.combining import AdapterSource
 from lora_export.options.declaring import takes
 from lora_export.options.reading import ReadOptions
-from lora_export.options.spelling import named
+from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.artifact_kinds import ArtifactKind
@@ -111,6 +112,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
         loaded = loaded if to == "peft" else without_repeated_tables(loaded, base)
     elif base is not None and (loaded.flattened or has_other_experts(loaded, base)):
         loaded = with_dots_of(loaded, base)
+    elif to == "peft":
+        loaded = replace(loaded, notes=(*loaded.notes, *notes_on_experts(loaded, base)))
     writer = writer_of(to)
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output
     family = Family.UNKNOWN
@@ -181,6 +184,11 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     output, model = place(options.output), on_disk(newly_opened(source), options.on_message)  # ONNX opens files alone
     if options.ignore_head:
         onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={})])
+    if str(source) in RUNTIMES and not model.exists():
+        raise InputRefused(
+            f"{named('graph')} takes the file of a graph, and {source} is a runtime: `{command('check')}` shows what "
+            "that takes of an adapter"
+        )
     input_files.must_exist(model, "graph")
     graphs = taking_graphs(model)
     if options.ignore_head:

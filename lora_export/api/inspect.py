@@ -133,7 +133,7 @@ def inspect(options: InspectOptions) -> Inspection:
 
 def _inspect(path: Path, options: InspectOptions) -> Inspection:
     if not path.exists():
-        raise InputRefused(f"there is nothing at {path}")
+        raise InputRefused(f"there is nothing at {path}{input_files.similar_name(path)}")
     artifact = open_artifact(path)
     if artifact.kind.is_graph:
         artifact.refuse_changed_weights()

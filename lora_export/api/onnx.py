@@ -123,6 +123,10 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(
             f"{named('tied', 'both')} is for models: in a graph each layer gets a weight of its own where it changes"
         )
+    if is_graph and options.layout and options.reference is None:
+        raise WrongUsage(
+            f"{named('layout')} is for models: the operators of a graph determine the layout of its weights"
+        )
     if lora in ("inputs", "slots") and not adapters and target is None:
         raise WrongUsage(
             f"{named('lora', lora)} needs an adapter ({named('adapters')}), or {named('target')} for future ones"

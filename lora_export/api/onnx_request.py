@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import plan
+from lora_export.api.publish import ExportProofs
 from lora_export.api.shared_head import BaseTensor, without_shared_head
 from lora_export.artifacts.files import file_for_graph
 from lora_export.callbacks import Progress
@@ -133,38 +134,13 @@ class OnnxRequest(OnnxOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class OnnxProofs:
-    """Everything that was proven of one file."""
-
-    whole: Proof  # with the adapters that are in it; where they are swapped, without any
-    adapters: Mapping[str, Proof] = field(default_factory=dict)  # each by itself, where they are swapped
-    mixed: Proof | None = None  # batches in which each row has its own adapter
-    unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: not compared
-    several: Proof | None = None  # batches in which each row has several adapters
-    moved: Proof | None = None  # batches after the adapter of each slot was replaced
-    strengths: Mapping[str, Proof] = field(default_factory=dict)  # at other strengths: of each adapter, or of all
-
-    def parts(self, form: Callable[[Proof], Any]) -> dict[str, Any]:
-        """What was proven besides the whole, by name; each proof in a form of it."""
-        found: dict[str, Any] = {}
-        if self.unlike_base is not None:
-            found["bits_of_base"] = not self.unlike_base
-        if self.adapters or self.unlike_base is not None:
-            found["adapters"] = {name: form(proof) for name, proof in self.adapters.items()}
-        if self.strengths:
-            found["strengths"] = {name: form(proof) for name, proof in self.strengths.items()}
-        batches = {"mixed": self.mixed, "several": self.several, "moved": self.moved}
-        return found | {name: form(proof) for name, proof in batches.items() if proof}
-
-
-@dataclass(frozen=True, eq=False)
 class OnnxResult:
     """What was published, and its proofs."""
 
     output: Path
     files: tuple[Path, ...]  # the graph first, then what is stored beside it: weights, adapters
     plan: Plan | None  # None: no adapter
-    proofs: OnnxProofs | None  # None: `verify=False`
+    proofs: ExportProofs | None  # None: `verify=False`
     precision: WeightPrecision | None = None  # of its weights; None: no linear layer
     merge: MergeReport | None = None  # of a merge into quantised weights
 

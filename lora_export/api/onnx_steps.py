@@ -17,8 +17,8 @@ import onnx_ir as ir
 from lora_export import provenance
 from lora_export.api.adapter_values import generated_adapters, with_filled_slots
 from lora_export.api.generation_task import graph_files
-from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, adapter_file
-from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
+from lora_export.api.onnx_request import OnnxRequest, adapter_file
+from lora_export.api.publish import ExportProofs, recorded_verdict, require_same, stage_of_proof
 from lora_export.callbacks import note_each
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
@@ -193,7 +193,7 @@ def base_outputs(programs: Sequence[ir.Model], references: References, options: 
 
 def prove_all(
     path: Path, references: References, options: OnnxRequest, before: OutputsByCase, *, existing: Path | None = None
-) -> OnnxProofs:
+) -> ExportProofs:
     """Prove the file; the first of three graphs with the two beside it.
 
     `before` has the outputs of the graph without adapters, `existing` is the graph that it was.
@@ -210,7 +210,7 @@ def prove_all(
     if not options.is_swapped:
         own = references.with_adapters(options.adapters, options.weights)
         whole = require_same(_prove(runner, own, options, ""))
-        return OnnxProofs(whole, strengths=_prove_strengths(runner, own, options, "all"))
+        return ExportProofs(whole, strengths=_prove_strengths(runner, own, options, "all"))
     without, *runners = _by_adapter(runner, options)
     whole = _prove_base(without, references.with_adapters(()), options, existing)
     unlike = bits_that_differ(before, _outputs(without, references))
@@ -234,7 +234,7 @@ def prove_all(
         mixed = require_same(prove_mixed(runner, references, alone, several), MIXED)
         moved = prove_moved(runner, references, alone)
         moved = moved and require_same(moved, MOVED)
-    return OnnxProofs(whole, adapters, mixed, unlike, several, moved, strengths)
+    return ExportProofs(whole, adapters, mixed, unlike, several, moved, strengths)
 
 
 def _with_slots(options: OnnxRequest, runner: Graphs) -> tuple[OnnxRequest, Graphs]:
@@ -285,7 +285,7 @@ def _outputs(runner: Graphs, references: References) -> OutputsByCase:
     return {case: graph.run(arrays) for case, arrays in references.inputs(graph).cases.items()}
 
 
-def record_in(path: Path, record: dict[str, Any], proofs: OnnxProofs | None) -> None:
+def record_in(path: Path, record: dict[str, Any], proofs: ExportProofs | None) -> None:
     """Store in the file where it comes from and what was proven of it."""
     verdict = recorded_verdict(proofs.whole if proofs else None) | (proofs.parts(recorded_verdict) if proofs else {})
     append_metadata(path, {provenance.KEY: json.dumps(record | {"verdict": verdict})})

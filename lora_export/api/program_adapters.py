@@ -11,8 +11,8 @@ import numpy as np
 from torch import nn
 
 from lora_export import layers
-from lora_export.api.onnx_request import OnnxProofs, name_of_file
-from lora_export.api.publish import require_same, stage_of_proof
+from lora_export.api.onnx_request import name_of_file
+from lora_export.api.publish import ExportProofs, require_same, stage_of_proof
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import onnx_adapter, program_adapter
 from lora_export.formats.contract import AdapterPlace, Contract
@@ -131,7 +131,7 @@ def write_files(folder: Path, contract: Contract, steps: Plan) -> list[Path]:
 
 def prove_inputs(
     runner: Runner, references: References, steps: Plan, files: Sequence[Path], stage: Callable[[str], None]
-) -> OnnxProofs:
+) -> ExportProofs:
     """Prove a program with zeros, which is the base, and with the file of each adapter.
 
     Raises Different or Undecided unless every proof is `same`.
@@ -146,7 +146,7 @@ def prove_inputs(
     for adapter, strength, file in zip(steps.adapters, steps.strengths, files, strict=True):
         own = references.with_adapters([adapter], [strength])
         adapters[adapter.name] = proof(runner.with_adapter(file), own, adapter.name)
-    return OnnxProofs(whole, adapters)
+    return ExportProofs(whole, adapters)
 
 
 def with_values_of_adapters(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,31 @@ if TYPE_CHECKING:
     from lora_export.models.model import Model
 
 Proofs = TypeVar("Proofs")
+
+
+@dataclass(frozen=True, eq=False)
+class ExportProofs:
+    """Everything that was proven of an exported file."""
+
+    whole: Proof  # with the adapters that are in it; where they are swapped, without any
+    adapters: Mapping[str, Proof] = field(default_factory=dict)  # each by itself, where they are swapped
+    mixed: Proof | None = None  # batches in which each row has its own adapter
+    unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: not compared
+    several: Proof | None = None  # batches in which each row has several adapters
+    moved: Proof | None = None  # batches after the adapter of each slot was replaced
+    strengths: Mapping[str, Proof] = field(default_factory=dict)  # at other strengths: of each adapter, or of all
+
+    def parts(self, form: Callable[[Proof], Any]) -> dict[str, Any]:
+        """What was proven besides the whole, by name; each proof in a form of it."""
+        found: dict[str, Any] = {}
+        if self.unlike_base is not None:
+            found["bits_of_base"] = not self.unlike_base
+        if self.adapters or self.unlike_base is not None:
+            found["adapters"] = {name: form(proof) for name, proof in self.adapters.items()}
+        if self.strengths:
+            found["strengths"] = {name: form(proof) for name, proof in self.strengths.items()}
+        batches = {"mixed": self.mixed, "several": self.several, "moved": self.moved}
+        return found | {name: form(proof) for name, proof in batches.items() if proof}
 
 
 def record_of_model(

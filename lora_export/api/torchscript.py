@@ -8,13 +8,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from lora_export import layers, plan
 from lora_export.api import load
-from lora_export.api.adapted_model import adapted_model
-from lora_export.api.onnx_request import OnnxProofs
+from lora_export.api.adapted_model import AdaptedModel, adapted_model
 from lora_export.api.program_adapters import (
     attach_inputs,
     parameters_by_input,
@@ -23,18 +23,27 @@ from lora_export.api.program_adapters import (
     write_files,
 )
 from lora_export.api.programs import ProgramFormat, program_format
-from lora_export.api.publish import prove_trace, record_of_model, recorded_verdict, require_same, stage_of_proof
+from lora_export.api.publish import (
+    ExportProofs,
+    prove_trace,
+    record_of_model,
+    recorded_verdict,
+    require_same,
+    stage_of_proof,
+)
 from lora_export.artifacts.artifact import artifact_kind
 from lora_export.artifacts.files import with_suffix
-from lora_export.callbacks import in_stages, note_each
+from lora_export.callbacks import OnMessage, in_stages, note_each
 from lora_export.errors import RuntimeRefused, WrongUsage, first_line
-from lora_export.formats.contract import CONTRACT_KEY
+from lora_export.formats.contract import CONTRACT_KEY, Contract
 from lora_export.graph.refusals import refuse_transforms
 from lora_export.models.model import Model
 from lora_export.notebook import html_table
 from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
 from lora_export.options.spelling import named
+from lora_export.plan import Plan
+from lora_export.runtime.runner import Runner
 from lora_export.storage import atomic_output
 from lora_export.storage.artifact_kinds import PROGRAM_FORMATS
 from lora_export.storage.store_path import place
@@ -47,7 +56,7 @@ class TorchScriptResult:
     """What was published, and its proof."""
 
     output: Path
-    proofs: OnnxProofs | None  # None: `verify=False`
+    proofs: ExportProofs | None  # None: `verify=False`
     notes: tuple[str, ...]
     files: tuple[Path, ...]  # the program first, then the file of each adapter where they are inputs
 
@@ -100,26 +109,14 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         stage("loading the model")
         base = load.resolve_model(model, loaded, inputs=options.inputs, export=True)
         adapted = adapted_model(base, loaded, weights, options, on_message)
-        base = adapted.model
-        module, notes, contract = copy.deepcopy(base.module), [], None
-        if loaded:
-            specs, strengths = layers.specs(module), adapted.strengths
-            steps = plan.make(adapted.adapters, specs, strengths=strengths, one_at_a_time=is_swapped)
-            notes = [*(note for adapter in adapted.adapters for note in adapter.notes), *steps.notes]
-            note_each(on_message, notes)
-            if options.lora != "merged":
-                refuse_transforms(steps)
-            if is_swapped:
-                contract = attach_inputs(module, steps, options.max_rank)
-            else:
-                (layers.fold if options.lora == "merged" else layers.attach)(module, steps)
+        module, steps, contract = _with_adapters(adapted, options)
         stage("tracing" if program.IS_TRACE else "exporting")
-        base, save = _made(base, module, program, options)
+        base, save = _made(adapted.model, module, program, options)
         record = record_of_model(base, loaded, weights, {"lora": options.lora, **options.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
-        files = []
-        if contract is not None:
+        files: list[Path] = []
+        if contract is not None and steps is not None:
             contract = replace(contract, base=record["base"]["sha256"])
             record["inputs"] += parameters_by_input(module).values()
             record[CONTRACT_KEY] = json.loads(str(contract))
@@ -127,20 +124,37 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         further = None if options.inputs is None else place(options.inputs)
         references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
 
-        def prove_file() -> OnnxProofs:
-            save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
-            candidate = program.runner_of_file(folder / output.name, base)
-            if contract is not None:
+        def proofs_of(candidate: Runner) -> ExportProofs:
+            if contract is not None and steps is not None:
                 return prove_inputs(candidate, references, steps, files, stage)
-            return OnnxProofs(require_same(prove(candidate, references, step=stage_of_proof(stage))))
+            return ExportProofs(require_same(prove(candidate, references, step=stage_of_proof(stage))))
 
-        # A program has the sizes that it takes, and refuses others.
-        model = references.model if program.IS_TRACE else replace(references.model, traced={})
-        proofs = prove_trace(model, prove_file if options.verify else None, record.update, on_message)
-        form = functools.partial(recorded_verdict, runtime=program.RUNTIME)
-        record["verdict"] = form(proofs.whole if proofs else None) | (proofs.parts(form) if proofs else {})
-        save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
-    return TorchScriptResult(output, proofs, tuple(notes), (output, *(output.with_name(file.name) for file in files)))
+        file = _ProgramFile(folder / output.name, base, program, save, record)
+        proofs = _written(file, references, proofs_of if options.verify else None, on_message)
+    beside = (output.with_name(each.name) for each in files)
+    return TorchScriptResult(output, proofs, _notes(adapted, steps), (output, *beside))
+
+
+def _with_adapters(
+    adapted: AdaptedModel, options: TorchScriptOptions
+) -> tuple[nn.Module, Plan | None, Contract | None]:
+    """A copy of the module with the adapters in it, the plan of these, and the contract where they are inputs.
+
+    Raises MatchError and InputRefused for adapters that do not fit.
+    """
+    module, contract, is_swapped = copy.deepcopy(adapted.model.module), None, options.lora == "inputs"
+    if not adapted.adapters:
+        return module, None, None
+    specs = layers.specs(module)
+    steps = plan.make(adapted.adapters, specs, strengths=adapted.strengths, one_at_a_time=is_swapped)
+    note_each(options.on_message, _notes(adapted, steps))
+    if options.lora != "merged":
+        refuse_transforms(steps)
+    if is_swapped:
+        contract = attach_inputs(module, steps, options.max_rank)
+    else:
+        (layers.fold if options.lora == "merged" else layers.attach)(module, steps)
+    return module, steps, contract
 
 
 def _format(options: TorchScriptOptions) -> str:
@@ -164,3 +178,42 @@ def _made(
     options.on_message(f"note: the file takes texts without images. With images, {why}")
     base = base.without_images(why)
     return base, program.writer(base, module, options)
+
+
+@dataclass(frozen=True, eq=False)
+class _ProgramFile:
+    """A program that is not published yet."""
+
+    path: Path
+    base: Model
+    program: ProgramFormat
+    save: Callable[..., None]
+    record: dict[str, Any]  # in the file; its verdict comes last
+
+    def write(self) -> None:
+        self.save(self.path, extra={"lora_export.json": json.dumps(self.record)})
+
+
+def _written(
+    file: _ProgramFile,
+    references: PyTorchReferences,
+    proofs_of: Callable[[Runner], ExportProofs] | None,
+    on_message: OnMessage,
+) -> ExportProofs | None:
+    """Write a file, prove it by `proofs_of` unless that is None, and write it again with the verdict in its record."""
+
+    def prove_file(proofs_of: Callable[[Runner], ExportProofs]) -> ExportProofs:
+        file.write()
+        return proofs_of(file.program.runner_of_file(file.path, file.base))
+
+    # A program has the sizes that it takes, and refuses others.
+    model = references.model if file.program.IS_TRACE else replace(references.model, traced={})
+    proofs = prove_trace(model, proofs_of and functools.partial(prove_file, proofs_of), file.record.update, on_message)
+    form = functools.partial(recorded_verdict, runtime=file.program.RUNTIME)
+    file.record["verdict"] = form(proofs.whole if proofs else None) | (proofs.parts(form) if proofs else {})
+    file.write()
+    return proofs
+
+
+def _notes(adapted: AdaptedModel, steps: Plan | None) -> tuple[str, ...]:
+    return () if steps is None else (*(note for adapter in adapted.adapters for note in adapter.notes), *steps.notes)

@@ -161,6 +161,7 @@ def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tu
     Raises InputRefused for data that the model cannot take: texts without a tokenizer, texts to continue without a
     language model.
     """
+    _note_own_loss(loaded, options.on_message)
     groups, holdout, packing = data.groups, options.holdout, options.packing
     split = split_rows(groups, holdout, seed=options.seed) if holdout else (np.arange(len(groups)),)
     if packing and not (isinstance(data.content, CheckedRows) and data.content.survey.form in _TOKENISERS):
@@ -179,6 +180,17 @@ def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tu
         case CheckedRows():
             made = list(map(_Encoders(loaded, data.content, options).data, split))
     return made[0], made[1] if len(made) > 1 else None
+
+
+def _note_own_loss(loaded: Model, on_message: OnMessage) -> None:
+    """ProphetNet's own loss also rates the scores of the tokens after the next one. Ours has no scores of these."""
+    config = getattr(loaded.module, "config", None)
+    most = getattr(config, "ngram", 1)
+    if most > 1 and not getattr(config, "disable_ngram_loss", True):
+        on_message(
+            f"note: {type(loaded.module).__name__} is trained by the next token alone. Its own loss also rates its "
+            f"prediction of the next {most} tokens"
+        )
 
 
 def _of_arrays(loaded: Model, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> ArrayData:

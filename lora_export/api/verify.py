@@ -341,11 +341,6 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
     _check_endpoint(candidate, request)
     if stayed_quantised:
         _check_quantised(request)
-    if request.layout and model is not None:
-        raise WrongUsage(
-            f"{named('layout')} is for {named('base')} without {named('model')}: a model determines the layout of its "
-            "weights"
-        )
 
 
 def _check_quantised(request: VerifyRequest) -> None:

@@ -65,7 +65,6 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
         "candidate": str(candidate.path),
         "judged_files": sorted(judged.files),
         "base": str(request.checkpoint.path),
-        **({"layout": dict(request.layout)} if request.layout else {}),
         **request.settings,
         "adapters": adapter_records(loaded, request.weights or (1.0,) * len(loaded)),
         "spellings": {adapter.name: one for adapter, one in zip(loaded, judged.plan.spellings, strict=True)},

@@ -352,5 +352,5 @@ def refuse_no_model(source: str | Path) -> None:
     if not (Path(source).is_dir() or kind is ArtifactKind.PROGRAM or is_factory):
         raise InputRefused(
             f"{str(source)!r} is no model: give a Hugging Face folder that exists, `package.module:factory`, "
-            "`file.py:factory` or a .pt2 file"
+            f"`file.py:factory` or a .pt2 file{input_files.similar_name(Path(source))}"
         )

@@ -21,7 +21,7 @@ MOST_ADAPTERS = 4  # of the short screen
 MOST_FILES = 3  # of the short screen
 
 if TYPE_CHECKING:
-    from lora_export.api.onnx_request import OnnxProofs
+    from lora_export.api.publish import ExportProofs
     from lora_export.api.verify import Verification
     from lora_export.verification.proof import Proof
 
@@ -47,7 +47,7 @@ def show_proof(proof: Proof | Audit | None, name: str = "") -> None:
         print_summary(console(), proof)
 
 
-def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
+def export_proofs_document(proofs: ExportProofs | None) -> dict[str, Any]:
     """The proofs of an export as JSON."""
     return {
         "proof": proof_document(proofs.whole if proofs else None),
@@ -55,7 +55,7 @@ def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
     }
 
 
-def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
+def show_export_proofs(proofs: ExportProofs | None) -> None:
     """Print the verdicts of an export on stdout, all of which are `same`."""
     if proofs is None or not (proofs.adapters or proofs.unlike_base is not None):
         show_proof(proofs.whole if proofs else None)

@@ -18,7 +18,7 @@ from lora_export.formats import default_name
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.common import is_address
 from lora_export.options.fleet import keys_of, options_from_table, unknown_key
-from lora_export.storage.input_files import read_bytes
+from lora_export.storage.input_files import must_exist, read_bytes
 from lora_export.storage.store_path import StorePath, is_hub_address
 from lora_export.storage.store_path import place as stored_place
 
@@ -43,6 +43,7 @@ def read_fleet(path: Path) -> FleetFile:
     Raises InputRefused for a file that is damaged and for a glob without a match, and WrongUsage for keys and values
     that no fleet or no step has, with their place.
     """
+    must_exist(path, "file of a fleet")
     try:
         table = tomllib.loads(read_bytes(path, MAX_SETTINGS).decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -19,7 +19,7 @@ from lora_export.fleet.worker import output_exists
 from lora_export.formats.adapter_files import by_headers
 from lora_export.options.combining import Applied
 from lora_export.options.declaring import options_of
-from lora_export.options.fleet import options_from_table
+from lora_export.options.fleet import entries_of, options_from_table
 from lora_export.options.merge import MergeOptions
 from lora_export.report.json_document import as_dict
 from lora_export.storage.artifact_kinds import ArtifactKind
@@ -115,7 +115,7 @@ def _misfit(job: FleetJob) -> str:
     """Why the adapter does not fit the base; empty where headers show no reason."""
     try:
         options: Any = options_from_table(job.kind.record, job.values, job.place, **job.fixed())
-        with by_headers():
+        with by_headers(), entries_of(job.kind.record):
             if job.step == "merge":
                 FLEET_STEPS["merge"].function(**vars(options) | {"dry_run": True})
             elif isinstance(options, Applied) and artifact_kind(locate(job.base_path, ignore)) in MERGED_INTO:

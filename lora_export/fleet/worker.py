@@ -39,7 +39,7 @@ class JobRequest:
     records: str
     made: Mapping[str, str]  # outputs of earlier jobs: as the job names them -> as they were written
     facts: Mapping[str, Any]  # of the record
-    as_command_line: bool  # how messages spell options
+    as_command_line: bool  # how messages spell commands
     own: Mapping[str, Any] = field(default_factory=dict)  # what exists of its output, and this fleet wrote
 
     @property
@@ -73,14 +73,16 @@ def perform(batch: JobBatch) -> list[dict[str, Any]]:
     with contextlib.suppress(OSError):  # on another machine, where all paths are addresses
         os.chdir(batch.requests[0].folder)
     from lora_export.options.commands import declared_flags
+    from lora_export.options.fleet import entries_of
     from lora_export.options.spelling import as_command_line
 
     records = FleetRecords(Path(batch.requests[0].records), reads=True)
     begun, notes = time.perf_counter(), [list[str]() for _ in batch.requests]
     attempt = uuid.uuid4().hex
     requests = [_started(request, records, attempt) for request in batch.requests]
-    spelling = as_command_line(declared_flags) if requests[0].as_command_line else contextlib.nullcontext()
-    with spelling, watched(functools.partial(_record_published, requests, records, attempt)):
+    door = as_command_line(declared_flags) if requests[0].as_command_line else contextlib.nullcontext()
+    spelling = entries_of(requests[0].job.kind.record)
+    with door, spelling, watched(functools.partial(_record_published, requests, records, attempt)):
         results = _results(requests, notes)
         found = [_record_of(*each, records) for each in zip(requests, results, strict=True)]
     seconds = round((time.perf_counter() - begun) / len(requests), 3)

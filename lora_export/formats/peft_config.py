@@ -15,6 +15,7 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import WRAPPERS, positive_number, unwrapped
 from lora_export.formats.patterns import Patterns
+from lora_export.lora import ParameterEnding
 
 # `of_every_kind` and `of_lora` are fields that the readers use, or that do not affect the weights. Some belong to
 # `init_lora_weights`, such as `loftq_config`: PEFT leaves them beside `true` in an adapter that it has converted.
@@ -151,8 +152,11 @@ def is_declared(tensor: str, config: Mapping[str, Any]) -> bool:
 
 def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The targeted names, if the config is a plain list: no pattern, no chosen layers, no excluded modules."""
-    parameters = [target.removesuffix(".weight") for target in config.get("target_parameters") or ()]
+    parameters = [
+        target.removesuffix(".weight") if target.endswith(".weight") else ParameterEnding(target)
+        for target in config.get("target_parameters") or ()
+    ]
     targets = config.get("target_modules") or ([] if parameters else None)
     if config.get("layers_to_transform") is not None or config.get("exclude_modules") or not isinstance(targets, list):
         return ()
-    return tuple(map(str, [*targets, *parameters]))
+    return (*map(str, targets), *parameters)

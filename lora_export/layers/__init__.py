@@ -13,7 +13,7 @@ from lora_export.layers.materialising import (
     refuse_trainable_base,
     widen_trained,
 )
-from lora_export.layers.module_tensors import CONVOLUTION_TYPES, respelled_for, specs, with_loaded_names
+from lora_export.layers.module_tensors import CONVOLUTION_TYPES, respelled_for, specs, state_layouts, with_loaded_names
 from lora_export.layers.new_adapter import create_adapter, full_rank_layers, tensors_of
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "respelled_for",
     "scale_adapters",
     "specs",
+    "state_layouts",
     "switched_branches",
     "tensors_of",
     "untie",

@@ -19,7 +19,9 @@ from lora_export.layers.torch_internals import own_buffers, own_parameters, unsa
 from lora_export.lora import Adapter
 from lora_export.names.architecture import ArchitectureRules, rules_of
 from lora_export.names.loaded_names import LoadedNames
+from lora_export.options.spelling import named
 from lora_export.plan import Layout, TensorSpec
+from lora_export.plan.layouts import check_stated, stated_layout
 from lora_export.plan.match_names import with_prefixes
 from lora_export.plan.spelling import respelled
 
@@ -92,11 +94,25 @@ def layout_of(owner: nn.Module, attribute: str) -> Layout:
     if isinstance(owner, conv1d()) and attribute == "weight":
         return Layout.IN_OUT
     if attribute == "weight" and isinstance(declared := getattr(owner, "lora_layout", None), Layout):
-        return declared  # the weight of a .pt2 program, whose layer is known by its name alone
+        return declared  # stated, or the weight of a .pt2 program, whose layer is known by its name alone
     own = own_parameters(owner).get("weight")
     if attribute == "weight" and own is not None and own.ndim == 2 and not _has_forward_of_torch(owner):
         return Layout.UNKNOWN  # a matrix that a forward of its own reads, such as that of a router of experts
     return Layout.OTHER
+
+
+def state_layouts(module: nn.Module, stated: Mapping[str, str]) -> None:
+    """State the layouts of matrices, in place, where the classes of their layers do not (see `plan.make`).
+
+    Raises WrongUsage and InputRefused as `plan.make` does, and for a layer, named alone, whose class contradicts it.
+    """
+    check_stated(stated, {spec.name: spec for spec in specs(module)})
+    for name, owner, attribute, _ in named_tensors(module):
+        own, wanted = layout_of(owner, attribute), stated_layout(name, stated)
+        if own is Layout.UNKNOWN and wanted is not None:
+            owner.lora_layout = wanted  # type: ignore[assignment]
+        elif stated.keys() & {name, name.removesuffix(".weight")} and own is not wanted:
+            raise InputRefused(f"{named('layout')} states that {name} is {wanted}, but the model's is {own}")
 
 
 def _has_forward_of_torch(owner: nn.Module) -> bool:

@@ -166,7 +166,7 @@ def _config_fields(folder: Path, adapters: Sequence[Adapter], head: TaskHead | N
             "factory, `file.py:factory`, where you trust it"
         )
     if "model_type" not in fields:
-        raise InputRefused(f"{path} has no model_type")
+        raise InputRefused(f"{path} has no model_type: give the folder of a Hugging Face model, or a factory")
     return fields
 
 

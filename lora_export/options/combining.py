@@ -1,11 +1,12 @@
 """How several adapters are combined, and what happens to tied tensors of which one changes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from lora_export.errors import WrongUsage
+from lora_export.options.common import LAYOUT
 from lora_export.options.declaring import Option, Options, Section, means, nested, option
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
@@ -171,11 +172,13 @@ class Applied(Weighted):
     """How adapters are applied to a base: options that merges, exports and proofs share."""
 
     tied: TiedEmbeddings = means("error", TIED_OPTION)
+    layout: Mapping[str, str] | None = means(None, replace(LAYOUT, section=Section.READING))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What records and reports contain of it; empty where it is the default."""
-        return {**self.combined.settings, **({} if self.tied == "error" else {"tied": self.tied})}
+        stated = {"tied": self.tied != "error" and self.tied, "layout": dict(self.layout or {})}
+        return {**self.combined.settings, **{name: value for name, value in stated.items() if value}}
 
 
 @dataclass(frozen=True, kw_only=True)

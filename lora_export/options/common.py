@@ -36,9 +36,9 @@ def is_address(path: str | Path) -> bool:
 
 PROVIDER = Option("Execution provider on which onnxruntime must run.", section=Section.PROOF, often=True)
 LAYOUT = Option(
-    "Layout of a square matrix of a checkpoint: out_in (nn.Linear) or in_out (transformers' Conv1D). NAME is a tensor, "
-    "a module or a glob such as '*'. Needed only where neither config.json nor the adapter determines it. May be "
-    "repeated: the last match counts.",
+    "Layout of a square matrix of a checkpoint, or of a layer of a model's own class: out_in (nn.Linear) or in_out "
+    "(transformers' Conv1D). NAME is a tensor, a module or a glob such as '*'. Needed only where neither the model nor "
+    "the adapter determines it. May be repeated: the last match counts.",
     metavar="NAME=in_out|out_in",
     read=table_of("NAME=out_in or NAME=in_out", {"out_in": "out_in", "in_out": "in_out"}.__getitem__, at_last=True),
 )

@@ -3,7 +3,9 @@
 The keys of a table are the options' long spellings, without dashes.
 """
 
+import contextlib
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from lora_export.options.declaring import (
     option,
     options_of,
 )
+from lora_export.options.spelling import UNSET, as_entries
 
 VERIFY_WEIGHTS = "verify --base"  # the step that proves merged weights, as the file of a fleet names it
 RUN = Only("action", ("run",), words="`fleet run`")
@@ -86,10 +89,40 @@ def options_from_table(record: type[_Record], table: Mapping[str, Any], place: s
         except ValueError as error:
             raise WrongUsage(f"{place}: `{key}` is {value!r}; {error}") from error
     try:
-        records = {name: nested_in(record)[name].record(**values) for name, values in inner.items()}
-        return record(**keywords | records | fixed)
+        with entries_of(record):
+            records = {name: nested_in(record)[name].record(**values) for name, values in inner.items()}
+            return record(**keywords | records | fixed)
     except WrongUsage as error:
         raise WrongUsage(EscapedLines(f"{one_line(place)}: {error.lines}")) from error
+
+
+def entries_of(record: type[Options]) -> contextlib.AbstractContextManager[None]:
+    """Within the block, messages name the options of a record as its table has them: `overwrite = true`."""
+    known = keys_of(record)
+    by_name = {declared.name: key for key, (_, declared) in known.items()}
+
+    def entry(name: str, value: object) -> str | None:
+        key = name.replace("_", "-")
+        key = key if key in known else by_name.get(name, "")
+        return f"`{_entry(key, known[key][1], value)}`" if key else None
+
+    return as_entries(entry)
+
+
+def _entry(key: str, declared: Declared, value: object) -> str:
+    """An option as TOML has it. A flag is named with its value: that is how one switches it on."""
+    is_switched_off_by_key = declared.default is True
+    if declared.kind == "flag" and not (value is UNSET and is_switched_off_by_key):
+        value = (value is not False) is not is_switched_off_by_key
+    return key if value is UNSET else f"{key} = {_toml(value)}"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{json.dumps(str(name))} = {_toml(each)}' for name, each in value.items())}}}"
+    if isinstance(value, tuple):  # several flags of one entry, as `read` of its option takes them
+        return json.dumps(",".join(str(int(each)) for each in value))
+    return json.dumps(value if isinstance(value, bool | int | float) else str(value))
 
 
 def unknown_key(place: str, key: str, known: Iterable[str]) -> WrongUsage:

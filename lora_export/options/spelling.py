@@ -1,7 +1,8 @@
-"""How a message names an option: as the command line spells it, or as Python does.
+"""How a message names an option: as the command line spells it, as Python does, or as a file of settings.
 
 Code below the command line names options by their Python names. While the command line runs, `named` and `command`
-spell them as flags. Everywhere else they spell keywords:
+spell them as flags. Where a file has the options, `named` spells its entries: `dtype = "float32"`. Everywhere else
+they spell keywords:
 
     named("dtype", "float32")           --dtype float32                      dtype="float32"
     named("verify", False)              --no-verify                          verify=False
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 KEYWORDS = {"combine": "combination", "combine_seed": "seed"}  # names of flags -> keywords of Python
 FUNCTIONS = {
@@ -25,9 +27,16 @@ FUNCTIONS = {
 COMMANDS_ALONE = ("doctor", "guide")  # commands that are no function
 
 Flags = Callable[[], Mapping[str, str]]  # returns flags by Python names, where they are not the names with dashes
+EntrySpelling = Callable[[str, object], str | None]  # spells an option and its value; None: the file has no such option
 
-_flags: Flags | None = None  # None: keywords of Python
-_UNSET = object()
+
+class _Spelling(NamedTuple):
+    flags: Flags | None = None  # None: keywords of Python
+    entry: EntrySpelling | None = None
+
+
+_spelling = _Spelling()
+UNSET = object()  # the value of an option that is named alone
 
 
 @contextlib.contextmanager
@@ -36,12 +45,8 @@ def as_command_line(flags: Flags | None = dict) -> Iterator[None]:
 
     `flags` is called when an option is spelled. None: as keywords.
     """
-    global _flags  # noqa: PLW0603 - a process has one interface to its user at a time
-    before, _flags = _flags, flags
-    try:
+    with _spelled(_Spelling(flags)):
         yield
-    finally:
-        _flags = before
 
 
 def as_python() -> contextlib.AbstractContextManager[None]:
@@ -49,23 +54,41 @@ def as_python() -> contextlib.AbstractContextManager[None]:
     return as_command_line(None)
 
 
+@contextlib.contextmanager
+def as_entries(entry: EntrySpelling) -> Iterator[None]:
+    """Spell options as entries of a file within the block. Commands, and options that it lacks, stay as they are."""
+    with _spelled(_spelling._replace(entry=entry)):
+        yield
+
+
+@contextlib.contextmanager
+def _spelled(spelling: _Spelling) -> Iterator[None]:
+    global _spelling  # noqa: PLW0603 - a process has one interface to its user at a time
+    before, _spelling = _spelling, spelling
+    try:
+        yield
+    finally:
+        _spelling = before
+
+
 def is_command_line() -> bool:
-    """Whether options are spelled as flags."""
-    return _flags is not None
+    """Whether commands are spelled as those of the command line."""
+    return _spelling.flags is not None
 
 
-def named(name: str, value: object = _UNSET) -> str:
+def named(name: str, value: object = UNSET) -> str:
     """Spell an option, and its value where one is meant: `--dtype float32`, or `dtype="float32"`.
 
     `name` is the Python name. A value in capitals stands for one: `named("inputs", "FILE.npz")`.
     """
-    return _keyword(name, value) if _flags is None else _flag(name, value, _flags())
+    entry = _spelling.entry(name, value) if _spelling.entry else None
+    return entry or (_keyword(name, value) if _spelling.flags is None else _flag(name, value, _spelling.flags()))
 
 
 def command(name: str, *arguments: str, **options: object) -> str:
     """Spell a call of another command with these arguments and options, by their Python names."""
-    if _flags is not None or name in COMMANDS_ALONE:
-        flags = {} if _flags is None else _flags()
+    if _spelling.flags is not None or name in COMMANDS_ALONE:
+        flags = {} if _spelling.flags is None else _spelling.flags()
         words = [*arguments, *(_flag(*each, flags) for each in options.items())]
         return " ".join(["lora-export", name, *words])
     words = [*(f'"{argument}"' for argument in arguments), *(_keyword(*each) for each in options.items())]
@@ -78,12 +101,12 @@ def _flag(name: str, value: object, flags: Mapping[str, str]) -> str:
         return f"--no-{flag.lstrip('-')}"
     if isinstance(value, Mapping):
         return " ".join(f"{flag} {key}={_entry(entry)}" for key, entry in value.items())
-    return flag if value is _UNSET or value is True else f"{flag} {value}"
+    return flag if value is UNSET or value is True else f"{flag} {value}"
 
 
 def _keyword(name: str, value: object) -> str:
     name = KEYWORDS.get(name, name)
-    if value is _UNSET:
+    if value is UNSET:
         return f"{name}="
     if isinstance(value, Mapping):
         return f"{name}={{{', '.join(f'{_quoted(key)}: {_quoted(entry)}' for key, entry in value.items())}}}"

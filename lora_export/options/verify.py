@@ -3,20 +3,19 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSources, GivenAdapters
-from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running, axis_size
+from lora_export.options.common import Download, ModelSource, Reported, Running, axis_size
 from lora_export.options.declaring import (
     Option,
     Options,
     Positional,
     Section,
     declares,
-    means,
     nested,
     option,
     table_of,
@@ -186,7 +185,6 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
         metavar="CHECKPOINT",
         often=True,
     )
-    layout: Mapping[str, str] | None = means(None, replace(LAYOUT, section=Section.PROOF))
     calibration: str | Path | None = option(
         None,
         "The file of `merge {calibration}`: the outputs of calibrated layers are judged on its held-out part, too. "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_export.errors import InputRefused, Misfit
-from lora_export.lora import Adapter, split_part
+from lora_export.lora import Adapter, ParameterEnding, split_part
 from lora_export.names.diffusion_layouts import OtherLayout
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.options.spelling import named
@@ -181,10 +181,12 @@ def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorS
     patterns = {_without_numbers(module) for module in adapted}
     adapted_endings = {ending for module in adapted for ending in _endings(module)}
     targets = set(adapter.targets)
+    of_modules = {target for target in adapter.targets if not isinstance(target, ParameterEnding)}
     missing = []
     for spec in base.values():
         module = spec.name.removesuffix(".weight")
-        target = next((ending for ending in _endings(module) if ending in targets), None)
+        possible = targets if module == spec.name else of_modules
+        target = next((ending for ending in _endings(module) if ending in possible), None)
         is_bias = spec.layout is Layout.OTHER and len(spec.shape) < 3  # or the weight of a norm
         if target is None or module in adapted or spec.name in replaced or is_bias:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import stat
@@ -14,6 +15,7 @@ from lora_export.errors import InputRefused
 from lora_export.storage.store_path import StorePath, copy_in_store
 
 COPIED_AT_ONCE = 1 << 20  # bytes
+MOST_NAMES = 1000  # of a folder that are compared with a name that is not there
 
 
 def must_exist(path: Path, what: str) -> None:
@@ -21,9 +23,22 @@ def must_exist(path: Path, what: str) -> None:
     try:
         path.stat()
     except FileNotFoundError:
-        raise InputRefused(f"there is no {what} at {path}") from None
+        raise InputRefused(f"there is no {what} at {path}{similar_name(path)}") from None
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error
+
+
+def similar_name(path: Path) -> str:
+    """The most similar name in the folder of a path on the disk, as the end of a message; empty where none is."""
+    import difflib  # after a mistake alone
+
+    if isinstance(path, StorePath) or not path.parent.is_dir():
+        return ""
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        names = [entry.name for entry in itertools.islice(entries, MOST_NAMES)]
+        if near := difflib.get_close_matches(path.name, names, n=1, cutoff=0.75):
+            return f"; a similar name there is {near[0]}"
+    return ""
 
 
 def must_be_regular(path: Path) -> None:

@@ -1,8 +1,9 @@
 """Objects in S3, Google Cloud Storage and Azure: what is there, ranges of it, and uploads, through obstore.
 
 A bucket caches the sizes and ETags of objects, until `forget`. Each read requests the cached ETag (If-Match): what is
-read is what was planned. Credentials come from the usual places of obstore (the environment, the machine's role). The
-text of its errors is never shown, because a store's answer may quote a key.
+read is what was planned. Small objects are read whole, once for each ETag. Credentials come from the usual places of
+obstore (the environment, the machine's role). The text of its errors is never shown, because a store's answer may quote
+a key.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +28,9 @@ UPLOADED_PART = 12 << 20  # bytes; a store takes at most 10,000 parts of an obje
 PARTS_AT_ONCE = 4
 OF_UPLOAD = (PARTS_AT_ONCE + 1) * UPLOADED_PART  # bytes of memory: parts on their way, and the one that is filled
 RETRIES, DEADLINE = 5, timedelta(minutes=3)  # of one request: a store joins the parts of a large object in minutes
+LISTED_AT_ONCE = 1000  # objects of one answer of a store
+SMALL_OBJECT = 8 << 10  # bytes; an adapter's configuration
+SMALL_OBJECTS = 64  # whose bytes are in memory
 MOST_OBJECTS = 100_000  # below an address; more is no model
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -99,6 +104,7 @@ class Bucket:
         self.address, self._store = address, store
         self._known: dict[str, ObjectInfo | None] = {}
         self._listed: set[str] = set()
+        self._small = OrderedDict[tuple[str, str, int], memoryview]()  # of small objects, by key, ETag and size
         self.held: dict[str, bytes | None] = {}  # objects that are put when their output is whole
         self.fences: dict[str, Fence] = {}  # by the keys of outputs
         self.put_here: dict[str, str | None] = {}  # the ETags of what this process has put and not deleted, by key
@@ -131,7 +137,11 @@ class Bucket:
         if any(_is_below(key, listed) or listed == key for listed in self._listed):
             return False
         with _errors(self._of(key), EnvironmentLacking):
-            return any(len(page) for page in self._store.list(key or None, chunk_size=1))
+            page: list[Any] = next(iter(self._store.list(key or None, chunk_size=LISTED_AT_ONCE)), [])
+        self._known |= {each["path"]: _info(each) for each in page}
+        if len(page) < LISTED_AT_ONCE:
+            self._listed.add(key)
+        return len(page) > 0
 
     def below(self, key: str) -> dict[str, ObjectInfo]:
         """The objects below a key, by their names from there on."""
@@ -160,6 +170,17 @@ class Bucket:
             raise InputRefused(f"there is no object {self._of(key)}")
         if start >= (stop := min(stop, info.size)):
             return memoryview(b"")
+        if info.size > SMALL_OBJECT or info.e_tag is None:
+            return self._requested(key, info, start, stop)
+        name = key, info.e_tag, info.size
+        if (content := self._small.pop(name, None)) is None:
+            content = self._requested(key, info, 0, info.size)
+        self._small[name] = content  # as the last one that was used
+        while len(self._small) > SMALL_OBJECTS:
+            self._small.popitem(last=False)
+        return content[start:stop]
+
+    def _requested(self, key: str, info: ObjectInfo, start: int, stop: int) -> memoryview:
         options: dict[str, Any] = {"range": (start, stop)} | ({"if_match": info.e_tag} if info.e_tag else {})
         try:
             with _errors(self._of(key), EnvironmentLacking):

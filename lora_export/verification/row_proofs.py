@@ -224,15 +224,6 @@ def mixed_rows(adapters: int, per_row: int) -> list[MixedRow]:
     return [*rows, MixedRow((0,) * per_row, (1.0,) * per_row, 0)]
 
 
-def judge_mixed(candidate: Runner, proofs: Sequence[Proof], order: Sequence[int]) -> Proof:
-    """Judge a candidate whose rows have different adapters, as the ids in `order` over and over along the batch.
-
-    `proofs` are, by id, those of whole batches whose rows all have the same adapter, on the same inputs. Each row has
-    to be what it is there. Raises Undecided where no output has a row for each row of the batch.
-    """
-    return _judged(proofs, _mixed_cases(candidate, proofs, [MixedRow((one,), (1.0,), one) for one in order]))
-
-
 def _judged(proofs: Sequence[Proof], cases: Sequence[parity.Case]) -> Proof:
     first, last = proofs[0], proofs[-1]
     verdict = parity.judge(cases, dtype=last.verdict.dtype)

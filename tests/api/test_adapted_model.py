@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -103,6 +104,45 @@ def test_a_torchscript_file_with_tied_changes_is_proven(tied: str, tmp_path: Pat
     torch.testing.assert_close(found, by_hand(tied, SECOND), rtol=1e-5, atol=1e-5)
     other = {"untie": "both", "both": "untie"}[tied]
     assert le.verify(tmp_path / "m.pt", source, adapters=[SECOND], tied=other).verdict.outcome == "different"
+
+
+class Mixing(nn.Module):
+    """A linear layer and a square matrix that is stored (in, out), in a layer of its own class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.mix = nn.Linear(6, 6), nn.Module()
+        self.mix.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.fc(x)) @ self.mix.weight
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt"])
+def test_the_layout_of_an_own_class_can_be_stated(suffix: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    one = Adapter("ad", "peft", {"mix": LoraPair(rng.standard_normal((1, 6)), rng.standard_normal((6, 1)), 1.0)})
+    x, module = torch.randn(3, 6), Mixing()
+    source, out, export = (
+        (module, x),
+        tmp_path / f"m.{suffix}",
+        le.export_onnx if suffix == "onnx" else le.export_torchscript,
+    )
+    with pytest.raises(InputRefused, match=r'mix\.weight.*layout=\{"NAME": "out_in"\}'):
+        export(source, out, adapters=[one])
+    export(source, out, adapters=[one], layout={"mix": "in_out"})
+    expected = torch.tanh(module.fc(x)) @ (module.mix.weight + torch.tensor(one.pairs["mix"].delta()).T)
+    found = torch.jit.load(out)(x) if suffix == "pt" else run(out, x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not hasattr(module.mix, "lora_layout")
+    for layout, outcome in (("in_out", "same"), ("out_in", "different")):
+        assert le.verify(out, source, adapters=[one], layout={"mix": layout}).verdict.outcome == outcome
+
+
+def run(graph: Path, x: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    return torch.tensor(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 COMBINED = Combination("dare_linear", density=0.6, seed=3)

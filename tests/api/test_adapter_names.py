@@ -19,7 +19,7 @@ import pytest
 import torch
 from diffusers import CogView4Transformer2DModel
 from safetensors.numpy import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lora_export
 from lora_export import formats
@@ -94,23 +94,37 @@ def test_the_names_are_those_that_were_asked_for(tmp_path: Path) -> None:
     assert all(np.array_equal(found[key], first[key]) for key in found)
 
 
+PEFT_DROPS = "PEFT loads an adapter with other names without its experts, in silence. base="
+
+
 @pytest.mark.parametrize(("name", "renamed"), [("mixtral", True), ("qwen3_moe", False)])
 def test_experts_of_mlx_get_names_that_peft_finds(tmp_path: Path, name: str, renamed: bool) -> None:
     """mlx-lm calls w1 of Mixtral gate_proj, which is the name of no layer."""
     saved = experts.save(tmp_path / "models", name)
     lora_export.convert(saved["adapter"], tmp_path / "mlx", to="mlx", base=saved["old"])
-    lora_export.convert(tmp_path / "mlx", tmp_path / "peft", to="peft", base=saved["old"])
+    found = lora_export.convert(tmp_path / "mlx", tmp_path / "peft", to="peft", base=saved["old"])
+    assert PEFT_DROPS not in str(found.notes) and peft_finds_experts(saved["old"], found.output)
     lora_export.merge(saved["old"], tmp_path / "peft", tmp_path / "out")
     found, expected = weights(tmp_path / "out"), weights(saved["merged_old"])
     assert all(np.allclose(found[key], expected[key], rtol=0, atol=2e-7) for key in expected)
     keys = load_file(tmp_path / "peft/adapter_model.safetensors").keys()
     assert any("mlp.experts.base_layer.lora_A" in key for key in keys) == renamed
-    lora_export.convert(tmp_path / "mlx", tmp_path / "without", to="peft")
+    without = lora_export.convert(tmp_path / "mlx", tmp_path / "without", to="peft")
+    assert PEFT_DROPS in str(without.notes) and peft_finds_experts(saved["old"], without.output) != renamed
     own = load_file(tmp_path / "without/adapter_model.safetensors").keys()
     assert (own == keys) != renamed
     for base in (saved["new"], as_mlx(saved["old"], tmp_path / "as_mlx"), only_config(saved["old"], tmp_path / "bare")):
-        written = lora_export.convert(tmp_path / "mlx", tmp_path / f"of_{base.name}", to="peft", base=base).output
-        assert load_file(written / "adapter_model.safetensors").keys() == own, base
+        written = lora_export.convert(tmp_path / "mlx", tmp_path / f"of_{base.name}", to="peft", base=base)
+        assert load_file(written.output / "adapter_model.safetensors").keys() == own, base
+        assert PEFT_DROPS in str(written.notes)
+
+
+def peft_finds_experts(base: Path, adapter: Path) -> bool:
+    """Whether PEFT changes the experts of the model by this adapter."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "experts" in name}
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    return all(not torch.equal(merged[name], value) for name, value in before.items())
 
 
 def only_config(base: Path, folder: Path) -> Path:

@@ -86,6 +86,14 @@ def test_a_layer_without_inputs_is_refused(graph: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x.onnx_adapter").exists()
 
 
+def test_a_runtime_is_no_graph(graph: Path, tmp_path: Path) -> None:
+    adapter = peft_adapter(tmp_path / "a", {"up": (A, B)})
+    with pytest.raises(InputRefused, match=r"graph= takes the file of a graph, and vllm is a runtime: `check"):
+        le.convert(adapter, output=tmp_path / "o.onnx_adapter", graph="vllm")
+    with pytest.raises(InputRefused, match=rf"; a similar name there is {graph.name}$"):
+        le.convert(adapter, output=tmp_path / "o.onnx_adapter", graph=graph.with_name(f"my{graph.name}"))
+
+
 def test_a_weight_is_a_factor_on_pairs_and_biases(tmp_path: Path) -> None:
     adapter = peft_adapter(tmp_path / "one", {"fc": ([[1.0, 2.0]], [[1.0], [3.0]])})
     le.convert(adapter, tmp_path / "half", to="peft", weight=0.5)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, OnnxResult, adapter_file, check_adapters
+from lora_export.api.onnx_request import OnnxRequest, OnnxResult, adapter_file, check_adapters
+from lora_export.api.publish import ExportProofs
 from lora_export.errors import InputRefused, MatchError, OutputFailed
 from lora_export.lora import Adapter, LoraPair
 from lora_export.verification.proof import Proof
@@ -118,5 +119,5 @@ def test_the_output_may_not_be_an_input(tmp_path: Path) -> None:
 
 def test_the_proof_of_a_result_is_that_of_the_whole_graph() -> None:
     whole = Proof(SAME, None, {})
-    assert OnnxResult(Path("m.onnx"), (), None, OnnxProofs(whole)).proof is whole
+    assert OnnxResult(Path("m.onnx"), (), None, ExportProofs(whole)).proof is whole
     assert OnnxResult(Path("m.onnx"), (), None, None).proof is None

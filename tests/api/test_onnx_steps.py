@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lora_export.api.onnx_request import OnnxProofs, OnnxRequest
+from lora_export.api.onnx_request import OnnxRequest
 from lora_export.api.onnx_steps import base_outputs, insert_and_save, locate_steps, prove_all, record_in, write_graph
+from lora_export.api.publish import ExportProofs
 from lora_export.errors import Different, MatchError
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter
@@ -96,14 +97,14 @@ def test_a_wrong_base_is_named(tmp_path: Path) -> None:
     ("proofs", "fields"),
     [
         (None, {"outcome": "not verified"}),
-        (OnnxProofs(Proof(SAME, None, {})), {"outcome": "same"}),
+        (ExportProofs(Proof(SAME, None, {})), {"outcome": "same"}),
         (
-            OnnxProofs(Proof(SAME, None, {}), {"fr": Proof(SAME, None, {})}, Proof(SAME, None, {}), []),
+            ExportProofs(Proof(SAME, None, {}), {"fr": Proof(SAME, None, {})}, Proof(SAME, None, {}), []),
             {"outcome": "same", "bits_of_base": True},
         ),
     ],
 )
-def test_a_file_records_its_proofs(tmp_path: Path, proofs: OnnxProofs | None, fields: dict[str, Any]) -> None:
+def test_a_file_records_its_proofs(tmp_path: Path, proofs: ExportProofs | None, fields: dict[str, Any]) -> None:
     path = written(tmp_path, options("nodes", FR))
     record_in(path, {"base": {"sha256": "ab"}}, proofs)
     record = record_of(path)

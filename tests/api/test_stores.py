@@ -172,6 +172,28 @@ def test_verify_reads_each_weight_once_in_few_requests(
     assert weights == [4 * 96 * 40] * 6 and sum(sizes) < 1.1 * sum(weights)
 
 
+COMMANDS: dict[str, tuple[Callable[[str], Any], int]] = {  # and the most requests, of which 11 of a merge write
+    "merge": (lambda at: le.merge(f"{at}/base", f"{at}/adapter", output=f"{at}/other"), 47),
+    "verify": (lambda at: le.verify(f"{at}/out/m", base=f"{at}/base", adapters=f"{at}/adapter"), 23),
+    "inspect": (lambda at: le.inspect(f"{at}/adapter"), 5),
+    "check": (lambda at: le.check(f"{at}/adapter", runtimes=["vllm"]), 5),
+    "convert": (lambda at: le.convert(f"{at}/adapter", output=f"{at}/k.safetensors", to="kohya"), 17),
+    "resize": (lambda at: le.resize(f"{at}/adapter", output=f"{at}/r", rank=1), 21),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_asks_a_store_for_each_fact_once(
+    command: str, local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, most = COMMANDS[command]
+    if command == "verify":
+        merge(stored)
+    server = stores.Failing(monkeypatch, 0, seed=0)
+    run(f"s3://{stored.name}")
+    assert server.requests <= most
+
+
 def test_inspect_reads_headers_alone(local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     merge(stored)
     read, amount = Bucket.read, 0

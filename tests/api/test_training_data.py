@@ -196,6 +196,21 @@ def test_texts_end_where_the_models_positions_end(bases: dict[str, Path], tmp_pa
     assert data.batch([0]).inputs["input_ids"].shape == (1, 64)
 
 
+@pytest.mark.parametrize(
+    ("settings", "notes"), [({"ngram": 2}, 1), ({"ngram": 1}, 0), ({"disable_ngram_loss": True}, 0)]
+)
+def test_a_loss_that_is_not_the_models_own_is_a_note(settings: dict[str, Any], notes: int, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "encoder_ffn_dim": 16}
+    heads = {"decoder_ffn_dim": 16, "num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
+    config = transformers.ProphetNetConfig(vocab_size=60, **sizes, **heads, **settings)
+    transformers.ProphetNetForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    ids = np.arange(36).reshape(4, 9) % 23 + 3
+    np.savez(tmp_path / "a.npz", input_ids=ids, labels=ids)
+    messages: list[str] = []
+    encoded(tmp_path / "base", tmp_path / "a.npz", on_message=messages.append)
+    assert sum("is trained by the next token alone" in message for message in messages) == notes
+
+
 @pytest.mark.parametrize(("asked", "length", "notes"), [(40, 40, 0), (500, 64, 1)])
 def test_texts_are_as_long_as_was_asked_for(
     bases: dict[str, Path], tmp_path: Path, asked: int, length: int, notes: int

@@ -55,10 +55,10 @@ def test_options_of_a_run_are_of_a_run(place: Path, capsys: Capture) -> None:
     assert not (place / "fleet.records").exists()
 
 
-def test_messages_of_workers_spell_flags(place: Path, capsys: Capture) -> None:
+def test_messages_of_workers_name_entries_of_the_file(place: Path, capsys: Capture) -> None:
     (place / "release" / "de").mkdir(parents=True)
     (place / "release" / "de" / "mine").write_text("x")
     code, document = answer(capsys, "fleet", "run", "fleet.toml")
-    assert code == 7 and document["jobs"][0]["message"].endswith("exists already; add --overwrite to replace it")
+    assert code == 7 and document["jobs"][0]["message"].endswith("add `overwrite = true` to replace it")
     assert [job["outcome"] for job in document["jobs"]] == ["failed", "not run", "done", "same"]
     assert json.loads((place / "fleet.records/base/de/1-merge.json").read_text())["exit"] == 7

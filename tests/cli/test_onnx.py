@@ -27,10 +27,10 @@ from lora_export.graph.insert.row_branches import RowScales
 from lora_export.models.load import load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
-from lora_export.verification.references.attached_module import attached_copy
 from support.cli import Capture, answer, call
 from support.graphs import record_of
 from support.handmade import peft_adapter
+from support.proofs import attached_copy
 from support.small_models import small_adapter, small_model
 from support.swapping import MODEL
 

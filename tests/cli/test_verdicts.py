@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_export.api.onnx_request import OnnxProofs
+from lora_export.api.publish import ExportProofs
 from lora_export.cli import verdicts
 from lora_export.verification.against_checkpoint import Audit, AuditedWeight, Fate
 from lora_export.verification.parity import Outcome, Verdict
@@ -36,7 +36,7 @@ def test_a_proof_is_a_document_with_its_exit_code() -> None:
 
 def test_a_file_without_a_proof_is_said_to_have_none(capsys: pytest.CaptureFixture[str]) -> None:
     verdicts.show_proof(None)
-    verdicts.show_onnx_proofs(None)
+    verdicts.show_export_proofs(None)
     assert capsys.readouterr().out == "not verified (--no-verify)\n" * 2
 
 
@@ -47,22 +47,22 @@ def test_a_verdict_is_printed_with_its_diagnosis(capsys: pytest.CaptureFixture[s
 
 
 def test_swapped_adapters_have_a_verdict_each(capsys: pytest.CaptureFixture[str]) -> None:
-    proofs = OnnxProofs(a_proof(), {"fr": a_proof(), "de": a_proof()}, mixed=a_proof(), unlike_base=[])
-    document = verdicts.onnx_proofs_document(proofs)
+    proofs = ExportProofs(a_proof(), {"fr": a_proof(), "de": a_proof()}, mixed=a_proof(), unlike_base=[])
+    document = verdicts.export_proofs_document(proofs)
     assert list(document) == ["proof", "bits_of_base", "adapters", "mixed"] and document["bits_of_base"] is True
     assert list(document["adapters"]) == ["fr", "de"] and document["adapters"]["fr"]["outcome"] == "same"
-    assert verdicts.onnx_proofs_document(OnnxProofs(a_proof(), unlike_base=["y"]))["bits_of_base"] is False
-    verdicts.show_onnx_proofs(proofs)
+    assert verdicts.export_proofs_document(ExportProofs(a_proof(), unlike_base=["y"]))["bits_of_base"] is False
+    verdicts.show_export_proofs(proofs)
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "the base", "fr", "de", "mixed batches",
     ]  # fmt: skip
 
 
 def test_one_proof_is_the_whole_document(capsys: pytest.CaptureFixture[str]) -> None:
-    proofs = OnnxProofs(a_proof())
-    assert list(verdicts.onnx_proofs_document(proofs)) == ["proof"]
-    assert verdicts.onnx_proofs_document(None) == {"proof": None}
-    verdicts.show_onnx_proofs(proofs)
+    proofs = ExportProofs(a_proof())
+    assert list(verdicts.export_proofs_document(proofs)) == ["proof"]
+    assert verdicts.export_proofs_document(None) == {"proof": None}
+    verdicts.show_export_proofs(proofs)
     assert capsys.readouterr().out.startswith("same")
 
 

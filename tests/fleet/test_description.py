@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_export.errors import LoraExportError
+import lora_export as le
+from lora_export.errors import InputRefused, LoraExportError
 from lora_export.fleet.description import read_fleet
 from support.fleets import BASES, FLEET, JOBS, MERGE, VERIFY
 
@@ -56,7 +57,7 @@ def test_a_convert_step_has_the_adapter_alone(place: Path) -> None:
         (MERGE, MERGE + "min-retention = true\n", "`min-retention` is True; it must be a number"),
         (MERGE, MERGE.replace('"release/{adapter}"', "3"), "[[steps]] 1 (merge): `output` is 3; it must be text"),
         (VERIFY, VERIFY + "candidate = 3\n", "(verify --base): `candidate` is 3; it must be text"),
-        (MERGE, MERGE + "min-retention = 2\n", "[[steps]] 1 (merge): min_retention= is 2; it must be at least 0"),
+        (MERGE, MERGE + "min-retention = 2\n", "[[steps]] 1 (merge): `min-retention` is 2; it must be at least 0"),
         (MERGE, MERGE + 'dtype = "float8"\n', "`dtype` is 'float8'; it must be one of keep, float32"),
         (MERGE, MERGE + "dry-run = true\n", "[[steps]] 1 (merge): there is no key `dry-run`"),
         (VERIFY, VERIFY + 'adapter = ["adapters/fr"]\n', "[[steps]] 2 (verify --base): there is no key `adapter`"),
@@ -69,3 +70,11 @@ def test_a_mistake_is_named_with_its_place(old: str, new: str, message: str, pla
     with pytest.raises(LoraExportError) as refused:
         described(place, FLEET.replace(old, new, 1))
     assert message in str(refused.value) and refused.value.exit_code in (2, 3)
+
+
+def test_a_file_that_is_not_there_has_a_similar_name(place: Path) -> None:
+    with pytest.raises(InputRefused, match=r"no file of a fleet at flet\.toml; a similar name there is fleet\.toml$"):
+        read_fleet(Path("flet.toml"))
+    for named in (lambda: le.inspect("bsae"), lambda: le.verify("base", "bsae")):
+        with pytest.raises(InputRefused, match=r"; a similar name there is base$"):
+            named()

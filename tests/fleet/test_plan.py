@@ -44,6 +44,11 @@ def test_all_misfits_of_all_adapters_are_told_at_once(text: str, place: Path) ->
     assert sorted(place.rglob("*")) == before
 
 
+def test_an_option_is_named_as_the_file_has_it(place: Path) -> None:
+    (place / "fleet.toml").write_text(BASES + MERGE + "only-head = true\n")
+    assert planned().problems[0].text == "de saves no tensor whole: it has no head to merge (`only-head = true`)"
+
+
 @pytest.mark.parametrize("text", [MERGE + VERIFY, ONNX])
 def test_a_base_that_is_nowhere_is_a_problem_of_its_jobs(text: str, place: Path) -> None:
     """It has the form of a name on the Hub."""

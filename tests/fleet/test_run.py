@@ -230,6 +230,7 @@ def test_an_output_of_somebody_else_is_not_replaced(place: Path, monkeypatch: py
     shutil.copy(place / "release" / "de" / "lora_export.json", foreign)
     status, ran = run_here(monkeypatch)
     assert ran == FR[:1] and status.counts == {"done": 1, "same": 1, "failed": 1, "not run": 1}
+    assert status.jobs[2].message.endswith("release/fr exists already; add `overwrite = true` to replace it")
     assert status.exit_code == 7 and foreign.read_bytes() == (place / "release/de/lora_export.json").read_bytes()
     (problem,) = le.run_fleet("plan", "fleet.toml").problems
     assert problem.text.startswith("release/fr exists, and this fleet did not write it")

@@ -73,6 +73,27 @@ def test_matrices_of_classes_outside_torch_have_an_unknown_layout() -> None:
     assert set(found.values()) == {Layout.OTHER}
 
 
+@pytest.mark.parametrize(
+    ("stated", "found"),
+    [
+        ({"0": "in_out"}, "in_out"),
+        ({"0.weight": "out_in"}, "out_in"),
+        ({"*": "in_out", "0.*": "out_in"}, "out_in"),
+        ({"*": "in_out"}, "in_out"),  # the linear layer stays what it is
+        ({"1": "in_out"}, r"states that 1\.weight is in_out, but the model's is out_in"),
+        ({"2": "in_out"}, "no matrix of the base has this name"),
+    ],
+)
+def test_a_layout_is_stated_where_no_class_determines_it(stated: dict[str, str], found: str) -> None:
+    module = nn.Sequential(Router(), nn.Linear(3, 3))
+    if " " in found:
+        with pytest.raises(InputRefused, match=found):
+            layers.state_layouts(module, stated)
+    else:
+        layers.state_layouts(module, stated)
+        assert [spec.layout.value for spec in layers.specs(module)] == [found, "out_in", "other"]
+
+
 def test_tied_tensors_are_listed_under_both_names() -> None:
     module = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     module["head"].weight = module["embed"].weight

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from lora_export.options.adapters import ConvertOptions
 from lora_export.options.commands import declared_flags
+from lora_export.options.export import OnnxOptions
+from lora_export.options.fleet import entries_of
+from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import as_command_line, command, named
+from lora_export.options.verify import VerifyOptions
 
 SPELLINGS = [
     (lambda: named("dtype"), "dtype=", "--dtype"),
@@ -45,6 +50,31 @@ def test_each_door_spells_an_option_its_own_way(text, in_python, on_the_command_
     assert text() == in_python
     with as_command_line(declared_flags):
         assert text() == on_the_command_line
+
+
+ENTRIES = [
+    (MergeOptions, lambda: named("dtype"), "`dtype`"),
+    (MergeOptions, lambda: named("dtype", "float32"), '`dtype = "float32"`'),
+    (MergeOptions, lambda: named("overwrite"), "`overwrite = true`"),
+    (MergeOptions, lambda: named("min_retention", 0), "`min-retention = 0`"),
+    (MergeOptions, lambda: named("weights", 0.5), "`weight = 0.5`"),
+    (MergeOptions, lambda: named("combine", "dare"), '`combine = "dare"`'),
+    (MergeOptions, lambda: named("layout", {"a.NAME": "in_out"}), '`layout = {"a.NAME" = "in_out"}`'),
+    (MergeOptions, lambda: named("enable_lora", {"q": (True, False)}), '`enable-lora = {"q" = "1,0"}`'),
+    (OnnxOptions, lambda: named("output"), "`output`"),
+    (OnnxOptions, lambda: named("verify", False), "`no-verify = true`"),
+    (OnnxOptions, lambda: named("verify"), "`no-verify`"),
+    (VerifyOptions, lambda: named("strict", False), "`strict = false`"),
+    (VerifyOptions, lambda: named("expect_rank"), "`expect-rank`"),
+    (ConvertOptions, lambda: named("merge_only"), "merge_only="),
+    (MergeOptions, lambda: command("onnx", "GRAPH", lora="nodes"), 'export_onnx("GRAPH", lora="nodes")'),
+]
+
+
+@pytest.mark.parametrize(("record", "text", "entry"), ENTRIES)
+def test_a_file_names_its_options_as_it_has_them(record, text, entry):
+    with entries_of(record):
+        assert text() == entry
 
 
 def test_the_spelling_of_python_comes_back_after_an_error():

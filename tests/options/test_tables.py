@@ -52,8 +52,8 @@ prefix = {"a." = "b."}
         ("weight = ['a']", "`weight` is ['a']; it must be a number"),
         ("layout = ['x']", "`layout` is ['x']; x is not NAME=out_in or NAME=in_out"),
         ("dtype = ['float16']", "`dtype` is ['float16']; it must be one of"),
-        ("combine = 'ties'", 'combination="ties" needs density='),
-        ("min-retention = 2.0", "min_retention= is 2; it must be at least 0 and at most 1"),
+        ("combine = 'ties'", '`combine = "ties"` needs `density`'),
+        ("min-retention = 2.0", "`min-retention` is 2; it must be at least 0 and at most 1"),
     ],
 )
 def test_a_mistake_has_its_place(text: str, message: str) -> None:

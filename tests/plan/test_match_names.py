@@ -10,7 +10,8 @@ import pytest
 
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
-from lora_export.plan import TensorSpec
+from lora_export.lora import ParameterEnding
+from lora_export.plan import Layout, TensorSpec
 from support.plans import BA, adapter, changes, holding, matrix, misfits, pair, vector
 
 
@@ -153,6 +154,15 @@ def test_a_targeted_layer_without_tensors_is_a_misfit():
 def test_a_target_without_any_tensors_is_a_misfit():
     mine = holding(pairs={"layer.0.query": pair()}, targets=("query", "value"))
     assert misfits([mine], tower("layer.0.query", "layer.0.value"))[0].startswith("layer.0.value: targeted")
+
+
+def test_a_targeted_parameter_is_no_module():
+    """PEFT's `target_parameters`: `down_proj` are the stacked experts, and not a layer with this name."""
+    mine = holding(pairs={"layer.0.query": pair()}, targets=("query", ParameterEnding("down_proj")))
+    base = [*tower("layer.0.query", "layer.0.mlp.down_proj"), vector("layer.0.mlp.down_proj.bias")]
+    assert len(plan.make([mine], base).steps) == 1
+    experts = TensorSpec("layer.0.experts.down_proj", (2, 2, 3), "float32", layout=Layout.OTHER)
+    assert misfits([mine], [*base, experts])[0].startswith("layer.0.experts.down_proj: targeted by")
 
 
 def test_missing_targets_are_found_under_a_prefix():

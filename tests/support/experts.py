@@ -56,12 +56,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 _ROUTED = {"moe_intermediate_size": 8, "n_routed_experts": COUNT, "n_shared_experts": 1, "first_k_dense_replace": 1}
 _GROUPED = _ROUTED | {"n_group": 1, "topk_group": 1, "num_hidden_layers": 2}
-# Families for which PEFT's `all-linear` names experts and routers in `target_parameters`: class -> its sizes
+# Families for which PEFT's `all-linear` names experts and routers in `target_parameters`: class, and words -> its sizes
 ALL_LINEAR: dict[str, dict[str, Any]] = {
     **{MODELS[name][0]: MODELS[name][1] for name in ("mixtral", "qwen3_moe", "deepseek_v3", "olmoe")},
     "DeepseekV2": MODELS["deepseek_v3"][1] | {"n_shared_experts": 1},
     "FlexOlmo": MODELS["olmoe"][1],
     "Glm4Moe": _GROUPED,
+    "Glm4Moe without experts": _GROUPED | {"first_k_dense_replace": 2},  # a dense layer has a down_proj of its own
     "Dots1": _GROUPED,
     "Ernie4_5_Moe": {
         "moe_intermediate_size": 8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,10 @@ from lora_export import layers, plan
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import model
 from lora_export.runtime import torch_runners
+from lora_export.runtime.runner import Runner
+from lora_export.verification.proof import Proof
+from lora_export.verification.references.attached_module import attach_adapters
+from lora_export.verification.row_proofs import MixedRow, _judged, _mixed_cases
 
 
 def an_adapter(scale: float = 1.0, module: str = "dense") -> Adapter:
@@ -23,6 +28,21 @@ def folded(base: model.Model, adapter: Adapter, strength: float = 1.0) -> torch_
     module = copy.deepcopy(base.module)
     layers.fold(module, plan.make([adapter], layers.specs(module), strengths=[strength]))
     return torch_runners.ModuleRunner(module)
+
+
+def attached_copy(
+    base: model.Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None
+) -> torch.nn.Module:
+    """A copy of the model's module with adapters attached."""
+    return attach_adapters(copy.deepcopy(base.module), adapters, strengths)
+
+
+def judge_mixed(candidate: Runner, proofs: Sequence[Proof], order: Sequence[int]) -> Proof:
+    """Judge a candidate whose rows have different adapters, as the ids in `order` over and over along the batch.
+
+    `proofs` are, by id, those of whole batches whose rows all have the same adapter, on the same inputs.
+    """
+    return _judged(proofs, _mixed_cases(candidate, proofs, [MixedRow((one,), (1.0,), one) for one in order]))
 
 
 def bf16_merge(base: model.Model, adapter: Adapter, *, strength: float = 1.0) -> torch_runners.ModuleRunner:

@@ -17,8 +17,8 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.parity import Outcome, Verdict
 from lora_export.verification.proof import Proof, prove
-from lora_export.verification.references.attached_module import attached_copy
 from support.peft_models import fill
+from support.proofs import attached_copy
 
 pytestmark = pytest.mark.usefixtures("undiagnosed")
 

@@ -40,11 +40,10 @@ from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs.model_inputs import case_inputs
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import prove
-from lora_export.verification.references.attached_module import attached_copy
-from lora_export.verification.row_proofs import judge_mixed
 from support import FACTORIES
 from support.exported_models import eager
 from support.exporters import VOCABULARY_SIZE, a_bert, a_gpt2, a_llama
+from support.proofs import attached_copy, judge_mixed
 from support.small_models import MODELS
 
 pytestmark = pytest.mark.usefixtures("undiagnosed")

@@ -18,7 +18,7 @@ from benchmarks.checkpoints import LlamaShape, llama
 from benchmarks.checkpoints import adapter as llama_adapter
 from lora_export import cli
 from lora_export.api import memory_needs, onnx_from_model
-from lora_export.api.onnx_request import OnnxProofs
+from lora_export.api.publish import ExportProofs
 from lora_export.api.verify import Verification
 from lora_export.graph.values import initializer_tensors
 from lora_export.models import export, stored_parameter
@@ -229,7 +229,7 @@ def test_export_of_a_large_model_is_proven_against_weights_that_are_read(
         graphs.append(to_onnx(module, *rest, **options))
         return graphs[-1]
 
-    def proving(path: Path, references: PyTorchReferences, *rest: object) -> OnnxProofs:
+    def proving(path: Path, references: PyTorchReferences, *rest: object) -> ExportProofs:
         judged.append((references.model.module, exported[0](), list(initializer_tensors(graphs[0]))))
         return prove_all(path, references, *rest)
 

@@ -25,8 +25,8 @@ from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
-from lora_export.verification.references.attached_module import attached_copy
 from support.programs import SUBJECTS, VARIES, ProgramFiles, Subject, export, noise
+from support.proofs import attached_copy
 
 SMALL = ("mlp", "cnn", "words")
 

@@ -24,9 +24,10 @@ from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof
-from lora_export.verification.row_proofs import judge_mixed, mixed_rows, several_on_row
+from lora_export.verification.row_proofs import mixed_rows, several_on_row
 from support.graphs import an_adapter
 from support.insertion import with_other_ids, with_reversed_rows
+from support.proofs import judge_mixed
 from support.small_graphs import PAIR
 
 INPUTS = {"input": torch.randn(4, 3, generator=torch.Generator().manual_seed(0))}

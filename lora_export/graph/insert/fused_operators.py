@@ -12,6 +12,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.graph.insert.batch_axis import infer_shapes
 from lora_export.graph.insert.node_factory import MIN_OPSET, MIN_ROWS_OPSET, Dim, NodeFactory, NodeList, fixed_sizes
 from lora_export.graph.operators import MICROSOFT, operator_id
 from lora_export.graph.site import Site
@@ -94,6 +95,10 @@ def take_attention_apart(factory: NodeFactory, node: ir.Node) -> None:
 
 def _attention(factory: NodeFactory, node: ir.Node) -> None:
     """Attention as the Gemm of q, k and v, and MultiHeadAttention."""
+    (mask,) = _attention_inputs(node, "mask")
+    if mask is not None and mask.shape is None and not factory.has_inferred_shapes:
+        factory.has_inferred_shapes = True  # another time would infer no more
+        infer_shapes(factory.model)
     if why_attention_stays(node):
         return
     x, w, mask, past, added = _attention_inputs(node, "x", "weights", "mask", "past", "added")

@@ -41,6 +41,7 @@ class NodeFactory:
         self.value_names = value_names(model)
         self.node_names = {node.name for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name}
         self.original_names = frozenset(self.value_names)
+        self.has_inferred_shapes = False
 
     def node(
         self,

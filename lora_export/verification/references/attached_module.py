@@ -6,7 +6,6 @@ No adapter is merged, so that the reference shares no arithmetic with what it ju
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,11 +32,6 @@ from lora_export.verification.module_copies import is_large, shared_copy
 
 RolesAndCases = Mapping[tuple[str, str], Fp64Runner]  # by role and case
 FACTORS = {"base": 0.0, "scaled": parity.CONTROL_SCALE}  # on every scale, of the roles that are controls
-
-
-def attached_copy(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
-    """A copy of the model's module with adapters attached. Raises MatchError where they do not fit."""
-    return attach_adapters(copy.deepcopy(model.module), adapters, strengths)
 
 
 def attach_adapters(module: nn.Module, adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> nn.Module:

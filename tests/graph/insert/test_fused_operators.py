@@ -183,6 +183,19 @@ def test_rows_of_attention_have_their_own_adapter(kind: str) -> None:
             np.testing.assert_allclose(mixed["next"][:, row], expected["next"][:, row], rtol=0, atol=1e-4)
 
 
+def test_the_shape_of_a_mask_that_the_graph_computes_is_inferred() -> None:
+    """Only the layer's own input has a shape in the file."""
+    model, inputs = an_attention("mask", RNG.normal(size=(HIDDEN, 3 * HIDDEN)).astype(np.float32))
+    (node,) = model.graph
+    cast = ir.node("Cast", [node.inputs[3]], attributes={"to": ir.DataType.INT32})
+    model.graph.insert_before(node, cast)
+    node.replace_input_with(3, cast.outputs[0])
+    base = run(model, **inputs)["y"]
+    in_rows(model, find_sites(model), an_adapter({"w": LoraPair(OTHERS["k"].a, np.ones((3 * HIDDEN, 2)), 1.0)}))
+    found = run(model, **inputs, adapter_ids=np.array([0, 1]))["y"]
+    assert found[0].tobytes() == base[0].tobytes() and np.abs(found[1] - base[1]).max() > 0.1
+
+
 # Of an Attention that MultiHeadAttention cannot replace, as in ATTENTIONS; what rows are refused with.
 STARTS = {"m": np.int32([5, 4, 0, 1])}  # the ends of the rows' tokens, then their starts
 WHOLE: dict[str, tuple[str, str, dict[str, NDArray[Any]], str, str]] = {

@@ -19,10 +19,10 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.models.load import from_module, load_model
 from lora_export.models.pt2 import program
 from lora_export.runtime.torch_runners import Fp64Runner
-from lora_export.verification.references.attached_module import attached_copy
 from support.factories import Pictures, Spotter
 from support.hostile_programs import refused
 from support.programs import ProgramFiles, export, graph_of, noise, rewritten
+from support.proofs import attached_copy
 
 
 def test_layers_are_recovered_from_the_operators_that_read_them(programs: ProgramFiles) -> None:

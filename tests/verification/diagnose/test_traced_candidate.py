@@ -26,8 +26,9 @@ from lora_export.verification.diagnose.module_calls import ModuleCall
 from lora_export.verification.diagnose.traced_candidate import DiagnosisCase, outputs_renamed
 from lora_export.verification.parity import Case, Outcome
 from lora_export.verification.proof import prove
-from lora_export.verification.references.attached_module import attach_adapters, attached_copy
+from lora_export.verification.references.attached_module import attach_adapters
 from support.diagnosed_graphs import DOWN, SHAPES, VALUE, bert, delta, half_value, make, proven, the_adapter
+from support.proofs import attached_copy
 from support.small_layers import PAIR, a_model, an_adapter, plan_for
 
 CALL = ModuleCall("0.weight", 0)
