@@ -29,8 +29,8 @@ DEFERRED = frozenset(
     }
 )
 
-# Collections of young objects between two full ones. With Python's 10, importing PyTorch and transformers has eight full
-# ones, each of which scans all modules again: 1.3 s of the 9 s of processor time that the proof of a small model takes.
+# Collections of young objects between two full ones. With Python's 10, importing PyTorch and transformers has eight
+# full ones, each of which scans all modules again: 1.3 s of the 10 s of processor time of a small model's proof.
 BETWEEN_FULL_COLLECTIONS = 100
 
 _process_is_ours = False
