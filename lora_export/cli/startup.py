@@ -29,6 +29,10 @@ DEFERRED = frozenset(
     }
 )
 
+# Collections of young objects between two full ones. With Python's 10, importing PyTorch and transformers has eight
+# full ones, each of which scans all modules again: 1.3 s of the 10 s of processor time of a small model's proof.
+BETWEEN_FULL_COLLECTIONS = 100
+
 _process_is_ours = False
 
 
@@ -36,6 +40,8 @@ def take_process() -> None:
     """Declare that the command line owns this process. Without it, `brisk` does nothing."""
     global _process_is_ours  # noqa: PLW0603 - a process is one
     _process_is_ours = True
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, BETWEEN_FULL_COLLECTIONS)
 
 
 @contextlib.contextmanager

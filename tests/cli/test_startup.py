@@ -57,6 +57,12 @@ def test_afterwards_garbage_is_collected_and_imports_are_found_as_ever():
     assert told == [False, True, True, told_by("print(json.dumps(len(sys.meta_path)))")]
 
 
+def test_full_collections_are_rare_and_others_as_ever():
+    code = "from lora_export.cli import startup\nbefore = gc.get_threshold()\nstartup.take_process()"
+    before, after = told_by(f"{code}\nprint(json.dumps([before, gc.get_threshold()]))")
+    assert after == [*before[:2], startup.BETWEEN_FULL_COLLECTIONS] and after[2] > before[2]
+
+
 def test_a_callers_process_is_left_alone(monkeypatch):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     found, frozen = list(sys.meta_path), gc.get_freeze_count()

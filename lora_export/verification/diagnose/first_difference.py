@@ -103,16 +103,16 @@ def figures_of(candidate: Array, reference: Array, deployed: Array) -> ErrorFigu
     if reference.dtype.kind in INTEGERS:
         wrong = _in_shape_of(reference, candidate) != reference
         return ErrorFigures(float(np.count_nonzero(wrong)), 0.0, 0.0)
-    deployed_errors = deployed.astype(np.float64) - reference
+    deployed_errors = parity.Magnitudes(deployed.astype(np.float64) - reference)
     allowed = parity.allowance(
-        reference,
+        parity.Magnitudes(reference.astype(np.float64, copy=False)),
         deployed_errors,
         ratio_limit=MODULE_FACTOR * parity.ratio_limit(reference.size, "float32"),
         eps=parity.FEW_EPS * parity.EPS["float32"],
     )
     difference = _in_shape_of(reference, candidate.astype(np.float64)) - reference
     error = parity.rms(difference) if np.isfinite(difference).all() else math.inf
-    return ErrorFigures(error, parity.rms(deployed_errors), allowed.rmse)
+    return ErrorFigures(error, deployed_errors.rms, allowed.rmse)
 
 
 def _in_shape_of(reference: Array, values: Array) -> Array:

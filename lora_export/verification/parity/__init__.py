@@ -6,6 +6,7 @@ from lora_export.verification.parity.figures import FEW_EPS as FEW_EPS
 from lora_export.verification.parity.figures import PYTORCH as PYTORCH
 from lora_export.verification.parity.figures import Array as Array
 from lora_export.verification.parity.figures import Control as Control
+from lora_export.verification.parity.figures import Magnitudes as Magnitudes
 from lora_export.verification.parity.figures import Outputs as Outputs
 from lora_export.verification.parity.figures import Wide as Wide
 from lora_export.verification.parity.figures import WorstElement as WorstElement

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -109,17 +110,49 @@ Wide = NDArray[np.float64]
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # from 1 to the next number
 FEW_EPS = 4  # eps that a last rounding and another order of summation may cost the worst element
+LEAST_SQUARED = 1e-100  # an array whose peak is between this and its inverse has squares: 1e200 and 1e-200 have none
+
+
+@dataclass(eq=False)
+class Magnitudes:
+    """An array in fp64, such as the errors of an output. What is measured of its magnitudes is computed once."""
+
+    values: Wide
+
+    @cached_property
+    def peak(self) -> float:
+        """The largest magnitude; 0 for an empty array."""
+        return peak(self.values)
+
+    @cached_property
+    def rms(self) -> float:
+        """The root mean square."""
+        if not 0 < self.peak < math.inf:
+            return self.peak
+        is_squared = LEAST_SQUARED <= self.peak <= 1 / LEAST_SQUARED
+        flat = (self.values if is_squared else self.values / self.peak).reshape(-1)
+        root = math.sqrt(np.einsum("i,i", flat, flat) / flat.size)
+        return root if is_squared else self.peak * root
+
+    @cached_property
+    def median(self) -> float:
+        """The median of the magnitudes."""
+        return float(np.median(np.abs(self.values)))
+
+    def are_spiked(self, times: float) -> bool:
+        """Whether the rms is more than so many times the median. That is computed where most elements are as small."""
+        are_small = np.abs(self.values) * times < self.rms
+        return bool(2 * np.count_nonzero(are_small) >= are_small.size) and self.rms > times * self.median
 
 
 def rms(x: Wide) -> float:
-    """The root mean square. The values are divided by the peak first, because 1e200 and 1e-200 have no square."""
-    largest = peak(x)
-    return largest * float(np.sqrt(np.mean(np.square(x / largest)))) if 0 < largest < math.inf else largest
+    """The root mean square."""
+    return Magnitudes(x).rms
 
 
 def histogram(x: Wide) -> Histogram:
     """The magnitudes of the elements, counted by powers of two."""
-    exponents = np.frexp(x[x != 0])[1] - 1  # 2^e <= |x| < 2^(e+1)
+    exponents = np.frexp(x.ravel() if x.all() else x[x != 0])[1] - 1  # 2^e <= |x| < 2^(e+1)
     if not exponents.size:
         return Histogram(0, (), x.size)
     first = int(exponents.min())
@@ -128,7 +161,7 @@ def histogram(x: Wide) -> Histogram:
 
 def peak(x: Wide) -> float:
     """The largest magnitude; 0 for an empty array."""
-    return float(np.max(np.abs(x), initial=0.0))
+    return float(np.abs(np.maximum(x.max(initial=0.0), -x.min(initial=0.0))))
 
 
 def wide(x: Array) -> Wide:
@@ -154,32 +187,33 @@ def ratio(value: float | None, unit: float | None) -> float | None:
     return value / unit if value is not None and unit else None
 
 
-def effect_of(reference: Array, base: Array) -> float:
-    """rmse(R, B), the adapter's effect on an output; 0 where it is no more than the reference's own rounding."""
-    effect = rms(difference(reference, base))
-    noise = FEW_EPS * EPS[reference.dtype.name] * rms(wide(reference)) if is_float(reference) else 0.0
-    return effect if effect > noise else 0.0
+def effect_of(change: Magnitudes, truth: Magnitudes, dtype: str) -> float:
+    """rmse(R, B), the adapter's effect on an output; 0 where it is no more than the reference's own rounding.
+
+    `change` is R - B, `truth` is R, and `dtype` that of R.
+    """
+    noise = FEW_EPS * EPS.get(dtype, 0.0) * truth.rms
+    return change.rms if change.rms > noise else 0.0
 
 
-def worst_element(candidate: Array, reference: Array) -> WorstElement:
-    wrong = np.abs(difference(candidate, reference))
-    index = tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+def worst_element(candidate: Array, reference: Array, errors: Wide) -> WorstElement:
+    index = tuple(int(i) for i in np.unravel_index(int(np.argmax(np.abs(errors))), errors.shape))
     return WorstElement(index, float(candidate[index]), float(reference[index]))
 
 
-def max_relative(candidate: Wide, reference: Wide) -> float | None:
+def max_relative(errors: Wide, reference: Wide) -> float | None:
     """max |O - R| / |R| over the elements where R is not 0; None where there is none."""
     where = reference != 0
     if not where.any():
         return None
-    return float(np.max(np.abs(candidate[where] - reference[where]) / np.abs(reference[where])))
+    return peak(errors / reference if where.all() else errors[where] / reference[where])
 
 
-def cosine(candidate: Wide, reference: Wide) -> float | None:
+def cosine(candidate: Magnitudes, reference: Magnitudes) -> float | None:
     """The cosine similarity; None where one of the arrays is all zero."""
-    if not (candidate.any() and reference.any()):
+    if not (candidate.peak and reference.peak):
         return None
-    return float(np.mean((candidate / rms(candidate)) * (reference / rms(reference))))
+    return float(np.mean((candidate.values / candidate.rms) * (reference.values / reference.rms)))
 
 
 def is_class_scores(output: str, array: Array) -> bool:

@@ -27,14 +27,15 @@ from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import (
     EPS,
     FEW_EPS,
+    LEAST_SQUARED,
     Array,
     Control,
     Gate,
+    Magnitudes,
     Wide,
     coarser,
     difference,
     is_float,
-    peak,
     rms,
     wide,
 )
@@ -84,22 +85,20 @@ def ratio_limit(elements: int, dtype: str) -> float:
     return 2.0 if EPS[dtype] <= EPS["float32"] else 3.0
 
 
-def allowance(reference: Array, peer_errors: Wide, *, ratio_limit: float, eps: float) -> Allowance:
+def allowance(truth: Magnitudes, peer: Magnitudes, *, ratio_limit: float, eps: float) -> Allowance:
     """The limits of an output. They depend on R and PyTorch's errors P - R alone, not on the candidate.
 
-    With ten elements or fewer, `peer_errors` holds the errors of this output in all cases. From a single element
+    With ten elements or fewer, `peer` holds the errors of this output in all cases. From a single element
     PyTorch would sometimes be exact by luck, and the candidate be blamed for it: in 7 % of all right candidates,
     measured on normal errors with a limit of 10.
     """
-    truth = wide(reference)
-    floor = eps * rms(truth)  # for a P that happens to be exact
-    median = float(np.median(np.abs(peer_errors)))
-    is_spiked = peer_errors.size > FEW_ELEMENTS and rms(peer_errors) > SPIKED * median
+    floor = eps * truth.rms  # for a P that happens to be exact
+    is_spiked = peer.values.size > FEW_ELEMENTS and peer.are_spiked(SPIKED)
     return Allowance(
         ratio_limit,
-        rmse=max(ratio_limit * rms(peer_errors), floor),
-        peak=ratio_limit * peak(peer_errors) + FEW_EPS * eps * peak(truth),
-        median=max(ratio_limit * median, floor) if is_spiked else None,
+        rmse=max(ratio_limit * peer.rms, floor),
+        peak=ratio_limit * peer.peak + FEW_EPS * eps * truth.peak,
+        median=max(ratio_limit * peer.median, floor) if is_spiked else None,
     )
 
 
@@ -107,46 +106,47 @@ def gates_of(
     o: Array,
     r: Array,
     p: Array,
+    errors: Magnitudes,
     *,
     allowed: Allowance | None,
     effect: float | None,
     loss: float | None,
     tolerance: Tolerance | None,
 ) -> Iterator[Gate]:
-    """Every gate that applies to an output. `allowed` is None for integers and booleans."""
+    """Every gate that applies to an output, whose `errors` are O - R. `allowed` is None for integers and booleans."""
     if allowed is None:
         yield exact_gate(o, r, p)
         return
-    yield error_gate(o, r, allowed)
-    yield tail_gate(o, r, allowed)
+    yield error_gate(errors, allowed)
+    yield tail_gate(errors, allowed)
     if allowed.median is not None:
-        yield bulk_gate(o, r, allowed)
+        yield bulk_gate(errors, allowed)
     if effect:
-        yield effect_gate(o, r, effect)
+        yield effect_gate(errors, effect)
     if loss is not None:
         yield gate_of("loss", loss, LARGEST_LOSS * (effect or 0.0))
     if tolerance:
-        yield tolerance_gate(o, r, tolerance)
+        yield tolerance_gate(errors, r, tolerance)
 
 
-def error_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
+def error_gate(errors: Magnitudes, allowed: Allowance) -> Gate:
     """Is the candidate as close to the reference as PyTorch is?"""
-    return gate_of("error", rms(difference(candidate, truth)), allowed.rmse)
+    return gate_of("error", errors.rms, allowed.rmse)
 
 
-def tail_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
+def tail_gate(errors: Magnitudes, allowed: Allowance) -> Gate:
     """Is every single element? An rmse does not show one bad element in a million."""
-    return gate_of("tail", peak(difference(candidate, truth)), allowed.peak)
+    return gate_of("tail", errors.peak, allowed.peak)
 
 
-def bulk_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
+def bulk_gate(errors: Magnitudes, allowed: Allowance) -> Gate:
     """Are most elements? Where PyTorch is far off in a few, its rmse and its maximum do not describe the others."""
-    return gate_of("bulk", float(np.median(np.abs(difference(candidate, truth)))), allowed.median or 0.0)
+    return gate_of("bulk", errors.median, allowed.median or 0.0)
 
 
-def effect_gate(candidate: Array, reference: Array, effect: float) -> Gate:
+def effect_gate(errors: Magnitudes, effect: float) -> Gate:
     """Is the error small relative to the adapter's effect?"""
-    return gate_of("effect", rms(difference(candidate, reference)), LARGEST_ERROR * effect)
+    return gate_of("effect", errors.rms, LARGEST_ERROR * effect)
 
 
 def exact_gate(candidate: Array, reference: Array, deployed: Array) -> Gate:
@@ -158,9 +158,9 @@ def exact_gate(candidate: Array, reference: Array, deployed: Array) -> Gate:
     return gate_of("exact", float(np.count_nonzero(wrong)), 0.0)
 
 
-def tolerance_gate(candidate: Array, reference: Array, tolerance: Tolerance) -> Gate:
+def tolerance_gate(errors: Magnitudes, reference: Array, tolerance: Tolerance) -> Gate:
     """|O - R| <= atol + rtol · |R| for every element. The value is max(|O - R| - rtol · |R|), the limit is atol."""
-    excess = np.abs(difference(candidate, reference)) - tolerance.rtol * np.abs(wide(reference))
+    excess = np.abs(errors.values) - tolerance.rtol * np.abs(wide(reference))
     return gate_of("tolerance", float(np.max(excess)), tolerance.atol)
 
 
@@ -214,21 +214,24 @@ def controls_of(
         wrong = {"adapter_off": base, "scale_1.1": scaled}
         required = is_float(o) and bool(effect)
     for name, truth in wrong.items():
-        yield Control(name, rms(difference(o, truth)), not _passes(o, truth, allowed), required)
+        errors = Magnitudes(difference(o, truth))
+        yield Control(name, errors.rms, not _passes(o, truth, errors, allowed), required)
     if base is not None and is_float(o) and not effect and np.any(r):
         # No adapter reaches it. The control is then the one of a model without any adapter.
         truth = wide(r) * factor
-        yield Control(of_values, rms(difference(o, truth)), not _passes(o, truth, allowed), required=True)
+        errors = Magnitudes(difference(o, truth))
+        yield Control(of_values, errors.rms, not _passes(o, truth, errors, allowed), required=True)
     if tolerance and required and "adapter_off" in wrong:
-        detected = not tolerance_gate(o, wrong["adapter_off"], tolerance).passed
-        yield Control("tolerance", rms(difference(o, wrong["adapter_off"])), detected, required)
+        errors = Magnitudes(difference(o, wrong["adapter_off"]))
+        detected = not tolerance_gate(errors, wrong["adapter_off"], tolerance).passed
+        yield Control("tolerance", errors.rms, detected, required)
 
 
-def _passes(candidate: Array, truth: Array, allowed: Allowance | None) -> bool:
+def _passes(candidate: Array, truth: Array, errors: Magnitudes, allowed: Allowance | None) -> bool:
     if allowed is None:
         return exact_gate(candidate, truth, truth).passed
     gates = [error_gate, tail_gate, *([bulk_gate] if allowed.median is not None else [])]
-    return all(gate(candidate, truth, allowed).passed for gate in gates)
+    return all(gate(errors, allowed).passed for gate in gates)
 
 
 # --- the features gate: an rmse over the whole output does not show an error in a thousandth of it ---
@@ -284,14 +287,17 @@ def _reasons_along(cases: Sequence[Case], output: str, axis: int, dtype: str) ->
 
 
 def _rms_by_feature(cases: Sequence[Case], axis: int, values_of: Callable[[Case], Wide]) -> Wide:
-    """(features,): the root mean square of each feature over all cases. As in `rms`, the peak is divided out first."""
-    by_case = [np.abs(np.moveaxis(values_of(case), axis, -1)) for case in cases]
+    """(features,): the root mean square of each feature over all cases. A peak that has no square is divided out."""
+    by_case = [np.moveaxis(values_of(case), axis, -1) for case in cases]
     by_case = [values.reshape(-1, values.shape[-1]) for values in by_case]  # (values, features)
-    peaks = np.max([values.max(0, initial=0.0) for values in by_case], axis=0)
-    divisor = np.where((peaks > 0) & np.isfinite(peaks), peaks, 1.0)
-    squares = sum(np.square(values / divisor).sum(0) for values in by_case)
+    extremes = [(values.max(0, initial=0.0), -values.min(0, initial=0.0)) for values in by_case]
+    peaks = np.max(extremes, axis=(0, 1))
+    has_squares = (peaks == 0) | ~np.isfinite(peaks) | ((peaks >= LEAST_SQUARED) & (peaks <= 1 / LEAST_SQUARED))
+    divisor = np.where(has_squares, 1.0, peaks)
+    scaled = by_case if has_squares.all() else [values / divisor for values in by_case]
+    squares = sum(np.einsum("vf,vf->f", values, values) for values in scaled)
     mean = squares / sum(len(values) for values in by_case)
-    sizes: Wide = np.where(divisor == peaks, peaks * np.sqrt(mean), peaks)
+    sizes: Wide = np.where(np.isfinite(peaks), divisor * np.sqrt(mean), peaks)
     return sizes
 
 

@@ -40,8 +40,8 @@ from lora_export.verification.parity.figures import (
     PYTORCH,
     Figures,
     Histogram,
+    Magnitudes,
     Outputs,
-    Wide,
     coarser,
     cosine,
     difference,
@@ -51,7 +51,6 @@ from lora_export.verification.parity.figures import (
     is_float,
     kl_divergence,
     max_relative,
-    peak,
     ratio,
     rms,
     top1_agreement,
@@ -160,48 +159,60 @@ def _compare(
             for other in cases
             if output in other.outputs and not structure_reasons(other, output, adapted=adapted)
         ]
-    peer_errors = [difference(each.deployed[output], each.reference[output]).ravel() for each in measured]
-    errors = np.concatenate(peer_errors)
-    figures = _measure(case, output, errors, dtype=dtype, tolerance=tolerance, gates_only=gates_only)
+    by_case = [difference(each.deployed[output], each.reference[output]) for each in measured]
+    own = Magnitudes(by_case[measured.index(case)])
+    peer = own if measured == [case] else Magnitudes(np.concatenate([errors.ravel() for errors in by_case]))
+    figures = _measure(case, output, own, peer, dtype=dtype, tolerance=tolerance, gates_only=gates_only)
     return Comparison(case.name, output, figures, tuple(reasons_of(case.name, output, figures)))
 
 
 def _measure(
-    case: Case, output: str, peer_errors: Wide, *, dtype: str, tolerance: Tolerance | None, gates_only: bool
+    case: Case,
+    output: str,
+    deployed: Magnitudes,
+    peer: Magnitudes,
+    *,
+    dtype: str,
+    tolerance: Tolerance | None,
+    gates_only: bool,
 ) -> Figures:
-    """Every figure, gate and control of one output. All runs have it, finite and in one shape."""
+    """Every figure, gate and control of one output. All runs have it, finite and in one shape.
+
+    `deployed` are PyTorch's errors in it, and `peer` those of all cases by which it is judged.
+    """
     o, r, p = case.candidate[output], case.reference[output], case.deployed[output]
     base, scaled = (None if run is None else run[output] for run in (case.base, case.scaled))
-    effect = None if base is None else effect_of(r, base)
+    truth, errors = Magnitudes(wide(r)), Magnitudes(difference(o, r))
+    change = None if base is None else Magnitudes(difference(r, base))
+    effect = None if change is None else effect_of(change, truth, r.dtype.name)
     loss = None if case.attached is None else rms(difference(r, case.attached[output]))
-    error, deployed_error = rms(difference(o, r)), rms(difference(p, r))
     has_classes = not gates_only and is_class_scores(output, o) and output not in case.filled
     counted = (lambda _: NOT_COUNTED) if gates_only else histogram
-    finest, worst = coarser(o, dtype), worst_element(o, r)
+    finest, worst = coarser(o, dtype), worst_element(o, r, errors.values)
     allowed = None
     if is_float(o):
-        allowed = allowance(r, peer_errors, ratio_limit=ratio_limit(o.size, finest), eps=EPS[finest])
+        allowed = allowance(truth, peer, ratio_limit=ratio_limit(o.size, finest), eps=EPS[finest])
     return Figures(
         dtype=o.dtype.name,
         shape=o.shape,
         ratio_limit=allowed.ratio_limit if allowed else 0.0,
-        error=error,
-        deployed_error=deployed_error,
-        ratio=ratio(error, deployed_error),
-        max_error=peak(difference(o, r)),
-        deployed_max_error=peak(difference(p, r)),
-        max_relative_error=None if gates_only else max_relative(wide(o), wide(r)),
+        error=errors.rms,
+        deployed_error=deployed.rms,
+        ratio=ratio(errors.rms, deployed.rms),
+        max_error=errors.peak,
+        deployed_max_error=deployed.peak,
+        max_relative_error=None if gates_only else max_relative(errors.values, truth.values),
         worst=replace(worst, index=case.index(output, worst.index)),
         effect=effect,
-        relative_to_effect=ratio(error, effect),
-        cosine=None if gates_only else cosine(wide(o), wide(r)),
+        relative_to_effect=ratio(errors.rms, effect),
+        cosine=None if gates_only else cosine(Magnitudes(wide(o)), truth),
         top1=top1_agreement(o, r, p) if has_classes else None,
         kl=kl_divergence(o, r) if has_classes else None,
         merge_loss=ratio(loss, effect),
-        errors=counted(difference(o, r)),
-        deployed_errors=counted(difference(p, r)),
-        effects=None if base is None else counted(difference(r, base)),
-        gates=tuple(gates_of(o, r, p, allowed=allowed, effect=effect, loss=loss, tolerance=tolerance)),
+        errors=counted(errors.values),
+        deployed_errors=counted(deployed.values),
+        effects=None if change is None else counted(change.values),
+        gates=tuple(gates_of(o, r, p, errors, allowed=allowed, effect=effect, loss=loss, tolerance=tolerance)),
         controls=()
         if gates_only
         else tuple(controls_of(o, r, base, scaled, dtype=finest, allowed=allowed, effect=effect, tolerance=tolerance)),

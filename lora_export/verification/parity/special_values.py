@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import count
 from lora_export.verification.parity.case import Case
-from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, coarser, difference, is_float, wide
+from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Magnitudes, coarser, difference, is_float, wide
 from lora_export.verification.parity.gates import allowance, ratio_limit
 from lora_export.verification.parity.verdict import Outcome, Reason
 
@@ -178,8 +178,8 @@ def _tied(case: Case, scores: str, own: Array, reference: Array, dtype: str) -> 
     if picked is None or right is None:
         return np.zeros(own.shape, bool)
     finest = coarser(case.candidate[scores], dtype)
-    peer_errors = difference(case.deployed[scores], values).ravel()
-    limit = allowance(values, peer_errors, ratio_limit=ratio_limit(values.size, finest), eps=EPS[finest]).peak
+    truth, peer = Magnitudes(wide(values)), Magnitudes(difference(case.deployed[scores], values))
+    limit = allowance(truth, peer, ratio_limit=ratio_limit(values.size, finest), eps=EPS[finest]).peak
     found, expected = (np.take_along_axis(wide(values), index, -1) for index in (picked, right))
     ordered = np.sort(picked, axis=-1)
     is_repeated = (ordered[..., 1:] == ordered[..., :-1]).any(-1, keepdims=True)

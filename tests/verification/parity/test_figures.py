@@ -20,6 +20,25 @@ def test_rms_of_values_whose_square_overflows() -> None:
     assert parity.rms(np.array([0.0])) == 0.0
 
 
+def test_values_are_spiked_where_the_rms_exceeds_multiples_of_the_median() -> None:
+    rng, found = np.random.default_rng(0), set()
+    for size in range(1, 60):
+        values = rng.normal(size=size)
+        values[0] = rng.choice([1, 10, 100])
+        expected = parity.rms(values) > 5 * np.median(np.abs(values))
+        assert parity.Magnitudes(values).are_spiked(5) == expected
+        found.add((size % 2, bool(expected)))
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-101, 1e-99, 1.0, 1e99, 1e101, 1e200])
+def test_rms_and_peak_of_any_size_are_those_of_exact_sums(size: float) -> None:
+    values = np.random.default_rng(0).normal(size=(7, 11))[:, ::2]
+    magnitudes, squares = parity.Magnitudes(values * size), [float(value) ** 2 for value in values.flat]
+    assert magnitudes.rms == pytest.approx(size * math.sqrt(math.fsum(squares) / len(squares)), rel=1e-14)
+    assert magnitudes.peak == np.abs(values * size).max()
+
+
 @pytest.mark.parametrize("dtype", parity.EPS)
 def test_eps_is_that_of_the_dtype(dtype: str) -> None:
     assert parity.EPS[dtype] == float(ml_dtypes.finfo(np.dtype(dtype)).eps)

@@ -10,7 +10,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.verification import parity
-from lora_export.verification.parity import Case, Outcome, gates, judge, judging
+from lora_export.verification.parity import Case, Magnitudes, Outcome, gates, judge, judging
 from lora_export.verification.parity.gates import Allowance, Tolerance
 from support.parity_cases import (
     COUNT,
@@ -71,8 +71,8 @@ def test_ratio_limit_depends_on_size_and_precision(elements: int, dtype: str, k:
 
 def test_infinite_limit_lets_nothing_pass() -> None:
     unbounded = Allowance(ratio_limit=2.0, rmse=math.inf, peak=math.inf)
-    assert not parity.gates.error_gate(np.zeros(3), np.zeros(3), unbounded).passed
-    assert not parity.gates.tail_gate(np.zeros(3), np.zeros(3), unbounded).passed
+    assert not parity.gates.error_gate(Magnitudes(np.zeros(3)), unbounded).passed
+    assert not parity.gates.tail_gate(Magnitudes(np.zeros(3)), unbounded).passed
 
 
 def test_one_eps_is_allowed_where_pytorch_is_integers() -> None:
@@ -84,7 +84,7 @@ def test_one_eps_is_allowed_where_pytorch_is_integers() -> None:
 
 
 def test_floor_is_not_added_to_pytorchs_error() -> None:
-    allowed = parity.allowance(np.ones(1024), np.full(1024, 2.0), ratio_limit=3.0, eps=0.5)
+    allowed = parity.allowance(Magnitudes(np.ones(1024)), Magnitudes(np.full(1024, 2.0)), ratio_limit=3.0, eps=0.5)
     assert allowed == Allowance(ratio_limit=3.0, rmse=6.0, peak=8.0)
 
 
