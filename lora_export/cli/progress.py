@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 from lora_export.callbacks import OnProgress, Progress, ignore
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import duration, one_line
-from lora_export.report.console import is_plain
+from lora_export.report.console import is_no_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +66,7 @@ def shown() -> Iterator[OnProgress]:
 
 def _display(stream: IO[str] | None) -> AbstractContextManager[OnProgress]:
     """The bar, the lines or nothing, as this stream and the verbosity have it."""
-    if stream is None or not is_plain(stream):
+    if stream is None or not is_no_terminal(stream):
         from rich.console import Console
 
         console = Console(file=stream)

@@ -34,14 +34,14 @@ AnyConsole: TypeAlias = "Console | PlainConsole"
 def console(file: IO[str] | None = None) -> AnyConsole:
     """A console on stdout, plain where that is no terminal. It never reads markup in names that come from files."""
     file = sys.stdout if file is None else file
-    if is_plain(file):
+    if is_no_terminal(file):
         return PlainConsole(file)
     from rich.console import Console
 
     return Console(file=file, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def is_plain(file: IO[str] | None) -> bool:
+def is_no_terminal(file: IO[str] | None) -> bool:
     """Whether this is certainly no terminal for rich, which need not be imported then."""
     if file is None or file.closed or {"FORCE_COLOR", "TTY_COMPATIBLE"} & os.environ.keys():
         return False
