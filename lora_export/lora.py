@@ -23,6 +23,7 @@ from lora_export.errors import InputRefused, brief, count, count_that_are
 from lora_export.notebook import html_table
 
 EVERY_ROW = slice(None)
+TOGETHER = 0  # of `rows_together`
 
 # Blocks of a low-rank product, see `multiply`.
 SMALL = 1_000_000  # scalar multiplications up to which OpenBLAS calls a product small
@@ -64,6 +65,8 @@ class LoraPair:
     embedding: bool = False
     as_stored: bool = False
     needs_weight: ClassVar[bool] = False  # its change follows from the weight: see `pairs.transforms`
+    is_structured: ClassVar[bool] = False  # A and B follow from fewer numbers: see `pairs.structured`
+    is_made_whole: ClassVar[bool] = False  # its rows follow from what is computed once for all of them
 
     @property
     def kind(self) -> str:
@@ -124,7 +127,7 @@ class LoraPair:
 
     @property
     def rows_together(self) -> int:
-        """How many rows of a weight are changed together, from a multiple of that on; 0 for all of them."""
+        """How many rows of a weight are changed together, from a multiple of that on; TOGETHER for all of them."""
         return 1
 
     @property

@@ -17,6 +17,8 @@ KEY = "lora_export"  # of the record, in a safetensors header and in a graph's p
 LONGEST_KEY = "lora_export.longest"  # of the greatest sizes for which a graph was made, in its properties
 # In a graph's properties: name -> {algorithm: hash} of each file whose weights it shares with another graph
 SHARED_KEY = "lora_export.shared_weights"
+# Of adapters as inputs (see `formats.contract`): where each is one adapter, a slot for each row, or a row's choice
+CONTRACT_KEY, SLOTS_KEY, ROW_ADAPTERS_KEY = "lora_export.inputs", "lora_export.slots", "lora_export.rows"
 
 MOST_IN_RECORD = 1 << 40
 History = Sequence[Mapping[str, Any]]  # the adapters of earlier merges, as `adapter_records` describes them

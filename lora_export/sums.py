@@ -9,15 +9,17 @@ Two views of a weight occur. `delta` and `summed` use the (out, in, ...) view th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import EVERY_ROW
-from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Step, Term
+
+if TYPE_CHECKING:
+    from lora_export.pairs.transforms import WeightTransform
 
 ROWS_AT_ONCE = 4096
 
@@ -52,9 +54,11 @@ def _sum_terms(
     terms: tuple[Term, ...], rows: slice, weight: NDArray[Any] | None, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
     first, *others = terms
-    if isinstance(first.pair, WeightTransform):  # the only term: no other is allowed beside it
+    if first.pair.needs_weight:  # the only term: no other is allowed beside it
         assert weight is not None
-        return first.pair.change(weight.astype(sum_dtype(weight.dtype)), rows, strength=first.strength, out=out)
+        return cast("WeightTransform", first.pair).change(
+            weight.astype(sum_dtype(weight.dtype)), rows, strength=first.strength, out=out
+        )
     total = first.pair.delta(rows, strength=first.strength, out=out)
     for term in others:
         total += term.pair.delta(rows, strength=term.strength)

@@ -8,11 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.load import load_adapters, resolve_model
+from lora_export.api.load import load_adapters
+from lora_export.api.load_model import resolve_model
 from lora_export.api.verify import Verification, verify
 from lora_export.callbacks import ignore
 from lora_export.options.combining import AdapterSources, Applied, Combination, TiedEmbeddings
-from lora_export.options.common import ModelSource, ProviderName, Running
+from lora_export.options.common import ModelSource
+from lora_export.options.proof import ProviderName, Running
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.verify import runs_in_ci
 from lora_export.report.verdict_screen import screen

@@ -15,7 +15,7 @@ from lora_export import plan
 from lora_export.artifacts.files import graphs_in
 from lora_export.errors import MatchError
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, SLOTS_KEY, AdapterArrays, AdapterPlace, Contract
+from lora_export.formats.contract import AdapterArrays, AdapterPlace, Contract
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors
 from lora_export.graph.insert.adapter_names import module_of
@@ -28,6 +28,7 @@ from lora_export.options.spelling import command
 from lora_export.plan import Plan
 from lora_export.plan.match_tensors import NO_WEIGHT
 from lora_export.plan.own_heads import Head, own_heads, without_own_head
+from lora_export.provenance import CONTRACT_KEY, SLOTS_KEY
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.several_graphs import SeveralGraphs
 

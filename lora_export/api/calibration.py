@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lora_export.artifacts.artifact import is_arrays
+from lora_export.artifacts.kind import is_arrays
 from lora_export.callbacks import OnMessage
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.extras import pip_install

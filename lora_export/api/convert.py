@@ -24,8 +24,9 @@ from lora_export.api.adapter_values import adapter_values, taking_graphs
 from lora_export.api.adapters import copy_head_config, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
-from lora_export.artifacts.artifact import artifact_kind, open_artifact
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import file_for_graph, with_suffix
+from lora_export.artifacts.kind import artifact_kind
 from lora_export.callbacks import note_each
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, program_adapter, writer_of

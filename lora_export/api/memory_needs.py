@@ -16,7 +16,8 @@ from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused
 from lora_export.isolation.limits import GIB
-from lora_export.options.common import ModelSource, Running
+from lora_export.options.common import ModelSource
+from lora_export.options.proof import Running
 from lora_export.options.spelling import command
 from lora_export.runtime.memory import available_memory, require_memory
 from lora_export.storage.input_files import files_of

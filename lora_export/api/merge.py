@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export.api.load import adapter_paths, calibration_file, locate_adapters, no_adapter_as_model
-from lora_export.api.merge_checkpoint import merging_into_checkpoint
 from lora_export.api.merge_request import MergeRequest, MergeResult, read_adapters
-from lora_export.artifacts.artifact import artifact_kind
 from lora_export.artifacts.files import with_suffix
+from lora_export.artifacts.kind import artifact_kind
 from lora_export.errors import WrongUsage
 from lora_export.options.declaring import extended, takes
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import named
 from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
-from lora_export.storage.gguf_file import SUFFIX
 from lora_export.storage.hub_cache import locate
-from lora_export.storage.store_copy import on_disk
 from lora_export.storage.store_path import place
 from lora_export.weights.one_pass import Merging, alone, together
 
@@ -57,6 +54,8 @@ def _merging(options: MergeOptions) -> Merging[MergeResult]:
     base = locate(options.base, options.on_message, options.download)
     kind = artifact_kind(base)
     if kind is ArtifactKind.GRAPH:
+        from lora_export.storage.store_copy import on_disk
+
         base = on_disk(base, options.on_message)  # ONNX's libraries open files of the disk alone
     options.check_usage(base=KINDS_OF_BASE.get(kind, "checkpoint"))
     if options.rounding == "calibrated" and options.calibration is None:
@@ -82,7 +81,7 @@ def _merging_into(kind: ArtifactKind, request: MergeRequest) -> Merging[MergeRes
             raise WrongUsage(
                 f"{named('keep_residual', request.keep_residual)} is the output or inside it. Name a file beside it"
             )
-    # A merge into a checkpoint does not wait for onnx, or for what the other kinds need, to be imported.
+    # A merge does not wait for what bases of other kinds need to be imported, such as onnx.
     if kind is ArtifactKind.PIPELINE:
         from lora_export.api.merge_pipeline import merge_into_pipeline
 
@@ -92,6 +91,8 @@ def _merging_into(kind: ArtifactKind, request: MergeRequest) -> Merging[MergeRes
 
         return merge_into_gguf(request)
     if kind is not ArtifactKind.GRAPH:
+        from lora_export.api.merge_checkpoint import merging_into_checkpoint
+
         return (yield from merging_into_checkpoint(request))
     from lora_export.api.merge_graph import merge_into_graph
 
@@ -109,7 +110,8 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
     reading = options.reading.for_base(checkpoint or base)
     loaded = read_adapters(options, sources, reading, of_models=kind is not ArtifactKind.GRAPH)
 
-    suffixes = {ArtifactKind.GGUF: SUFFIX, ArtifactKind.GRAPH: base.suffix, ArtifactKind.WEIGHTS: base.suffix}
+    gguf = ArtifactKind.GGUF.suffixes[0]
+    suffixes = {ArtifactKind.GGUF: gguf, ArtifactKind.GRAPH: base.suffix, ArtifactKind.WEIGHTS: base.suffix}
 
     return extended(
         options,

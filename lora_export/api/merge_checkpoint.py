@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy, opened_base, plan_over
+from lora_export.api.merge_base import merge_of, opened_base, plan_over
+from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
 from lora_export.callbacks import in_bytes, note_each
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
@@ -17,21 +18,14 @@ from lora_export.plan import Plan
 from lora_export.storage import atomic_output
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
-from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.merge import output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, QuantisedLayer, refuse_no_change
 from lora_export.weights.one_pass import Merging
-from lora_export.weights.quantisation_loss import (
-    bytes_to_measure,
-    measure_quantisation,
-    notes_on_quantisation,
-    refuse_other_shapes,
-)
 from lora_export.weights.quantised import caution_for
-from lora_export.weights.quantised_layers import keep_quantised
 
 if TYPE_CHECKING:
+    from lora_export.weights.calibrated_rounding import LayerInputs
     from lora_export.weights.gguf.base import GgufBase
 
 
@@ -46,6 +40,8 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     is_shared = request.is_shared and not why_alone
     floats = None if request.float_base is None else open_checkpoint(request.float_base)
     if floats is not None:
+        from lora_export.weights.quantisation_loss import refuse_other_shapes  # few merges measure it
+
         refuse_other_shapes(checkpoint, floats)
     # Raises for links that lead out of the folder: before the work, not after it.
     companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files())
@@ -63,6 +59,8 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     settings = request.combined.settings | of_calibration
     layers: tuple[QuantisedLayer, ...] = ()
     if request.keep_quantised:
+        from lora_export.weights.quantised_layers import keep_quantised  # few bases are
+
         measuring = functools.partial(in_bytes, request.on_progress, "measuring")
         checkpoint, layers = keep_quantised(
             steps,
@@ -77,7 +75,7 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     with request.backend() as backend, request.staged(size + companions, is_file=is_file) as folder:
         begun = time.perf_counter()
         made = make_shards(request, steps, checkpoint, folder, settings, size) if is_shared else {}
-        merge = request.of_checkpoint(steps, checkpoint, backend, settings, calibration)
+        merge = merge_of(request, steps, checkpoint, backend, settings, calibration)
         progress = in_bytes(request.on_progress, "merging", size)
         report = yield from merge.into(folder, file_name=request.output.name, progress=progress, made=made)
         refuse_no_change(report)
@@ -142,6 +140,8 @@ def _with_quantisation(
     report: MergeReport, base: Checkpoint, floats: Checkpoint, steps: Plan, request: MergeRequest
 ) -> tuple[MergeReport, list[str]]:
     """The report with the quantisation error of each weight, and the notes on it."""
+    from lora_export.weights.quantisation_loss import bytes_to_measure, measure_quantisation, notes_on_quantisation
+
     progress = in_bytes(request.on_progress, "measuring the quantisation", bytes_to_measure(base))
     losses = measure_quantisation(base, floats, steps, report.results, progress)
     notes = list(notes_on_quantisation(base, floats, losses))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lora_export.api.merge_base import planned
 from lora_export.api.merge_checkpoint import calibration_inputs
-from lora_export.api.merge_request import MergeRequest, MergeResult, planned
+from lora_export.api.merge_request import MergeRequest, MergeResult
 from lora_export.callbacks import in_bytes, note_each
 from lora_export.options.spelling import named
 from lora_export.weights.gguf.base import open_base

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_export import plan, provenance
 from lora_export.adapters.combine import combine_in_plan
+from lora_export.api.merge_base import merge_of
 from lora_export.api.merge_checkpoint import notes_on_checkpoint
 from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
 from lora_export.callbacks import in_bytes
@@ -150,7 +151,7 @@ def _write(request: MergeRequest, pipeline: Pipeline, merges: Sequence[ModelMerg
     with request.staged(size, is_file=False) as stage:
         for each in merges:
             (stage / each.folder).mkdir()
-            merge = request.of_checkpoint(each.plan, each.checkpoint, Backend(), settings)
+            merge = merge_of(request, each.plan, each.checkpoint, Backend(), settings)
             reports[each.folder] = alone(merge.into(stage / each.folder, progress=progress))
         report = _report_of_all(reports)
         refuse_no_change(report)

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from lora_export import plan
 from lora_export.api.load import load_adapters
-from lora_export.api.shared_head import head_alone
 from lora_export.callbacks import note_each
-from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.options.combining import AdapterSource, Applied, Combination
+from lora_export.options.combining import AdapterSource, Combination
 from lora_export.options.merge import MergeOptions
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.calibrated_rounding import LayerInputs
-from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
-from lora_export.weights.merge import CheckpointMerge
 from lora_export.weights.merge_report import MergeReport
-from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 
 def float32_remedy() -> str:
@@ -103,19 +95,6 @@ class MergeRequest(MergeOptions):
 
         return cuda.cuda()
 
-    def of_checkpoint(
-        self,
-        plan: Plan,
-        base: Checkpoint,
-        backend: Backend,
-        settings: Mapping[str, Any],
-        calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
-    ) -> CheckpointMerge:
-        """The merge of a checkpoint as this request has it."""
-        return CheckpointMerge(
-            plan, base, self.stored, self.min_retention, self.hashing, backend, settings, calibration
-        )
-
     def staged(self, size: int, *, is_file: bool = True, streamed: bool = True) -> AbstractContextManager[Path]:
         """The stage of the output, of so many bytes (see `atomic_output.staged`)."""
         inputs = [self.base, *self.sources, *([self.share_with] if self.share_with else [])]
@@ -138,20 +117,7 @@ class MergeRequest(MergeOptions):
             )
 
 
-# --- what it reads before the weights, and its plan ---
-
-
-def planned(
-    base: Checkpoint, adapters: Sequence[Adapter], options: Applied, together: Sequence[str] = (), **more: Any
-) -> Plan:
-    """Which pair lands on which weight, with what the base ties, and pairs combined. `more` is for `plan.make`.
-
-    Of one model of a pipeline, `together` are the names of all adapters. Raises MatchError for what does not fit.
-    """
-    with tied_as_remedy(base, options.tied):
-        ties = ties_of(base, options.tied)
-        steps = plan.make(adapters, base.specs, strengths=options.weights, rules=base.rules, ties=ties, **more)
-    return combined_pairs(steps, options.combined, together)
+# --- its adapters ---
 
 
 def combined_pairs(steps: Plan, combination: Combination, together: Sequence[str] = ()) -> Plan:
@@ -168,18 +134,8 @@ def read_adapters(
 ) -> list[Adapter]:
     """The adapters of a merge, from sources that were located. Raises InputRefused as `load_adapters`."""
     loaded = load_adapters(sources, options.prefixes, reading=reading, of_models=of_models)
-    return [head_alone(adapter) for adapter in loaded] if options.only_head else loaded
+    if not options.only_head:
+        return loaded
+    from lora_export.api.shared_head import head_alone  # few merges are of a head
 
-
-def opened_base(request: MergeRequest) -> Checkpoint:
-    """The base's headers. Raises InputRefused where it is damaged, or not quantised and an option needs that."""
-    quantised_as = "dequantize" if request.dequantize else "keep_quantised" if request.keep_quantised else ""
-    checkpoint = open_checkpoint(request.base, dequantise=bool(quantised_as), variant=request.variant)
-    if quantised_as and not checkpoint.quantised:
-        raise InputRefused(f"{request.base} is not quantised. Leave {named(quantised_as)} out")
-    return checkpoint
-
-
-def plan_over(checkpoint: Checkpoint, request: MergeRequest) -> Plan:
-    """Which pair of the adapters lands on which weight. Raises MatchError with every misfit."""
-    return planned(checkpoint, request.adapters, request, may_add=True, layout=request.layout or {})
+    return [head_alone(adapter) for adapter in loaded]

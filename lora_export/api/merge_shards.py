@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.api.memory_needs import jobs_that_fit, memory_to_merge
-from lora_export.api.merge_request import MergeRequest, opened_base, plan_over, read_adapters
+from lora_export.api.merge_base import merge_of, opened_base, plan_over
+from lora_export.api.merge_request import MergeRequest, read_adapters
 from lora_export.callbacks import ignore, in_bytes
 from lora_export.errors import InputRefused, LoraExportError, MatchError, OutputFailed, WrongUsage
 from lora_export.lora import Adapter
@@ -128,7 +129,7 @@ def _outcomes(
 def _maker(request: MergeRequest, steps: Plan, base: Checkpoint, settings: Mapping[str, Any]) -> CheckpointMerge:
     threads = os.environ.get(THREADS[0], "")  # of a worker: its share of the cores
     backend = Backend(threads=int(threads) if threads.isdecimal() and int(threads) else None)
-    return request.of_checkpoint(steps, base, backend, settings)
+    return merge_of(request, steps, base, backend, settings)
 
 
 def _seen(path: Path, digest: str, facts: Mapping[str, Any]) -> WrittenFile:

@@ -7,13 +7,10 @@ from lora_export.api.load import (
     adapter_paths,
     load_adapters,
     locate_adapters,
-    locate_model,
-    names_kind,
     no_adapter_as_model,
-    refuse_no_source,
-    refuse_pt2,
     refuse_weights_alone,
 )
+from lora_export.api.load_model import locate_model, names_kind, refuse_no_source, refuse_pt2
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult, check_adapters
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.files import names_file, with_suffix

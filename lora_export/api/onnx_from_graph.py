@@ -14,12 +14,11 @@ import onnx_ir as ir
 from lora_export import provenance
 from lora_export.adapters.combine import combined_unless_exact
 from lora_export.api.generation_files import copy_generation_files
-from lora_export.api.load import resolve_model
+from lora_export.api.load_model import resolve_model
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import Located, base_outputs, insert_and_save, locate_steps, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused, first_of, listed
-from lora_export.formats.contract import ROW_ADAPTERS_KEY
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import unclear_inputs
@@ -31,6 +30,7 @@ from lora_export.graph.values import drop_tensors, initializers, unused_name, va
 from lora_export.options.combining import Combination
 from lora_export.options.spelling import command, named
 from lora_export.plan.spelling import respelled
+from lora_export.provenance import ROW_ADAPTERS_KEY
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import TIMEOUT, Arrays

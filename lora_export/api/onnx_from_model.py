@@ -18,7 +18,7 @@ from lora_export.api.genai_config import genai_config
 from lora_export.api.generation_files import GENAI_CONFIG, shorten_genai_config, write_generation_files
 from lora_export.api.generation_task import generating_model, graph_files
 from lora_export.api.kept_graph import exported_once
-from lora_export.api.load import model_paths, shared_model
+from lora_export.api.load_model import model_paths, shared_model
 from lora_export.api.memory_needs import is_large_folder, is_read_when_needed, require_memory_to_export
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import (

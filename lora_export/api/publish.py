@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_export.callbacks import OnMessage
 from lora_export.errors import Different, EnvironmentLacking, EscapedLines, LoraExportError, Undecided, one_line
 from lora_export.lora import Adapter
-from lora_export.options.common import NO_PROOF
+from lora_export.options.proof import NO_PROOF
 from lora_export.options.spelling import command, named
 from lora_export.provenance import LONGEST_KEY, record
 from lora_export.runtime import environment

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lora_export import layers, plan
-from lora_export.api import load
+from lora_export.api import load, load_model
 from lora_export.api.adapted_model import AdaptedModel, adapted_model
 from lora_export.api.program_adapters import (
     attach_inputs,
@@ -31,11 +31,11 @@ from lora_export.api.publish import (
     require_same,
     stage_of_proof,
 )
-from lora_export.artifacts.artifact import artifact_kind
 from lora_export.artifacts.files import with_suffix
+from lora_export.artifacts.kind import artifact_kind
 from lora_export.callbacks import OnMessage, in_stages, note_each
 from lora_export.errors import RuntimeRefused, WrongUsage, first_line
-from lora_export.formats.contract import CONTRACT_KEY, Contract
+from lora_export.formats.contract import Contract
 from lora_export.graph.refusals import refuse_transforms
 from lora_export.models.model import Model
 from lora_export.notebook import html_table
@@ -43,6 +43,7 @@ from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.runner import Runner
 from lora_export.storage import atomic_output
 from lora_export.storage.artifact_kinds import PROGRAM_FORMATS
@@ -85,11 +86,11 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     cannot be written; WrongUsage for `max_size` of another file. Nothing is published then, and an existing output is
     unchanged.
     """
-    load.refuse_pt2(options.model)
+    load_model.refuse_pt2(options.model)
     load.refuse_weights_alone(options.adapters, options.weights)
     on_message, weights = options.on_message, options.weights
-    model = load.locate_model(options.model, on_message, options.download)
-    load.refuse_no_source(model)
+    model = load_model.locate_model(options.model, on_message, options.download)
+    load_model.refuse_no_source(model)
     adapters = load.locate_adapters(options.adapters, on_message, options.download)
     name = _format(options)
     program = program_format(name)
@@ -102,12 +103,12 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     stage = in_stages(options.on_progress)
     with load.no_adapter_as_model(model, adapters):
         loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
-    sources = [*load.model_paths(model), *load.adapter_paths(adapters)]
+    sources = [*load_model.model_paths(model), *load.adapter_paths(adapters)]
     if is_swapped:
         refuse_files_beside(output, loaded, sources, overwrite=options.overwrite)
     with atomic_output.staged(options, output, sources, is_file=True, sign=options.sign, streamed=False) as folder:
         stage("loading the model")
-        base = load.resolve_model(model, loaded, inputs=options.inputs, export=True)
+        base = load_model.resolve_model(model, loaded, inputs=options.inputs, export=True)
         adapted = adapted_model(base, loaded, weights, options, on_message)
         module, steps, contract = _with_adapters(adapted, options)
         stage("tracing" if program.IS_TRACE else "exporting")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lora_export import formats, layers
-from lora_export.api.load import model_paths, refuse_no_source, refuse_pt2
+from lora_export.api.load_model import model_paths, refuse_no_source, refuse_pt2
 from lora_export.api.training_data import TrainingData, encoded_data, read_training_data
 from lora_export.api.training_output import (
     facts_for_card,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from numpy.typing import NDArray
 
-from lora_export.artifacts.artifact import is_arrays
+from lora_export.artifacts.kind import is_arrays
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
 from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token

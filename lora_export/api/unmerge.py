@@ -9,15 +9,15 @@ from pathlib import Path
 from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
-from lora_export.artifacts.artifact import artifact_kind
 from lora_export.artifacts.files import with_suffix
+from lora_export.artifacts.kind import artifact_kind
 from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
 from lora_export.options.combining import Combination, TiedEmbeddings
 from lora_export.options.declaring import takes
-from lora_export.options.merge import UnmergeOptions
 from lora_export.options.reading import ReadOptions
+from lora_export.options.unmerge import UnmergeOptions
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.artifact_kinds import ArtifactKind

@@ -16,16 +16,16 @@ from lora_export.api.load import (
     calibration_file,
     load_adapters,
     locate_adapters,
-    locate_model,
-    model_paths,
     no_adapter_as_model,
     refuse_weights_alone,
 )
+from lora_export.api.load_model import locate_model, model_paths
 from lora_export.api.verify_outputs import judge_outputs
 from lora_export.api.verify_quantised import judge_quantised
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
-from lora_export.artifacts.artifact import Artifact, artifact_kind, open_artifact
+from lora_export.artifacts.artifact import Artifact, open_artifact
+from lora_export.artifacts.kind import artifact_kind
 from lora_export.errors import LoraExportError, WrongUsage, brief
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource, is_address

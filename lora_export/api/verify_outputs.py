@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.api.load import load_adapters, shared_model
+from lora_export.api.load import load_adapters
+from lora_export.api.load_model import shared_model
 from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.artifacts.artifact import Artifact

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.api.load import load_adapters, resolve_model
+from lora_export.api.load import load_adapters
+from lora_export.api.load_model import resolve_model
 from lora_export.api.memory_needs import PROGRAM
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import judge_weights

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_export.api.load import load_adapters
+from lora_export.api.merge_base import planned
 from lora_export.api.merge_pipeline import parts_by_model
-from lora_export.api.merge_request import planned
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.artifacts.artifact import Artifact
 from lora_export.callbacks import in_bytes, note_each
@@ -35,7 +35,8 @@ from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.gguf.base import GgufBase
 from lora_export.weights.pipeline import Pipeline, open_pipeline
-from lora_export.weights.quantised import LAYERS_IN_HEADER, without_layers, without_shared_parts
+from lora_export.weights.quantised import without_shared_parts
+from lora_export.weights.quantised.comfyui_files import LAYERS_IN_HEADER, without_layers
 from lora_export.weights.quantised.stored_parts import with_new_scales
 from lora_export.weights.quantised_layers import float_modules
 

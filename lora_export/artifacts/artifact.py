@@ -1,8 +1,7 @@
 """What a path is, and what it records. The code behind `open_artifact` asks its kind, and never looks at a suffix.
 
-A folder's kind is decided by what it contains. A file's name claims its kind, and the reader of this kind refuses other
-content by what is wrong with it. Where the name claims none, the content decides. A record is what lora-export stores
-in what it writes: base, adapters, settings, verdict. Needs neither PyTorch nor onnx, and runs nothing.
+A record is what lora-export stores in what it writes: base, adapters, settings, verdict. Needs neither PyTorch nor
+onnx, and runs nothing.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from lora_export.artifacts.files import (
     graphs_in,
     hashes_of,
 )
+from lora_export.artifacts.kind import artifact_kind
 from lora_export.errors import InputRefused, brief
-from lora_export.formats.contract import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, read_contract, read_row_adapters
+from lora_export.formats.contract import read_contract, read_row_adapters
 from lora_export.options.common import is_address
 from lora_export.options.spelling import command
-from lora_export.provenance import History, read_shared
+from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, History, read_shared
 from lora_export.storage import input_files, json_files, safetensors_file
-from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
-from lora_export.storage.gguf_file import is_gguf, open_gguf
+from lora_export.storage.artifact_kinds import ArtifactKind
+from lora_export.storage.gguf_file import open_gguf
 from lora_export.storage.hashes import SHORT_HASH, file_hash
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.store_path import place
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, is_streamable, open_checkpoint
-from lora_export.weights.pipeline import is_pipeline
 from lora_export.weights.quantised import QUANTIZATION
-from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
-from lora_export.weights.weight_files import variant_like
+from lora_export.weights.sentence_modules import TRANSFORMER_CONFIG, module_folders
+from lora_export.weights.weight_files import MODULES_FILE, variant_like
 
 if TYPE_CHECKING:
     from lora_export.weights.gguf.base import GgufBase
@@ -106,34 +105,6 @@ def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 END_OF_ARCHIVE = 1 << 16  # bytes
-# A member of each kind of archive, in the archive's one folder
-MEMBERS = {"archive_format": ArtifactKind.PROGRAM, "constants.pkl": ArtifactKind.SCRIPT}
-
-
-def artifact_kind(path: Path) -> ArtifactKind:
-    """The kind of a path, which need not exist. Reads no weights."""
-    if path.is_dir():
-        if graphs_in(path):
-            return ArtifactKind.GENERATION
-        if is_pipeline(path):
-            return ArtifactKind.PIPELINE
-        return ArtifactKind.EMBEDDER if (path / MODULES_FILE).is_file() else ArtifactKind.CHECKPOINT
-    return claimed_kind(path) or _kind_of_content(path)
-
-
-def is_arrays(path: Path) -> bool:
-    """Whether a file is taken for arrays of NumPy (.npz)."""
-    return path.suffix.lower() == ".npz"
-
-
-def _kind_of_content(path: Path) -> ArtifactKind:
-    if is_gguf(path):  # as programs that download models store them
-        return ArtifactKind.GGUF
-    names: set[str] = set()
-    if path.is_file() and zipfile.is_zipfile(path):
-        with contextlib.suppress(InputRefused), archive.opened(path) as opened:
-            names = {name.partition("/")[2] for name in opened.namelist()}
-    return next((kind for member, kind in MEMBERS.items() if member in names), ArtifactKind.OTHER)
 
 
 @dataclass(frozen=True)
@@ -334,23 +305,3 @@ def open_artifact(path: str | Path) -> Artifact:
     if (path / SINGLE_GRAPH).is_file() and not any(path.glob("*.safetensors")):
         path /= SINGLE_GRAPH
     return Artifact(path, artifact_kind(path))
-
-
-def refuse_no_model(source: str | Path) -> None:
-    """Raise InputRefused for what names no model of PyTorch. What it names may still be missing or damaged inside.
-
-    This is for before anything is read: what else a command reads may take long.
-    """
-    location, _, attribute = str(source).rpartition(":")
-    is_factory, kind = bool(location and attribute), artifact_kind(Path(source))
-    if kind is ArtifactKind.GGUF:
-        its_own = command("verify", "MERGED.gguf", model="BASE.gguf")
-        raise InputRefused(
-            f"{source} is a GGUF file, which PyTorch does not run. Give the Hugging Face folder that it was made from. "
-            f"`{its_own}` compares two GGUF files"
-        )
-    if not (Path(source).is_dir() or kind is ArtifactKind.PROGRAM or is_factory):
-        raise InputRefused(
-            f"{str(source)!r} is no model: give a Hugging Face folder that exists, `package.module:factory`, "
-            f"`file.py:factory` or a .pt2 file{input_files.similar_name(Path(source))}"
-        )

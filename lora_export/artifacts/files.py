@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_export.errors import OutputFailed, WrongUsage
-from lora_export.formats.onnx_adapter import SUFFIX
-from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.storage import input_files
-from lora_export.storage.artifact_kinds import FILE_SUFFIXES
+from lora_export.storage.artifact_kinds import FILE_SUFFIXES, ArtifactKind
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.store_path import place
 
@@ -25,7 +23,7 @@ LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as proto
 
 def file_for_graph(adapter: str, graph: str) -> str:
     """The name of an adapter's file for one of the graphs: `fr.encoder_model.onnx_adapter`."""
-    return f"{adapter}.{Path(graph).stem}{SUFFIX}"
+    return f"{adapter}.{Path(graph).stem}{ArtifactKind.ADAPTER.suffixes[0]}"
 
 
 def adapter_of_file(path: Path) -> str:
@@ -60,6 +58,8 @@ def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
 def _external_data(path: Path) -> list[Path]:
     if not path.stat().st_size:
         return []
+    from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message  # few artifacts are graphs
+
     refuse_no_message(path)
     if not input_files.contains(path, LOCATION):  # and onnx need not be imported
         return []

@@ -8,7 +8,6 @@ code.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import io
@@ -58,7 +57,6 @@ COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.
 FILE_OF_COMMAND = {
     **dict.fromkeys(("inspect", "check", "convert", "combine", "extract", "resize"), "adapters"),
     **dict.fromkeys(("onnx", "torchscript"), "export"),
-    "unmerge": "merge",
 }
 
 PATIENCE = 1.0  # seconds
@@ -86,6 +84,8 @@ class LazyGroup(click.Group):
         """As click does; an unknown command ends with the commands that may be meant."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            import difflib  # most commands are spelled right
+
             meant = other_tools()["commands"].get(name) or difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
             ctx.fail(f"No such command '{name}'.{hint}")

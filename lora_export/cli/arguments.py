@@ -7,7 +7,6 @@ another tool leads to its name here.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -341,6 +340,8 @@ def _spelled(key: str) -> str:
 
 
 def _unknown(path: Path, table: str, key: str, known: Iterable[str]) -> click.UsageError:
+    import difflib
+
     nearest = difflib.get_close_matches(_spelled(key), list(known), n=1, cutoff=0.3)
     hint = f"; the nearest is `{nearest[0]}`" if nearest else ""
     return click.UsageError(f"{path}: [{table}] has the key `{key}`, which is no option{hint}")

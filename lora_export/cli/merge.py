@@ -1,4 +1,4 @@
-"""The commands that merge adapters into weights, and take them out again."""
+"""The command that merges adapters into weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from lora_export.cli.arguments import cli_command, print_document, print_wrote
 from lora_export.cli.parameters import Source
 from lora_export.cli.progress import shown
 from lora_export.cli.verbosity import Verbosity, verbosity
-from lora_export.errors import count
-from lora_export.options.merge import MergeOptions, UnmergeOptions
+from lora_export.options.merge import MergeOptions
 
 PLANNED = 5  # weights of the short screen of --dry-run
 
@@ -58,22 +57,3 @@ def merge_command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: 
         print_wrote(result.output)
     else:
         print_merge(console(), result.report, result.output, whole=verbosity() is Verbosity.FULL)
-
-
-@cli_command(UnmergeOptions, "unmerge kept fr -o base-again --base-from kept.residual")
-def unmerge_command(as_json: bool, **options: Any) -> None:
-    """Make the base of a merge again, bit for bit, from MERGED, its ADAPTERs and a residual.
-
-    `merge --keep-residual` writes the residual: what the merged weights and the adapters do not tell of the base. The
-    hash of each file is compared with that of the base. PyTorch is not needed.
-    """
-    with shown() as on_progress:
-        from lora_export.api.unmerge import unmerge
-
-        result = unmerge(on_progress=on_progress, **options)
-    if as_json:
-        facts = {"bytes": result.bytes, "restored": result.restored, "files": result.files}
-        print_document({"output": str(result.output), **facts})
-    else:
-        what = f"{count(result.restored, 'tensor')} restored; every file has the hash that it had in the base"
-        print_wrote(result.output, f": {what}")

@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import IO, TYPE_CHECKING
 
 from lora_export.callbacks import OnProgress, Progress, ignore
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import duration, one_line
+from lora_export.report.console import is_no_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,15 +59,21 @@ def _amount(event: Progress) -> str:
 @contextlib.contextmanager
 def shown() -> Iterator[OnProgress]:
     """Yield a callback that shows the stage, the work done and the time. Without a terminal, -q leaves it out."""
-    from rich.console import Console
-
     # The stream itself, not what `sys.stderr` is later: exporters are silenced by replacing it.
-    console = Console(file=sys.stderr)
-    if not console.is_terminal and verbosity() is Verbosity.QUIET:
-        yield ignore
-        return
-    with _bar(console) if console.is_terminal else _lines(console.file) as show:
+    with _display(sys.stderr) as show:
         yield show
+
+
+def _display(stream: IO[str] | None) -> AbstractContextManager[OnProgress]:
+    """The bar, the lines or nothing, as this stream and the verbosity have it."""
+    if stream is None or not is_no_terminal(stream):
+        from rich.console import Console
+
+        console = Console(file=stream)
+        if console.is_terminal:
+            return _bar(console)
+        stream = console.file
+    return contextlib.nullcontext(ignore) if verbosity() is Verbosity.QUIET else _lines(stream)
 
 
 @contextlib.contextmanager

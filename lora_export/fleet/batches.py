@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lora_export.artifacts.artifact import artifact_kind
+from lora_export.artifacts.kind import artifact_kind
 from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.steps import FleetJob
 from lora_export.storage.artifact_kinds import ArtifactKind

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_export import formats
-from lora_export.artifacts.artifact import artifact_kind
+from lora_export.artifacts.kind import artifact_kind
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, LoraExportError, MatchError
 from lora_export.fleet.description import FleetFile

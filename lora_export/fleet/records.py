@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.api.load import model_paths
+from lora_export.api.load_model import model_paths
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused

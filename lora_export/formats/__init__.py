@@ -89,9 +89,27 @@ def known_formats() -> Mapping[str, AdapterFormat]:
     return {name: cast(AdapterFormat, module) for name, module in modules.items() if hasattr(module, "recognises")}
 
 
+SAVED_BY_PEFT = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+TEXT_SUFFIXES = (".json", ".md", ".jinja")  # of files beside them that are no adapter in another format
+
+
+def possible_formats(path: Path) -> Mapping[str, AdapterFormat]:
+    """The formats that an adapter may be in: PEFT's for its files without others beside them, else all of them.
+
+    Most adapters are such a folder, for which the modules of the other formats are not imported.
+    """
+    if path.is_dir():
+        names = {each.name for each in path.iterdir()}
+        if names >= SAVED_BY_PEFT and all(name.endswith(TEXT_SUFFIXES) for name in names - SAVED_BY_PEFT):
+            peft = cast(AdapterFormat, importlib.import_module(f"{__name__}.peft"))
+            if peft.recognises(path):
+                return {"peft": peft}
+    return known_formats()
+
+
 def recognised(path: Path) -> bool:
     """Whether an adapter in a known format is at `path`. Reads no tensors."""
-    return any(adapter_format.recognises(path) for adapter_format in known_formats().values())
+    return any(adapter_format.recognises(path) for adapter_format in possible_formats(path).values())
 
 
 def is_model(path: Path) -> bool:
@@ -136,7 +154,7 @@ def load(
     """
     outer, path = place(path), located(place(path))
     input_files.must_exist(path, "adapter")
-    candidates = known_formats()
+    candidates = known_formats() if options.format else possible_formats(path)
     if options.format:
         if options.format not in candidates:
             raise InputRefused(f"unknown adapter format {options.format!r}; known: {', '.join(candidates)}")

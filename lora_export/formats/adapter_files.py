@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.lora import LoraPair
-from lora_export.names.families import LlamaCppNames, model_type_of
 from lora_export.names.row_orders import Heads
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
-from lora_export.storage import input_files, json_files, safetensors_file, torch_pickle
-from lora_export.storage.gguf_file import GgufFile, is_gguf, open_gguf
+from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.safetensors_file import Entry, TensorFile, is_safetensors
-from lora_export.storage.torch_pickle import PickledTensors
+
+if TYPE_CHECKING:
+    from lora_export.storage.torch_pickle import PickledTensors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".lora")  # ends of the names that trainers give to pickles
 MODEL_CONFIG = "config.json"
@@ -88,7 +88,7 @@ class HeaderAlone(TensorFile):
         return np.broadcast_to(np.ones((), entry.dtype), entry.shape)
 
 
-TensorSource = TensorFile | PickledTensors | ShardedTensors
+TensorSource: TypeAlias = "TensorFile | PickledTensors | ShardedTensors"
 
 
 def is_pickle(path: Path) -> bool:
@@ -127,6 +127,8 @@ def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
             f"{path} is a pickle, which can run code when it is opened. {named('allow_pickle', True)} reads it by "
             "torch.load with weights_only=True, which reads tensors alone"
         )
+    from lora_export.storage import torch_pickle  # few adapters are pickles
+
     return torch_pickle.open_pickle(path)
 
 
@@ -168,6 +170,8 @@ def names_in(path: Path) -> frozenset[str]:
         except (InputRefused, OSError):
             return names
     elif is_pickle(path):
+        from lora_export.storage import torch_pickle
+
         names = torch_pickle.text_in_pickle(path)
     return frozenset(map(unwrapped, names))
 
@@ -235,6 +239,9 @@ def base_config(folder: Path | None, options: ReadOptions) -> Mapping[str, Any] 
     """
     places = [] if folder is None else [folder / MODEL_CONFIG]
     if (base := options.base_config) is not None:
+        from lora_export.formats.gguf_architecture import config_of  # few formats need the base
+        from lora_export.storage.gguf_file import is_gguf, open_gguf
+
         if is_gguf(base):
             return config_of(open_gguf(base))
         places.append((base.parent if base.is_file() else base) / MODEL_CONFIG)
@@ -340,44 +347,3 @@ def refuse_problems(file: TensorSource, problems: list[str]) -> None:
     """Raise InputRefused with everything that is wrong with a file, where anything is."""
     if problems:
         raise InputRefused(f"{file.path} is refused:", listed(sorted(problems), len(problems)))
-
-
-# --- What the header of a GGUF file has of a model's architecture: the names of its tensors, and its config ---
-
-
-def names_of(file: GgufFile) -> LlamaCppNames:
-    """The names of a model's or an adapter's tensors. Raises InputRefused for an architecture that is not known."""
-    architecture = str(file.value("general.architecture", ""))
-    has_experts = any("_exps." in tensor.name for tensor in file.tensors)
-    try:
-        kind = model_type_of(architecture, has_experts=has_experts)
-    except InputRefused as error:
-        raise InputRefused(f"{file.path}: {error}") from error
-
-    def size(key: str) -> int:
-        value = file.value(f"{architecture}.attention.{key}", 0)
-        return value if isinstance(value, int) and value > 0 else 0
-
-    queries = size("head_count")
-    return LlamaCppNames(kind, Heads(queries, size("head_count_kv") or queries))
-
-
-def config_of(file: GgufFile) -> dict[str, Any]:
-    """What transformers' config of a model in a GGUF file has, of what plans and readers of adapters need."""
-    names = names_of(file)
-    words = next((tensor.shape[0] for tensor in file.tensors if tensor.name == "token_embd.weight"), None)
-    blocks = file.value(f"{file.value('general.architecture')}.block_count", 0)
-    return {
-        "model_type": names.model_type,
-        "architectures": [names.class_name],
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in file.tensors),
-        "num_attention_heads": names.heads.queries,
-        "num_key_value_heads": names.heads.keys,
-        **({"num_hidden_layers": blocks} if blocks else {}),
-        **({} if words is None else {"vocab_size": words}),
-    }
-
-
-def is_adapter(file: GgufFile) -> bool:
-    """Whether a GGUF file is an adapter, and no model."""
-    return bool(file.value("general.type") == "adapter")

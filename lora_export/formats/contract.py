@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import command, named
 from lora_export.plan import Layout, TensorSpec
+from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY
 from lora_export.storage import json_files
 from lora_export.storage.json_files import parse_json
 
-ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `lora="rows"`
 ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
 ADAPTER_SCALES = "adapter_scales"  # its input where a row has several adapters: a factor for each
 ROW_INPUTS = (ADAPTER_IDS, ADAPTER_SCALES)
@@ -95,8 +95,6 @@ def row_inputs(ids: NDArray[np.int64], scales: NDArray[np.float32] | None, per_r
     return {ADAPTER_IDS: ids, ADAPTER_SCALES: scales}
 
 
-CONTRACT_KEY = "lora_export.inputs"
-SLOTS_KEY = "lora_export.slots"  # in place of it, where each row of a batch chooses a slot
 STRENGTHS_KEY = "lora_export.strengths"  # of the adapters whose strengths are an input
 ADAPTER_STRENGTHS = "adapter_strengths"  # that input, (adapters,): a factor of each adapter's change, by default 1
 

@@ -20,12 +20,8 @@ from lora_export.lora import Adapter
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
-from lora_export.storage.distributed_checkpoint import (
-    is_distributed_checkpoint,
-    open_distributed_checkpoint,
-    shards_of,
-    text_in_metadata,
-)
+from lora_export.storage.artifact_kinds import is_distributed_checkpoint
+from lora_export.storage.distributed_checkpoint import open_distributed_checkpoint, shards_of, text_in_metadata
 
 DESCRIPTION = "a folder of torch.distributed.checkpoint (.metadata and *.distcp), as FSDP saves an adapter in shards"
 OF_MEGATRON = re.compile(r"\.adapter\.(adapter_\w+\.)?linear_in\.")  # in names that `megatron.py` reads

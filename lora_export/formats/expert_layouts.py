@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
@@ -27,7 +26,7 @@ from lora_export.options.spelling import named
 # once for each parameter, in this order, from inside to outside. The files do not record it.
 REGISTRATION_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 EXPERTS = "experts"  # the name of a module that holds stacked parameters
-SWAPPED_SINCE = Version("0.19")  # PEFT takes the last axis of a stacked parameter as the inputs since then
+SWAPPED_SINCE = (0, 19)  # PEFT takes the last axis of a stacked parameter as the inputs since then
 
 # Unsloth patches these families, so that B is ordered by expert first. It did not always record that.
 UNSLOTH_FAMILIES = frozenset(column("unsloth"))
@@ -81,11 +80,13 @@ def stacked_pairs(a: NDArray[Any], b: NDArray[Any], scale: float) -> list[LoraPa
 
 def flat_axes(config: Mapping[str, Any]) -> ExpertAxes:
     """How flat pairs relate to the stacked parameter, by the version of PEFT that trained them."""
+    from packaging.version import InvalidVersion, Version  # few adapters have stacked parameters
+
     try:
         release = Version(str(config.get("peft_version", ""))).release[:2]
     except InvalidVersion:
         return ExpertAxes.UNKNOWN
-    return ExpertAxes.BY_CLASS if release >= SWAPPED_SINCE.release else ExpertAxes.TRANSPOSED
+    return ExpertAxes.BY_CLASS if release >= SWAPPED_SINCE else ExpertAxes.TRANSPOSED
 
 
 def b_layout(parameter: str, config: Mapping[str, Any], stated: str) -> BLayout:

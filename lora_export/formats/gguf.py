@@ -25,15 +25,15 @@ from lora_export.formats.adapter_files import (
     Tensors,
     base_config,
     hash_of_unchanged,
-    is_adapter,
-    names_of,
     read_pairs,
     size_in_config,
 )
 from lora_export.formats.expert_layouts import expert_stacks, stacked_factors
+from lora_export.formats.gguf_architecture import is_adapter, names_of
 from lora_export.formats.writing import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.lora import Adapter, LoraPair
-from lora_export.names.families import EXPERT, FamilyNames, LlamaCppNames, column, model_types
+from lora_export.names.families import EXPERT, FamilyNames, column, model_types
+from lora_export.names.llama_cpp import LlamaCppNames
 from lora_export.names.row_orders import Heads
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named

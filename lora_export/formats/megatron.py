@@ -29,12 +29,8 @@ from lora_export.names.families import EXPERT, column, read_rows
 from lora_export.names.row_orders import Heads, RowOrder
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
-from lora_export.storage.distributed_checkpoint import (
-    is_distributed_checkpoint,
-    open_distributed_checkpoint,
-    shards_of,
-    text_in_metadata,
-)
+from lora_export.storage.artifact_kinds import is_distributed_checkpoint
+from lora_export.storage.distributed_checkpoint import open_distributed_checkpoint, shards_of, text_in_metadata
 from lora_export.storage.torch_pickle import PickledTensors
 
 DESCRIPTION = "a folder of torch.distributed.checkpoint with adapters of Megatron-Bridge (`adapter.linear_in.weight`)"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, count_that_are
-from lora_export.formats import expert_layouts
+from lora_export.formats import WriteOptions, expert_layouts
 from lora_export.formats.adapter_files import (
     TensorSource,
     hash_of_tensors,
@@ -51,7 +51,6 @@ from lora_export.formats.peft_keys import (
     magnitude_shape,
     targeted_name,
 )
-from lora_export.formats.peft_kinds import reading
 from lora_export.formats.peft_records import (
     axes_of_experts,
     layouts_of,
@@ -60,15 +59,13 @@ from lora_export.formats.peft_records import (
     read_token_rows,
     tied_heads,
 )
-from lora_export.formats.peft_writing import SUFFIX, write
 from lora_export.lora import Adapter, LoraPair, expert_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files
-from lora_export.storage.distributed_checkpoint import is_distributed_checkpoint
-
-__all__ = ["DESCRIPTION", "SUFFIX", "read", "recognises", "write"]
+from lora_export.storage.artifact_kinds import is_distributed_checkpoint
 
 DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"
+SUFFIX = ""  # a folder
 OWN_FILE = re.compile(r"adapter_model((-\d+-of-\d+)?\.safetensors|\.bin)")
 # Names that PEFT gives to the modules of a model. Without the config, others may be those of another format.
 OF_PEFT = re.compile(rf"{re.escape(WRAPPER)}.+|model(\.model)?\.layers\..+")
@@ -104,11 +101,20 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     return read_tensors(open_tensors(weights, options), folder, name, options)
 
 
+def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
+    """Write an adapter as PEFT does into a folder (see `peft_writing`)."""
+    from lora_export.formats import peft_writing  # a merge reads alone
+
+    return peft_writing.write(adapter, path, options)
+
+
 def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptions, *shards: Path) -> Adapter:
     """Read the adapter of these tensors, which may be in shards, with the config in a folder, where that has one."""
     has_config = (folder / ADAPTER_CONFIG).exists()
     config = json_files.read_json(folder / ADAPTER_CONFIG) if has_config else {}
     if has_config and config.get("peft_type") != "LORA":
+        from lora_export.formats.peft_kinds import reading  # most adapters are LoRA
+
         return reading.read(folder, name, config, file)
     config = checked_config(config, str(folder / ADAPTER_CONFIG)) if has_config else _stated_config(file, options)
     keys = keys_by_kind(file, config, options.stored_adapter)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
@@ -138,7 +137,7 @@ def metadata_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 # A merge adds the change once, and reports it. A training that goes on from such an adapter must start from what PEFT
 # computed.
 
-ADDED_ONCE_SINCE = Version("0.22")  # no version of PEFT before this one adds it once
+ADDED_ONCE_SINCE = "0.22"  # no version of PEFT before this one adds it once
 
 
 def as_peft_computes(adapter: Adapter) -> Adapter:
@@ -147,12 +146,14 @@ def as_peft_computes(adapter: Adapter) -> Adapter:
     A note names them. An adapter without them is returned as it is, as is one of a later PEFT.
     """
     doubled = [name for name in adapter.pairs if OUT_PROJ in adapter.spelled(name)]
-    version = str(adapter.metadata.get("peft_version", "0"))  # PEFT before 0.18 recorded none
-    with contextlib.suppress(InvalidVersion):
-        if Version(version) >= ADDED_ONCE_SINCE:
-            return adapter
     if not doubled:
         return adapter
+    from packaging.version import InvalidVersion, Version  # few adapters have such layers
+
+    version = str(adapter.metadata.get("peft_version", "0"))  # PEFT before 0.18 recorded none
+    with contextlib.suppress(InvalidVersion):
+        if Version(version) >= Version(ADDED_ONCE_SINCE):
+            return adapter
     pairs = {
         name: replace(pair, scale=2 * pair.scale) if name in doubled else pair for name, pair in adapter.pairs.items()
     }

@@ -41,7 +41,6 @@ from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
 from lora_export.names.families import PROJECTIONS, is_turned, model_types
 from lora_export.storage import json_files, safetensors_file
 
-SUFFIX = ""
 ALLOWED = frozenset({"magnitude", "replaced", "token_rows", "tied"})
 KEPT_FACTS = ("task_type", "base_model_name_or_path")
 # With one of these tasks, PEFT takes each module whose name ends so for saved whole, and finds no tensor missing.

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError, count, listed
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, AdapterArrays, Contract, read_contract
+from lora_export.formats.contract import AdapterArrays, Contract, read_contract
 from lora_export.formats.peft_keys import SCALE_IN_B
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Layout, Plan
 from lora_export.plan.match_tensors import NO_WEIGHT
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.storage import safetensors_file
 from lora_export.storage.safetensors_file import TensorFile
 

@@ -1,7 +1,7 @@
 """Finding the weights of a graph and their names.
 
 Names come from the exporter's records (`exporter_names`) and, where a base checkpoint is available, from the content of
-the weights (`content_match`). Each site records which source named it. An ambiguous weight is listed as
+the weights (`names_in_base`). Each site records which source named it. An ambiguous weight is listed as
 unnamed, and no adapter is applied to it.
 """
 
@@ -10,32 +10,30 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.errors import InputRefused, brief, escaped_lines, listed
-from lora_export.graph.content_match import BaseView, ContentIndex, ContentMatch
+from lora_export.errors import brief, escaped_lines
 from lora_export.graph.exporter_names import (
-    Named,
-    folded_from,
     is_stored_transposed,
     looks_like_parameter,
     module_of_node,
     name_before_quantisation,
     name_sites,
     naming_attempts,
-    parameter_of,
     remove_contradictory_names,
 )
 from lora_export.graph.operators import FUSED_EXPERTS, MATRIX_PRODUCTS, QUANTISED_INPUTS, operator_id, transposed_layout
-from lora_export.graph.site import NameSource, Site, find_readers
+from lora_export.graph.site import Site, find_readers
 from lora_export.graph.values import initializers, is_stored, stored_dtype, tensor_of
 from lora_export.plan import FLOATS, Layout, TensorSpec
-from lora_export.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from lora_export.weights.checkpoint import Checkpoint
 
 # Operators between an output head and the graph's output that do not mix its features.
 OPERATORS_AFTER_HEAD = frozenset(
@@ -99,6 +97,8 @@ def find_sites(model: ir.Model, base: Checkpoint | None = None) -> Sites:
     notes = list(unread_notes(model, sites))
     if base is not None:
         with_names = [site for group in named.values() for site in group]
+        from lora_export.graph.names_in_base import name_by_base  # few graphs have lost their names
+
         named, unnamed, missing = name_by_base([*with_names, *unnamed], base)
         remove_contradictory_names(named, unnamed)
         notes += [f"{name}: {base.path.name} has neither this name nor this content" for name in missing]
@@ -197,136 +197,3 @@ def _unsupported(model: ir.Model, sites: Iterable[Site]) -> Iterator[tuple[ir.No
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is not None and node not in supported and is_stored(value):
             yield node, value
-
-
-class _SiteNames(NamedTuple):
-    """A site as the exporter names it and as the base names it. The same object where the base does not know it."""
-
-    by_exporter: Site
-    by_base: Site
-
-    @property
-    def is_in_base(self) -> bool:
-        return self.by_base is not self.by_exporter
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Whether the base has this tensor under the exporter's name. A prefix may differ."""
-        exporter, base = self
-        return self.is_in_base and bool(exporter.name) and base.named_by is exporter.named_by
-
-
-def name_by_base(sites: list[Site], checkpoint: Checkpoint) -> tuple[Named, list[Site], list[str]]:
-    """Name sites by the content of the base. Returns named sites, unnamed sites, and names that the base lacks.
-
-    Names are spelled as in the base. Several parameters in one packed weight become one site each. Raises InputRefused
-    where the base has another tensor under an exporter's name.
-    """
-    base = ContentIndex(checkpoint)
-    pairs = [_SiteNames(site, known) for site in sites for known in _sites_in_base(site, base)]
-    _refuse_contradictions(pairs, base)
-    named: Named = {}
-    unnamed: list[Site] = []
-    for site in _with_prefix(_without_tied_heads(pairs), *_prefix_change(pairs)):
-        if site.name:
-            named.setdefault(site.name, []).append(site)
-        else:
-            unnamed.append(site)
-    missing = {pair.by_exporter.name for pair in pairs if pair.by_exporter.name and not pair.is_in_base}
-    return named, unnamed, sorted(missing)
-
-
-def _sites_in_base(site: Site, base: ContentIndex) -> Iterator[Site]:
-    """A site as its name or its content identifies it in the base: one weight, or one for each block.
-
-    Yields the unchanged site where the base has neither.
-    """
-    spelled = base.spelling_of(site.name)
-    view = base.view_equal_to(spelled, site) if spelled else None
-    if view is not None:
-        yield replace(site, name=spelled, transposed=_is_transposed(site, view))
-        return
-    matches = list(base.matches(site))
-    for match in matches:
-        block = range(match.start, match.stop) if len(matches) > 1 else None
-        views = _preferred_views(site, match, base)
-        if len(views) == 1:
-            (view,) = views
-            transposed = _is_transposed(site, view)
-            yield replace(site, name=view.name, named_by=NameSource.CONTENT, block=block, transposed=transposed)
-        elif block is not None or (views and not site.name):
-            equal_tensors = tuple(view.name for view in views)
-            yield replace(site, name="", named_by=NameSource.NONE, block=block, equal_tensors=equal_tensors)
-        else:
-            yield site
-
-
-def _refuse_contradictions(pairs: Iterable[_SiteNames], base: ContentIndex) -> None:
-    """Raise InputRefused where the base has other content under an exporter's name."""
-    contradictions: dict[Site, list[str]] = {}
-    for pair in pairs:
-        exporter, known = pair
-        if exporter.name in base.matrices and not pair.is_confirmed:
-            names = [known.name if pair.is_in_base else "", *known.equal_tensors]
-            contradictions.setdefault(exporter, []).extend(filter(None, names))
-    problems = [
-        f"{site.location}: {site.name} by {site.named_by}, {' and '.join(others) or 'no tensor'} by content"
-        for site, others in contradictions.items()
-    ]
-    if problems:
-        raise InputRefused(
-            f"{base.path} is not the base of this graph, or the weights of one of them have changed. {len(problems)} "
-            f"weights of the graph differ from the tensors of the same name in the base:",
-            listed(problems, 10),
-        )
-
-
-def _without_tied_heads(pairs: Sequence[_SiteNames]) -> Iterator[_SiteNames]:
-    """Undo the content name of a linear layer that reads an embedding's table: a tied head.
-
-    An adapter of the embedding changes the lookup and not the head.
-    """
-    embeddings = {known.name for _, known in pairs if known.layout is Layout.EMBEDDING and known.name}
-    for exporter, known in pairs:
-        if known.is_linear and known.named_by is NameSource.CONTENT and known.name in embeddings:
-            equal_tensors = () if exporter.name else (known.name,)
-            yield _SiteNames(exporter, replace(exporter, equal_tensors=equal_tensors))
-        else:
-            yield _SiteNames(exporter, known)
-
-
-def _prefix_change(pairs: Iterable[_SiteNames]) -> tuple[str, str]:
-    """The prefix to remove from an exporter's name and the one to add, where all confirmed names agree.
-
-    Two empty strings where they do not.
-    """
-    changes = set()
-    for exporter, known in (pair for pair in pairs if pair.is_confirmed):
-        longer, shorter = sorted((exporter.name, known.name), key=len, reverse=True)
-        prefix = longer.removesuffix(shorter)
-        changes.add((prefix, "") if longer == exporter.name else ("", prefix))
-    return changes.pop() if len(changes) == 1 else ("", "")
-
-
-def _with_prefix(pairs: Iterable[_SiteNames], removed: str, added: str) -> Iterator[Site]:
-    """The sites by the base. Names that it lacks get the prefix of all others."""
-    for exporter, known in pairs:
-        is_unchanged = known.name and known.name == exporter.name and known.name.startswith(removed)
-        yield replace(known, name=added + known.name.removeprefix(removed)) if is_unchanged else known
-
-
-def _is_transposed(site: Site, view: BaseView) -> bool | None:
-    """Whether the base's parameter is the transpose of the stored matrix. None for other weights than matrices."""
-    return view.is_transposed is (site.layout is not Layout.IN_OUT) if site.is_linear else None
-
-
-def _preferred_views(site: Site, match: ContentMatch, base: ContentIndex) -> list[BaseView]:
-    """Of equal tensors, the one that the exporter's records name, where they name exactly one."""
-    if len(match.views) < 2:
-        return list(match.views)
-    module = module_of_node(site.node)[0]
-    recorded = {site.name, parameter_of(site.value)[0], f"{module}.weight" if module else ""}
-    recorded |= set(folded_from(site.value))
-    names = {base.spelling_of(name) for name in recorded if name}
-    preferred = [view for view in match.views if view.name in names]
-    return preferred if len(preferred) == 1 else list(match.views)

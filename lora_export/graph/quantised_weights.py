@@ -311,3 +311,13 @@ def tensor_at(node: ir.Node, index: int) -> ir.TensorProtocol | None:
     """The stored tensor at an input of a node. None where the input is computed or absent."""
     value = node.inputs[index] if index < len(node.inputs) else None
     return ir.convenience.get_const_tensor(value) if value is not None else None
+
+
+def stored_weight(node: ir.Node, index: int) -> QuantisedWeight | None:
+    """The quantised weight whose integers a node reads at this input."""
+    return of_matmul_nbits(node, index) or of_dequantize_linear(node, index)
+
+
+def is_quantised(value: ir.Value) -> bool:
+    """Whether a value holds the integers of a quantised weight."""
+    return any(stored_weight(node, index) for node, index in value.uses())

@@ -17,8 +17,15 @@ from lora_export.graph.find_sites import Sites
 from lora_export.graph.operators import BIAS_INPUTS
 from lora_export.graph.site import Site
 from lora_export.options.spelling import command, named
-from lora_export.pairs.structured import KroneckerPair, StructuredPair
 from lora_export.plan import Plan, Step
+
+
+def graph_remedy() -> str:
+    """What helps where the weights of a graph cannot hold a change."""
+    return (
+        f"Keep the adapter beside the weights ({command('onnx', 'MODEL.onnx', lora='nodes')}), or merge into the float "
+        "model and export or quantise that"
+    )
 
 
 def refuse_unsupported_steps(plan: Plan) -> None:
@@ -99,12 +106,14 @@ def refuse_full_rank(plan: Plan, *, but_kronecker: bool = False) -> None:
     Those of LoKr, and whole changes, are of this kind: beside a weight, their factors would cost more than the weight.
     With `but_kronecker`, LoKr's own two factors are accepted where they cost less.
     """
+    from lora_export.pairs.structured import KroneckerPair  # a merge does not ask
+
     refuse_transforms(plan, but_scalings=True)
     for step in plan.low_rank:
         for term in step.terms:
             if but_kronecker and isinstance(term.pair, KroneckerPair) and term.pair.is_cheap:
                 continue
-            if isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank:
+            if term.pair.is_structured and not term.pair.is_low_rank:
                 raise InputRefused(
                     f"{term.adapter}: the change of {step.weight} {term.pair.shape} has the rank {term.pair.rank} as A "
                     "and B: beside the weight it would cost more than the weight itself. Merge it "

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_export.artifacts.artifact import artifact_kind, refuse_no_model
+from lora_export.artifacts.kind import artifact_kind, refuse_no_model
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer

@@ -14,8 +14,9 @@ from lora_export.options.adapters import (
 from lora_export.options.declaring import Options, options_of
 from lora_export.options.export import GenerateOptions, OnnxOptions, TorchScriptOptions
 from lora_export.options.fleet import FleetOptions
-from lora_export.options.merge import MergeOptions, UnmergeOptions
+from lora_export.options.merge import MergeOptions
 from lora_export.options.train import TrainOptions
+from lora_export.options.unmerge import UnmergeOptions
 from lora_export.options.verify import VerifyOptions
 
 RECORDS: dict[str, type[Options]] = {

@@ -1,18 +1,12 @@
-"""Options that several commands have: what is written, what is reported while it is made, how a proof runs."""
+"""Options that several commands have: what is written, and what is reported while it is made."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from lora_export.callbacks import OnMessage, OnProgress, ignore
-from lora_export.isolation.limits import TIMEOUT
-from lora_export.options.declaring import Option, Options, Section, declares, means, option, table_of
-
-NO_PROOF = "--no-verify"  # what files record where no proof was requested, whichever interface it was
-
-ProviderName = Literal["cpu", "cuda"]
-Dtype = Literal["float32", "float16", "bfloat16"]
+from lora_export.options.declaring import Option, Options, Section, declares, option, table_of
 
 
 class LoadedModel(Protocol):
@@ -34,7 +28,6 @@ def is_address(path: str | Path) -> bool:
     return isinstance(path, str) and path.lower().startswith(("http://", "https://"))
 
 
-PROVIDER = Option("Execution provider on which onnxruntime must run.", section=Section.PROOF, often=True)
 LAYOUT = Option(
     "Layout of a square matrix of a checkpoint, or of a layer of a model's own class: out_in (nn.Linear) or in_out "
     "(transformers' Conv1D). NAME is a tensor, a module or a glob such as '*'. Needed only where neither the model nor "
@@ -115,57 +108,6 @@ class Signed(Output):
         section=Section.FILES,
         metavar="KEY.pem|sigstore",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProofInputs(Options):
-    """Inputs that a proof takes besides the generated ones."""
-
-    inputs: str | Path | None = option(
-        None,
-        "Further inputs for the proof: one array for each input of the model, by its name. They are the example "
-        "where the inputs of a Hugging Face model cannot be generated.",
-        section=Section.PROOF,
-        metavar="FILE.npz",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Running(ProofInputs):
-    """How a graph is run in its proof, and in which precision the model is deployed."""
-
-    SECTION: ClassVar[Section] = Section.PROOF
-
-    provider: ProviderName = means("cpu", PROVIDER)
-    dtype: Dtype = option(
-        "float32",
-        "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",
-        often=True,
-    )
-    timeout: float | None = option(
-        None,
-        "Stop a run of CANDIDATE or of a graph that takes longer than this. Default: see `guide limits`.",
-        metavar="SECONDS",
-        above=0,
-    )
-    memory: float | None = option(
-        None,
-        "Memory that a run of CANDIDATE or of a graph may take. Default: 2 GiB and four times the file.",
-        metavar="GIB",
-        above=0,
-    )
-
-    @property
-    def seconds(self) -> float:
-        """How long a run may take where PyTorch is not timed."""
-        return float(TIMEOUT) if self.timeout is None else self.timeout
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published(ProofInputs, Signed):
-    """What a function takes that proves a file before it publishes it."""
-
-    verify: bool = option(True, "Publish without a proof. The file records that.", section=Section.PROOF, often=True)
 
 
 LORA_MODES = {

@@ -9,18 +9,15 @@ from lora_export.callbacks import OnMessage, ignore
 from lora_export.options.combining import GivenAdapters
 from lora_export.options.common import (
     LEAST_RETENTION,
-    PROVIDER,
     SHARE_WITH,
     WEIGHTS_BESIDE,
     ModelSource,
-    ProviderName,
-    Published,
-    Running,
     axis_size,
     modes,
     written,
 )
 from lora_export.options.declaring import Only, Option, Options, Positional, Section, declares, means, option, table_of
+from lora_export.options.proof import PROVIDER, ProviderName, Published, Running
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

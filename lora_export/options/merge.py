@@ -1,4 +1,4 @@
-"""The options of `merge` and `unmerge`."""
+"""The options of `merge`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,12 +13,10 @@ from lora_export.options.common import (
     RAY_ADDRESS,
     SHARE_WITH,
     WEIGHTS_BESIDE,
-    Output,
     Signed,
     written,
 )
-from lora_export.options.declaring import Only, Option, Positional, Section, declares, means, option, table_of
-from lora_export.options.reading import AllowPickle
+from lora_export.options.declaring import Only, Positional, Section, declares, means, option, table_of
 
 TYPES_OF_GGUF = ("Q8_0", "F16", "BF16", "F32", "keep")
 OF_ONE_MODEL = {
@@ -229,18 +227,3 @@ class MergeOptions(Applied, Signed):
         ),
     )
     dry_run: bool = option(False, "Print which weights would change, and write nothing.", often=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnmergeOptions(AllowPickle, Output):
-    """What `unmerge` takes."""
-
-    merged: str | Path = field(kw_only=False, metadata=declares(Positional("MERGED", kind="path")))
-    adapters: AdapterSources = field(
-        kw_only=False,
-        metadata=declares(Positional(metavar="[ADAPTER]...", kind="source", multiple=True, optional=True)),
-    )
-    output: str | Path = field(kw_only=False, metadata=written("Folder or file for the base."))
-    base_from: str | Path = field(
-        metadata=declares(Option("File that `merge --keep-residual` wrote.", metavar="RESIDUAL", kind="path"))
-    )

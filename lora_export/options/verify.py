@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSources, GivenAdapters
-from lora_export.options.common import Download, ModelSource, Reported, Running, axis_size
+from lora_export.options.common import Download, ModelSource, Reported, axis_size
 from lora_export.options.declaring import (
     Option,
     Options,
@@ -20,6 +20,7 @@ from lora_export.options.declaring import (
     option,
     table_of,
 )
+from lora_export.options.proof import Running
 from lora_export.options.spelling import named
 
 SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600}

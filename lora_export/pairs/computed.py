@@ -62,6 +62,7 @@ class FourierPair(FactoredPair):
     """
 
     c: _Matrix
+    is_made_whole = True
 
     @property
     def rank(self) -> int:

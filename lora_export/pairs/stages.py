@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.lora import EVERY_ROW, LoraPair
+from lora_export.lora import EVERY_ROW, TOGETHER, LoraPair
 
 _Array = NDArray[Any]
 _Indices = NDArray[np.int64]
-TOGETHER = 0  # of `rows_together`
 NO_CHANGE = 1e-6  # ‖T - I‖ up to which a product of reflections, computed in fp32, is the identity
 
 

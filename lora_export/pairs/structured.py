@@ -37,6 +37,7 @@ class StructuredPair(LoraPair):
     rows: _Indices | None
     columns: _Indices | None
     settings: Mapping[str, Any]
+    is_structured = True
 
     def __init__(
         self,

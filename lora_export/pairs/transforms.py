@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.lora import EVERY_ROW, LoraPair, Scaling, finite_fp32
-from lora_export.pairs.stages import TOGETHER, EntryWise, OfMatrix, Stage
+from lora_export.lora import EVERY_ROW, TOGETHER, LoraPair, Scaling, finite_fp32
+from lora_export.pairs.stages import EntryWise, OfMatrix, Stage
 
 _Array = NDArray[Any]
 _Indices = NDArray[np.int64]

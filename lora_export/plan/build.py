@@ -6,13 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit, WrongUsage, count
 from lora_export.lora import Adapter, LoraPair, TokenRows
-from lora_export.names.architecture import ArchitectureRules
 from lora_export.options.spelling import named
 from lora_export.pairs.open_shape import OpenPair
 from lora_export.plan.attempts import SpelledAdapter, Spelling
@@ -38,6 +37,9 @@ from lora_export.plan.match_tensors import (
 from lora_export.plan.spelling import layouts_within, spell, unknown_names
 from lora_export.plan.ties import Tied, Ties, shared, untied, untied_by_added, with_copies
 from lora_export.plan.types import Layout, Plan, Step, TensorSpec
+
+if TYPE_CHECKING:
+    from lora_export.names.architecture import ArchitectureRules
 
 SMALLEST_NONZERO = float(np.finfo(np.float32).smallest_subnormal)
 

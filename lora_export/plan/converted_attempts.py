@@ -9,12 +9,12 @@ from dataclasses import replace
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
 from lora_export.names.architecture import ArchitectureRules
-from lora_export.names.diffusion_layouts import OtherLayout
+from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
 from lora_export.names.loaded_names import LoadedNames, LoadedTensor
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.plan.attempts import ConvertedNames, Spelling, module_of_tensor, pair_weight, shape_in_model
-from lora_export.plan.experts import with_missing_experts
 from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets, weight_of
+from lora_export.plan.missing_experts import with_missing_experts
 from lora_export.plan.placing import Place, places_in_result, places_in_sources
 from lora_export.plan.types import Layout, TensorSpec
 
@@ -202,7 +202,26 @@ class AsOriginal(_ByTransformers):
         return missing_targets(replace(spelled, targets=tuple(sorted(new))), self.prefix, self.base)
 
 
+def converted_attempts(
+    adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None, *, fits: bool
+) -> list[ConvertedNames]:
+    """The ways to read an adapter's names as others than the base's. `fits`: as those, all of them have a tensor."""
+    attempts: list[ConvertedNames] = []
+    if not fits:
+        attempts += [AsOtherLayout(adapter, base, layout) for layout in other_layouts_of(base)]
+    if rules is not None and (rules.own or not fits):
+        attempts += [AsLoaded(adapter, base, rules), AsOriginal(adapter, base, rules)]
+    return attempts
+
+
 # --- Names ---
+
+
+def other_layouts_of(base: BaseTensors) -> list[OtherLayout]:
+    """The other layouts of a base, computed once for it."""
+    if base.layouts is None:
+        base.layouts = other_layouts(base)
+    return base.layouts
 
 
 def loaded_names(base: BaseTensors, rules: ArchitectureRules) -> LoadedNames:

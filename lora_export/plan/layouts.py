@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
-from lora_export.names.diffusion_layouts import other_layouts
 from lora_export.names.table import CONV1D_NAMES, LINEAR_NAMES, OF_CONV1D, module_kind
 from lora_export.options.spelling import named
 from lora_export.pairs.open_shape import OpenPair, known_shape
@@ -224,6 +223,8 @@ class LayoutEvidence:
 
     @functools.cached_property
     def _is_diffusion_model(self) -> bool:
+        from lora_export.names.diffusion_layouts import other_layouts  # few bases leave the question open
+
         return bool(other_layouts(self.base))
 
     @functools.cached_property

@@ -11,13 +11,16 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, ParameterEnding, split_part
-from lora_export.names.diffusion_layouts import OtherLayout
-from lora_export.names.loaded_names import LoadedNames
 from lora_export.options.spelling import named
 from lora_export.plan.types import Layout, TensorSpec
+
+if TYPE_CHECKING:
+    from lora_export.names.diffusion_layouts import OtherLayout
+    from lora_export.names.loaded_names import LoadedNames
 
 NUMBER = re.compile(r"\d+")
 DOT = re.compile(r"\.")

@@ -11,15 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
-from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, LoraPair, split_part
-from lora_export.names.architecture import ArchitectureRules
-from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
 from lora_export.names.families import model_types
 from lora_export.names.tensor_parts import NotExpressible
 from lora_export.options.spelling import named
@@ -33,18 +30,23 @@ from lora_export.plan.attempts import (
     prefix_notes,
     shape_in_model,
 )
-from lora_export.plan.converted_attempts import AsLoaded, AsOriginal, AsOtherLayout, loaded_names
 from lora_export.plan.experts import per_expert, turned, with_stacks, with_whole_experts
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.placing import Place
 from lora_export.plan.types import TensorSpec
 
+if TYPE_CHECKING:
+    from lora_export.names.architecture import ArchitectureRules
+    from lora_export.names.diffusion_layouts import OtherLayout
+
 
 def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> SpelledAdapter:
     """The adapter under the names of the base. Raises InputRefused where two generations of names fit differently."""
     if adapter.flattened:
+        from lora_export.plan.converted_attempts import loaded_names, other_layouts_of  # few adapters are
+
         loaded = [] if rules is None else [loaded_names(base, rules)]
-        adapter = with_dots(adapter, [base, *(layout.tensors for layout in _layouts(base)), *loaded])
+        adapter = with_dots(adapter, [base, *(layout.tensors for layout in other_layouts_of(base)), *loaded])
     adapter = with_whole_experts(adapter, base)
     attempts = _attempts(adapter, base, rules)
     best = _best(attempts)
@@ -64,19 +66,11 @@ def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) 
 def _attempts(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> list[AsSpelled | ConvertedNames]:
     as_spelled = AsSpelled(adapter, base)
     fits = as_spelled.matched == len(as_spelled.modules)
-    attempts: list[AsSpelled | ConvertedNames] = [as_spelled]
-    if not fits:
-        attempts += [AsOtherLayout(adapter, base, layout) for layout in _layouts(base)]
-    if rules is not None and (rules.own or not fits):
-        attempts += [AsLoaded(adapter, base, rules), AsOriginal(adapter, base, rules)]
-    return attempts
+    if fits and (rules is None or not rules.own):
+        return [as_spelled]
+    from lora_export.plan.converted_attempts import converted_attempts  # most adapters have the names of the base
 
-
-def _layouts(base: BaseTensors) -> list[OtherLayout]:
-    """The other layouts of a base, computed once for it."""
-    if base.layouts is None:
-        base.layouts = other_layouts(base)
-    return base.layouts
+    return [as_spelled, *converted_attempts(adapter, base, rules, fits=fits)]
 
 
 def layouts_within(base: BaseTensors, around: Iterable[str]) -> list[OtherLayout] | None:
@@ -84,6 +78,8 @@ def layouts_within(base: BaseTensors, around: Iterable[str]) -> list[OtherLayout
     further = [name for name in around if name not in base]
     if not further:
         return None
+    from lora_export.names.diffusion_layouts import other_layouts
+
     return [
         replace(layout, tensors={name: one for name, one in layout.tensors.items() if set(one.sources) <= base.keys()})
         for layout in other_layouts([*base, *further])
@@ -134,6 +130,8 @@ def unknown_names(rules: ArchitectureRules | None) -> str:
 
 
 def _is_newer(one: str, other: str) -> bool:
+    from packaging.version import InvalidVersion, Version
+
     try:
         return Version(one).release[:2] > Version(other).release[:2]
     except InvalidVersion:

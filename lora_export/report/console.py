@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TextIO
-
-from rich.console import Console
-from rich.text import Text
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from lora_export.errors import one_line, printable
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-def console(file: TextIO | None = None) -> Console:
+
+class PlainConsole:
+    """What a report uses of rich's Console, for a stream without colours. A merge in a pipe does not import rich."""
+
+    is_terminal = False
+    width = 0  # no line is broken
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def print(self, text: str, **_style: Any) -> None:
+        """Write a line as it is."""
+        print(text, file=self.file, flush=True)
+
+
+AnyConsole: TypeAlias = "Console | PlainConsole"
+
+
+def console(file: IO[str] | None = None) -> AnyConsole:
     """A console on stdout, plain where that is no terminal. It never reads markup in names that come from files."""
+    file = sys.stdout if file is None else file
+    if is_no_terminal(file):
+        return PlainConsole(file)
+    from rich.console import Console
+
     return Console(file=file, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def print_table(to: Console, rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> None:
+def is_no_terminal(file: IO[str] | None) -> bool:
+    """Whether this is certainly no terminal for rich, which need not be imported then."""
+    if file is None or file.closed or {"FORCE_COLOR", "TTY_COMPATIBLE"} & os.environ.keys():
+        return False
+    return not file.isatty()
+
+
+def print_table(to: AnyConsole, rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> None:
     """Print rows of cells, of which the first is the header; none where there is no other row."""
     # Not rich's Table: it cuts cells on a narrow terminal and in a pipe, and a cut number is a wrong number.
     if len(rows) < 2:
@@ -30,12 +61,22 @@ def print_table(to: Console, rows: Sequence[Sequence[str]], marked: Iterable[int
         print_line(to, "  ".join(cells).rstrip(), style=style)
 
 
-def print_line(to: Console, line: str, *, style: str = "") -> None:
+def print_line(to: AnyConsole, line: str, *, style: str = "") -> None:
     """Print a line that the console does not break, without control characters."""
-    to.print(Text(printable(line), style=style), soft_wrap=True)
+    print_parts(to, (line, style))
 
 
-def print_wrapped(to: Console, line: str, style: str) -> None:
+def print_parts(to: AnyConsole, *parts: tuple[str, str]) -> None:
+    """Print a line of parts, each with its style, as `print_line` does."""
+    if isinstance(to, PlainConsole):
+        to.print("".join(printable(text) for text, _ in parts))
+        return
+    from rich.text import Text
+
+    to.print(Text.assemble(*((printable(text), style) for text, style in parts)), soft_wrap=True)
+
+
+def print_wrapped(to: AnyConsole, line: str, style: str) -> None:
     """Print a line that is broken between words on a terminal, and whole elsewhere."""
     for part in _wrapped(printable(line), to.width) if to.is_terminal else [line]:
         print_line(to, part, style=style)

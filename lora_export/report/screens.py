@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
 from rich.filesize import decimal
 
 from lora_export.errors import count, first_of, one_line
@@ -18,7 +17,7 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import named
 from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.plan import Plan
-from lora_export.report.console import print_line, print_table
+from lora_export.report.console import AnyConsole, print_line, print_table
 from lora_export.weights.merge_report import LOW_RETENTION, MergeReport, OutputResult, QuantisationLoss, StepResult
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 NO_EFFECT = "this adapter changes nothing: every B, A or scale is zero, as in a new adapter"
 
 
-def print_adapter(to: Console, adapter: Adapter) -> None:
+def print_adapter(to: AnyConsole, adapter: Adapter) -> None:
     """Print the contents of an adapter, a row for each module. ‖ΔW‖ is the Frobenius norm of s·BA at weight 1."""
     contents = contents_of(adapter)
     print_line(to, f"{adapter.name}: {adapter.format}, {contents}, {adapter.parameters:,} parameters", style="bold")
@@ -179,7 +178,7 @@ LISTED_LAYERS = 5
 
 
 def print_shares(
-    to: Console, output: Path, layers: Sequence[LayerShare], tensors: Sequence[str] = (), *, whole: bool = False
+    to: AnyConsole, output: Path, layers: Sequence[LayerShare], tensors: Sequence[str] = (), *, whole: bool = False
 ) -> None:
     """Print one line for the adapter, and the layers of which it holds least; with `whole` all layers.
 
@@ -216,7 +215,7 @@ def _percent(share: float) -> str:
 SHOWN_RESULTS = 5  # weights of a merge report
 
 
-def print_plan(to: Console, plan: Plan, most: int | None = None) -> None:
+def print_plan(to: AnyConsole, plan: Plan, most: int | None = None) -> None:
     """Print what `dry_run` shows: the counts, the notes, and what is done to each weight, at most to so many."""
     lines = str(plan).splitlines()
     head = len(lines) - len(plan.steps)
@@ -226,7 +225,7 @@ def print_plan(to: Console, plan: Plan, most: int | None = None) -> None:
         print_line(to, f"  and {count(more, 'weight')} more (-v)")
 
 
-def print_merge(to: Console, report: MergeReport, output: Path | None = None, *, whole: bool = False) -> None:
+def print_merge(to: AnyConsole, report: MergeReport, output: Path | None = None, *, whole: bool = False) -> None:
     """Print what a merge did in one line; the weights too with `whole`, or where rounding took over a tenth of one."""
     print_line(to, _merge_summary(report, output), style="bold")
     if whole or not all(result.arrived >= LOW_RETENTION for result in report.results):
@@ -243,14 +242,14 @@ def print_merge(to: Console, report: MergeReport, output: Path | None = None, *,
 
 
 def _print_first(
-    to: Console, header: Sequence[str], rows: Sequence[Sequence[str]], others: str, marked: Iterable[int] = ()
+    to: AnyConsole, header: Sequence[str], rows: Sequence[Sequence[str]], others: str, marked: Iterable[int] = ()
 ) -> None:
     print_table(to, [header, *rows[:SHOWN_RESULTS]], marked)
     if len(rows) > SHOWN_RESULTS:
         print_line(to, f"{count(len(rows) - SHOWN_RESULTS, 'more weight')}, with {others}")
 
 
-def _print_retention(to: Console, report: MergeReport) -> None:
+def _print_retention(to: AnyConsole, report: MergeReport) -> None:
     # NaN comes first: a weight whose retention is not known needs attention most.
     results = sorted(report.results, key=lambda result: -math.inf if math.isnan(result.retention) else result.retention)
     header = ["weights with the lowest retention", "‖ΔW‖/‖W‖", "retention", "noise", "entries changed"]
@@ -258,7 +257,7 @@ def _print_retention(to: Console, report: MergeReport) -> None:
     _print_first(to, header, [_result_row(result) for result in results], "the same retention or a higher one", low)
 
 
-def _print_outputs(to: Console, measured: Mapping[str, OutputResult], *, whole: bool) -> None:
+def _print_outputs(to: AnyConsole, measured: Mapping[str, OutputResult], *, whole: bool) -> None:
     """What calibration did to the outputs of layers, beside what the nearest numbers do."""
     own, nearest = ([getattr(one, name) for one in measured.values()] for name in ("error", "nearest_error"))
     calibrated = sum(one.is_calibrated for one in measured.values())
@@ -278,7 +277,7 @@ def _print_outputs(to: Console, measured: Mapping[str, OutputResult], *, whole: 
         _print_first(to, header, rows, "the same error or a smaller one")
 
 
-def _print_layers(to: Console, report: MergeReport, *, whole: bool) -> None:
+def _print_layers(to: AnyConsole, report: MergeReport, *, whole: bool) -> None:
     """How many layers of a quantised base were kept, which were promoted and why, and the size beside the base's."""
     promoted = [layer for layer in report.layers if not layer.is_kept]
     kept = len(report.layers) - len(promoted)
@@ -307,7 +306,7 @@ def _quantisation_summary(losses: Sequence[QuantisationLoss]) -> str:
     return f"quantisation error ‖Q-W‖/‖W‖ of {weights}: {min(errors):.3g} to {max(errors):.3g}{beside}"
 
 
-def _print_quantisation(to: Console, losses: Sequence[QuantisationLoss]) -> None:
+def _print_quantisation(to: AnyConsole, losses: Sequence[QuantisationLoss]) -> None:
     header = ["weights with the largest quantisation error", "scheme", "‖Q-W‖/‖W‖", "‖Q-W‖", "‖ΔW‖"]
     rows = []
     for loss in sorted(losses, key=lambda loss: -loss.relative_error):

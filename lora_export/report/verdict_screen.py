@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
-
-from lora_export.errors import one_line, printable
-from lora_export.report.console import print_line, print_wrapped
+from lora_export.errors import one_line
+from lora_export.report.console import AnyConsole, print_line, print_parts, print_wrapped
 from lora_export.runtime.runner import Placement
 from lora_export.verification.parity import DECIDES
 
@@ -53,15 +50,14 @@ def diagnosis_lines(first: str | None, why: str) -> list[str]:
     return [f"{where}.", *(line for line in why.split("\n") if line)]
 
 
-def print_headline(to: Console, proof: Proof | Audit, name: str = "") -> None:
+def print_headline(to: AnyConsole, proof: Proof | Audit, name: str = "") -> None:
     """Print a verdict in one line, after the name of what it is about."""
     outcome = proof.verdict.outcome
-    rest = printable(headline(proof).removeprefix(outcome))
     before = one_line(f"{name}: ") if name else ""
-    to.print(Text.assemble(before, (outcome, f"bold {outcome.colour}"), rest), soft_wrap=True)
+    print_parts(to, (before, ""), (outcome, f"bold {outcome.colour}"), (headline(proof).removeprefix(outcome), ""))
 
 
-def print_summary(to: Console, proof: Proof | Audit) -> None:
+def print_summary(to: AnyConsole, proof: Proof | Audit) -> None:
     """Print a verdict in few lines. Where it is `same`, one; else also where it begins to differ, and the reasons."""
     print_headline(to, proof)
     recorded, reasons = proof.verdict.summary_lines
@@ -72,7 +68,7 @@ def print_summary(to: Console, proof: Proof | Audit) -> None:
         _print_placement(to, proof)
 
 
-def print_verdict(to: Console, proof: Proof | Audit) -> None:
+def print_verdict(to: AnyConsole, proof: Proof | Audit) -> None:
     """Print one screen: headline, reasons, the outputs closest to their limits, diagnosis, placement."""
     print_headline(to, proof)
     _print_lines(to, str(proof.verdict).splitlines()[1:], proof)
@@ -80,19 +76,19 @@ def print_verdict(to: Console, proof: Proof | Audit) -> None:
     _print_placement(to, proof)
 
 
-def _print_lines(to: Console, lines: Sequence[str], proof: Proof | Audit) -> None:
+def _print_lines(to: AnyConsole, lines: Sequence[str], proof: Proof | Audit) -> None:
     for line in lines:
         is_reason, is_remedy = line.startswith("  - "), line.startswith(f"    {DECIDES}")
         print_wrapped(to, line, proof.verdict.outcome.colour if is_reason else "bold" if is_remedy else "")
 
 
-def _print_diagnosis(to: Console, proof: Proof | Audit) -> None:
+def _print_diagnosis(to: AnyConsole, proof: Proof | Audit) -> None:
     if found := proof.diagnosis:
         for line in str(found).splitlines():
             print_wrapped(to, line, proof.verdict.outcome.colour if found.first else "")
 
 
-def _print_placement(to: Console, proof: Proof | Audit) -> None:
+def _print_placement(to: AnyConsole, proof: Proof | Audit) -> None:
     if placement := proof.placement:
         for line in placement_lines(placement):
             print_line(to, line, style="red" if placement.off_provider else "")

@@ -22,7 +22,7 @@ from lora_export.errors import InputRefused, count
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import ROW_INPUTS, AdapterArrays, Contract, read_contract, row_inputs
 from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime
-from lora_export.options.common import Running
+from lora_export.options.proof import Running
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest, refuse_larger
 from lora_export.runtime.ort_session import open_session, raising_refusals

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, read_contract
+from lora_export.formats.contract import read_contract
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.isolation.limits import MIB, memory_for
 from lora_export.isolation.process import call_within
-from lora_export.provenance import read_longest
+from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, read_longest
 from lora_export.runtime.environment_probes import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.runner import (

@@ -19,9 +19,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import (
     ADAPTER_IDS,
     ADAPTER_STRENGTHS,
-    CONTRACT_KEY,
     ROW_INPUTS,
-    SLOTS_KEY,
     AdapterArrays,
     Contract,
     RowAdapters,
@@ -36,6 +34,7 @@ from lora_export.isolation.limits import TIMEOUT as TIMEOUT
 from lora_export.isolation.process import Arrays as Arrays
 from lora_export.isolation.process import ProcessEnded
 from lora_export.options.spelling import named
+from lora_export.provenance import CONTRACT_KEY, SLOTS_KEY
 from lora_export.runtime.environment_probes import CPU
 
 # These must run on the requested provider. onnxruntime puts shape arithmetic on the CPU on purpose.

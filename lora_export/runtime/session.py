@@ -29,7 +29,7 @@ from lora_export.formats.contract import (
     read_strengths,
 )
 from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime
-from lora_export.options.common import Running
+from lora_export.options.proof import Running
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest, refuse_larger
 from lora_export.runtime.ort_session import LOG_ERRORS, open_session, raising_refusals

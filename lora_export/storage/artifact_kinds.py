@@ -61,3 +61,17 @@ FILE_SUFFIXES = frozenset({*CLAIMED, ".bin", ".json", ".npz", ".ort"})
 def claimed_kind(name: str | Path) -> ArtifactKind | None:
     """The kind that the name of a file claims; None where it claims none."""
     return CLAIMED.get(Path(name).suffix)
+
+
+# --- folders of torch.distributed.checkpoint ---
+
+METADATA_FILE, SHARD_SUFFIX = ".metadata", ".distcp"
+
+
+def is_distributed_checkpoint(path: Path) -> bool:
+    """Whether a folder has the metadata and a shard of such a checkpoint. Reads nothing."""
+    return (
+        path.is_dir()
+        and (path / METADATA_FILE).is_file()
+        and any(each.suffix == SHARD_SUFFIX for each in path.iterdir())
+    )

@@ -17,7 +17,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Required, TypedDict, Unpack
@@ -25,12 +25,10 @@ from typing import TYPE_CHECKING, Required, TypedDict, Unpack
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import OutputFailed, one_line
 from lora_export.options.spelling import named
-from lora_export.storage import store_output
 from lora_export.storage.input_files import contains
-from lora_export.storage.manifest import OF_THE_OUTPUT, SIGNATURE, read_manifest
+from lora_export.storage.manifest import OF_THE_OUTPUT, SIGNATURE, SIGNATURE_SUFFIX, read_manifest
 from lora_export.storage.output_lock import output_lock
 from lora_export.storage.publication import announce, staged_files
-from lora_export.storage.signature import SUFFIX, signer
 from lora_export.storage.store_path import StorePath
 from lora_export.storage.system_calls import c_function, deferred_signals
 
@@ -121,6 +119,12 @@ def stage_file(target: Path, **options: Unpack[Staging]) -> AbstractContextManag
     return _stage(target, False, **options)
 
 
+def _signer(key: str | Path, target: Path) -> Callable[[Path, Path], None]:
+    from lora_export.storage.signature import signer  # few outputs are signed
+
+    return signer(key, target)
+
+
 @contextlib.contextmanager
 def _stage(
     target: Path,
@@ -140,7 +144,9 @@ def _stage(
         if streamed and overwrite and target.newly().is_file():  # which stays until the new one is whole
             on_message(f"{target}: made in TMPDIR and then uploaded, because it replaces a file")
             streamed = False
-        with store_output.staged_in_store(
+        from lora_export.storage.store_output import staged_in_store  # most outputs are on the disk
+
+        with staged_in_store(
             target, is_folder=is_folder, streamed=streamed, overwrite=overwrite, on_message=on_message
         ) as stage:
             if not streamed:
@@ -163,10 +169,10 @@ def _stage(
                     refuse_foreign_files(target)
                 elif target.is_dir():
                     raise OutputFailed(f"{given} is a folder; name a file")
-                sign_files = None if sign is None else signer(sign, given)
+                sign_files = None if sign is None else _signer(sign, given)
                 yield stage
                 if sign_files is not None:
-                    sign_files(stage, stage / (SIGNATURE if is_folder else f"{target.name}{SUFFIX}"))
+                    sign_files(stage, stage / (SIGNATURE if is_folder else f"{target.name}{SIGNATURE_SUFFIX}"))
                     for path in _signed_alone.get(stage, ()):
                         remove(path)
                 _flush(stage)

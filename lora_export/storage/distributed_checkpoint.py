@@ -22,12 +22,12 @@ from lora_export.errors import EnvironmentLacking, InputRefused, first_line, lis
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
 from lora_export.isolation.limits import MAX_OPCODES, MAX_PICKLE, memory_for
 from lora_export.storage import input_files
+from lora_export.storage.artifact_kinds import METADATA_FILE, SHARD_SUFFIX
 from lora_export.storage.torch_pickle import FAILURES, PickledTensors, costly_pickle
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-METADATA_FILE, SHARD_SUFFIX = ".metadata", ".distcp"
 _OF_CHECKPOINT = "torch.distributed.checkpoint"
 # What the pickle of a checkpoint's metadata names, by module.
 _NAMES = {
@@ -42,15 +42,6 @@ _NAMES = {
     },
 }
 MOST_REUSED = 40  # tuples in the metadata that are used again: one in each other would be hashed for years
-
-
-def is_distributed_checkpoint(path: Path) -> bool:
-    """Whether a folder has the metadata and a shard of such a checkpoint. Reads nothing."""
-    return (
-        path.is_dir()
-        and (path / METADATA_FILE).is_file()
-        and any(each.suffix == SHARD_SUFFIX for each in path.iterdir())
-    )
 
 
 def shards_of(folder: Path) -> list[Path]:

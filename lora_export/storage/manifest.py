@@ -13,6 +13,7 @@ from lora_export.storage.json_files import read_json, write_json
 
 MANIFEST = "lora_export.json"
 SIGNATURE = "model.sig"  # where OpenSSF's Model Signing looks for the signature of a folder
+SIGNATURE_SUFFIX = ".sig"  # of the signature of a file, after the file's name
 OF_THE_OUTPUT = {MANIFEST, SIGNATURE}  # files that say of one folder what it is: copied nowhere, compared with none
 
 

@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.extras import pip_install
 
-ADDRESS = re.compile(r"(?P<bucket>(?:s3|gs|az)://[^/@:\s]+)(?:/(?P<key>.*))?", re.DOTALL)
-SCHEME = re.compile(r"(?:s3|gs|az)://", re.IGNORECASE)
 UPLOADED_PART = 12 << 20  # bytes; a store takes at most 10,000 parts of an object
 PARTS_AT_ONCE = 4
 OF_UPLOAD = (PARTS_AT_ONCE + 1) * UPLOADED_PART  # bytes of memory: parts on their way, and the one that is filled

@@ -1,14 +1,16 @@
 """The lock of an output: one run writes it at a time, and a second run ends at once.
 
-The library filelock makes the system's call: `flock` on Linux and macOS, `LockFileEx` on Windows. The operating
-system frees the lock of a run that was killed. Opening, signing and removing the lock's file stay here, because
-filelock's own FileLock leaves the file on the disk, and does not record which process holds it.
+The lock is `flock` on Linux and macOS; elsewhere the library filelock makes it, on Windows by `LockFileEx`. It takes
+longer to import than a small merge needs for its plan. The operating system frees the lock of a run that was killed.
+Opening, signing and removing the lock's file stay here, because filelock's own FileLock leaves the file on the disk,
+and does not record which process holds it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from lora_export.errors import OutputFailed
 from lora_export.storage.system_calls import deferred_signals
 
 LONGEST_SIGNATURE = 32  # bytes
+TAKEN = frozenset({errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK})  # EACCES: of some network file systems
 # O_NOFOLLOW: a symbolic link that appears after the check is not followed. O_BINARY: Windows keeps every byte.
 LOCK_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
@@ -25,9 +28,8 @@ LOCK_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os,
 @contextlib.contextmanager
 def output_lock(path: Path, target: Path) -> Iterator[None]:
     """Hold the lock at `path` while the block writes `target`. Raises OutputFailed where another run holds it."""
-    import filelock  # here: commands that write nothing start sooner without it
-
-    take = _locked_file if filelock.has_fcntl or sys.platform == "win32" else _marker_file
+    lock = _lock_of_system()
+    take = _marker_file if lock is None else functools.partial(_locked_file, lock)
     release: Callable[[], None] | None = None
     try:
         with deferred_signals():
@@ -41,14 +43,35 @@ def output_lock(path: Path, target: Path) -> Iterator[None]:
                 release()
 
 
-def _locked_file(path: Path, target: Path) -> Callable[[], None]:
-    """Take the lock and return the function that releases it."""
-    from filelock import lock_descriptor
+def _lock_of_system() -> Callable[[int], bool] | None:
+    """What locks an open file, and returns False where another process has its lock; None on a system without it."""
+    try:
+        import fcntl
+    except ImportError:
+        if sys.platform == "win32":
+            from filelock import lock_descriptor
 
+            return functools.partial(lock_descriptor, blocking=False)
+        return None
+
+    def lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in TAKEN:
+                raise
+            return False
+        return True
+
+    return lock
+
+
+def _locked_file(lock: Callable[[int], bool], path: Path, target: Path) -> Callable[[], None]:
+    """Take the lock and return the function that releases it."""
     while True:
         descriptor = os.open(path, LOCK_FLAGS, 0o666)
         try:
-            locked = lock_descriptor(descriptor, blocking=False)
+            locked = lock(descriptor)
         except OSError:  # a file system without locks
             _remove(path, descriptor)
             raise

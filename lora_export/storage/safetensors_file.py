@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.isolation.limits import MAX_HEADER
 from lora_export.storage import input_files, json_files
-from lora_export.storage.store_file import KEPT_OF_ONE
 from lora_export.storage.store_path import StorePath
 from lora_export.storage.system_calls import file_status
 
@@ -165,6 +164,8 @@ _object_lock = threading.Lock()
 
 @functools.lru_cache(1)
 def _opened_object(path: StorePath, _version: int) -> io.BufferedReader:
+    from lora_export.storage.store_file import KEPT_OF_ONE
+
     return path.open_object(KEPT_OF_ONE)
 
 

@@ -22,9 +22,8 @@ from lora_export.options.spelling import named
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.input_files import files_of
 from lora_export.storage.json_files import parse_json
-from lora_export.storage.manifest import SIGNATURE
+from lora_export.storage.manifest import SIGNATURE, SIGNATURE_SUFFIX
 
-SUFFIX = ".sig"  # of the signature of a file, after the file's name
 KEYLESS = "sigstore"  # in place of a key: an identity that sigstore's servers confirm
 PASSWORD = "LORA_EXPORT_SIGN_PASSWORD"  # the environment's variable for the password of a key
 NEEDS_KEY = "Name a PEM file with a key on the curve P-256, P-384 or P-521"
@@ -36,8 +35,8 @@ MOST_BYTES = 1 << 26  # of a signature: a line of a hundred bytes for each file
 def signature_of(output: Path) -> Path:
     """Where the signature of a folder or a file is. In a folder whose graph was signed, that of the graph lists all."""
     if not output.is_dir():
-        return output.with_name(output.name + SUFFIX)
-    own, of_files = output / SIGNATURE, list(output.glob(f"*{SUFFIX}"))
+        return output.with_name(output.name + SIGNATURE_SUFFIX)
+    own, of_files = output / SIGNATURE, list(output.glob(f"*{SIGNATURE_SUFFIX}"))
     return own if own.is_file() or len(of_files) != 1 else of_files[0]
 
 

@@ -14,11 +14,13 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lora_export.errors import InputRefused, OutputFailed
-from lora_export.storage.object_store import ADDRESS, SCHEME, Bucket, ObjectInfo, bucket_of
-from lora_export.storage.store_file import KEPT, SMALL_READ, SmallObject, StoredFile, UploadedFile, stat_of
+from lora_export.storage.addresses import ADDRESS, SCHEME
+
+if TYPE_CHECKING:
+    from lora_export.storage.object_store import Bucket, ObjectInfo
 
 _PATTERN = "s3:/", "gs:/", "az:/"
 
@@ -100,6 +102,8 @@ class StorePath(Path, PurePosixPath):
 
     @property
     def bucket(self) -> Bucket:
+        from lora_export.storage.object_store import bucket_of  # most paths are on the disk
+
         return bucket_of("//".join(self.parts[:2]))
 
     @property
@@ -120,6 +124,8 @@ class StorePath(Path, PurePosixPath):
         info = self._info()
         if info is None and not self.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        from lora_export.storage.store_file import stat_of
+
         return stat_of(info)
 
     def exists(self, **_: Any) -> bool:
@@ -185,9 +191,12 @@ class StorePath(Path, PurePosixPath):
 
     # --- Contents ---
 
-    def open_object(self, kept: int = KEPT) -> io.BufferedReader:
-        """The object for reading, of which so many chunks are in memory."""
-        return io.BufferedReader(StoredFile(self.bucket, self.key, self.stat(), kept), SMALL_READ)
+    def open_object(self, kept: int | None = None) -> io.BufferedReader:
+        """The object for reading, of which so many chunks are in memory; None: as many as several threads need."""
+        from lora_export.storage.store_file import KEPT, SMALL_READ, StoredFile
+
+        opened = StoredFile(self.bucket, self.key, self.stat(), KEPT if kept is None else kept)
+        return io.BufferedReader(opened, SMALL_READ)
 
     def open(  # type: ignore[override]
         self,
@@ -205,6 +214,8 @@ class StorePath(Path, PurePosixPath):
         elif "x" in mode and self.exists():
             raise OutputFailed(f"{self} exists already")
         else:
+            from lora_export.storage.store_file import SmallObject, UploadedFile
+
             opened = (UploadedFile if "b" in mode else SmallObject)(self.bucket, self.key)
         return opened if "b" in mode else io.TextIOWrapper(opened, encoding, errors, newline)
 

@@ -32,7 +32,7 @@ from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.graph.site import Site
 from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
-from lora_export.options.common import Running
+from lora_export.options.proof import Running
 from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step, Term
 from lora_export.runtime import onnx_runner

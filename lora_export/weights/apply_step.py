@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -19,16 +19,18 @@ from numpy.typing import NDArray
 
 from lora_export import sums
 from lora_export.errors import InputRefused, count, count_that_are
+from lora_export.lora import TOGETHER
 from lora_export.options.spelling import named
-from lora_export.pairs.stages import TOGETHER
-from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import FLOATS, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, Memory, RunningHashes
-from lora_export.storage.matrix_on_disk import MatrixOnDisk
 from lora_export.weights import compiled
-from lora_export.weights.calibrated_rounding import LayerInputs, calibrated
 from lora_export.weights.merge_report import Statistics, is_in_range
+
+if TYPE_CHECKING:
+    from lora_export.pairs.transforms import WeightTransform
+    from lora_export.storage.matrix_on_disk import MatrixOnDisk
+    from lora_export.weights.calibrated_rounding import LayerInputs
 
 HALF = 2  # bytes of a number in bf16 and fp16
 # The bits of infinity in a type of 16 bits, without that of the sign: those of a value that is not finite are no less.
@@ -99,6 +101,8 @@ def _feed_back(
     inputs: LayerInputs, step: Step, total: NDArray[Any], change: NDArray[np.float32], output: NDArray[Any]
 ) -> NDArray[np.float64]:
     """Replace rounded values of 16 bits by their neighbours on the other side of the sum: see `calibrated`."""
+    from lora_export.weights.calibrated_rounding import calibrated  # few merges know the inputs of layers
+
     nearest = output.astype(np.float32)
     ends = np.where(total > nearest, np.inf, -np.inf).astype(output.dtype)
     other = np.where(total == nearest, output, np.nextafter(output, ends))
@@ -182,8 +186,10 @@ def change_by_columns(
     changes = [(term.strength, term.pair) for term in step.stored_terms if term.pair.rows_together == TOGETHER]
     if not changes:
         return None
-    ((strength, transform),) = changes  # no other term is allowed beside it
-    assert isinstance(transform, WeightTransform)
+    from lora_export.storage.matrix_on_disk import MatrixOnDisk
+
+    ((strength, pair),) = changes  # no other term is allowed beside it
+    transform = cast("WeightTransform", pair)
     first = sums.starting_rows(step, pieces[0], read(pieces[0]))
     shape = pieces[-1].stop, math.prod(first.shape[1:])
     matrix = MatrixOnDisk(shape, sums.sum_dtype(first.dtype))

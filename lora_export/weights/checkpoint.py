@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -33,18 +33,17 @@ from lora_export.weights.quantised import (
     QUANTIZATION,
     QUANTIZATION_FILES,
     SCHEMES,
-    QuantisedTensor,
-    file_dtype,
-    find_quantised,
     method_of,
     remedy_for,
     stated_beside,
-    stated_by_file,
 )
-from lora_export.weights.quantised.comfyui import COMFYUI
-from lora_export.weights.quantised.new_grid import NewGrid
+from lora_export.weights.quantised.comfyui_files import COMFYUI, file_dtype, stated_by_file
 from lora_export.weights.sentence_modules import module_folders
 from lora_export.weights.weight_files import is_index, weight_files
+
+if TYPE_CHECKING:
+    from lora_export.weights.quantised.new_grid import NewGrid
+    from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
 CONFIG = "config.json"
 BLOBS = "blobs"  # the folder of a Hugging Face cache to which its snapshots link
@@ -252,6 +251,8 @@ def _read_quantised(
         raise _not_silently(path, quantization)
     known = quantization if isinstance(quantization, dict) else {"quant_method": str(quantization)}
     dtype = _float_dtype(config, file_dtype(entry for shard in shards.values() for entry in shard.entries.values()))
+    from lora_export.weights.quantised.reading import find_quantised  # few bases are quantised
+
     return find_quantised(shards, known, dtype, _conv1d_weights(config))
 
 

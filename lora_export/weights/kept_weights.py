@@ -25,7 +25,7 @@ from lora_export.plan import Layout, Plan, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.apply_step import refuse_overflow, scratch_arrays, squared_column_norms
+from lora_export.weights.apply_step import Backend, refuse_overflow, scratch_arrays, squared_column_norms
 from lora_export.weights.calibrated_rounding import calibrated
 from lora_export.weights.merge_report import Statistics, StatisticsByWeight, StepResult
 from lora_export.weights.quantised.codes import Grid, StoredCodes, read_numbers
@@ -46,8 +46,15 @@ class KeptTensor(OutputTensor):
     """The packed numbers of a quantised weight, and the steps on it. `source` is what the file has."""
 
     codes: StoredCodes = field(kw_only=True)
-    weight: str = field(kw_only=True)  # the name of the weight in the output
+    of_weight: str = field(kw_only=True)  # the name of the weight in the output
     grid: NewGrid | None = field(default=None, kw_only=True)  # what it is rounded to; None: the scales that it has
+
+    @property
+    def weight(self) -> str:
+        return self.of_weight
+
+    def blocks_into(self, source: Path, read_fd: int, target: Entry, _backend: Backend) -> Iterator[Block]:
+        return kept_blocks(source, read_fd, self, target)
 
     @property
     def new_codes(self) -> StoredCodes:
@@ -93,7 +100,7 @@ class ScalesOfGrid(OutputTensor):
     def is_copy(self) -> bool:
         return False
 
-    def blocks(self, target: Entry) -> Iterator[Block]:
+    def blocks_into(self, _source: Path, _read_fd: int, target: Entry, _backend: Backend) -> Iterator[Block]:
         old = self.source
         yield from skipped_blocks(old.start, target.start, old.nbytes)
         made = functools.cache(lambda: np.ascontiguousarray(self.part.make()).reshape(-1).view(np.uint8))
@@ -105,6 +112,22 @@ class ScalesOfGrid(OutputTensor):
             last = min(first + block_copy.BLOCK, target.nbytes)
             place = target.start + first, target.start + last
             yield Block(old.stop, old.stop, *place, work=functools.partial(fill, first))
+
+
+def kept_outputs(
+    entries: Iterable[Entry], kept: Mapping[str, QuantisedTensor], grids: Mapping[str, NewGrid], plan: Plan
+) -> dict[str, OutputTensor]:
+    """Each stored tensor of the `kept` weights as a merge writes it: changed, of another grid, or as it is."""
+    parts = new_scales(kept.values(), grids)
+    found: dict[str, OutputTensor] = {}
+    for entry in entries:
+        tensor, part, name = kept.get(entry.name), parts.get(entry.name), plan.output_name(entry.name)
+        if part is not None:
+            found[entry.name] = ScalesOfGrid(entry, None, name, entry.dtype, shape=part.shape, part=part)
+        elif tensor is not None:
+            changed = kept_tensor(entry, tensor, plan, grids.get(tensor.name))
+            found[entry.name] = changed or OutputTensor(entry, None, name, entry.dtype)
+    return found
 
 
 def kept_tensor(entry: Entry, tensor: QuantisedTensor, plan: Plan, grid: NewGrid | None = None) -> KeptTensor | None:
@@ -121,7 +144,7 @@ def kept_tensor(entry: Entry, tensor: QuantisedTensor, plan: Plan, grid: NewGrid
     name, weight = plan.output_name(entry.name), plan.output_name(tensor.name)
     shape = None if grid is None else grid.packed_shape
     of_file = (entry, None, name, entry.dtype, patches, None, shape)
-    return KeptTensor(*of_file, codes=tensor.codes, weight=weight, grid=grid)
+    return KeptTensor(*of_file, codes=tensor.codes, of_weight=weight, grid=grid)
 
 
 def new_scales(kept: Iterable[QuantisedTensor], grids: Mapping[str, NewGrid]) -> dict[str, NewPart]:

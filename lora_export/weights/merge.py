@@ -11,11 +11,11 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,9 +30,7 @@ from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
-from lora_export.weights.kept_weights import KeptTensor, ScalesOfGrid, kept_blocks, kept_tensor, new_scales
 from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
@@ -44,8 +42,7 @@ from lora_export.weights.merge_report import (
 )
 from lora_export.weights.one_pass import FileCopy, Merging, alone
 from lora_export.weights.output_files import changed_word_tables, output_config, write_other_files
-from lora_export.weights.quantised import QuantisedTensor, without_layers
-from lora_export.weights.quantised_layers import ways_out_beside_kept
+from lora_export.weights.quantised.comfyui_files import without_layers
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 from lora_export.weights.tied_tensors import TIED
 from lora_export.weights.written_file import (
@@ -57,6 +54,10 @@ from lora_export.weights.written_file import (
     recipe_of,
     record_made,
 )
+
+if TYPE_CHECKING:
+    from lora_export.weights.calibrated_rounding import LayerInputs
+    from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
 # Classes of transformers whose output embeddings predict words
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
@@ -125,7 +126,7 @@ class CheckpointMerge:
             path = stage / (name if base.is_folder else file_name)
             written[name] = made.get(name) or (yield from self._write_shard(path, name, progress))
         results = tuple(result for shard in written.values() for result in shard.results)
-        refuse_below_rounding(results, self.min_retention, ways_out_beside_kept if base.kept else None)
+        refuse_below_rounding(results, self.min_retention, _way_out(base))
         base.refuse_changed_files("merged")
         if base.is_folder:
             named_layers = [one.weight for one in results if one.outputs is not None and one.outputs.is_calibrated]
@@ -241,6 +242,15 @@ def _stated_quantisation(plan: Plan, base: Checkpoint) -> dict[str, Any]:
     return {"dequantised": sorted({tensor.scheme for tensor in base.quantised.values()})} if base.quantised else {}
 
 
+def _way_out(base: Checkpoint) -> Callable[[], str] | None:
+    """What the message on a lost change suggests, where it is not the usual."""
+    if not base.kept:
+        return None
+    from lora_export.weights.quantised_layers import ways_out_beside_kept
+
+    return ways_out_beside_kept
+
+
 def _header_metadata(plan: Plan, base: Checkpoint, shard: TensorFile) -> dict[str, str]:
     """The metadata of a file's header, with the aliases that are still ones, under the names of the output."""
     aliases = tensor_aliases(base.shards.values())
@@ -317,16 +327,11 @@ def _output_tensors(
     def output_dtype(own: np.dtype[Any]) -> np.dtype[Any]:
         return np.dtype(dtype) if dtype and str(own) in FLOATS else own
 
-    parts = new_scales(base.kept.values(), base.grids)
+    kept = _kept_outputs(plan, base)
 
     def output_of(entry: Entry) -> OutputTensor:
-        kept, part = base.kept.get(entry.name), parts.get(entry.name)
-        if part is not None:
-            return ScalesOfGrid(entry, None, plan.output_name(entry.name), entry.dtype, shape=part.shape, part=part)
-        changed = None if kept is None else kept_tensor(entry, kept, plan, base.grids.get(kept.name))
-        if kept is not None:
-            return changed or OutputTensor(entry, None, plan.output_name(entry.name), entry.dtype)
-        return _output_tensor(entry, plan, output_dtype(entry.dtype), base.quantised.get(entry.name))
+        own_dtype, quantised = output_dtype(entry.dtype), base.quantised.get(entry.name)
+        return kept.get(entry.name) or _output_tensor(entry, plan, own_dtype, quantised)
 
     tensors = {name: [output_of(entry) for entry in base.entries(name).values()] for name in base.shards}
     for name, source in plan.untied.items():
@@ -341,10 +346,17 @@ def _output_tensors(
             stored = next((tensor.dtype for tensor in base.kept.values()), output_dtype(no_bytes.dtype))
             added = OutputTensor(no_bytes, step, plan.output_name(step), stored)
             tensors[list(tensors)[-1]].append(added)
-    return {
-        name: [one.with_inputs(one.weight if isinstance(one, KeptTensor) else one.name, calibration) for one in own]
-        for name, own in tensors.items()
-    }
+    return {name: [one.with_inputs(one.weight, calibration) for one in own] for name, own in tensors.items()}
+
+
+def _kept_outputs(plan: Plan, base: Checkpoint) -> Mapping[str, OutputTensor]:
+    """The tensors of weights that keep their scheme, as the output has them, by name."""
+    if not base.kept:
+        return {}
+    from lora_export.weights.kept_weights import kept_outputs  # few bases are quantised
+
+    entries = (entry for name in base.shards for entry in base.entries(name).values())
+    return kept_outputs(entries, base.kept, base.grids, plan)
 
 
 def _output_tensor(
@@ -384,12 +396,8 @@ def _blocks(
             if is_copy:
                 count = last.source.stop - first.source.start
                 blocks = tensor_blocks.copied_blocks(read_fd, write_fd, first.source.start, entry.start, count)
-            elif isinstance(first, KeptTensor):
-                blocks = kept_blocks(source.path, read_fd, first, entry)
-            elif isinstance(first, ScalesOfGrid):
-                blocks = first.blocks(entry)
             else:
-                blocks = tensor_blocks.changed_blocks(source.path, read_fd, first, entry, backend)
+                blocks = first.blocks_into(source.path, read_fd, entry, backend)
             yield from (replace(block, repeated=True) for block in blocks) if first.repeated else blocks
     yield from tensor_blocks.skipped_blocks(position, 0, source.size - position)
 

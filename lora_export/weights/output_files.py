@@ -14,7 +14,6 @@ from lora_export.storage import input_files, json_files
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.checkpoint import CONFIG, Checkpoint
 from lora_export.weights.quantised import QUANTIZATION_FILES, file_with_floats, with_floats, without_quantisation
-from lora_export.weights.quantised_layers import float_modules
 from lora_export.weights.task_head import config_with_heads
 from lora_export.weights.tied_tensors import TIED, untied_config, word_tables
 
@@ -30,7 +29,7 @@ def write_other_files(
     if config != base.config:
         json_files.write_json(stage / CONFIG, config)
     for name in QUANTIZATION_FILES if base.kept else ():
-        if (stage / name).exists() and any((floats := float_modules(base, plan))[::2]):
+        if (stage / name).exists() and any((floats := _float_modules(base, plan))[::2]):
             stated = json_files.read_json(stage / name)
             json_files.write_json(stage / name, file_with_floats(name, stated, *floats))
     if base.index:
@@ -51,7 +50,7 @@ def output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, 
     if config and (plan.untied or is_added_apart or _are_untied(plan, base)):
         config = untied_config(config)
     if base.kept:
-        floats = float_modules(base, plan)
+        floats = _float_modules(base, plan)
         config = with_floats(config, *floats) if any(floats[::2]) else config
     elif base.quantised:
         config = without_quantisation(config)
@@ -61,6 +60,12 @@ def output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, 
         config["dtype"] = dtype
         config.pop("torch_dtype", None)
     return config
+
+
+def _float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str], list[str]]:
+    from lora_export.weights.quantised_layers import float_modules  # few bases are quantised
+
+    return float_modules(base, plan)
 
 
 def _are_untied(plan: Plan, base: Checkpoint) -> bool:

@@ -16,7 +16,7 @@ from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.merge_report import QuantisationLoss, StepResult
-from lora_export.weights.quantised import QuantisedTensor
+from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
 UNRELATED = 1.0  # ‖Q - W‖ / ‖W‖ of a weight of zeros; that of two unrelated weights is about 1.4
 SHOWN_NAMES = 3

@@ -14,8 +14,8 @@ from typing import Any
 from lora_export.errors import InputRefused
 from lora_export.isolation.limits import MAX_JSON
 from lora_export.storage import input_files, json_files
+from lora_export.weights.weight_files import MODULES_FILE
 
-MODULES_FILE = "modules.json"
 TRANSFORMER = "Transformer"
 TRANSFORMER_CONFIG = "sentence_bert_config.json"
 MODULE_CONFIG = "config.json"

@@ -9,23 +9,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import sums
-from lora_export.lora import EVERY_ROW
-from lora_export.pairs.computed import FourierPair
-from lora_export.pairs.stages import TOGETHER
-from lora_export.pairs.structured import StructuredPair
+from lora_export.lora import EVERY_ROW, TOGETHER
 from lora_export.plan import Step
 from lora_export.storage import block_copy
-from lora_export.storage.block_copy import Block, Bytes, Work
-from lora_export.storage.matrix_on_disk import MatrixOnDisk
+from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import (
     ApplyStep,
@@ -35,11 +31,14 @@ from lora_export.weights.apply_step import (
     refuse_overflow,
     squared_column_norms,
 )
-from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.merge_report import Statistics
-from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
-_OfAllRows = tuple[NDArray[np.float64] | None, MatrixOnDisk | None]  # DoRA's norms, and a change by columns
+if TYPE_CHECKING:
+    from lora_export.storage.matrix_on_disk import MatrixOnDisk
+    from lora_export.weights.calibrated_rounding import LayerInputs
+    from lora_export.weights.quantised.stored_parts import QuantisedTensor
+
+_OfAllRows: TypeAlias = "tuple[NDArray[np.float64] | None, MatrixOnDisk | None]"  # DoRA's norms, a change by columns
 LEAST_MEASURED = 1 << 20  # entries of a weight that its statistics count, at least
 
 
@@ -88,6 +87,20 @@ class OutputTensor:
         return replace(self, inputs=layers[weight]) if is_whole else self
 
     @property
+    def weight(self) -> str:
+        """The name of the weight in the output that this is, or is a part of."""
+        return self.name
+
+    def blocks_into(self, source: Path, read_fd: int, target: Entry, backend: Backend) -> Iterator[Block]:
+        """The blocks that make it, where it is no copy. The work of a block returns a list of Statistics, if any."""
+        return changed_blocks(source, read_fd, self, target, backend)
+
+    def blocks_from(self, start: int, source: Path, read_fd: int, backend: Backend) -> Iterator[Block]:
+        """As `blocks_into`, from a position in the target on."""
+        target = Entry(self.name, self.dtype, self.source.shape, start, start + self.nbytes)
+        return self.blocks_into(source, read_fd, target, backend)
+
+    @property
     def output_shape(self) -> tuple[int, ...]:
         return self.source.shape if self.shape is None else self.shape
 
@@ -129,7 +142,7 @@ class OutputTensor:
     def needs_whole(self) -> bool:
         """Whether rows are made from what is made once of the whole weight: its scales, or a Fourier transform."""
         terms = (term for patch in self.all_patches for term in patch.step.terms)
-        return self.quantised is not None or any(isinstance(term.pair, FourierPair) for term in terms)
+        return self.quantised is not None or any(term.pair.is_made_whole for term in terms)
 
     def shape_of(self, rows: slice) -> tuple[int, ...]:
         return (rows.stop - rows.start, *self.source.shape[1:]) if self.source.shape else ()
@@ -241,7 +254,7 @@ def _of_all_rows(source: Path, read_fd: int, tensor: OutputTensor, patch: Patch,
             return _columns(_read_quantised(tensor, tensor.quantised, rows, source, read_fd), patch)
         stored = np.empty((rows.stop - rows.start) * old.row_bytes, np.uint8)
         block_copy.read(source, read_fd, stored, old.start + rows.start * old.row_bytes)
-        return _columns(_stored_rows(tensor, rows, stored), patch)
+        return _columns(stored_rows(tensor, rows, stored), patch)
 
     own = [own for rows in pieces if (own := patch.within(rows)) is not None]
     return squared_column_norms(patch.step, own, read), change_by_columns(patch.step, own, read)
@@ -254,7 +267,7 @@ def _read_quantised(
     return quantised.read(source, read_fd, old.start, old.nbytes, own).reshape(tensor.shape_of(rows))
 
 
-def _stored_rows(tensor: OutputTensor, rows: slice, stored: Bytes) -> NDArray[Any]:
+def stored_rows(tensor: OutputTensor, rows: slice, stored: Bytes) -> NDArray[Any]:
     """Rows of the base's tensor, from their bytes in its file."""
     if tensor.quantised is not None:
         own = tensor.quantised.rows_in(tensor.source.shape, rows)
@@ -329,73 +342,7 @@ class _RowChange:
         quantised = self.tensor.quantised
         if quantised is not None and self.reads_itself:
             return _read_quantised(self.tensor, quantised, rows, self.source, self.read_fd)
-        return _stored_rows(self.tensor, rows, block)
-
-
-# What is stored of some rows, in fp32, where something needs it; and the sums of outputs (`OutputResult`), where known
-WrittenRows = tuple[NDArray[np.float32] | None, NDArray[np.float64] | None]
-# The packed bytes of some rows before, their sums in fp32, the bytes to fill, and whether the values are measured.
-# Raises InputRefused for sums beyond the scales.
-Encode = Callable[[Bytes, NDArray[np.float32], Bytes, bool], WrittenRows]
-# The rows, their packed bytes before, the bytes to fill, and whether they are measured. Returns None where it fills
-# nothing, and what has to be summed and encoded one after the other.
-AtOnce = Callable[[slice, Bytes, Bytes, bool], list[Statistics] | None]
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedTensor(OutputTensor):
-    """A quantised weight, changed in fp32 (`dtype`) and stored on new scales: a graph's MatMulNBits, blocks of GGUF.
-
-    The scales of a checkpoint's weight follow from all of its rows: see `kept_weights.rescaled`.
-    """
-
-    encode: Encode = field(kw_only=True)
-    place: Callable[[int], int] = field(kw_only=True)  # a row -> the bytes before it in the output
-    is_one: bool = field(default=False, kw_only=True)  # whether its parts are measured as one
-    at_once: AtOnce = field(default=lambda *_: None, kw_only=True)
-
-    @property
-    def nbytes(self) -> int:
-        return self.place(self.source.rows)
-
-    @property
-    def largest_row_bytes(self) -> int:
-        return max(super().largest_row_bytes, self.place(1))
-
-    def blocks(self, source: Path, read_fd: int, start: int, backend: Backend) -> Iterator[tuple[Block, bool]]:
-        """The blocks of the tensor, which begins there in the output, and whether the statistics count each."""
-        floats = Entry(self.name, self.dtype, self.source.shape, 0, math.prod(self.source.shape) * self.dtype.itemsize)
-        found = list(changed_blocks(source, read_fd, self, floats, backend, may_measure=False))
-        rows = [slice(each.target_start // floats.row_bytes, each.target_stop // floats.row_bytes) for each in found]
-        step = self.step if self.is_one or len(self.patches) != 1 else self.patches[0].step
-        for block, own, measured in zip(found, rows, blocks_to_measure(step, rows), strict=True):
-            assert block.work is not None
-            work = functools.partial(self._make, block.work, own, measured)
-            first, last = start + self.place(own.start), start + self.place(own.stop)
-            yield replace(block, target_start=first, target_stop=last, work=work), measured
-
-    def _make(
-        self, change: Work, rows: slice, measured: bool, source: Bytes, target: Bytes, scratch: Bytes
-    ) -> list[Statistics]:
-        """Store what `change` makes of some rows. Returns the statistics of what was stored."""
-        done = self.at_once(rows, source, target, measured)
-        if done is not None:
-            return done
-        total = np.empty(self.shape_of(rows), np.float32)
-        change(source, total.reshape(-1).view(np.uint8), scratch)
-        stored, outputs = self.encode(source, total, target, measured)
-        if stored is None or not measured:
-            return [] if outputs is None else [Statistics(self.name, outputs)]
-        before, after = _stored_rows(self, rows, source), stored.reshape(total.shape)
-        parts: list[tuple[str, Any]] = [(self.name, ...)] if self.is_one else []
-        for patch in () if self.is_one else self.patches:
-            if (own := patch.within(rows)) is not None:
-                first = patch.rows.start - rows.start
-                parts.append((patch.step.weight, (slice(own.start + first, own.stop + first), patch.columns)))
-        found = [Statistics(name, outputs) for name, _ in parts]
-        for statistics, (_, here) in zip(found, parts, strict=True):
-            statistics.add_block(before[here], total[here] - before[here], after[here])
-        return found
+        return stored_rows(self.tensor, rows, block)
 
 
 def blocks_to_measure(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:
@@ -408,8 +355,7 @@ def blocks_to_measure(step: Step | None, rows: Sequence[slice]) -> Sequence[bool
     """
     everything = [True] * len(rows)
     if step is not None and any(
-        isinstance(term.pair, FourierPair) or (isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank)
-        for term in step.terms
+        term.pair.is_made_whole or (term.pair.is_structured and not term.pair.is_low_rank) for term in step.terms
     ):
         return everything
     stride = math.prod(step.spec.shape) // LEAST_MEASURED if step is not None and step.terms else 0

@@ -15,6 +15,7 @@ from lora_export.options.spelling import named
 from lora_export.storage import json_files
 
 PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline, whose models are in folders of their own
+MODULES_FILE = "modules.json"  # of an embedding model: see `sentence_modules`
 WITHOUT_NAME = "none"  # how the variant without a name is chosen
 _FILE = re.compile(r"(?P<stem>[^.]+?)(?:\.(?P<variant>\w+?))?(?:-\d+-of-\d+)?\.safetensors")
 _INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export.plan import Plan
 from lora_export.provenance import adapter_records
@@ -16,11 +16,13 @@ from lora_export.storage import safetensors_file
 from lora_export.storage.hashes import file_hash
 from lora_export.storage.input_files import file_states
 from lora_export.storage.safetensors_file import TensorFile
-from lora_export.storage.store_output import begun_at
-from lora_export.storage.store_path import copy_in_store
+from lora_export.storage.store_path import StorePath, copy_in_store
 from lora_export.version import __version__
 from lora_export.weights.merge_report import OutputResult, StepResult
 from lora_export.weights.tensor_blocks import OutputTensor
+
+if TYPE_CHECKING:
+    from lora_export.storage.store_output import Begun
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def digest_of(source: TensorFile, header: bytes, recipe: str) -> str:
 
 def made_before(path: Path, digest: str) -> WrittenFile | None:
     """The file with this digest, where a stopped run has made it in a store."""
-    begun = begun_at(path)
+    begun = _begun_at(path)
     facts = None if begun is None or not digest else begun.whole(begun.name_of(path), digest)
     return None if facts is None else written_with(path, facts)
 
@@ -69,10 +71,19 @@ def written_with(path: Path, facts: Mapping[str, Any]) -> WrittenFile:
 
 def record_made(path: Path, digest: str, written: WrittenFile) -> WrittenFile:
     """Record in a store that a file is whole."""
-    begun = begun_at(path)
+    begun = _begun_at(path)
     if begun is not None and digest:
         begun.add(begun.name_of(path), digest, written.facts)
     return written
+
+
+def _begun_at(path: Path) -> Begun | None:
+    """The output in a store to which the file belongs."""
+    if not isinstance(path, StorePath):
+        return None
+    from lora_export.storage.store_output import begun_at
+
+    return begun_at(path)
 
 
 def copied_whole(

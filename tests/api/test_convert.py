@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 import lora_export as le
 from lora_export.api.programs.pte import save_executorch
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract
+from lora_export.formats.contract import AdapterPlace, Contract
 from lora_export.lora import Adapter
 from lora_export.pairs.structured import KroneckerPair
+from lora_export.provenance import CONTRACT_KEY
 from support.api import MODEL, A, B, Recorder, an_adapter
 from support.handmade import peft_adapter
 

@@ -1,24 +1,19 @@
-"""Arguments that several functions share: adapters and models, as a path, a name or an object in memory."""
+"""Adapters as arguments: a path, a name or an object in memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-import torch
 
 import lora_export as le
 from lora_export.api import load
 from lora_export.errors import InputRefused, WrongUsage
-from support import FACTORIES
 from support.api import MODEL, an_adapter
-from support.small_layers import a_model
-from support.small_models import small_model
 
 if TYPE_CHECKING:
-    from support.stores import Stored
+    pass
 
 
 @pytest.mark.parametrize(
@@ -68,38 +63,3 @@ def test_weights_need_adapters(tmp_path: Path) -> None:
         ):
             function()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_is_resolved_from_a_factory_a_module_or_itself() -> None:
-    from_factory = load.resolve_model(MODEL)
-    assert from_factory.source == MODEL and load.resolve_model(from_factory) is from_factory
-    module = a_model()
-    of_module = load.resolve_model((module, torch.ones(2, 3)))
-    assert type(of_module.module) is type(module) and torch.equal(of_module.module[0].weight, module[0].weight)
-    half = load.resolve_model(MODEL, dtype="float16")
-    assert {parameter.dtype for parameter in half.module.parameters()} == {torch.float16}
-    with pytest.raises(InputRefused, match="a model in memory is used in its own precision, not in float16"):
-        load.resolve_model((module, torch.ones(2, 3)), dtype="float16")
-
-
-def test_the_paths_of_a_model_are_those_that_exist(tmp_path: Path) -> None:
-    assert load.model_paths(MODEL) == [FACTORIES]
-    assert load.model_paths(tmp_path) == [tmp_path]
-    assert load.model_paths("package.module:factory") == load.model_paths((a_model(), torch.ones(2, 3))) == []
-
-
-@pytest.mark.parametrize("model", ["m.pt2", Path("m.pt2")])
-def test_a_program_is_no_model_to_export(model: str | Path) -> None:
-    with pytest.raises(InputRefused, match=r"m\.pt2 is an exported program already"):
-        load.refuse_pt2(model)
-    load.refuse_pt2("base")
-
-
-def test_inputs_of_a_model_may_be_in_a_store(tmp_path: Path, stored: Stored) -> None:
-    np.savez(tmp_path / "x.npz", input_ids=np.full((2, 5), 3))
-    stored.put("x.npz", (tmp_path / "x.npz").read_bytes())
-    folder = small_model("bert", tmp_path / "base")
-    on_disk, in_store = (
-        load.resolve_model(folder, inputs=inputs, export=True) for inputs in (tmp_path / "x.npz", str(stored / "x.npz"))
-    )
-    assert in_store.input_names == on_disk.input_names

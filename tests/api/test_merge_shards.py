@@ -23,7 +23,7 @@ import lora_export as le
 from lora_export.api import merge_shards
 from lora_export.api.merge_shards import ShardRequest, write_shard
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, WrongUsage
-from lora_export.storage import store_path
+from lora_export.storage import object_store
 from lora_export.storage.object_store import Bucket, Upload
 from lora_export.storage.store_path import StorePath
 from lora_export.weights.merge import CheckpointMerge
@@ -216,12 +216,12 @@ class Late:
             return found
 
         monkeypatch.setattr(owner, name, asleep)
-        of_all, of_late = store_path.bucket_of, functools.cache(store_path.bucket_of.__wrapped__)
+        of_all, of_late = object_store.bucket_of, functools.cache(object_store.bucket_of.__wrapped__)
 
         def bucket_of(address: str) -> Bucket:  # a worker is another process
             return (of_late if threading.current_thread() is self._thread else of_all)(address)
 
-        monkeypatch.setattr(store_path, "bucket_of", bucket_of)
+        monkeypatch.setattr(object_store, "bucket_of", bucket_of)
 
     def _work(self) -> None:
         self.answer = write_shard(self.request)

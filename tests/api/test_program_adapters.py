@@ -24,10 +24,11 @@ from lora_export.api.program_adapters import (
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import program_adapter
-from lora_export.formats.contract import CONTRACT_KEY, Contract
+from lora_export.formats.contract import Contract
 from lora_export.isolation.process import IsolatedProcess
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.export_program import to_program, with_inputs
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.registered.runner import RegisteredRunner
 
 

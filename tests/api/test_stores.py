@@ -165,7 +165,7 @@ def test_verify_reads_each_weight_once_in_few_requests(
         return read(bucket, key, start, stop)
 
     monkeypatch.setattr(Bucket, "read", counted)
-    monkeypatch.setattr("lora_export.storage.store_path.SMALL_READ", 256)
+    monkeypatch.setattr("lora_export.storage.store_file.SMALL_READ", 256)
     monkeypatch.setattr(stored_tensor, "PIECE_BYTES", 8 * 40 * 10)  # ten rows
     assert le.verify(str(stored / "out/m"), base=str(stored / "base"), adapters=str(stored / "adapter"))
     weights = [one for one in sizes if one > 256]
@@ -205,7 +205,7 @@ def test_inspect_reads_headers_alone(local: Path, stored: Stored, monkeypatch: p
         return found
 
     monkeypatch.setattr(Bucket, "read", counted)
-    monkeypatch.setattr("lora_export.storage.store_path.SMALL_READ", 256)
+    monkeypatch.setattr("lora_export.storage.store_file.SMALL_READ", 256)
     found = le.inspect(str(stored / "out/m"))
     assert found.checkpoint is not None and len(found.checkpoint.specs) == 3 and found.adapters[0].name == "adapter"
     assert amount < 3 * 1024 < found.checkpoint.nbytes

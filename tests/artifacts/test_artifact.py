@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 
 import lora_export as le
 from lora_export.artifacts import artifact
-from lora_export.artifacts.artifact import artifact_kind, open_artifact, refuse_no_model
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import GRAPH_FILES
+from lora_export.artifacts.kind import artifact_kind, refuse_no_model
 from lora_export.errors import InputRefused
 from lora_export.storage.artifact_kinds import ArtifactKind
 from support.api import MODEL, an_adapter, base_weights

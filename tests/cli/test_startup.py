@@ -73,19 +73,33 @@ def test_a_callers_process_is_left_alone(monkeypatch):
 
 # What a merge never uses: modules, and parts of packages with all that is in them.
 UNUSED = (
-    *("sympy.", "rich.progress", "lora_export.runtime.", "lora_export.options.commands", "lora_export.options.train"),
-    *(
-        "argparse",
-        "tarfile",
-        "lora_export.adapters.",
-        "lora_export.weights.gguf.base",
-        "lora_export.storage.gguf_blocks",
-    ),
-    *("lora_export.weights.residuals", "lora_export.api.merge_pipeline", "lora_export.models", "torch"),
-    *(f"lora_export.weights.quantised.{scheme}" for scheme in ("awq", "bitsandbytes", "block_fp8", "gptq", "mxfp4")),
-    "lora_export.weights.quantised.compressed_tensors",
+    *("argparse", "filelock", "pickletools", "rich.console", "sympy.", "tarfile", "torch"),
+    *(f"lora_export.{module}" for module in ("adapters.", "models", "options.commands", "options.train", "runtime.")),
+    *(f"lora_export.api.{module}" for module in ("load_model", "merge_pipeline", "shared_head")),
+    *("lora_export.names.llama_cpp", "lora_export.options.proof", "lora_export.options.unmerge"),
+    *(f"lora_export.artifacts.{module}" for module in ("archive", "artifact")),
+    *("lora_export.names.diffusion_layouts", "lora_export.plan.converted_attempts", "lora_export.plan.missing_experts"),
+    *(f"lora_export.pairs.{module}" for module in ("computed", "stages", "structured", "transforms")),
+    *(f"lora_export.storage.{module}" for module in ("gguf_", "object_store", "signature", "store_file")),
+    *(f"lora_export.storage.{module}" for module in ("distributed_checkpoint", "store_output", "torch_pickle")),
+    *(f"lora_export.weights.{module}" for module in ("calibrated", "encoded_tensor", "gguf.base", "kept_weights")),
+    *(f"lora_export.weights.{module}" for module in ("quantisation_loss", "quantised_layers", "residuals")),
+    *(f"lora_export.weights.quantised.{module}" for module in ("codes", "new_grid", "reading", "stored_parts")),
+    *(f"lora_export.formats.{module}" for module in ("comfyui", "dcp", "diffusers", "gguf", "kohya", "litgpt", "mlx")),
+    *(f"lora_export.formats.{module}" for module in ("lora", "megatron", "openvino", "peft_kinds", "peft_writing")),
+    *(f"lora_export.formats.{module}" for module in ("contract", "program_adapter", "torchtune", "writing")),
 )
-UNUSED_FOR = {"base.onnx": ("selectors", "google.protobuf.internal.decoder"), "base.safetensors": ("onnx", "google.")}
+UNUSED_FOR = {
+    "base.onnx": (
+        *("selectors", "google.protobuf.internal.decoder", "lora_export.api.merge_base"),
+        *(
+            f"lora_export.graph.{module}"
+            for module in ("content_match", "merge.requantise", "names_in_base", "quantised.")
+        ),
+        *("lora_export.weights.checkpoint", "lora_export.weights.merge.", "lora_export.weights.quantised."),
+    ),
+    "base.safetensors": ("google.", "lora_export.graph", "onnx", "packaging", "random"),
+}
 
 
 @pytest.mark.parametrize("name", UNUSED_FOR)

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_export as le
-from lora_export.api import load
+from lora_export.api import load_model
 from lora_export.api.convert import convert
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run, worker
@@ -612,8 +612,13 @@ def test_proofs_of_one_base_share_the_model(tmp_path: Path, monkeypatch: pytest.
     step = '[[steps]]\nstep = "verify"\ncandidate = "release/{adapter}"\n'
     (tmp_path / "fleet.toml").write_text(BASES + MERGE + step)
     loads = []
-    resolve = load.resolve_model
-    monkeypatch.setattr(load, "resolve_model", lambda *given, **more: loads.append(given) or resolve(*given, **more))
+    resolve = load_model.resolve_model
+
+    def counted(*given: object, **more: object) -> object:
+        loads.append(given)
+        return resolve(*given, **more)
+
+    monkeypatch.setattr(load_model, "resolve_model", counted)
     session_of_process.cache_clear()
     status, _ = run_here(monkeypatch)
     session_of_process.cache_clear()

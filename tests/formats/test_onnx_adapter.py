@@ -15,7 +15,8 @@ import pytest
 
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract, read_contract
+from lora_export.formats.contract import AdapterPlace, Contract, read_contract
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.storage import hashes
 from support.onnx_adapters import shortened
 

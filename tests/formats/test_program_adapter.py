@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 from lora_export import formats, plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import program_adapter
-from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract
+from lora_export.formats.contract import AdapterPlace, Contract
 from lora_export.formats.lora_changes import input_or_output_scales
 from lora_export.formats.peft_keys import SCALE_IN_B
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout, TensorSpec
+from lora_export.provenance import CONTRACT_KEY
 
 A, B = np.float32([[1, 2, 3], [0, 5, 0]]), np.float32([[1, 0], [2, 0], [3, 1], [4, 0]])  # (rank, in), (out, rank)
 NAMES = {module: [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"] for module in ("m.q", "m.v")}

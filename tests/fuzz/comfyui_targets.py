@@ -12,7 +12,7 @@ import numpy as np
 from ml_dtypes import float8_e4m3fn
 
 from fuzz.targets import Target, a_place, as_json, command, header_of, save, tensors
-from lora_export.weights.quantised.comfyui import LAYERS_IN_HEADER
+from lora_export.weights.quantised.comfyui_files import LAYERS_IN_HEADER
 from support.folder_contents import folder_contents
 
 MODULES = ("a", "b", "c")

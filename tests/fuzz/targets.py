@@ -37,7 +37,7 @@ from safetensors.numpy import save
 from lora_export import cli, plan
 from lora_export.errors import LoraExportError
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, read_contract
+from lora_export.formats.contract import read_contract
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert import adapter_inputs
 from lora_export.graph.merge.fold import fold_graph
@@ -46,6 +46,7 @@ from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.pt2 import program, reader
 from lora_export.models.pt2.program import ProgramInputs
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.session import Session
 from lora_export.storage import hashes
 from lora_export.storage.npz import read_arrays

@@ -848,7 +848,7 @@ def test_a_base_that_changes_after_it_was_looked_at(place, monkeypatch, change):
         change(place.base / "model.safetensors")
         return base
 
-    monkeypatch.setattr("lora_export.api.merge_request.open_checkpoint", then_changed)
+    monkeypatch.setattr("lora_export.api.merge_base.open_checkpoint", then_changed)
     before = place.state()
     code, out, told = place.run("merge", place.base, place.adapter, "-o", place.folder / "old", "--overwrite")
     assert (code, out) == (3, "")
@@ -914,7 +914,7 @@ def test_an_error_keeps_its_lines_and_no_other_control_characters(place, monkeyp
     def fail(_: object, **__: bool) -> None:
         raise InputRefused("first", "  second\x1b[A\x07\x9b\u202e\nx")
 
-    monkeypatch.setattr("lora_export.api.merge_request.open_checkpoint", fail)
+    monkeypatch.setattr("lora_export.api.merge_base.open_checkpoint", fail)
     code, _, told = place.run("merge", place.base, place.adapter, "-o", place.folder / "new")
     assert (code, told) == (3, "Error: first\n  second\\x1b[A\\x07\\x9b\\u202e\\nx\n")
 

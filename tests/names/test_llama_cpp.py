@@ -8,7 +8,8 @@ import torch
 import transformers as hf
 
 from lora_export.errors import InputRefused
-from lora_export.names.families import EXPERT, LLAMA_CPP_NAMES, LLAMA_CPP_TYPES, LlamaCppNames, model_type_of
+from lora_export.names.families import EXPERT
+from lora_export.names.llama_cpp import LLAMA_CPP_NAMES, LLAMA_CPP_TYPES, LlamaCppNames, model_type_of
 from lora_export.names.row_orders import Heads, RowOrder
 
 SMALL = {

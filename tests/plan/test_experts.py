@@ -9,7 +9,7 @@ from lora_export import plan, sums
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name
 from lora_export.plan import Layout, TensorSpec
-from lora_export.plan.experts import per_expert, turned, with_missing_experts, with_stacks, with_whole_experts
+from lora_export.plan.experts import per_expert, turned, with_stacks, with_whole_experts
 from support.plans import holding
 from support.spellings import EXPERTS, MIXTRAL, experts
 
@@ -172,23 +172,6 @@ def test_experts_that_are_numbered_from_zero_are_a_stack() -> None:
     found = with_stacks([*base().values(), *others])
     assert [(spec.name, spec.shape) for spec in found[4:]] == [(ROWS, (2, 6, 3))]
     assert with_stacks(found) == found
-
-
-# --- Experts that an adapter lacks ---
-
-SHAPES = {"model.layers.0.mlp.experts.gate_up_proj": (2, 6, 4), "model.layers.0.mlp.experts.down_proj": (2, 4, 3)}
-
-
-@pytest.mark.parametrize("own", [["0.w1"], ["1.w3"], ["0.w1", "1.w3"]])
-def test_all_experts_and_both_halves_are_found(own: list[str]) -> None:
-    shapes = {f"{EXPERTS}.{name}.weight": (3, 4) for name in own}
-    found = with_missing_experts(shapes, MIXTRAL, SHAPES.get)
-    assert found == {f"{EXPERTS}.{expert}.{name}.weight": (3, 4) for expert in range(2) for name in ("w1", "w3")}
-
-
-def test_nothing_is_added_where_the_base_stacks_nothing() -> None:
-    shapes = {f"{EXPERTS}.0.w1.weight": (3, 4), "model.layers.0.self_attn.q_proj.weight": (4, 4)}
-    assert with_missing_experts(shapes, MIXTRAL, {}.get) == shapes
 
 
 def test_pairs_of_some_experts_change_their_parts_alone() -> None:

@@ -105,7 +105,7 @@ def test_an_architecture_of_unknown_parts_is_named():
 
 def test_a_model_that_is_never_renamed_needs_no_second_look(monkeypatch):
     bert = rules_of({"model_type": "bert", "architectures": ["BertModel"]})
-    monkeypatch.setattr("lora_export.plan.spelling.AsLoaded", None)
+    monkeypatch.setattr("lora_export.plan.converted_attempts.converted_attempts", None)
     assert plan.make([holding(pairs=numbered(OLD))], base(OLD), rules=bert).spellings == ("same",)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from lora_export.adapters.low_rank import LayerShare
 from lora_export.lora import Adapter, LoraPair, TokenRows
-from lora_export.report.console import console
+from lora_export.report.console import PlainConsole, console
 from lora_export.report.screens import (
     adapter_facts,
     by_kind,
@@ -250,6 +250,13 @@ def test_merge_without_low_rank_weights_is_one_line() -> None:
 
 
 # --- The console: nothing is cut, and nothing in a name is markup. ---
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_colours_in_a_pipe_can_be_requested(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(console(io.StringIO()), PlainConsole)
+    monkeypatch.setenv(variable, "1")
+    assert console(io.StringIO()).is_terminal
 
 
 def test_console_cuts_nothing_and_reads_no_markup() -> None:

@@ -21,10 +21,10 @@ import lora_export as le
 from lora_export import formats, plan
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import SLOTS_KEY
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_slots import insert_slots
+from lora_export.provenance import SLOTS_KEY
 from lora_export.runtime.adapter_slots import AdapterSlots
 from support.graphs import run
 from support.small_graphs import filled

@@ -22,13 +22,14 @@ from conftest import why_no_cuda
 from lora_export import Session, plan
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, Contract
+from lora_export.formats.contract import Contract
 from lora_export.formats.onnx_adapter import array_of_ort_value
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors, insert_inputs
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.storage import hashes
 from lora_export.weights.checkpoint import open_checkpoint

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -12,8 +14,6 @@ import pytest
 
 from lora_export.errors import OutputFailed
 from lora_export.storage.output_lock import output_lock
-
-FILE_LOCKS = pytest.mark.skipif(not filelock.has_fcntl, reason="this system has no file locks")
 
 
 @pytest.fixture
@@ -41,11 +41,10 @@ def test_an_exception_releases_the_lock(lock):
     assert not lock.exists()
 
 
-@FILE_LOCKS
 @pytest.mark.fault(33)
 def test_a_lock_without_a_signature_is_still_held(lock):
     with lock.open("w") as file:
-        filelock.lock_descriptor(file.fileno(), blocking=False)
+        fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(OutputFailed, match=r"another run \(process unknown\) is writing"), output_lock(lock, lock):
             pass
 
@@ -60,20 +59,19 @@ def test_a_lock_that_is_a_symbolic_link_is_not_followed(lock):
     assert theirs.read_text() == "theirs"
 
 
-@FILE_LOCKS
 @pytest.mark.fault(33)
 def test_a_lock_file_removed_by_its_owner_meanwhile_is_created_anew(lock, monkeypatch):
     # The other run ends between our open and our lock: the file that we locked has no name any more.
     calls = []
-    right = filelock.lock_descriptor
+    right = fcntl.flock
 
-    def late(descriptor: int, **options: bool) -> bool:
+    def late(descriptor: int, operation: int) -> None:
         if not calls:
             lock.unlink()
         calls.append(descriptor)
-        return right(descriptor, **options)
+        right(descriptor, operation)
 
-    monkeypatch.setattr(filelock, "lock_descriptor", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with output_lock(lock, lock.with_name("out")):
         assert len(calls) == 2
         with locked_by_another(lock), output_lock(lock, lock.with_name("out")):
@@ -81,12 +79,20 @@ def test_a_lock_file_removed_by_its_owner_meanwhile_is_created_anew(lock, monkey
     assert not lock.exists()
 
 
-@FILE_LOCKS
+def test_a_file_system_that_forbids_the_lock_of_another_run(lock, monkeypatch):
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(fcntl, "flock", forbidden)
+    with pytest.raises(OutputFailed, match="is writing"), output_lock(lock, lock):
+        pass
+
+
 def test_a_file_system_without_locks_is_an_error_and_leaves_nothing(lock, monkeypatch):
-    def unsupported(*_: object, **__: object) -> bool:
+    def unsupported(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(filelock, "lock_descriptor", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.raises(OSError, match="not supported"), output_lock(lock, lock):
         pass
     assert not lock.exists()
@@ -106,7 +112,6 @@ def test_the_lock_is_removed_where_no_open_file_can_be(lock, monkeypatch):
     assert not lock.exists()
 
 
-@FILE_LOCKS
 def test_the_first_byte_is_not_part_of_the_signature(lock):
     # Windows lets no other process read it.
     with output_lock(lock, lock):
@@ -116,9 +121,15 @@ def test_the_first_byte_is_not_part_of_the_signature(lock):
 # --- systems without file locks ---
 
 
-def test_without_file_locks_the_existence_of_the_file_is_the_lock(lock, monkeypatch):
-    monkeypatch.setattr(filelock, "has_fcntl", False)
-    monkeypatch.setattr(filelock, "lock_descriptor", None)
+@pytest.fixture
+def without_locks(monkeypatch):
+    """A system without `flock`. filelock decides at its import what it has: it is imported before."""
+    assert filelock.has_fcntl
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_file_locks_the_existence_of_the_file_is_the_lock(lock):
     with output_lock(lock, lock.with_name("out")):
         with locked_by_another(lock), output_lock(lock, lock.with_name("out")):
             pass
@@ -126,8 +137,8 @@ def test_without_file_locks_the_existence_of_the_file_is_the_lock(lock, monkeypa
     assert not lock.exists()
 
 
-def test_without_file_locks_the_file_of_a_dead_process_is_taken_over(lock, monkeypatch):
-    monkeypatch.setattr(filelock, "has_fcntl", False)
+@pytest.mark.usefixtures("without_locks")
+def test_without_file_locks_the_file_of_a_dead_process_is_taken_over(lock):
     child = os.fork()
     if not child:
         with output_lock(lock, lock):
@@ -142,16 +153,15 @@ def test_without_file_locks_the_file_of_a_dead_process_is_taken_over(lock, monke
 # --- signals ---
 
 
-@FILE_LOCKS
 @pytest.mark.fault(28)
 def test_ctrl_c_while_the_lock_is_taken_releases_it(lock, monkeypatch):
-    right = filelock.lock_descriptor
+    right = fcntl.flock
 
-    def interrupted(descriptor: int, **options: bool) -> bool:
+    def interrupted(descriptor: int, operation: int) -> None:
         signal.raise_signal(signal.SIGINT)
-        return right(descriptor, **options)
+        right(descriptor, operation)
 
-    monkeypatch.setattr(filelock, "lock_descriptor", interrupted)
+    monkeypatch.setattr(fcntl, "flock", interrupted)
     with pytest.raises(KeyboardInterrupt), output_lock(lock, lock):
         pass
     assert not lock.exists()

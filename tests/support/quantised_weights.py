@@ -16,7 +16,7 @@ import torch
 from bitsandbytes import functional
 
 from lora_export.weights.checkpoint import open_checkpoint
-from lora_export.weights.quantised.comfyui import MARKER
+from lora_export.weights.quantised.comfyui_files import MARKER
 from support.quantised import OpenedWeight, Tensors
 
 Quantised = tuple[Tensors, dict[str, Any]]  # the tensors of the module, and the quantization_config

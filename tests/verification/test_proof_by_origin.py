@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.formats.contract import CONTRACT_KEY, Contract
+from lora_export.formats.contract import Contract
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.parity import Case, Outcome, Sensitivity, Verdict, judge

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_export as le
-from lora_export.api import load
+from lora_export.api import load_model
 from lora_export.models import cached_decoder, export, stored_parameter
 from lora_export.models.model import Model
 from lora_export.report.json_document import as_dict
@@ -51,7 +51,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     counted(AttachedModule, "_in_role", lambda arguments: [arguments[1]])
     counted(Model, "fingerprint", lambda arguments: ["hash"])
-    counted(load, "resolve_model", lambda arguments: ["load"])
+    counted(load_model, "resolve_model", lambda arguments: ["load"])
     counted(export, "to_onnx", lambda arguments: ["export"])
     counted(cached_decoder, "exported_with_cache", lambda arguments: ["export"])
     return counts

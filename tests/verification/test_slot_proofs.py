@@ -16,10 +16,11 @@ from torch import nn
 import lora_export as le
 from lora_export.errors import Different, InputRefused, MatchError, Undecided, WrongUsage
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import SLOTS_KEY, read_contract
+from lora_export.formats.contract import read_contract
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
+from lora_export.provenance import SLOTS_KEY
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.generators import encoder_decoder_adapter, small_encoder_decoder
 from support.graphs import an_adapter

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import lora_export
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.weights.quantised import QuantisedTensor
+from lora_export.weights.quantised.stored_parts import QuantisedTensor
 from support.cli import answer, call
 from support.handmade import peft_adapter
 

@@ -15,14 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.contract import (
-    ADAPTER_STRENGTHS,
-    CONTRACT_KEY,
-    AdapterPlace,
-    Contract,
-    HeadPlace,
-    read_contract,
-)
+from lora_export.formats.contract import ADAPTER_STRENGTHS, AdapterPlace, Contract, HeadPlace, read_contract
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_names import CONVENTIONS, DORA_FACTOR, LORA_A, LORA_B, SCALE, dotted, module_of
 from lora_export.graph.insert.adapter_nodes import scaled_input
@@ -33,6 +26,7 @@ from lora_export.graph.site import Site, common_dtype, find_readers
 from lora_export.graph.values import initializers
 from lora_export.options.export import OnnxOptions
 from lora_export.plan import Layout, Plan
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.storage.hashes import ALGORITHMS, FAST
 
 ACTIVE_ADAPTER = "adapter"  # whose strength a graph has that takes one adapter at a time

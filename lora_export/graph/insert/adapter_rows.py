@@ -25,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.contract import ADAPTER_IDS, ADAPTER_SCALES, ROW_ADAPTERS_KEY, RowAdapters
+from lora_export.formats.contract import ADAPTER_IDS, ADAPTER_SCALES, RowAdapters
 from lora_export.formats.onnx_adapter import cast_factor, refuse_beyond_low_rank, refuse_larger_ranks, refuse_new_tables
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, SCALE, module_of
@@ -38,6 +38,7 @@ from lora_export.graph.site import Site, common_dtype
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
 from lora_export.plan.own_heads import Head
+from lora_export.provenance import ROW_ADAPTERS_KEY
 
 
 def insert_rows(

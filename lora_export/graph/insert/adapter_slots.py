@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.contract import SLOTS_KEY, AdapterPlace, Contract, HeadPlace
+from lora_export.formats.contract import AdapterPlace, Contract, HeadPlace
 from lora_export.formats.onnx_adapter import cast_factor
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_inputs import fingerprint, names_digest, places_of, weight_digests
@@ -28,6 +28,7 @@ from lora_export.options.export import OnnxOptions
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.plan.own_heads import Head
+from lora_export.provenance import SLOTS_KEY
 
 
 def insert_slots(

@@ -15,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.errors import RuntimeRefused
-from lora_export.graph.merge.requantise import blocks_of
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import LARGE_TENSOR_BYTES, MAX_MESSAGE_BYTES
 from lora_export.graph.onnx_file.shared_weights import SharedWeights
@@ -203,7 +202,7 @@ def _tensor_blocks(
     assert tensor is not None
     if tensor.is_copy:
         return tensor_blocks.copied_blocks(read_fd, write_fd, tensor.old.start, part.start, stop - part.start)
-    return blocks_of(source, read_fd, tensor.output, part.start, backend)
+    return tensor.output.blocks_from(part.start, source, read_fd, backend)
 
 
 def _runs(parts: Iterable[FilePart]) -> Iterator[list[FilePart]]:

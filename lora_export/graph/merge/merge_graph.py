@@ -22,19 +22,18 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused
-from lora_export.formats.contract import ROW_ADAPTERS_KEY
 from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.merge.copy_parts import MergeRun, MovedTensor, copy_parts, graph_file_parts, write_data_file
 from lora_export.graph.merge.fold import InitializerChange, change_in_memory, isolate_changes
-from lora_export.graph.merge.requantise import graph_remedy, quantised_change, requantise
 from lora_export.graph.onnx_file.reading import GraphFile
 from lora_export.graph.onnx_file.shared_weights import SharedTensor, share_weights
 from lora_export.graph.onnx_file.writing import append_metadata
-from lora_export.graph.quantised.scheme_of_weight import is_quantised, refuse_unknown_scheme
-from lora_export.graph.refusals import refuse_lost_biases, refuse_quantised, refuse_unsupported_steps
+from lora_export.graph.quantised_weights import is_quantised
+from lora_export.graph.refusals import graph_remedy, refuse_lost_biases, refuse_quantised, refuse_unsupported_steps
 from lora_export.graph.values import initializers
 from lora_export.plan import Plan
+from lora_export.provenance import ROW_ADAPTERS_KEY
 from lora_export.storage.block_copy import RunningHashes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.merge_report import MergeReport, refuse_below_rounding
@@ -118,6 +117,8 @@ def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, req
             refuse_quantised(step, sites)
         for site in sites.by_name[step.spec.stored_name]:
             if site.quantised is not None:
+                from lora_export.graph.quantised.scheme_of_weight import refuse_unknown_scheme  # few weights are
+
                 refuse_unknown_scheme(site.quantised, step.weight)
                 if step.needs_weight:
                     raise InputRefused(
@@ -151,6 +152,10 @@ def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -
             else:
                 statistics = change_in_memory(change)
                 run.statistics.add(() if step.is_replacement else (statistics,))
+    if not quantised:
+        return deferred
+    from lora_export.graph.merge.requantise import quantised_change, requantise  # few graphs have quantised weights
+
     weights = [quantised_change(value, changes) for value, changes in quantised.items()]
     layers, made = requantise(model, weights, run.min_retention, run.backend)
     run.layers = tuple(layers)

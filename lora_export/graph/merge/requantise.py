@@ -28,34 +28,26 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.graph.exporter_names import FOLDED_FROM, PROMOTED_FROM, name_before_quantisation
 from lora_export.graph.merge.fold import InitializerChange
-from lora_export.graph.quantised.scheme_of_weight import quantised_tensor, stored_weight
-from lora_export.graph.quantised_weights import NBitsWeight, QuantisedWeight
+from lora_export.graph.quantised.scheme_of_weight import quantised_tensor
+from lora_export.graph.quantised_weights import NBitsWeight, QuantisedWeight, stored_weight
+from lora_export.graph.refusals import graph_remedy
 from lora_export.graph.values import new_initializer, unused_name, value_names
-from lora_export.options.spelling import command
 from lora_export.storage import block_copy
-from lora_export.storage.block_copy import Block, Bytes
+from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import DTYPES, Entry
-from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend, refuse_overflow
-from lora_export.weights.kept_weights import KeptTensor, kept_blocks, measured_results
+from lora_export.weights.encoded_tensor import EncodedTensor, WrittenRows
+from lora_export.weights.kept_weights import KeptTensor, measured_results
 from lora_export.weights.merge_report import QuantisedLayer, Statistics, StatisticsByWeight, StepResult
-from lora_export.weights.quantised import QuantisedTensor
 from lora_export.weights.quantised.packed_numbers import pack
+from lora_export.weights.quantised.stored_parts import QuantisedTensor
 from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, worst_result
-from lora_export.weights.tensor_blocks import EncodedTensor, OutputTensor, Patch, WrittenRows, run_in_memory
+from lora_export.weights.tensor_blocks import OutputTensor, Patch, run_in_memory
 
 PACKED_BYTE = DTYPES["U8"]
 WIDEST = 8  # the most that MatMulNBits has
 LOW_NOISE = 0.1  # of the change: with more, new scales are tried
 SCALES_OF_NBITS, ZEROS_OF_NBITS, BIAS_OF_NBITS = 2, 3, 5  # inputs of MatMulNBits
-
-
-def graph_remedy() -> str:
-    """What helps where the weights of a graph cannot hold a change."""
-    return (
-        f"Keep the adapter beside the weights ({command('onnx', 'MODEL.onnx', lora='nodes')}), or merge into the float "
-        "model and export or quantise that"
-    )
 
 
 class NewTensor(NamedTuple):
@@ -82,7 +74,7 @@ class NewTensor(NamedTuple):
             return None
         after = np.empty(self.output.nbytes, np.uint8)
         with self.change.opened() as (path, fd):
-            found = run_in_memory(path, fd, self.output, blocks_of(path, fd, self.output, 0, backend), after)
+            found = run_in_memory(path, fd, self.output, self.output.blocks_from(0, path, fd, backend), after)
         proto = onnx.TensorProto(name=name, data_type=int(self.dtype), dims=self.shape, raw_data=after.tobytes())
         self.value.const_value = ir.serde.TensorProtoTensor(proto)
         return found
@@ -109,7 +101,7 @@ class QuantisedChange:
         start, codes = self._start, self.tensor.codes
         assert codes is not None
         packed = Entry(self.name, PACKED_BYTE, (self.integers.nbytes,), start, start + self.integers.nbytes)
-        return KeptTensor(packed, None, self.name, PACKED_BYTE, self.patches, codes=codes, weight=self.name)
+        return KeptTensor(packed, None, self.name, PACKED_BYTE, self.patches, codes=codes, of_weight=self.name)
 
     def floats(self) -> OutputTensor:
         """The sum in the dtype in which the graph computes with the weight."""
@@ -251,19 +243,8 @@ def _trial(tensor: OutputTensor, path: Path, fd: int, backend: Backend) -> list[
     if isinstance(tensor, EncodedTensor):
         blocks = [block for block, is_measured in tensor.blocks(path, fd, 0, backend) if is_measured]
     else:
-        blocks = list(blocks_of(path, fd, tensor, 0, backend))
+        blocks = list(tensor.blocks_from(0, path, fd, backend))
     return list(StatisticsByWeight(run_in_memory(path, fd, tensor, blocks)).results)
-
-
-def blocks_of(source: Path, read_fd: int, tensor: OutputTensor, start: int, backend: Backend) -> Iterator[Block]:
-    """Blocks that make a tensor of its source, from `start` on in the target."""
-    target = Entry(tensor.name, tensor.dtype, tensor.source.shape, start, start + tensor.nbytes)
-    if isinstance(tensor, KeptTensor):
-        yield from kept_blocks(source, read_fd, tensor, target)
-    elif isinstance(tensor, EncodedTensor):
-        yield from (block for block, _ in tensor.blocks(source, read_fd, start, backend))
-    else:
-        yield from tensor_blocks.changed_blocks(source, read_fd, tensor, target, backend)
 
 
 # --- The nodes of each form ---

@@ -23,12 +23,11 @@ from onnx import defs
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, OutputFailed, count, listed
-from lora_export.formats.contract import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY
 from lora_export.graph.exporter_names import texts
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import without_large_tensors
 from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
-from lora_export.provenance import History, read_shared
+from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, History, read_shared
 
 SHOWN_BYTES = 10  # of a text that is not UTF-8
 

@@ -23,10 +23,9 @@ from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised import QuantisedTensor
 from lora_export.weights.quantised.codes import Numbers, StoredCodes
 from lora_export.weights.quantised.packed_numbers import pack
-from lora_export.weights.quantised.stored_parts import Decode, Pieces
+from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,16 +240,6 @@ def _decoder(codes: StoredCodes) -> Decode:
 def _pieces(layout: IntegerCodes, rows: slice) -> list[Pieces]:
     first, last = layout.extent(rows)
     return [Pieces(first, last - first)]
-
-
-def stored_weight(node: ir.Node, index: int) -> QuantisedWeight | None:
-    """The quantised weight whose integers a node reads at this input."""
-    return quantised_weights.of_matmul_nbits(node, index) or quantised_weights.of_dequantize_linear(node, index)
-
-
-def is_quantised(value: ir.Value) -> bool:
-    """Whether a value holds the integers of a quantised weight."""
-    return any(stored_weight(node, index) for node, index in value.uses())
 
 
 def refuse_unknown_scheme(stored: QuantisedWeight, name: str) -> None:

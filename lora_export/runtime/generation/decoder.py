@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lora_export.artifacts.files import MERGED_FILE
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import ADAPTER_IDS, CONTRACT_KEY, ROW_INPUTS, row_inputs
+from lora_export.formats.contract import ADAPTER_IDS, ROW_INPUTS, row_inputs
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime, ort_value_of_array
 from lora_export.graph.cache_names import (
     BRANCH,
@@ -37,6 +37,7 @@ from lora_export.graph.cache_names import (
     past_of,
 )
 from lora_export.options.spelling import command, named
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import raising_refusals

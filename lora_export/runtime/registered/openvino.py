@@ -9,8 +9,9 @@ from typing import Any
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused
 from lora_export.extras import optional_package
-from lora_export.formats.contract import CONTRACT_KEY, STRENGTHS_KEY, read_contract
+from lora_export.formats.contract import STRENGTHS_KEY, read_contract
 from lora_export.options.spelling import command
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.runner import Arrays
 from lora_export.storage.artifact_kinds import ArtifactKind
 

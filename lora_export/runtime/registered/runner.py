@@ -11,9 +11,10 @@ from lora_export import errors
 from lora_export.artifacts.artifact import Artifact
 from lora_export.errors import RuntimeRefused, one_line
 from lora_export.formats import program_adapter
-from lora_export.formats.contract import CONTRACT_KEY, AdapterArrays, Contract
+from lora_export.formats.contract import AdapterArrays, Contract
 from lora_export.isolation.limits import MAX_LEAST
 from lora_export.isolation.process import IsolatedProcess
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.runner import TIMEOUT, AdaptersByInput, Arrays, completed_inputs, refused_ends
 from lora_export.storage.artifact_kinds import ArtifactKind
 

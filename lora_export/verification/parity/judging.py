@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.options.common import Running
+from lora_export.options.proof import Running
 from lora_export.verification.parity.case import Case, structure_reasons
 from lora_export.verification.parity.figures import (
     EPS,

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.onnx_file.writing import in_memory
 from lora_export.graph.values import drop_tensors
-from lora_export.options.common import Running
+from lora_export.options.proof import Running
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow

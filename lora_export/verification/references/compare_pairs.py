@@ -17,13 +17,14 @@ import ml_dtypes
 import numpy as np
 
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, read_contract
+from lora_export.formats.contract import read_contract
 from lora_export.graph.content_match import Spellings
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.site import NameSource
 from lora_export.graph.values import initializers
 from lora_export.plan import Plan, Step, TensorSpec
+from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner

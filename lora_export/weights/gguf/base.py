@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from lora_export import provenance
 from lora_export.errors import InputRefused
-from lora_export.formats.adapter_files import config_of, is_adapter, names_of
-from lora_export.names.families import EXPERT, LlamaCppNames
+from lora_export.formats.gguf_architecture import config_of, is_adapter, names_of
+from lora_export.names.families import EXPERT
+from lora_export.names.llama_cpp import LlamaCppNames
 from lora_export.names.row_orders import Indices
 from lora_export.plan import Layout, Plan, Step, TensorSpec
 from lora_export.plan.stored_region import StoredRegion
@@ -26,8 +27,7 @@ from lora_export.storage.block_copy import Bytes
 from lora_export.storage.gguf_blocks import FLAT, as_tensor_file, codec_of, decoded
 from lora_export.storage.gguf_file import BlockType, GgufFile, GgufTensor, open_gguf
 from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.quantised import QuantisedTensor
-from lora_export.weights.quantised.stored_parts import Decode
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,6 +39,7 @@ from lora_export.storage.safetensors_file import Entry
 from lora_export.weights import compiled, tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.calibrated_rounding import LayerInputs, calibrated
+from lora_export.weights.encoded_tensor import EncodedTensor, WrittenRows
 from lora_export.weights.gguf.base import GgufBase
 from lora_export.weights.gguf.new_scales import on_best_scales
 from lora_export.weights.merge import refuse_before_merge
@@ -54,7 +55,7 @@ from lora_export.weights.merge_report import (
     refuse_below_rounding,
 )
 from lora_export.weights.quantised_layers import why_promoted
-from lora_export.weights.tensor_blocks import EncodedTensor, OutputTensor, Patch, WrittenRows
+from lora_export.weights.tensor_blocks import OutputTensor, Patch
 
 FLOAT = np.dtype(np.float32)
 Q8_0, F16, F32 = BY_NAME["Q8_0"], BY_NAME["F16"], BY_NAME["F32"]

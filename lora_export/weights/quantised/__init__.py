@@ -1,4 +1,4 @@
-"""The weights of a quantised checkpoint, read as the floats that its own library makes of them.
+"""What configs and files state of quantised weights. `reading.py` reads these as the floats that their library makes.
 
 A scheme is added as one file, and one entry in `SCHEMES`. `stored_parts.py` has what the schemes share.
 
@@ -14,19 +14,14 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
-from lora_export.errors import InputRefused, listed
-from lora_export.options.spelling import command, named
-from lora_export.storage.safetensors_file import TensorFile
-from lora_export.weights.quantised.comfyui import COMFYUI, MARKER
-from lora_export.weights.quantised.comfyui import LAYERS_IN_HEADER as LAYERS_IN_HEADER
-from lora_export.weights.quantised.comfyui import file_dtype as file_dtype
-from lora_export.weights.quantised.comfyui import stated_by_file as stated_by_file
-from lora_export.weights.quantised.comfyui import without_layers as without_layers
-from lora_export.weights.quantised.new_grid import FINE_BITS
-from lora_export.weights.quantised.stored_parts import Decode, Pieces, StoredParts
-from lora_export.weights.quantised.stored_parts import QuantisedTensor as QuantisedTensor
+from lora_export.options.spelling import command
+from lora_export.weights.quantised.comfyui_files import COMFYUI, MARKER
+from lora_export.weights.quantised.packed_numbers import FINE_BITS
+
+if TYPE_CHECKING:
+    from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
 
 Stated = Mapping[str, Any]  # a quantization_config
 
@@ -108,7 +103,7 @@ QUANTIZATION_FILES = {
 CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
 CACHE_SCALES = tuple(f"{what}_{kind}" for what in "qkv" for kind in ("scale", "zero_point"))
 
-ReadWeights = Callable[[StoredParts, Mapping[str, Any], str], dict[str, QuantisedTensor]]
+ReadWeights: TypeAlias = "Callable[[StoredParts, Mapping[str, Any], str], dict[str, QuantisedTensor]]"
 OF_AWQ = (
     "AWQ scales weights and the inputs of their layers: an adapter fits only the model beside which it was trained, "
     "this one or the original"
@@ -132,7 +127,7 @@ class _Scheme:
     def read(self) -> ReadWeights:
         """The reader. Its module is imported for a base of this scheme alone."""
         module, _, function = self.reader.partition(".")
-        return cast(ReadWeights, getattr(importlib.import_module(f"{__name__}.{module}"), function))
+        return cast("ReadWeights", getattr(importlib.import_module(f"{__name__}.{module}"), function))
 
 
 # `quant_method` of a config -> how its weights are read
@@ -214,62 +209,6 @@ def stated_beside(name: str, stated: Mapping[str, Any], tensors: Iterable[str]) 
     return {"quant_method": method} | (own if isinstance(own, dict) else {})
 
 
-def find_quantised(
-    shards: Mapping[str, TensorFile],
-    quantization: Mapping[str, Any],
-    dtype: str,
-    is_conv1d: Callable[[str], bool | None] = lambda _: False,
-) -> dict[str, QuantisedTensor]:
-    """The quantised weights of a checkpoint, by name. `quantization` is the config's `quantization_config`.
-
-    `dtype` is the float dtype of the model, for schemes that do not store it with each weight. `is_conv1d` returns
-    whether a weight belongs to a Conv1D, whose float weight is (inputs, outputs), and None where that is unknown.
-    Reads the small tensors that describe a weight, and no weight. Raises InputRefused for a scheme that is not known,
-    and for a weight whose parts are missing or do not fit.
-    """
-    method = method_of(quantization)
-    if method not in SCHEMES:
-        known = ", ".join(scheme.description for scheme in SCHEMES.values())
-        raise InputRefused(
-            f"{named('dequantize', True)} knows {known}, and this base is quantised by {method}. Merge into the "
-            "original float model, or dequantise this one with its own library"
-        )
-    scheme, parts = SCHEMES[method], StoredParts(shards)
-    found = scheme.read(parts, quantization, dtype)
-    if not found:
-        raise InputRefused(f"the config names {method}, and no weight is stored so: remove its quantization_config")
-    # Parts of a quantised weight whose numbers are missing would be copied as weights.
-    used = {name for tensor in found.values() for name in (tensor.packed, *tensor.parts)}
-    if orphans := [name for name in parts.names() if name.endswith(tuple(scheme.parts)) and name not in used]:
-        raise InputRefused(f"parts of weights in {method} belong to no quantised weight:", listed(orphans))
-    cache_scales = _cache_scales(parts, quantization, found)
-    return {
-        name: as_conv1d(
-            tensor.with_parts(*cache_scales.get(name, ())),
-            parts.expect(tensor.packed, name).nbytes,
-            is_conv1d(name),
-            scheme.conv1d_as_linear,
-        )
-        for name, tensor in found.items()
-    }
-
-
-def _cache_scales(
-    parts: StoredParts, quantization: Mapping[str, Any], found: Mapping[str, QuantisedTensor]
-) -> dict[str, list[str]]:
-    """The scales of a quantised cache of keys and values, by a quantised weight of the same attention."""
-    if not any(quantization.get(key) for key in CACHE_KEYS):
-        return {}
-    by_module = {name.rpartition(".")[0]: name for name in found}
-    by_module |= {module.rpartition(".")[0]: name for module, name in by_module.items()}
-    scales: dict[str, list[str]] = {}
-    for name in parts.names():
-        module, _, kind = name.rpartition(".")
-        if kind in CACHE_SCALES and module in by_module:
-            scales.setdefault(by_module[module], []).append(name)
-    return scales
-
-
 def without_shared_parts(found: Mapping[str, QuantisedTensor]) -> dict[str, QuantisedTensor]:
     """The weights without the scales of a quantised cache and what marks a whole file.
 
@@ -314,32 +253,3 @@ def file_with_floats(
     """As `with_floats`, for a file of `QUANTIZATION_FILES`."""
     method, _ = QUANTIZATION_FILES[name]
     return SCHEMES[method].exclude(stated, modules, floats, finer)
-
-
-def as_conv1d(
-    tensor: QuantisedTensor, packed_bytes: int, is_conv1d: bool | None, is_stored_as_linear: bool
-) -> QuantisedTensor:
-    """The weight as the float checkpoint of its model has it. `is_conv1d` is None where that is unknown.
-
-    The float weight of a Conv1D (GPT-2) is (inputs, outputs), and some libraries quantise it in the order of nn.Linear.
-    It is decoded whole for any of its rows: such models are small. `packed_bytes` is the size of its numbers.
-    """
-    if is_conv1d is False:
-        return tensor
-    if is_conv1d is None or not is_stored_as_linear:
-        raise InputRefused(
-            f"{tensor.name}: this module may be a Conv1D, and how {tensor.scheme} stores its weight is not known. "
-            "Merge into the original float model"
-        )
-    outputs, inputs = tensor.row_shape
-    every = slice(0, outputs)
-
-    def load() -> Decode:
-        decode = tensor.load()
-        return lambda rows, packed: decode(every, packed).T[rows].copy()
-
-    def pieces(_: slice) -> Sequence[Pieces]:
-        return [Pieces(0, packed_bytes)] if tensor.pieces is None else tensor.pieces(every)
-
-    codes = tensor.codes and replace(tensor.codes, is_turned=not tensor.codes.is_turned)
-    return replace(tensor, shape=(inputs, outputs), load=load, pieces=pieces, rows_at_once=inputs, codes=codes)

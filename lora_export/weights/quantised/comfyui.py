@@ -14,9 +14,8 @@ Source: comfy/utils.py (convert_old_quants) and comfy/ops.py of ComfyUI in 2026,
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,14 +24,13 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
-from lora_export.storage.safetensors_file import Entry, TensorFile
+from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.codes import FLOAT8_KINDS, INT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.comfyui_files import COMFYUI, MARKER, STATED_FORMAT, is_marker
 from lora_export.weights.quantised.comfyui_groups import FORMATS_IN_GROUPS, weight_in_groups
 from lora_export.weights.quantised.new_grid import ScaleRule
 from lora_export.weights.quantised.stored_parts import FLOAT_SCALES, Decode, QuantisedTensor, StoredParts
 
-COMFYUI = "comfyui"
-MARKER, LAYERS_IN_HEADER, STATED_FORMAT = "scaled_fp8", "_quantization_metadata", "comfy_quant"
 FIRST_SCALE, STATED_SCALE = "scale_weight", "weight_scale"
 SCALES_OF_INPUTS = ("scale_input", "input_scale")
 VALUES_OF_FORMATS = {**{name: values for name, (_, values) in FLOAT8_KINDS.items()}, "int8_tensorwise": INT8_VALUES}
@@ -45,33 +43,6 @@ STORED_AS = {
 MOST_STATED_BYTES = 1 << 16
 
 
-def stated_by_file(shards: Mapping[str, TensorFile]) -> dict[str, Any] | None:
-    """What the tensors and headers of files without a config state, as a `quantization_config`; None for floats."""
-    layers: dict[str, Any] = {}
-    for shard in shards.values():
-        if text := shard.metadata.get(LAYERS_IN_HEADER):
-            found = json_files.parse_json(text.encode(), f"{LAYERS_IN_HEADER} of {shard.path}").get("layers")
-            if not isinstance(found, dict):
-                raise InputRefused(f"{LAYERS_IN_HEADER} of {shard.path} has no table of layers")
-            layers |= found
-    every = {name: entry for shard in shards.values() for name, entry in shard.entries.items()}
-    is_quantised = layers or any(
-        name.endswith(f".{STATED_FORMAT}") or (str(entry.dtype) in FLOAT8_KINDS and not _is_marker(name))
-        for name, entry in every.items()
-    )
-    return {"quant_method": COMFYUI, "layers": layers} if is_quantised else None
-
-
-def without_layers(metadata: Mapping[str, str], modules: Iterable[str] | None) -> dict[str, str]:
-    """The metadata of a header in which more modules are floats; all of them for None."""
-    found = dict(metadata)
-    if LAYERS_IN_HEADER in found:
-        stated = json.loads(found.pop(LAYERS_IN_HEADER))
-        left = {} if modules is None else {k: v for k, v in stated["layers"].items() if k not in set(modules)}
-        found |= {LAYERS_IN_HEADER: json.dumps({**stated, "layers": left})} if left else {}
-    return found
-
-
 def comfyui_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype: str) -> dict[str, QuantisedTensor]:
     """The weights in 8 bits, by name. Raises InputRefused for another format, and where a scale is missing."""
     layers = dict(quantization.get("layers") or {})
@@ -80,7 +51,7 @@ def comfyui_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype: 
         layers[module] = json_files.parse_json(
             parts.read(f"{module}.{STATED_FORMAT}").tobytes(), f"{module}.{STATED_FORMAT}"
         )
-    markers = tuple(name.removesuffix(MARKER) for name in parts.names() if _is_marker(name))
+    markers = tuple(name.removesuffix(MARKER) for name in parts.names() if is_marker(name))
     scaled = {module for module in parts.modules_with(FIRST_SCALE) if f"{module}.".startswith(markers)}
     found = {}
     for module in {**layers, **dict.fromkeys(sorted(scaled))}:
@@ -101,19 +72,9 @@ def comfyui_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype: 
     known = {*found, *(part for tensor in found.values() for part in tensor.parts)}
     for name in parts.names():
         plain = parts.find(name)
-        if plain is not None and str(plain.dtype) in FLOAT8_KINDS and name not in known and not _is_marker(name):
+        if plain is not None and str(plain.dtype) in FLOAT8_KINDS and name not in known and not is_marker(name):
             found[name] = _quantised(parts, plain, name.rpartition(".")[0], str(plain.dtype), "", dtype)
     return _with_markers(parts, found)
-
-
-def file_dtype(entries: Iterable[Entry]) -> str:
-    """The dtype of the floats that are made: float16 where the file has such tensors, and none in bfloat16."""
-    dtypes = {str(entry.dtype) for entry in entries}
-    return "float16" if "float16" in dtypes and "bfloat16" not in dtypes else "bfloat16"
-
-
-def _is_marker(name: str) -> bool:
-    return name.rpartition(".")[2] == MARKER
 
 
 def _format(module: str, stated: Any) -> str:
@@ -127,7 +88,7 @@ def _format(module: str, stated: Any) -> str:
 
 def _with_markers(parts: StoredParts, found: dict[str, QuantisedTensor]) -> dict[str, QuantisedTensor]:
     """Each marker is a part of the first weight that it is about: it stays as long as any weight is quantised."""
-    for marker in (name for name in parts.names() if _is_marker(name)):
+    for marker in (name for name in parts.names() if is_marker(name)):
         first = next((name for name in found if name.startswith(marker.removesuffix(MARKER))), None)
         if first is not None:
             found[first] = found[first].with_parts(marker)

@@ -32,7 +32,6 @@ from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.codes import FLOAT8, FLOAT8_VALUES, INT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.new_grid import (
-    FINE_BITS,
     NewGrid,
     NewPart,
     ScaleRule,
@@ -42,6 +41,7 @@ from lora_export.weights.quantised.new_grid import (
     to_floats8,
 )
 from lora_export.weights.quantised.packed_numbers import (
+    FINE_BITS,
     FLOAT4_VALUES,
     MOST_BITS,
     WORD_BYTES,

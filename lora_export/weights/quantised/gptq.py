@@ -26,8 +26,8 @@ from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes
-from lora_export.weights.quantised.new_grid import FINE_BITS, NewGrid, NewPart, ScaleRule, finer_grid, finer_scales
-from lora_export.weights.quantised.packed_numbers import WORD, WORD_BYTES, pack, unpack, words_of
+from lora_export.weights.quantised.new_grid import NewGrid, NewPart, ScaleRule, finer_grid, finer_scales
+from lora_export.weights.quantised.packed_numbers import FINE_BITS, WORD, WORD_BYTES, pack, unpack, words_of
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.weights.quantised.codes import Grid, StoredCodes
+from lora_export.weights.quantised.packed_numbers import FINE_BITS
 
 # Values of all scales, in the order of the file -> rows of the file -> the value of each number, or what broadcasts
 Spread = Callable[[NDArray[np.float32]], Callable[[slice], NDArray[np.float32]]]
@@ -88,9 +89,6 @@ def to_larger_exponents(factors: NDArray[np.float32]) -> NDArray[np.uint8]:
     mantissa, exponents = np.frexp(factors)
     found = exponents - (mantissa == 0.5) + EXPONENT_OF_1
     return np.where(factors > 0, np.clip(found, 0, 2 * EXPONENT_OF_1), 0).astype(np.uint8)
-
-
-FINE_BITS = 8
 
 
 class NewPart(NamedTuple):

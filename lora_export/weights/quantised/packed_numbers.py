@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from lora_export.storage.block_copy import Bytes
 
+FINE_BITS = 8  # of numbers that get more bits
+
 POSITIVE_FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 FLOAT4_VALUES = np.concatenate([POSITIVE_FLOAT4, -POSITIVE_FLOAT4])
 WORD, WORD_BYTES = 32, 4  # bits, bytes

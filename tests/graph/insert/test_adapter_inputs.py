@@ -10,8 +10,9 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract, read_contract
+from lora_export.formats.contract import AdapterPlace, Contract, read_contract
 from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.provenance import CONTRACT_KEY
 from support.graphs import a_graph, an_adapter, run
 from support.insertion import CONVOLUTION, CONVOLUTION_PAIR, X, adapter_inputs, with_inputs
 from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE, TIED_TABLE

@@ -12,11 +12,11 @@ import pytest
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.formats.contract import ROW_ADAPTERS_KEY
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_rows import AdapterStacks
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.lora import Adapter, LoraPair
+from lora_export.provenance import ROW_ADAPTERS_KEY
 from support.graphs import a_graph, an_adapter, contents, run, stored
 from support.insertion import CONVOLUTION, CONVOLUTION_PAIR, OTHER_PAIR, TWO_LAYERS, X, row_ids, with_rows
 from support.small_graphs import GEMM, PAIR, SHARED, SQUARE

@@ -12,13 +12,14 @@ import pytest
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, ROW_ADAPTERS_KEY, read_contract
+from lora_export.formats.contract import read_contract
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors, insert_inputs
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.values import new_initializer
 from lora_export.lora import LoraPair
+from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY
 from support.graphs import a_graph, an_adapter, quantised, run
 from support.insertion import RNG, adapter_inputs, packed_graph, with_inputs
 from support.small_graphs import GEMM, SQUARE

@@ -13,11 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.contract import ABSENT_LABEL, ROW_ADAPTERS_KEY, Contract, read_contract
+from lora_export.formats.contract import ABSENT_LABEL, Contract, read_contract
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.insert.adapter_slots import head_values, insert_slots
 from lora_export.lora import Adapter, LoraPair
+from lora_export.provenance import ROW_ADAPTERS_KEY
 from support.graphs import a_graph, an_adapter, planned, run
 from support.insertion import W, X, row_ids
 from support.small_graphs import PAIR, SQUARE

@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.contract import ROW_ADAPTERS_KEY
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.lora import LoraPair
+from lora_export.provenance import ROW_ADAPTERS_KEY
 from support.graphs import a_graph, an_adapter, planned, run
 from support.insertion import (
     CONVOLUTION,

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_export.weights.quantised import find_quantised
 from lora_export.weights.quantised.codes import FLOAT8_VALUES, INT8_VALUES, PackedRows, StoredCodes, nearest_among
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, pack, unpack
+from lora_export.weights.quantised.reading import find_quantised
 from support.quantised import OpenedWeight, parts_in
 from support.quantised_weights import WEIGHTS, quantised
 

@@ -18,7 +18,7 @@ from lora_export.errors import InputRefused
 from lora_export.names.diffusion_layouts import other_layouts
 from lora_export.storage import safetensors_file
 from lora_export.weights.checkpoint import open_checkpoint
-from lora_export.weights.quantised.comfyui import LAYERS_IN_HEADER
+from lora_export.weights.quantised.comfyui_files import LAYERS_IN_HEADER
 from support.cli import call
 from support.diffusion import adapter_file, layout_of, original_shapes, random_pairs, transformer, unet
 

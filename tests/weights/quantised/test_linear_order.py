@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import lora_export
 from lora_export.errors import InputRefused
-from lora_export.weights.quantised import as_conv1d
+from lora_export.weights.quantised.reading import as_conv1d
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor
 from support.handmade import peft_adapter
 from support.quantised import example
