@@ -24,7 +24,7 @@ from lora_export.options.spelling import named
 from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.npz import read_arrays
-from lora_export.storage.store_path import place
+from lora_export.storage.store_path import newly_opened, place
 
 
 @takes(OnnxOptions)
@@ -97,14 +97,14 @@ def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
         task=task,
         checkpoint=None if options.checkpoint is None else locate(options.checkpoint, on_message, download),
         reference=None if options.reference is None else locate_model(options.reference, on_message, download),
-        inputs=None if options.inputs is None else place(options.inputs),
+        inputs=None if options.inputs is None else newly_opened(options.inputs),
         share_with=None if options.share_with is None else place(options.share_with),
     )
 
 
 def _takes_images(options: OnnxOptions) -> bool:
     """Whether graphs may read images: not where the output is one graph, or the inputs are texts alone."""
-    has_images = options.inputs is None or IMAGE_INPUTS[0] in read_arrays(place(options.inputs))
+    has_images = options.inputs is None or IMAGE_INPUTS[0] in read_arrays(newly_opened(options.inputs))
     return not names_file(place(options.output)) and has_images
 
 

@@ -47,7 +47,7 @@ from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.runner import Runner
 from lora_export.storage import atomic_output
 from lora_export.storage.artifact_kinds import PROGRAM_FORMATS
-from lora_export.storage.store_path import place
+from lora_export.storage.store_path import newly_opened, place
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
 
@@ -122,7 +122,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
             record["inputs"] += parameters_by_input(module).values()
             record[CONTRACT_KEY] = json.loads(str(contract))
             files = write_files(folder, contract, steps)
-        further = None if options.inputs is None else place(options.inputs)
+        further = None if options.inputs is None else newly_opened(options.inputs)
         references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
 
         def proofs_of(candidate: Runner) -> ExportProofs:

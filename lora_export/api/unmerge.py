@@ -22,7 +22,7 @@ from lora_export.plan import Plan
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hub_cache import locate
-from lora_export.storage.store_path import place
+from lora_export.storage.store_path import newly_opened, place
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.residuals.archive import Residual, open_residual
 from lora_export.weights.residuals.restoring import base_of, restore_base
@@ -54,7 +54,7 @@ def unmerge(options: UnmergeOptions) -> UnmergeResult:
     """
     merged = locate(options.merged, options.on_message, options.download)
     adapters = locate_adapters(options.adapters, options.on_message, options.download)
-    base_from = place(options.base_from)
+    base_from = newly_opened(options.base_from)
     input_files.must_exist(merged, "merged model")
     input_files.must_exist(base_from, "residual")
     target = (

@@ -119,10 +119,10 @@ def _entry(key: str, declared: Declared, value: object) -> str:
 
 def _toml(value: object) -> str:
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{json.dumps(str(name))} = {_toml(each)}' for name, each in value.items())}}}"
+        return f"{{{', '.join(f'{_toml(str(name))} = {_toml(each)}' for name, each in value.items())}}}"
     if isinstance(value, tuple):  # several flags of one entry, as `read` of its option takes them
         return json.dumps(",".join(str(int(each)) for each in value))
-    return json.dumps(value if isinstance(value, bool | int | float) else str(value))
+    return json.dumps(value if isinstance(value, bool | int | float) else str(value), ensure_ascii=False)
 
 
 def unknown_key(place: str, key: str, known: Iterable[str]) -> WrongUsage:

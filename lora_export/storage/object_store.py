@@ -33,6 +33,8 @@ MOST_OBJECTS = 100_000  # below an address; more is no model
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
 _NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound")
+_HEADER_SETTING = re.compile(r"(_KEY_ID|_ACCESS_KEY|_TOKEN|_REGION|_ACCOUNT_NAME)$")
+_ADDRESS_SETTING = re.compile(r"(AWS_ENDPOINT(_URL(_S3)?)?|AZURE_(STORAGE_)?ENDPOINT|GOOGLE_BASE_URL)")
 _SETTINGS = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # scheme -> the beginning of environment variables
 
 
@@ -75,9 +77,17 @@ def _errors(address: str, failure: type[LoraExportError]) -> Iterator[None]:
         if isinstance(error, FileNotFoundError | known.NotFoundError):
             raise InputRefused(f"there is no object {address}") from None
         if "InvalidBlockList" in str(error):  # Azure keeps no parts of an object that another run has put
-            raise OutputFailed(f"{address}: another run has put it meanwhile") from None
+            raise OutputFailed(
+                f"{address}: its parts are gone. Another run has put it meanwhile, or the store's answer was lost"
+            ) from None
         verb = "written" if failure is OutputFailed else "read"
         raise failure(f"{address} could not be {verb}: {_reason(error)}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+            raise
+        raise EnvironmentLacking(
+            f"{address}: obstore fails. A setting of its store in the environment is wrong"
+        ) from None
 
 
 def _reason(error: Exception) -> str:
@@ -110,6 +120,16 @@ class Bucket:
     def _of(self, key: str) -> str:
         return f"{self.address}/{key}"
 
+    def _stated(self, meta: Any) -> ObjectInfo:
+        return ObjectInfo(meta["size"], meta["last_modified"], self._version(meta))
+
+    def _version(self, stated: Any) -> dict[str, str]:
+        """What the store states of a version. Azure leaves out an ETag's quotes in lists, and nowhere else."""
+        version = {key: stated[key] for key in ("e_tag", "version") if stated[key]}
+        if self.address.startswith("az:") and not version["e_tag"].endswith('"'):
+            version["e_tag"] = f'"{version["e_tag"]}"'
+        return version
+
     def forget(self, key: str) -> None:
         """Forget what is known of an object, and of those below it."""
         for known in [known for known in self._known if f"{known}/".startswith(f"{key}/")]:
@@ -123,7 +143,7 @@ class Bucket:
         if key not in self._known and not any(_is_below(key, listed) for listed in self._listed):
             try:
                 with _errors(self._of(key), EnvironmentLacking):
-                    self._known[key] = _info(self._store.head(key)) if key else None
+                    self._known[key] = self._stated(self._store.head(key)) if key else None
             except InputRefused:
                 self._known[key] = None
         return self._known.get(key)
@@ -136,8 +156,8 @@ class Bucket:
             return False
         with _errors(self._of(key), EnvironmentLacking):
             page: list[Any] = next(iter(self._store.list(key or None, chunk_size=LISTED_AT_ONCE)), [])
-        self._known |= {each["path"]: _info(each) for each in page}
-        if len(page) < LISTED_AT_ONCE:
+        self._known |= {each["path"]: self._stated(each) for each in page}
+        if 0 < len(page) < LISTED_AT_ONCE:  # another run may put the first one
             self._listed.add(key)
         return len(page) > 0
 
@@ -146,7 +166,7 @@ class Bucket:
         if not any(_is_below(key, listed) or listed == key for listed in self._listed):
             with _errors(self._of(key), EnvironmentLacking):
                 for page in self._store.list(key or None):
-                    self._known |= {each["path"]: _info(each) for each in page}
+                    self._known |= {each["path"]: self._stated(each) for each in page}
                     if len(self._known) > MOST_OBJECTS:
                         raise InputRefused(
                             f"{self._of(key)} has more than {MOST_OBJECTS:,} objects. Name a model in it"
@@ -209,7 +229,7 @@ class Bucket:
         with _errors(self._of(key), OutputFailed):
             mode = self._with_generation(key, mode)
             put = self._store.put(key, content, mode=mode, chunk_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE)
-        self._record_put(key, ObjectInfo(size, datetime.now(UTC), _version(put)))
+        self._record_put(key, ObjectInfo(size, datetime.now(UTC), self._version(put)))
         if mode == "overwrite":
             self.refuse_late(key)
 
@@ -218,7 +238,7 @@ class Bucket:
         if mode in ("create", "overwrite") or "version" in mode or not self.address.startswith("gs:"):
             return mode
         try:
-            now = _version(self._store.head(key))
+            now = self._version(self._store.head(key))
         except FileNotFoundError:
             raise ObjectChanged from None
         if now["e_tag"] != mode["e_tag"]:
@@ -318,14 +338,14 @@ class Bucket:
         """Raise InputRefused where an object is no longer the one that is known."""
         before = self.info(key)
         with _errors(self._of(key), EnvironmentLacking):
-            now = _info(self._store.head(key))
+            now = self._stated(self._store.head(key))
         if before is None or (now.size, now.e_tag) != (before.size, before.e_tag):
             raise InputRefused(f"{self._of(key)} changed while it was being read. Nothing was written")
 
     def refuse_late_unseen(self, key: str) -> None:
         """The same for an object that was put by requests whose answers obstore does not return."""
         with _errors(self._of(key), OutputFailed):
-            self._record_put(key, _info(self._store.head(key)))
+            self._record_put(key, self._stated(self._store.head(key)))
         self.refuse_late(key)
 
     def _record_put(self, key: str, info: ObjectInfo) -> None:
@@ -402,11 +422,16 @@ def _opened(address: str, from_url: Callable[..., Any]) -> Any:
     """The store, with the settings in the environment. Raises EnvironmentLacking where these are wrong."""
     from obstore.exceptions import BaseError
 
-    settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS[address.split(":")[0]])}
-    for name, value in settings.items():
-        if "ENDPOINT" in name and not re.match(r"https?://[^/\s]", value):  # obstore would panic in the first request
+    scheme = address.partition(":")[0]
+    settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS[scheme])}
+    for name, value in settings.items():  # obstore would panic in the first request
+        is_address = _ADDRESS_SETTING.fullmatch(name) and value
+        if is_address and not re.fullmatch(r"https?://[^\s/\[\]]+(/\S*)?", value):
             raise EnvironmentLacking(f"{address}: {name} is no address that begins with https:// or http://")
-    insecure = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+        if _HEADER_SETTING.search(name) and not value.isprintable():
+            raise EnvironmentLacking(f"{address}: {name} contains a line break, or another sign that is not printable")
+    allowed = (os.environ.get(f"{prefix}ALLOW_HTTP", "") for prefix in ("AWS_", _SETTINGS[scheme]))
+    insecure = any(value.lower() in ("1", "true") for value in allowed)
     try:
         return from_url(
             address,
@@ -419,18 +444,6 @@ def _opened(address: str, from_url: Callable[..., Any]) -> Any:
             f"{address} cannot be opened: a setting of its store is wrong or missing. The environment {given} "
             "(guide stores)"
         ) from None
-
-
-def _info(meta: Any) -> ObjectInfo:
-    return ObjectInfo(meta["size"], meta["last_modified"], _version(meta))
-
-
-def _version(stated: Any) -> dict[str, str]:
-    """What a store states of a version. An ETag has its quotes as in HTTP, which Azure leaves out in lists."""
-    version = {key: stated[key] for key in ("e_tag", "version") if stated[key]}
-    if "e_tag" in version and not version["e_tag"].endswith('"'):
-        version["e_tag"] = f'"{version["e_tag"]}"'
-    return version
 
 
 def _is_below(key: str, folder: str) -> bool:

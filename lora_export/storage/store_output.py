@@ -65,7 +65,7 @@ class Begun:
         for key in [key for key in target.bucket.put_here if key.startswith(f"{target.key}/")]:
             del target.bucket.put_here[key]  # of an output that was here before
         self.finished: dict[str, Any] = stated.get("finished", {}) if info else {}
-        self.is_resumed = info is not None
+        self.is_resumed = info is not None and info.size > 0  # an empty one is of a run that ended
         self._write("create" if info is None else info.version)
         if info:
             on_message(f"{target}: {len(self.finished)} files are whole, from a run that was stopped")
@@ -197,6 +197,10 @@ class Begun:
         """The output is whole. Raises OutputFailed, and deletes nothing, where another run has taken it over."""
         for name in self.finished.keys() - self.used:
             (self.home / name).unlink(missing_ok=True)
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave the output as it is."""
         self._end_renewals()
         self._delete()
 
@@ -236,6 +240,10 @@ def begun_at(path: Path) -> Begun | None:
     return next((_streamed[each] for each in (path, *path.parents) if each in _streamed), None)
 
 
+def _exists(target: StorePath) -> OutputFailed:
+    return OutputFailed(f"{target} exists already. Name another address, or delete what is there")
+
+
 @contextlib.contextmanager
 def staged_in_store(
     target: StorePath, *, is_folder: bool, streamed: bool, overwrite: bool, on_message: OnMessage
@@ -258,9 +266,13 @@ def staged_in_store(
         target.newly()
         if not overwrite and target.exists() and not is_begun(target):
             marker_of(target).unlink()  # of a run that was killed when it had emptied it
-            raise OutputFailed(f"{target} exists already. Name another address, or delete what is there")
+            raise _exists(target)
         home = target if is_folder else target.parent
         begun = Begun(target, home, on_message, streamed=streamed)
+        if not (overwrite or begun.is_resumed) and target.newly().exists():  # a run ended between both looks
+            ended, begun = begun, None
+            ended.leave()
+            raise _exists(target)
         begun.remove_unfinished()
         manifest = (target / MANIFEST).key
         with contextlib.ExitStack() as stack:

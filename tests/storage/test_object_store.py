@@ -12,7 +12,7 @@ import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.storage import object_store
-from lora_export.storage.object_store import UPLOADED_PART, ObjectChanged
+from lora_export.storage.object_store import UPLOADED_PART, Bucket, ObjectChanged
 from lora_export.storage.store_path import StorePath, newly_opened, place
 
 pytest.importorskip("obstore", reason="obstore is not installed")
@@ -99,11 +99,25 @@ def test_wrong_settings_are_named_without_their_values(
     assert stores.SECRET not in "".join(traceback.format_exception(failed.value))
 
 
-def test_what_a_list_shows_without_quotes_is_the_same_version(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the lists of Azure."""
+def test_what_was_not_there_is_found_when_another_run_puts_it(stored: Stored) -> None:
+    bucket = (stored / "out").bucket
+    assert not bucket.has_below("out")
+    stored.put("out/m", b"of another run")
+    assert bucket.has_below("out")
+
+
+def test_settings_that_are_no_addresses_have_endpoint_in_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the pods of a cluster at Amazon have them."""
+    monkeypatch.setenv("AWS_STS_REGIONAL_ENDPOINTS", "regional")
+    monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", "false")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "")
+    assert object_store.bucket_of("s3://bucket").address == "s3://bucket"
+
+
+def test_what_azure_lists_without_quotes_is_the_same_version(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     stored.put("folder/a", b"content")
     stores.lists_without_quotes(monkeypatch)
-    bucket = (stored / "folder").bucket
+    bucket = Bucket("az://folder", (stored / "folder").bucket._store)
     (listed,) = bucket.below("folder").values()
     bucket.forget("folder")
     found = bucket.info("folder/a")

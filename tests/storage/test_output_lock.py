@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
@@ -14,6 +13,12 @@ import pytest
 
 from lora_export.errors import OutputFailed
 from lora_export.storage.output_lock import output_lock
+
+try:
+    import fcntl
+except ImportError:  # Windows, and the tests of a system without Linux's modules
+    fcntl = None  # type: ignore[assignment]
+FILE_LOCKS = pytest.mark.skipif(fcntl is None, reason="this system has no file locks")
 
 
 @pytest.fixture
@@ -41,6 +46,7 @@ def test_an_exception_releases_the_lock(lock):
     assert not lock.exists()
 
 
+@FILE_LOCKS
 @pytest.mark.fault(33)
 def test_a_lock_without_a_signature_is_still_held(lock):
     with lock.open("w") as file:
@@ -59,6 +65,7 @@ def test_a_lock_that_is_a_symbolic_link_is_not_followed(lock):
     assert theirs.read_text() == "theirs"
 
 
+@FILE_LOCKS
 @pytest.mark.fault(33)
 def test_a_lock_file_removed_by_its_owner_meanwhile_is_created_anew(lock, monkeypatch):
     # The other run ends between our open and our lock: the file that we locked has no name any more.
@@ -79,6 +86,7 @@ def test_a_lock_file_removed_by_its_owner_meanwhile_is_created_anew(lock, monkey
     assert not lock.exists()
 
 
+@FILE_LOCKS
 def test_a_file_system_that_forbids_the_lock_of_another_run(lock, monkeypatch):
     def forbidden(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -112,6 +120,7 @@ def test_the_lock_is_removed_where_no_open_file_can_be(lock, monkeypatch):
     assert not lock.exists()
 
 
+@FILE_LOCKS
 def test_the_first_byte_is_not_part_of_the_signature(lock):
     # Windows lets no other process read it.
     with output_lock(lock, lock):
