@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,10 +274,15 @@ def combine_adapters(
         replaced=tables,
         layouts=_layouts(adapters),
         # The endings of all; none where those of one are not fully known.
-        targets=tuple(sorted({target for adapter in adapters for target in adapter.targets})) if is_known else (),
+        targets=tuple(sorted(_targets(adapters))) if is_known else (),
         spelling={module: adapter.spelled(module) for adapter in adapters[::-1] for module in adapter.pairs},
         metadata={key: shared[key] for key in kept if key in shared},
     )
+
+
+def _targets(adapters: Iterable[Adapter]) -> Iterable[str]:
+    """The endings of all. One of modules and one of parameters are two, where they have the same letters, too."""
+    return {(type(target), target): target for adapter in adapters for target in adapter.targets}.values()
 
 
 def combined_unless_exact(

@@ -145,8 +145,6 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
     if formats.recognised(own := formats.located(path)) and not is_model:
         adapter = formats.load(path, options=options.reading, activated=True)
         return Inspection(own, adapter=chosen_component(adapter, options.reading.component))
-    if stated := options.reading.chosen().keys() - {"allow_pickle"}:
-        raise WrongUsage(f"{named(min(stated))} is for adapters that are read, and {path} is none")
     if artifact.kind is ArtifactKind.ADAPTER:
         from lora_export.formats import onnx_adapter
 

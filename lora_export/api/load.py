@@ -67,9 +67,20 @@ def load_adapters(
         for source in _as_list(sources)
     ]
     formats.refuse_activated(() if activated else loaded)
+    _refuse_unknown_parts(loaded, reading)
     loaded = [chosen_component(adapter, reading.component) for adapter in loaded]
     loaded = loaded if of_models else [only_component(adapter) for adapter in loaded]
     return with_prefixes(loaded, prefixes or {})
+
+
+def _refuse_unknown_parts(adapters: Sequence[Adapter], reading: ReadOptions) -> None:
+    """Raise InputRefused where the parts of a fused layer are stated that no adapter of loralib has."""
+    of_loralib = [adapter for adapter in adapters if adapter.format == "loralib"]
+    fused = [f".{module}" for adapter in of_loralib for module in adapter.pairs]
+    for layer in reading.enable_lora if of_loralib else ():
+        if not any(module.endswith(f".{layer}") for module in fused):
+            names = ", ".join(adapter.name for adapter in of_loralib)
+            raise InputRefused(f"{named('enable_lora', layer)}: {names} has no layer whose name ends so")
 
 
 def _load_adapter(source: str | Path, options: ReadOptions, *, activated: bool) -> Adapter:

@@ -32,7 +32,6 @@ from lora_export.storage.hub_cache import hub_source
 from lora_export.storage.store_path import place
 
 SHOWN_KEYS = 8
-OF_MERGED_LINEAR = "loralib"  # the format whose fused layers have `enable_lora`
 OF_A_MODEL = re.compile(r"(pytorch_|diffusion_pytorch_)?model[.-]")  # files of weights
 # Names that trainers give to every adapter's file: that of the folder is the adapter's.
 SAME_FOR_ALL = frozenset({"adapter_model", "adapters", "lit_model", "pytorch_lora_weights"})
@@ -174,11 +173,7 @@ def load(
     if len(matching) > 1:
         first = named("format", next(iter(matching)))
         raise InputRefused(f"{path} may be in several formats: {', '.join(matching)}. Choose one: {first}")
-    ((key, module),) = matching.items()
-    if options.enable_lora and key != OF_MERGED_LINEAR:
-        raise InputRefused(
-            f"{named('enable_lora')} is for adapters of {OF_MERGED_LINEAR}; {path} is in the format {key}"
-        )
+    (module,) = matching.values()
     adapter = module.read(path, name or default_name(outer), options)
     refuse_activated([] if activated else [adapter])
     inside = (f"{outer}: the adapter is in its folder {path.name}.",) if path != outer else ()

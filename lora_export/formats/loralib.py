@@ -54,9 +54,6 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         return {module: _pair(module, tensors["a"], tensors["b"], rank, scale, options.enabled_parts_of(module))}
 
     pairs, spelling = adapter_files.read_pairs(file, build, _KEY, others=_BIAS)
-    for layer in options.enable_lora:
-        if not any(f".{module}".endswith(f".{layer}") for module in pairs):
-            raise InputRefused(f"{named('enable_lora', layer)}: {path} has no layer whose name ends so")
     replaced = {key: file.read(key) for key in file.entries if _BIAS.fullmatch(key)}
     if bad := [key for key, value in replaced.items() if not is_finite(value)]:
         raise InputRefused(f"{path}: {', '.join(bad)} holds values that are not finite (NaN or infinity)")

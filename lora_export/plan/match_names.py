@@ -171,6 +171,11 @@ def _possible_prefixes(module: str, base: Mapping[str, TensorSpec]) -> Iterator[
                 yield Prefix(base=name.removesuffix(suffix) + ".")
 
 
+STACKED_PARTS = frozenset({"gate_up_proj", "down_proj"})  # parameters of all experts in transformers
+EXPERTS = re.compile(r"(?:^|\.)experts\.")
+EXPERT = re.compile(r"(.*?\bexperts)\.\d+\.")  # a tensor of a base that stores each expert by itself
+
+
 def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorSpec]) -> list[Misfit]:
     """Layers of the base that the adapter's config targets, and for which its file has no tensors.
 
@@ -194,10 +199,16 @@ def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorS
         if target is None or module in adapted or spec.name in replaced or is_bias:
             continue
         if _without_numbers(module) in patterns or target not in adapted_endings:
-            missing.append(
-                Misfit(adapter.name, module, "targeted by the adapter's config, but its file has no tensors for it")
-            )
+            missing.append(_without_tensors(adapter, module))
+    of_stacks = any(ending.rpartition(".")[2] in STACKED_PARTS for ending in targets - of_modules)
+    if of_stacks and not any(EXPERTS.search(f"{module}.") for module in (*adapted, *replaced)):
+        stacks = {found[1]: None for name in base if (found := EXPERT.match(name))}
+        missing += [_without_tensors(adapter, stack) for stack in stacks]
     return missing
+
+
+def _without_tensors(adapter: Adapter, layer: str) -> Misfit:
+    return Misfit(adapter.name, layer, "targeted by the adapter's config, but its file has no tensors for it")
 
 
 def _endings(module: str) -> Iterator[str]:

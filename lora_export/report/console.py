@@ -43,9 +43,9 @@ def console(file: IO[str] | None = None) -> AnyConsole:
 
 def is_no_terminal(file: IO[str] | None) -> bool:
     """Whether this is certainly no terminal for rich, which need not be imported then."""
-    if file is None or file.closed or {"FORCE_COLOR", "TTY_COMPATIBLE"} & os.environ.keys():
+    if file is None or getattr(file, "closed", False) or {"FORCE_COLOR", "TTY_COMPATIBLE"} & os.environ.keys():
         return False
-    return not file.isatty()
+    return not (hasattr(file, "isatty") and file.isatty())  # a program may have put another object there
 
 
 def print_table(to: AnyConsole, rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> None:

@@ -32,7 +32,7 @@ def similar_name(path: Path) -> str:
     """The most similar name in the folder of a path on the disk, as the end of a message; empty where none is."""
     import difflib  # after a mistake alone
 
-    if isinstance(path, StorePath) or not path.parent.is_dir():
+    if isinstance(path, StorePath) or path.exists() or not path.parent.is_dir():
         return ""
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
         names = [entry.name for entry in itertools.islice(entries, MOST_NAMES)]

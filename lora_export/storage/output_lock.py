@@ -47,7 +47,9 @@ def _lock_of_system() -> Callable[[int], bool] | None:
     """What locks an open file, and returns False where another process has its lock; None on a system without it."""
     try:
         import fcntl
-    except ImportError:
+
+        _ = fcntl.flock
+    except (ImportError, AttributeError):
         if sys.platform == "win32":
             from filelock import lock_descriptor
 

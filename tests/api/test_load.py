@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -11,9 +11,6 @@ import lora_export as le
 from lora_export.api import load
 from lora_export.errors import InputRefused, WrongUsage
 from support.api import MODEL, an_adapter
-
-if TYPE_CHECKING:
-    pass
 
 
 @pytest.mark.parametrize(

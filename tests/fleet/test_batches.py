@@ -94,7 +94,7 @@ def test_a_batch_on_a_cluster_fits_its_machines(place: Path, monkeypatch: pytest
 
 
 def test_a_bug_in_one_of_a_batch_ends_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_export.api import merge as module
+    from lora_export.api import merge_checkpoint as module
 
     merging = module.merging_into_checkpoint
     monkeypatch.setattr(

@@ -71,11 +71,6 @@ def test_a_format_can_be_chosen(tmp_path):
     )
 
 
-def test_parts_of_a_fused_layer_are_for_one_format(tmp_path):
-    message = refusal(simple(tmp_path), enable_lora={"qkv": (True, False)})
-    assert message == "enable_lora= is for adapters of loralib; ADAPTER is in the format peft"
-
-
 def test_an_adapter_has_the_name_of_its_folder_by_default(tmp_path):
     simple(tmp_path / "mine")
     (tmp_path / "link").symlink_to("mine")

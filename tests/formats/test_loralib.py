@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from lora_export import formats
-from lora_export.errors import WrongUsage
+from lora_export.api.load import load_adapters
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats import loralib as loralib_format
 from lora_export.options.reading import ReadOptions
 from support import peft_folders
@@ -110,8 +112,6 @@ def test_what_the_file_does_not_record_is_asked_for(tmp_path: Path) -> None:
     assert 'such as enable_lora={"c_attn": (True, False, True)}' in refusal(fused)
     parts = {"qkv": (True, True, True)}
     assert "A (4, 4) and B (8, 2) belong to 2 parts, enable_lora= has 3" in refusal(fused, enable_lora=parts)
-    others = {"qkv": (True, False, True), "kv": (True, False)}
-    assert refusal(fused, enable_lora=others) == 'enable_lora="kv": ADAPTER has no layer whose name ends so'
 
 
 def test_damage_and_unknown_tensors_are_listed(tmp_path: Path) -> None:
@@ -142,3 +142,13 @@ def test_files_of_diffusion_models_are_not_loralibs(tmp_path: Path) -> None:
     assert not loralib_format.recognises(tmp_path / "a.pt")
     torch.save({"a.lora_A": torch.ones(2, 3)}, tmp_path / "a.pt")
     assert loralib_format.recognises(tmp_path / "a.pt")
+
+
+def test_stated_parts_are_those_of_one_of_several_adapters(tmp_path: Path) -> None:
+    plain = saved(tmp_path / "plain.pt", Model("fc", loralib.Linear(4, 5, r=2, lora_alpha=6)))
+    layer = loralib.MergedLinear(4, 12, r=2, lora_alpha=6, enable_lora=[True, False, True])
+    fused = saved(tmp_path / "fused.pt", Model("qkv", layer))
+    parts = {"qkv": (True, False, True)}
+    assert len(load_adapters([plain, fused], reading=replace(STATED, enable_lora=parts))) == 2
+    with pytest.raises(InputRefused, match=r"kv.*: plain, fused has no layer whose name ends so"):
+        load_adapters([plain, fused], reading=replace(STATED, enable_lora={**parts, "kv": (True, False)}))

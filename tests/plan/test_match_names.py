@@ -163,6 +163,9 @@ def test_a_targeted_parameter_is_no_module():
     assert len(plan.make([mine], base).steps) == 1
     experts = TensorSpec("layer.0.experts.down_proj", (2, 2, 3), "float32", layout=Layout.OTHER)
     assert misfits([mine], [*base, experts])[0].startswith("layer.0.experts.down_proj: targeted by")
+    apart = tower("layer.0.experts.0.w1", "layer.0.experts.1.w1", "layer.1.experts.0.w1")
+    found = misfits([mine], [*base, *apart])
+    assert [misfit.partition(":")[0] for misfit in found] == ["layer.0.experts", "layer.1.experts"]
 
 
 def test_missing_targets_are_found_under_a_prefix():
