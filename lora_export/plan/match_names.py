@@ -172,8 +172,8 @@ def _possible_prefixes(module: str, base: Mapping[str, TensorSpec]) -> Iterator[
 
 
 STACKED_PARTS = frozenset({"gate_up_proj", "down_proj"})  # parameters of all experts in transformers
-EXPERTS = re.compile(r"(?:^|\.)experts\.")
-EXPERT = re.compile(r"(.*?\bexperts)\.\d+\.")  # a tensor of a base that stores each expert by itself
+_OF_EXPERTS = re.compile(r"(?:^|\.)experts\.")
+_ONE_EXPERT = re.compile(r"(.*?\bexperts)\.\d+\.")  # a tensor of a base that stores each expert by itself
 
 
 def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorSpec]) -> list[Misfit]:
@@ -201,8 +201,8 @@ def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorS
         if _without_numbers(module) in patterns or target not in adapted_endings:
             missing.append(_without_tensors(adapter, module))
     of_stacks = any(ending.rpartition(".")[2] in STACKED_PARTS for ending in targets - of_modules)
-    if of_stacks and not any(EXPERTS.search(f"{module}.") for module in (*adapted, *replaced)):
-        stacks = {found[1]: None for name in base if (found := EXPERT.match(name))}
+    if of_stacks and not any(_OF_EXPERTS.search(f"{module}.") for module in (*adapted, *replaced)):
+        stacks = {found[1]: None for name in base if (found := _ONE_EXPERT.match(name))}
         missing += [_without_tensors(adapter, stack) for stack in stacks]
     return missing
 
