@@ -95,7 +95,7 @@ TEXT_SUFFIXES = (".json", ".md", ".jinja")  # of files beside them that are no a
 def possible_formats(path: Path) -> Mapping[str, AdapterFormat]:
     """The formats that an adapter may be in: PEFT's for its files without others beside them, else all of them.
 
-    Most adapters are such a folder, for which the modules of the other formats are not imported.
+    Most adapters are such a folder, for which the modules of the other formats are not imported: none may recognise it.
     """
     if path.is_dir():
         names = {each.name for each in path.iterdir()}

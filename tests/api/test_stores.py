@@ -173,12 +173,12 @@ def test_verify_reads_each_weight_once_in_few_requests(
 
 
 COMMANDS: dict[str, tuple[Callable[[str], Any], int]] = {  # and the most requests, of which 11 of a merge write
-    "merge": (lambda at: le.merge(f"{at}/base", f"{at}/adapter", output=f"{at}/other"), 47),
+    "merge": (lambda at: le.merge(f"{at}/base", f"{at}/adapter", output=f"{at}/other"), 49),
     "verify": (lambda at: le.verify(f"{at}/out/m", base=f"{at}/base", adapters=f"{at}/adapter"), 23),
     "inspect": (lambda at: le.inspect(f"{at}/adapter"), 5),
     "check": (lambda at: le.check(f"{at}/adapter", runtimes=["vllm"]), 5),
-    "convert": (lambda at: le.convert(f"{at}/adapter", output=f"{at}/k.safetensors", to="kohya"), 17),
-    "resize": (lambda at: le.resize(f"{at}/adapter", output=f"{at}/r", rank=1), 21),
+    "convert": (lambda at: le.convert(f"{at}/adapter", output=f"{at}/k.safetensors", to="kohya"), 19),
+    "resize": (lambda at: le.resize(f"{at}/adapter", output=f"{at}/r", rank=1), 23),
 }
 
 

@@ -43,6 +43,19 @@ def test_an_unknown_adapter_is_refused_with_the_known_formats(tmp_path):
     assert not formats.recognised(tmp_path / "file")
 
 
+def test_a_folder_of_pefts_files_is_in_one_format(tmp_path):
+    for name in ("README.md", "tokenizer.json", "chat_template.jinja"):
+        (simple(tmp_path) / name).touch()
+    assert list(formats.possible_formats(tmp_path)) == ["peft"]
+    assert [name for name, one in formats.known_formats().items() if one.recognises(tmp_path)] == ["peft"]
+
+
+@pytest.mark.parametrize("beside", ["0.distcp", "other.safetensors", "adapters.npz", "lora.yaml"])
+def test_all_formats_are_asked_where_other_files_are_beside_pefts(tmp_path, beside):
+    (simple(tmp_path) / beside).touch()
+    assert formats.possible_formats(tmp_path) == formats.known_formats()
+
+
 @pytest.mark.usefixtures("text_format")
 def test_an_adapter_is_read_in_the_format_that_recognises_it(tmp_path):
     assert not formats.recognised(tmp_path)

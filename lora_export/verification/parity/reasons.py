@@ -139,8 +139,8 @@ def _factor_of_effect(f: Figures) -> float | None:
     for control in f.controls:
         if control.name not in ("tolerance", *VALUE_CONTROLS) and f.effect and control.is_missed:
             # The candidate's own error and the distance of the wrong reference add up as squares.
-            distance = math.sqrt(max(0.0, allowed**2 - f.error**2))
-            factors.append(distance / (f.effect * DISTANCES[control.name]))
+            spent = min(1.0, f.error / allowed) if allowed else 1.0
+            factors.append(allowed * math.sqrt(1 - spent**2) / (f.effect * DISTANCES[control.name]))
     return 1.05 * max(1.0, *factors) if factors else None
 
 

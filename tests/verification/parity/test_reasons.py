@@ -63,6 +63,14 @@ def test_an_error_near_the_effect_leaves_doubt_and_a_remedy() -> None:
     assert enough == {}, "an adapter with this effect is decided"
 
 
+def test_numbers_without_squares_have_a_remedy() -> None:
+    size = 2.0**600
+    found = reasons(
+        0.125 * size * OWN, 0.125 * size * ERROR, 0.25 * size * EFFECT, dtype="float64", truth=size * np.ones(len(OWN))
+    )
+    assert "times the effect on this output" in found["effect"].remedy
+
+
 def test_a_wide_tolerance_is_named_with_one_that_decides() -> None:
     found = reasons(effect=64 * EFFECT, atol=100.0)["tolerance"]
     assert (
