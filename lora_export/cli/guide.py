@@ -40,7 +40,7 @@ GROUPS = {
         "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
         "slots": "A thousand adapters: loaded and replaced while a graph runs.",
         "fleet": "Hundreds of adapters by one file, on processes or on Ray.",
-        "cost": "What 10,000 adapters on a large base cost, and when not to merge.",
+        "cost": "Seconds, memory and dollars: one model, and 10,000 adapters.",
         "generation": "Models with a key/value cache: export, generate, fuse.",
         "images": "LLaVA, Gemma 3, Qwen2-VL and others with images, as three graphs.",
         "genai": "Adapters in graphs of onnxruntime-genai.",

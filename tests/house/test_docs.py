@@ -138,7 +138,7 @@ def test_a_block_that_is_not_run_gives_a_reason(page: str) -> None:
         ("```sh\nlora-export inspect nothing\n```\n", "ended with 3"),
         ("```sh\nlora-export guide ci  # exits 3\n```\n", "ended with 0"),
         ("```sh\nlora-export guide ci\n```\n```text output\nVerify nowhere\n```\n", "not what is printed"),
-        ("```sh\nlora-export guide\n```\n```text output\nlimits  What this version does not do.\n```\n", ""),
+        ("```sh\nlora-export guide\n```\n```text output\ncost  Seconds, memory and\n```\n", "not what is printed"),
     ],
 )
 def test_a_page_that_is_wrong_is_noticed(
