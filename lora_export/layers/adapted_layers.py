@@ -272,8 +272,18 @@ def _adapted_base(original: type[nn.Module]) -> type[nn.Module]:
 
 def adapted_experts_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of the class of experts. `attributes` are its stacked parameters."""
-    properties = {name: property(functools.partial(adapted_weight, attribute=name)) for name in attributes}
+    properties = {name: property(functools.partial(_weight_in_forward, attribute=name)) for name in attributes}
     return subclass(f"Lora{original.__name__}", (_AdaptedExperts, original), properties)
+
+
+def _weight_in_forward(owner: nn.Module, attribute: str) -> Tensor | None:
+    """W + ΔW of all experts, summed once in a `forward`: one that loops over experts reads the weight for each."""
+    summed = attachment_of(owner).summed
+    if summed is None:
+        return adapted_weight(owner, attribute)
+    if attribute not in summed:
+        summed[attribute] = adapted_weight(owner, attribute)
+    return summed[attribute]
 
 
 class _AdaptedExperts(nn.Module):
@@ -283,7 +293,12 @@ class _AdaptedExperts(nn.Module):
         if is_recording():
             for branch in _computed(self, args, kwargs):
                 record_branch(branch)
-        return super().forward(*args, **kwargs)
+        attachment = attachment_of(self)
+        attachment.summed = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            attachment.summed = None
 
 
 def _computed(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Branch]:

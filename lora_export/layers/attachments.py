@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lora_export.errors import InputRefused
 from lora_export.layers.frozen_linear import float_weight
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, layout_of, oriented, tensor_name
 from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
+from lora_export.lora import EVERY_ROW
 from lora_export.pairs.exact_transforms import exact_change
 from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Layout, StoredRegion
@@ -76,6 +77,7 @@ class Attachment:
     factor: float = 1.0  # `scale_adapters` changes it
     dropout: float = 0.0  # of what A gets, in train mode
     is_on: Mapping[Branch, Tensor] = field(default_factory=dict)  # bools that `switched_branches` gives
+    summed: dict[str, Tensor | None] | None = None  # while `forward` of experts runs: W + ΔW by attribute
 
 
 # The functions below read the owner's dictionaries. An AttributeError inside a property would make
@@ -158,14 +160,58 @@ def _transformed(owner: nn.Module, weight: Tensor, branch: Branch, transform: We
 
 
 def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """W + ΔW in the dtype of A, in the shape of W. Each branch changes a part of W."""
+    """W + ΔW in the dtype of A, in the shape of W. Each branch changes a part of W.
+
+    Whole blocks of rows, such as experts, are summed by one product for all of them. A sum for each part would copy the
+    gradient of the whole W as often as there are parts.
+    """
     factor, dtype = attachment_of(owner).factor, low_rank_factors(owner, branches[0])[0].dtype
-    total = weight.to(dtype).clone(memory_format=torch.contiguous_format)
-    for branch in branches:
-        assert branch.region is not None
-        a, b = low_rank_factors(owner, branch)
-        part_of(total, branch.region).add_(oriented(b @ a, branch.layout), alpha=factor * branch.scale)
+    total = weight.to(dtype).contiguous()
+    with torch.autocast(total.device.type, enabled=False):  # a sum in half precision would lose the change
+        for blocks in _blocks_of_rows(owner, branches):
+            total = _sum_of_blocks(owner, total, blocks, factor * blocks[0].scale)
+        if rest := [branch for branch in branches if not _is_block_of_rows(branch)]:
+            total = total.clone() if total is weight else total
+        for branch in rest:
+            a, b = low_rank_factors(owner, branch)
+            part_of(total, _region(branch)).add_(oriented(b @ a, branch.layout), alpha=factor * branch.scale)
     return total
+
+
+def _is_block_of_rows(branch: Branch) -> bool:
+    """Whether W can be cut into blocks of equal sizes, of which the branch changes one."""
+    region = _region(branch)
+    rows = region.cut_shape[0]
+    return region.columns == EVERY_ROW and region.rows.start % rows == 0 and region.shape[0] % rows == 0
+
+
+def _region(branch: Branch) -> StoredRegion:
+    assert branch.region is not None
+    return branch.region
+
+
+def _blocks_of_rows(owner: nn.Module, branches: Sequence[Branch]) -> list[list[Branch]]:
+    """The branches of blocks of rows, together where one product computes them: of one shape, layout and scale."""
+    found: dict[Any, list[Branch]] = {}
+    for branch in filter(_is_block_of_rows, branches):
+        a, b = low_rank_factors(owner, branch)
+        found.setdefault((a.shape, b.shape, _region(branch).shape, branch.layout, branch.scale), []).append(branch)
+    return list(found.values())
+
+
+def _sum_of_blocks(owner: nn.Module, total: Tensor, branches: Sequence[Branch], scale: float) -> Tensor:
+    """W + scale * B A, in the shape of W: A and B of all blocks of rows in two stacks."""
+    first = _region(branches[0])
+    rows = first.cut_shape[0]
+    ordered = sorted(branches, key=lambda branch: _region(branch).rows.start)
+    numbers = [_region(branch).rows.start // rows for branch in ordered]
+    a, b = (torch.stack(side) for side in zip(*(low_rank_factors(owner, one) for one in ordered), strict=True))
+    left, right = (a.mT, b.mT) if branches[0].layout.is_transposed else (b, a)
+    blocks = total.view(-1, rows, first.shape[1])
+    if numbers == list(range(len(blocks))):
+        return torch.baddbmm(blocks, left, right, alpha=scale).view(total.shape)
+    index = torch.tensor(numbers, device=total.device)
+    return blocks.index_add(0, index, torch.bmm(left, right), alpha=scale).view(total.shape)
 
 
 def trained_rows(owner: nn.Module) -> tuple[Tensor, Tensor]:

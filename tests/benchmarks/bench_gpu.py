@@ -31,7 +31,7 @@ DEVICE: Literal["cpu", "cuda"] = "cuda"
 ROUNDS = 3
 MERGED = LlamaShape()  # 1.1 billion parameters
 PROVEN = LlamaShape(hidden=1536, inner=4096, layers=16, heads=16)  # half a billion
-TRAINED = ("minilm", "llama", "llama-bf16", "vit")
+TRAINED = ("minilm", "llama", "llama-bf16", "vit", "experts")
 SHAPES = {"32 x 128": (32, 128), "8 x 32": (8, 32), "1 x 32": (1, 32)}  # rows x tokens
 RUNS = 30  # of a session, in each round
 PROGRAM = [sys.executable, "-m", "lora_export"]

@@ -23,7 +23,9 @@ from typing import Any, Literal, NamedTuple
 import pytest
 
 WARM, STEPS, RANK = 2, 7, 16
-MODELS = ("minilm", "llama", "llama-nf4", "llama-bf16", "vit")
+MODELS = ("minilm", "llama", "llama-nf4", "llama-bf16", "vit", "experts")
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MOST = 1.0  # of PEFT's time and memory
 
 
@@ -50,6 +52,16 @@ def model_and_batch(name: str, width: int = 768, blocks: int = 16) -> tuple[Any,
     if name == "vit":
         config = hf.ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=10)
         return hf.ViTForImageClassification(config), {"pixel_values": torch.randn(4, 3, 224, 224)}, torch.arange(4)
+    if name == "experts":
+        sizes = {"hidden_size": 768, "num_hidden_layers": 4, "moe_intermediate_size": 384, "head_dim": 64}
+        heads = {"num_attention_heads": 12, "num_key_value_heads": 12}
+        chosen = {"num_experts": 32, "num_experts_per_tok": 4}
+        ids = torch.randint(0, 2000, (2, 256))
+        return (
+            hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(vocab_size=2000, **sizes, **heads, **chosen)),
+            {"input_ids": ids},
+            ids,
+        )
     sizes = {"hidden_size": width, "num_hidden_layers": blocks, "intermediate_size": 3 * width}
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
     config = hf.LlamaConfig(vocab_size=32000, tie_word_embeddings=True, **sizes, **heads)
@@ -88,8 +100,9 @@ def run_ours(
     layers.compute_in_input_dtype(model)
     heads = heads_of(model)
     new = layers.create_adapter(
-        model, targets="all-linear", rank=RANK, alpha=2 * RANK, seed=0, modules_to_save=heads, exclude=heads
-    )
+        model, targets=ATTENTION if has_experts(model) else "all-linear", rank=RANK, alpha=2 * RANK, seed=0,
+        target_parameters=EXPERTS if has_experts(model) else [], modules_to_save=heads, exclude=heads,
+    )  # fmt: skip
     layers.attach(model, plan.make([new], layers.specs(model), identity_ok=True), trainable=True)
     if labels.ndim == 2:  # the next token; the first is predicted by nothing
         labels = torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], dim=1)
@@ -120,7 +133,8 @@ class PeftLoop:
 
         heads = heads_of(model)
         config = peft.LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=heads or None,
+            r=RANK, lora_alpha=2 * RANK, target_modules=ATTENTION if has_experts(model) else "all-linear",
+            target_parameters=EXPERTS if has_experts(model) else None, modules_to_save=heads or None,
             exclude_modules=heads or None, task_type=None if heads else "CAUSAL_LM",
         )  # fmt: skip
         self.device, self.model = device, peft.get_peft_model(model, config).train().to(device)
@@ -166,6 +180,10 @@ def peak_of(device: str) -> float:
 def is_half(model: Any) -> bool:
     """Whether the frozen weights are in bfloat16."""
     return str(next(model.parameters()).dtype) == "torch.bfloat16"
+
+
+def has_experts(model: Any) -> bool:
+    return hasattr(model.config, "num_experts")
 
 
 def heads_of(model: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_export import formats, layers, plan
 from lora_export.errors import InputRefused
 from lora_export.layers.adapted_layers import expert_of
-from lora_export.layers.attachments import attachment_of, is_attached
+from lora_export.layers.attachments import attachment_of, is_attached, low_rank_factors, part_of
 from lora_export.lora import Adapter, LoraPair, expert_name
 from support import experts
 from support.experts import MODELS
@@ -476,6 +477,70 @@ def experts_adapter(model):
             a, b = (torch.randn(size, generator=rng).numpy() for size in ((2, in_), (out, 2)))
             pairs[expert_name(spec.name, expert)] = LoraPair(a=a, b=b, scale=0.5, as_stored=True)
     return Adapter("ad", "peft", pairs)
+
+
+def nodes_of(output):
+    """The names of the nodes of autograd below a tensor."""
+    found, open_nodes = set(), [output.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            open_nodes += [following for following, _ in node.next_functions]
+    return [node.name() for node in found]
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_each_weight_of_experts_is_summed_once_by_one_product(implementation):
+    """A sum for each expert, or for each reading of the weight, copies gradients of the whole weight for each."""
+    model = experts.tiny_model("mixtral")
+    model.set_experts_implementation(implementation)
+    module = attached_to(model, plan.make([experts_adapter(model)], layers.specs(model)))
+    assert experts.COUNT > 2
+    nodes = nodes_of(module(IDS).logits.sum())
+    assert nodes.count("BaddbmmBackward0") == 2 and "CopySlices" not in nodes
+
+
+def gates_of(model):
+    """Pairs for the gates, which are half of the rows, of some experts."""
+    (pairs, whole), wanted = ({}, experts_adapter(model).pairs), (2, 0)
+    for name, pair in whole.items():
+        path, _, expert = name.removesuffix("]").rpartition("[")
+        if path.endswith("gate_up_proj") and int(expert) in wanted:
+            half = len(pair.b) // 2
+            pairs[f"{path}[{expert}, 0:{half}]"] = dataclasses.replace(pair, b=pair.b[:half])
+    return Adapter("gates", "peft", pairs)
+
+
+def some_experts_of(model):
+    adapter = experts_adapter(model)
+    return dataclasses.replace(adapter, name="some", pairs=dict(list(adapter.pairs.items())[1::2]))
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [[gates_of], [some_experts_of], [experts_adapter, some_experts_of]],
+    ids=["gates", "some", "all"],
+)
+def test_parts_of_experts_are_summed_and_trained_as_folded(adapters):
+    """The sums are those of a folded weight. A gradient is that of the weight, by the rule of products."""
+    model = experts.tiny_model("mixtral").double()
+    model.set_experts_implementation("eager")  # PyTorch's product of experts has no fp64
+    changes = plan.make([make(model) for make in adapters], layers.specs(model))
+    module, folded = copy.deepcopy(model), copy.deepcopy(model)
+    layers.attach(module, changes, trainable=True)
+    layers.fold(folded, changes)
+    for each in (module, folded):
+        each(IDS).logits.square().sum().backward()
+    torch.testing.assert_close(module(IDS).logits, folded(IDS).logits, rtol=0, atol=1e-12)
+    assert (logits(model) - logits(folded)).abs().max() > 0.05
+    (owner,) = (one for one in module.modules() if is_attached(one))
+    (whole,) = (one for one in folded.modules() if type(one) is attachment_of(owner).original)
+    for branch in attachment_of(owner).branches:
+        a, b = low_rank_factors(owner, branch)
+        gradient = part_of(getattr(whole, branch.weight).grad, branch.region) * branch.scale
+        torch.testing.assert_close(a.grad, b.detach().T @ gradient, rtol=0, atol=1e-9)
+        torch.testing.assert_close(b.grad, gradient @ a.detach().T, rtol=0, atol=1e-9)
 
 
 def test_a_part_of_a_linear_layer_is_not_attached():
