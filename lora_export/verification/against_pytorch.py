@@ -76,17 +76,20 @@ from lora_export.verification.references.candidate_weights import (
 from lora_export.verification.references.compare_pairs import compare_pairs
 from lora_export.verification.references.compare_tensors import ComparedWeights
 from lora_export.verification.references.deployed_module import (
-    DRAWS_OF_ROUNDING,
     MERGED_MODULE,
-    MOVED_WEIGHTS,
     coarser_dtype,
     deployed_module,
     dtype_name,
     in_candidate_dtype,
     merged_module,
-    moved_module,
     on_device,
     run_observed,
+)
+from lora_export.verification.references.moved_numbers import (
+    DRAWS_OF_ROUNDING,
+    MOVED_NUMBERS,
+    moved_functions,
+    moved_module,
 )
 from lora_export.verification.references.single_pairs import control_pairs
 
@@ -330,11 +333,10 @@ class PreparedPyTorch(PreparedReferences):
         return CacheEntry(given.cache, key, given.say)
 
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
-        """Run PyTorch in fp32 with its adapters merged, and then with moved weights; nothing in other precisions.
+        """Run PyTorch in fp32 with its adapters merged, and then with moved numbers; nothing in other precisions.
 
-        The error of one run is one draw of what rounding does. A sum in another order has another error, and a weight
-        moved by one rounding changes the outputs as much as that. Where a graph rounds what enters its layers to int8,
-        there are none: the weights are then not what decides its error.
+        The error of one run is one draw of what rounding does: see `moved_numbers`. Where a graph rounds what enters
+        its layers to int8, there are none: the weights are then not what decides its error.
         """
         attached, device = self.attached, self.references.device
         rounds_inputs = any(weight.activation_block for weight in self.quantised.values())
@@ -348,8 +350,11 @@ class PreparedPyTorch(PreparedReferences):
         if is_large(attached.module):
             return
         for number in range(DRAWS_OF_ROUNDING):
-            step("PyTorch, its weights moved by a rounding")
-            yield self._peer(moved_module(self.deployed.module, self.references.seed + number), MOVED_WEIGHTS)
+            step("PyTorch, its numbers moved by a rounding")
+            seed = self.references.seed + number
+            with moved_functions(seed):
+                peer = self._peer(moved_module(self.deployed.module, seed), MOVED_NUMBERS)
+            yield peer
 
     @property
     def _acts_on_some_tokens(self) -> bool:

@@ -79,19 +79,6 @@ def merged_module(module: nn.Module, changes: Plan) -> nn.Module:
     return converted_copy(made, to_single)
 
 
-def moved_module(module: nn.Module, seed: int) -> nn.Module:
-    """A copy in which every finite fp32 parameter is moved to the next number, up or down."""
-    generator = torch.Generator().manual_seed(seed)
-    moved = converted_copy(module, torch.Tensor.clone)
-    for parameter in moved.parameters():
-        if parameter.dtype is torch.float32:
-            goes_up = torch.rand(parameter.shape, generator=generator).to(parameter.device) < 0.5
-            towards = torch.where(goes_up, torch.inf, -torch.inf)
-            ends = ~torch.isfinite(torch.nextafter(parameter.data, towards)) | ~torch.isfinite(parameter.data)
-            parameter.data = torch.where(ends, parameter.data, torch.nextafter(parameter.data, towards))
-    return moved
-
-
 def candidate_dtype(candidate: Runner) -> torch.dtype:
     """The half precision of a candidate that PyTorch runs; float32 of every other candidate."""
     return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in TORCH_HALVES else torch.float32
@@ -178,11 +165,6 @@ def _rounded_to_int8(values: torch.Tensor, block_size: int) -> torch.Tensor:
 MERGED_MODULE = (
     "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
 )
-MOVED_WEIGHTS = (
-    "PyTorch was measured with each weight moved to a neighbouring number in fp32, too; the largest error counts: the "
-    "order of its sums alone was a lucky one"
-)
-DRAWS_OF_ROUNDING = 4  # runs with moved weights, at most
 
 
 class ObservedRun(NamedTuple):

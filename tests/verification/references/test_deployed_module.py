@@ -23,14 +23,12 @@ from lora_export.verification.parity import Wide, judging
 from lora_export.verification.proof import prove
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
 from lora_export.verification.references.deployed_module import (
-    DRAWS_OF_ROUNDING,
     MERGED_MODULE,
-    MOVED_WEIGHTS,
     coarser_dtype,
     deployed_module,
-    moved_module,
     round_activations,
 )
+from lora_export.verification.references.moved_numbers import DRAWS_OF_ROUNDING, MOVED_NUMBERS
 from lora_export.verification.references.quantisation_error import NearestNumbers
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 from support import FACTORIES
@@ -84,32 +82,6 @@ def test_rounded_weights_of_a_large_module_are_in_memory_once(
     for runs in (attached, again):
         assert runs.run(["reference"], {"case": inputs})
         assert runs.ready is None
-
-
-def test_moved_weights_are_the_neighbours_of_the_weights() -> None:
-    layer = torch.nn.Linear(40, 30)
-    with torch.no_grad():
-        layer.bias[:2] = torch.tensor([torch.inf, 0.0])
-    before = layer.weight.detach().clone()
-    moved = moved_module(layer, seed=1)
-    assert torch.equal(layer.weight, before)
-    up, down = (torch.nextafter(before, torch.full_like(before, end)) for end in (torch.inf, -torch.inf))
-    goes_up = moved.weight == up
-    assert torch.equal(moved.weight, torch.where(goes_up, up, down))
-    assert 0.4 < goes_up.float().mean() < 0.6
-    assert moved.bias[0] == torch.inf  # no number has it as a neighbour
-    assert 0 < abs(moved.bias[1]) < 1e-44
-    assert torch.equal(moved_module(layer, seed=1).weight, moved.weight)
-    assert not torch.equal(moved_module(layer, seed=2).weight, moved.weight)
-
-
-def test_moved_weights_stay_tied_and_integers_stay() -> None:
-    module = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5))
-    module[1].weight = module[0].weight
-    module.register_buffer("ids", torch.arange(3))
-    moved = moved_module(module, seed=0)
-    assert moved[1].weight is moved[0].weight
-    assert torch.equal(moved.ids, module.ids)
 
 
 def in_int8(weight: NDArray[np.float32]) -> DequantisedWeight:
@@ -170,13 +142,13 @@ def a_large_adapter(std: float) -> tuple[model.Model, Adapter]:
     return base, Adapter(name="a", format="test", pairs=pairs, sha256="0a")
 
 
-def test_peers_of_a_run_in_fp32_are_its_merge_and_moved_weights() -> None:
+def test_peers_of_a_run_in_fp32_are_its_merge_and_moved_numbers() -> None:
     base, adapter = a_large_adapter(0.05)
     references = PyTorchReferences(base, [adapter])
     candidate = folded(base, adapter)
     prepared = references.prepare(candidate, references.inputs(candidate))
     peers = list(prepared.further_peers(lambda _: None))
-    assert [peer.note for peer in peers] == [MERGED_MODULE, *[MOVED_WEIGHTS] * DRAWS_OF_ROUNDING]
+    assert [peer.note for peer in peers] == [MERGED_MODULE, *[MOVED_NUMBERS] * DRAWS_OF_ROUNDING]
     for name, arrays in prepared.inputs.cases.items():
         own = prepared.deployed.run(arrays)["output_0"]
         outputs = [peer.outputs[name]["output_0"] for peer in peers]

@@ -1,0 +1,111 @@
+"""Numbers moved by one rounding: what another right computation in fp32 may have."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_export import layers, plan
+from lora_export.lora import Adapter
+from lora_export.models import model
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.parity import Outcome
+from lora_export.verification.proof import Proof, prove
+from lora_export.verification.references import moved_numbers
+from lora_export.verification.references.moved_numbers import MOVED_NUMBERS, moved_functions, moved_module
+from support.proofs import an_adapter
+
+
+def neighbours(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    up, down = (torch.nextafter(values, torch.full_like(values, end)) for end in (torch.inf, -torch.inf))
+    return up, down
+
+
+def test_moved_weights_are_the_neighbours_of_the_weights() -> None:
+    layer = torch.nn.Linear(40, 30)
+    with torch.no_grad():
+        layer.bias[:2] = torch.tensor([torch.inf, 0.0])
+    before = layer.weight.detach().clone()
+    moved = moved_module(layer, seed=1)
+    assert torch.equal(layer.weight, before)
+    up, down = neighbours(before)
+    goes_up = moved.weight == up
+    assert torch.equal(moved.weight, torch.where(goes_up, up, down))
+    assert 0.4 < goes_up.float().mean() < 0.6
+    assert moved.bias[0] == torch.inf  # no number has it as a neighbour
+    assert 0 < abs(moved.bias[1]) < 1e-44
+    assert torch.equal(moved_module(layer, seed=1).weight, moved.weight)
+    assert not torch.equal(moved_module(layer, seed=2).weight, moved.weight)
+
+
+def test_moved_weights_stay_tied_and_integers_stay() -> None:
+    module = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5))
+    module[1].weight = module[0].weight
+    module.register_buffer("ids", torch.arange(3))
+    moved = moved_module(module, seed=0)
+    assert moved[1].weight is moved[0].weight
+    assert torch.equal(moved.ids, module.ids)
+
+
+def test_results_of_functions_are_the_neighbours_of_right_ones() -> None:
+    x = torch.linspace(-3, 3, 200)
+    with moved_functions(seed=1):
+        results = {name: getattr(x, name)() for name in ("exp", "sin", "tanh", "sigmoid", "erf")}
+        in_place = x.clone().exp_()
+        exact = torch.cat([torch.tensor([-torch.inf, 0.0]).exp(), torch.full((1,), 50.0).tanh(), x**2, x + 1])
+        wide = x.double().exp()
+    for name, moved in {**results, "exp_": in_place}.items():
+        right = getattr(x.clone(), name)()
+        up, down = neighbours(right)
+        assert torch.equal(moved, torch.where(moved > right, up, down))
+        assert 0.4 < (moved > right).float().mean() < 0.6
+    assert torch.equal(exact, torch.cat([torch.tensor([0.0, 1.0, 1.0]), x**2, x + 1]))
+    assert torch.equal(wide, x.double().exp())
+
+
+class AtTime(nn.Module):
+    """What models of diffusion make of a time step, and a layer."""
+
+    def __init__(self, period: float = 2.0, step: float = 0.0) -> None:
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+        self.period, self.step = period, step
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        frequencies = torch.exp(-math.log(self.period) * torch.arange(4) / 4)
+        if self.step:  # another library's
+            frequencies = torch.nextafter(frequencies, torch.where(frequencies == 1, 1.0, self.step))
+        angles = time[:, None] * frequencies
+        return self.dense(torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
+def judged(**other: float) -> Proof:
+    """The proof of a candidate that computes frequencies in another way."""
+    torch.manual_seed(0)
+    module = AtTime().eval()
+
+    def make(sizes: model.Sizes, generator: torch.Generator) -> model.ModelInputs:
+        powers = torch.randint(8, 11, (100 * sizes["batch"],), generator=generator)
+        return {"time": 2.0**powers}  # whose products are not rounded
+
+    base = model.Model("time", module, axes={"time": {0: "batch"}}, make_inputs=make, traced_sizes={"batch": 2})
+    adapter: Adapter = an_adapter()
+    candidate = AtTime(**other).eval()
+    candidate.load_state_dict(copy.deepcopy(module.state_dict()))
+    layers.fold(candidate, plan.make([adapter], layers.specs(candidate)))
+    return prove(ModuleRunner(candidate), PyTorchReferences(base, [adapter]))
+
+
+def test_a_time_steps_angle_may_be_that_of_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two is further from the right frequencies than twice PyTorch's own, whichever way that rounds."""
+    proofs = [judged(step=step) for step in (math.inf, -math.inf)]
+    assert all(proof.verdict.same for proof in proofs), list(map(str, proofs))
+    assert any(MOVED_NUMBERS in proof.verdict.notes for proof in proofs)
+    assert judged(period=2.0001).verdict.outcome is Outcome.DIFFERENT
+    monkeypatch.setattr(moved_numbers, "LIBRARY_FUNCTIONS", frozenset())
+    assert Outcome.DIFFERENT in [judged(step=step).verdict.outcome for step in (math.inf, -math.inf)]
