@@ -167,7 +167,7 @@ def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) 
     """
     factor, dtype = attachment_of(owner).factor, low_rank_factors(owner, branches[0])[0].dtype
     total = weight.to(dtype).contiguous()
-    with torch.autocast(total.device.type, enabled=False):  # a sum in half precision would lose the change
+    with _without_autocast(total.device.type):
         for blocks in _blocks_of_rows(owner, branches):
             total = _sum_of_blocks(owner, total, blocks, factor * blocks[0].scale)
         if rest := [branch for branch in branches if not _is_block_of_rows(branch)]:
@@ -176,6 +176,13 @@ def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) 
             a, b = low_rank_factors(owner, branch)
             part_of(total, _region(branch)).add_(oriented(b @ a, branch.layout), alpha=factor * branch.scale)
     return total
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """A sum in half precision would lose the change. Where autocast is off, a traced program gets no operator of it."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _is_block_of_rows(branch: Branch) -> bool:

@@ -501,6 +501,17 @@ def test_each_weight_of_experts_is_summed_once_by_one_product(implementation):
     assert nodes.count("BaddbmmBackward0") == 2 and "CopySlices" not in nodes
 
 
+def test_autocast_does_not_round_the_sums_of_experts():
+    model = experts.tiny_model("mixtral")
+    module = attached_to(model, plan.make([experts_adapter(model)], layers.specs(model)))
+    (owner,) = (one for one in module.modules() if is_attached(one))
+    with torch.autocast("cpu", torch.bfloat16):
+        summed = owner.gate_up_proj
+    assert torch.equal(summed, owner.gate_up_proj)
+    program = torch.export.export(module, (IDS,), {"use_cache": False}, strict=False)
+    assert not any("autocast" in str(node.target).lower() for node in program.graph.nodes)
+
+
 def gates_of(model):
     """Pairs for the gates, which are half of the rows, of some experts."""
     (pairs, whole), wanted = ({}, experts_adapter(model).pairs), (2, 0)
