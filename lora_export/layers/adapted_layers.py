@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -276,14 +277,18 @@ def adapted_experts_class(original: type[nn.Module], attributes: tuple[str, ...]
     return subclass(f"Lora{original.__name__}", (_AdaptedExperts, original), properties)
 
 
+# While a `forward` of experts runs, in its thread: W + ΔW, by module and attribute.
+_SUMMED: ContextVar[dict[tuple[int, str], Tensor | None] | None] = ContextVar("_SUMMED", default=None)
+
+
 def _weight_in_forward(owner: nn.Module, attribute: str) -> Tensor | None:
     """W + ΔW of all experts, summed once in a `forward`: one that loops over experts reads the weight for each."""
-    summed = attachment_of(owner).summed
+    summed, key = _SUMMED.get(), (id(owner), attribute)
     if summed is None:
         return adapted_weight(owner, attribute)
-    if attribute not in summed:
-        summed[attribute] = adapted_weight(owner, attribute)
-    return summed[attribute]
+    if key not in summed:
+        summed[key] = adapted_weight(owner, attribute)
+    return summed[key]
 
 
 class _AdaptedExperts(nn.Module):
@@ -293,12 +298,11 @@ class _AdaptedExperts(nn.Module):
         if is_recording():
             for branch in _computed(self, args, kwargs):
                 record_branch(branch)
-        attachment = attachment_of(self)
-        attachment.summed = {}
+        before = _SUMMED.set({})
         try:
             return super().forward(*args, **kwargs)
         finally:
-            attachment.summed = None
+            _SUMMED.reset(before)
 
 
 def _computed(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Branch]:

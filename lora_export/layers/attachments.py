@@ -77,7 +77,6 @@ class Attachment:
     factor: float = 1.0  # `scale_adapters` changes it
     dropout: float = 0.0  # of what A gets, in train mode
     is_on: Mapping[Branch, Tensor] = field(default_factory=dict)  # bools that `switched_branches` gives
-    summed: dict[str, Tensor | None] | None = None  # while `forward` of experts runs: W + ΔW by attribute
 
 
 # The functions below read the owner's dictionaries. An AttributeError inside a property would make
