@@ -87,23 +87,19 @@ def test_a_lock_file_removed_by_its_owner_meanwhile_is_created_anew(lock, monkey
 
 
 @FILE_LOCKS
-def test_a_file_system_that_forbids_the_lock_of_another_run(lock, monkeypatch):
-    def forbidden(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
+@pytest.mark.parametrize(
+    ("error", "raised", "stays"),
+    [(PermissionError(13, "is writing"), OutputFailed, True), (OSError(95, "not supported"), OSError, False)],
+    ids=["held by another run", "without locks"],
+)
+def test_a_file_system_may_refuse_the_lock(lock, monkeypatch, error, raised, stays):
+    def refuse(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr(fcntl, "flock", forbidden)
-    with pytest.raises(OutputFailed, match="is writing"), output_lock(lock, lock):
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(raised, match=error.strerror), output_lock(lock, lock):
         pass
-
-
-def test_a_file_system_without_locks_is_an_error_and_leaves_nothing(lock, monkeypatch):
-    def unsupported(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(OSError, match="not supported"), output_lock(lock, lock):
-        pass
-    assert not lock.exists()
+    assert lock.exists() is stays  # what is another run's stays
 
 
 def test_the_lock_is_removed_where_no_open_file_can_be(lock, monkeypatch):
@@ -133,7 +129,7 @@ def test_the_first_byte_is_not_part_of_the_signature(lock):
 @pytest.fixture
 def without_locks(monkeypatch):
     """A system without `flock`. filelock decides at its import what it has: it is imported before."""
-    assert filelock.has_fcntl
+    assert filelock.has_fcntl is (fcntl is not None)
     monkeypatch.setitem(sys.modules, "fcntl", None)
 
 
@@ -162,6 +158,7 @@ def test_without_file_locks_the_file_of_a_dead_process_is_taken_over(lock):
 # --- signals ---
 
 
+@FILE_LOCKS
 @pytest.mark.fault(28)
 def test_ctrl_c_while_the_lock_is_taken_releases_it(lock, monkeypatch):
     right = fcntl.flock
