@@ -301,9 +301,8 @@ def reserve(read_fd: int, write_fd: int, count: int) -> None:
     Where the target can share the source's blocks, nothing is asked: Btrfs would keep what it has allocated.
     """
     fallocate = c_function("fallocate")  # Linux. A library's posix_fallocate would write where the system cannot
-    if fallocate is None or write_fd < 0 or not count or share(read_fd, write_fd, 0, 0, _LARGEST_UNIT):
-        return
-    fallocate(write_fd, 0, ctypes.c_int64(0), ctypes.c_int64(count))  # what fails here fails again when it is written
+    if fallocate is not None and not share(read_fd, write_fd, 0, 0, _LARGEST_UNIT):
+        fallocate(write_fd, 0, ctypes.c_int64(0), ctypes.c_int64(count))  # what fails here fails when it is written
 
 
 def share(read_fd: int, write_fd: int, start: int, target_start: int, count: int) -> range:
