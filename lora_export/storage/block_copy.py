@@ -298,7 +298,7 @@ def write(fd: int, data: memoryview, position: int) -> None:
 def reserve(read_fd: int, write_fd: int, count: int) -> None:
     """Ask the file system to allocate the first `count` bytes of a target that will have as many. Affects speed only.
 
-    Where the target can share the source's blocks, nothing is asked: Btrfs would keep what it has allocated.
+    Where the target can share the source's blocks, nothing is reserved: Btrfs would keep what it has allocated.
     """
     fallocate = c_function("fallocate")  # Linux. A library's posix_fallocate would write where the system cannot
     if fallocate is not None and not share(read_fd, write_fd, 0, 0, _LARGEST_UNIT):
