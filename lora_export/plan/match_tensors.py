@@ -14,6 +14,7 @@ from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 from lora_export.pairs.open_shape import known_shape
 from lora_export.plan.match_names import BaseTensors, Prefix, apart_or_both, weight_of
+from lora_export.plan.stored_region import StoredRegion, overlapping
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec, Term
 
 NO_WEIGHT = "the base has no weight for"
@@ -269,25 +270,18 @@ def overlapping_parts(by_weight: Mapping[str, Sequence[Match]], base: Mapping[st
 
     They are spelled differently: one adapter has q, k and v, another one a fused q|k|v.
     """
-    parts: dict[str, list[str]] = {}
+    parts: dict[str, dict[str, StoredRegion]] = {}
     for weight in by_weight:
-        if weight in base and base[weight].region is not None:
-            parts.setdefault(base[weight].stored_name, []).append(weight)
-    for tensor, weights in parts.items():
-        for number, weight in enumerate(weights):
-            region = base[weight].region
-            others = [tensor] if tensor in by_weight else []
-            others += [
-                other
-                for other in weights[number + 1 :]
-                if region is not None and (own := base[other].region) is not None and region.overlaps(own)
-            ]
-            for other in others:
-                why = (
-                    f"{by_weight[weight][0].adapter} changes {weight}, and {by_weight[other][0].adapter} changes "
-                    f"{other}, which has entries of it. Merge one adapter, then the other into the result"
-                )
-                yield Misfit(by_weight[weight][0].adapter, weight, why)
+        if weight in base and (region := base[weight].region) is not None:
+            parts.setdefault(base[weight].stored_name, {})[weight] = region
+    for tensor, regions in parts.items():
+        wholes = [(weight, tensor) for weight in regions] if tensor in by_weight else []
+        for weight, other in (*wholes, *overlapping(regions)):
+            why = (
+                f"{by_weight[weight][0].adapter} changes {weight}, and {by_weight[other][0].adapter} changes "
+                f"{other}, which has entries of it. Merge one adapter, then the other into the result"
+            )
+            yield Misfit(by_weight[weight][0].adapter, weight, why)
 
 
 def _what_depends(pair: LoraPair) -> str:

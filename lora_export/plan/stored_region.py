@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +52,28 @@ class StoredRegion:
             return rows
         own, others = (set(range(*each.columns.indices(self.shape[1]))) for each in (self, other))
         return not own.isdisjoint(others)
+
+
+def overlapping(regions: Mapping[str, StoredRegion]) -> list[tuple[str, str]]:
+    """The names of those of these parts of one tensor that share an entry, two by two, in the order of the names.
+
+    Only parts with rows in common are compared: a stack of experts has thousands, each with rows of its own.
+    """
+    is_cut_alike = len({region.shape for region in regions.values()}) <= 1
+    pairs = _with_common_rows(regions) if is_cut_alike else itertools.combinations(regions, 2)
+    position = {name: number for number, name in enumerate(regions)}
+    found = [(one, other) for one, other in pairs if regions[one].overlaps(regions[other])]
+    in_order = [(one, other) if position[one] < position[other] else (other, one) for one, other in found]
+    return sorted(in_order, key=lambda pair: (position[pair[0]], position[pair[1]]))
+
+
+def _with_common_rows(regions: Mapping[str, StoredRegion]) -> Iterator[tuple[str, str]]:
+    """The parts that begin before another one's rows end, two by two."""
+    open_parts: list[str] = []
+    for name in sorted(regions, key=lambda name: regions[name].rows.start):
+        open_parts = [other for other in open_parts if regions[other].rows.stop > regions[name].rows.start]
+        yield from ((other, name) for other in open_parts)
+        open_parts.append(name)
 
 
 def cut(tensor: str, shape: Sequence[int], selection: Sequence[slice | int]) -> StoredRegion | None:

@@ -11,8 +11,8 @@ bf16, every linear layer changed at rank 16; by hand, with sketches of this modu
 - Two threads on two cores; a third one only takes turns with them. More than MOST_THREADS were not tried.
 - The kernel's own copy (copy_file_range) of unchanged ranges takes 1.4 times as long as reading and writing them,
   because they must be read for their hash anyway. Where the file system can share blocks, it does.
-- Reserving a file's space before it is written (fallocate) saves ext4 5 % of the processor time, and no measurable
-  time on the clock. It is left out, because file systems differ in what it costs.
+- Reserving a file's space before it is written (`reserve`) saves ext4 an eighth to a fifth of the processor time of a
+  compiled merge's copy (0.55 GB on a busy machine), most of it in the kernel. XFS, Btrfs and tmpfs gain nothing.
 - Asking the kernel early to write (START_WRITING) leaves 0.01 s of the final fsync's 0.2 s. Without it, the flush
   takes 0.7 s.
 """
@@ -44,6 +44,7 @@ BLOCK = 2 << 20  # bytes
 AHEAD = 2  # blocks that may wait to be hashed while every thread works on another
 MOST_THREADS = 8
 START_WRITING = 16 << 20  # bytes after which the kernel is requested to begin writing
+_LARGEST_UNIT = 1 << 16  # bytes of a block of any file system that can share blocks
 _FICLONERANGE = 0x4020940D  # <linux/fs.h>
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 _CANNOT_SHARE = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM}
@@ -292,6 +293,16 @@ def write(fd: int, data: memoryview, position: int) -> None:
     while data:  # a nearly full disk takes a part, and reports an error for the rest
         count = write_at(fd, data, position)
         data, position = data[count:], position + count
+
+
+def reserve(read_fd: int, write_fd: int, count: int) -> None:
+    """Ask the file system to allocate the first `count` bytes of a target that will have as many. Affects speed only.
+
+    Where the target can share the source's blocks, nothing is reserved: Btrfs would keep what it has allocated.
+    """
+    fallocate = c_function("fallocate")  # Linux. A library's posix_fallocate would write where the system cannot
+    if fallocate is not None and not share(read_fd, write_fd, 0, 0, _LARGEST_UNIT):
+        fallocate(write_fd, 0, ctypes.c_int64(0), ctypes.c_int64(count))  # what fails here fails when it is written
 
 
 def share(read_fd: int, write_fd: int, start: int, target_start: int, count: int) -> range:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused, MatchError, WrongUsage
+from lora_export.storage import block_copy
 from support.api import A, B, Recorder, an_adapter, base_weights
 from support.handmade import graph_file
 
@@ -46,6 +47,14 @@ def test_the_sum_is_written_and_reported(place: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr() == ("", "")
     with pytest.raises(FrozenInstanceError):
         result.output = place
+
+
+@pytest.mark.parametrize("base", ["base.safetensors", "base"])
+def test_space_is_reserved_for_the_whole_file(place: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[int] = []
+    monkeypatch.setattr(block_copy, "reserve", lambda _, __, count: reserved.append(count))
+    output = merged(place, base).output
+    assert reserved == [(output / "model.safetensors" if output.is_dir() else output).stat().st_size]
 
 
 def test_a_graph_is_merged_into_a_graph(place: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
-from lora_export.plan.stored_region import StoredRegion, as_slice, cut, parse
+from lora_export.plan.stored_region import StoredRegion, as_slice, cut, overlapping, parse
 
 CASES = {
     "rows": ((6, 4), (slice(2, 4), slice(0, 4)), "t[2:4]"),
@@ -64,6 +66,28 @@ def test_regions_that_share_an_entry_overlap():
     even, odd = (StoredRegion("t", (6, 4), slice(0, 6), slice(first, 4, 2)) for first in (0, 1))
     assert not even.overlaps(odd) and even.overlaps(q) and even.overlaps(even)
     assert q.overlaps(StoredRegion("t", (3, 8), slice(2, 3)))  # cut in another shape: not compared
+
+
+@pytest.mark.parametrize("shapes", [[(6, 8)], [(6, 8), (12, 4)]])
+def test_overlapping_parts_are_those_of_all_comparisons(shapes):
+    rng = np.random.default_rng(0)
+    regions = {}
+    for number in range(40):
+        rows, columns = (np.sort(rng.choice(size + 1, 2, replace=False)).tolist() for size in (6, 8))
+        shape = shapes[number % len(shapes)]
+        regions[f"{rng.random()}"] = StoredRegion("t", shape, slice(*rows), slice(*columns, 1 + number % 2))
+    pairs = itertools.combinations(regions, 2)
+    expected = [pair for pair in pairs if regions[pair[0]].overlaps(regions[pair[1]])]
+    assert overlapping(regions) == expected and 100 < len(expected) < 780
+
+
+def test_experts_are_not_compared_with_each_other(monkeypatch):
+    compared = []
+    monkeypatch.setattr(StoredRegion, "overlaps", lambda *pair: compared.append(pair))
+    experts = {f"{number}": StoredRegion("t", (600, 8), slice(3 * number, 3 * number + 3)) for number in range(200)}
+    halves = {f"{name}.half": StoredRegion("t", (600, 8), region.rows) for name, region in experts.items()}
+    assert overlapping(experts) == [] == compared
+    assert overlapping(experts | halves) == [] and len(compared) == 200
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "all"])

@@ -22,6 +22,7 @@ from lora_export.errors import InputRefused
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, RunningHashes
 from lora_export.storage.hashes import ALGORITHMS
+from lora_export.storage.system_calls import c_function
 
 DATA = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8).tobytes()
 
@@ -167,6 +168,25 @@ def test_the_kernel_is_asked_early_to_write(source, monkeypatch):
     assert [count for _, count in parts] == [300] * len(parts) and len(parts) >= 2
     assert [start for start, _ in calls] == [300 * number for number in range(len(calls))]
     assert (start, to_the_end) == (300 * len(parts), 0)
+
+
+@pytest.mark.skipif(c_function("fallocate") is None, reason="only Linux reserves space")
+@pytest.mark.parametrize(("can_share", "size"), [(False, 200_000), (True, 0)])
+def test_space_is_reserved_where_none_is_shared(source, monkeypatch, can_share, size):
+    monkeypatch.setattr(block_copy, "share", lambda *_: range(can_share))
+    with source.open("rb") as reader, source.with_name("target").open("wb") as file:
+        block_copy.reserve(reader.fileno(), file.fileno(), 200_000)
+        assert os.fstat(file.fileno()).st_blocks * 512 >= size
+    assert source.with_name("target").read_bytes() == bytes(size)
+
+
+@pytest.mark.parametrize("count", [0, 1 << 62])
+def test_what_cannot_be_reserved_is_left_to_the_writes(source, count):
+    with source.open("rb") as reader, source.with_name("target").open("wb") as file:
+        block_copy.reserve(reader.fileno(), file.fileno(), count)
+        block_copy.reserve(reader.fileno(), -1000, count)  # a file in a store
+        assert os.fstat(file.fileno()).st_size == 0
+    assert carry(source, pieces(100))[0][3:] == DATA
 
 
 # --- Shared blocks of the disk ---

@@ -6,6 +6,7 @@ old files to the new ones in blocks (`copy_parts`), and those that change are ch
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -170,10 +171,11 @@ def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -
 
 def _moved_tensors(model: ir.Model, changes: _DeferredChanges) -> Iterator[MovedTensor]:
     """The tensors in files, in the order of the initializers."""
+    source_of = functools.cache(lambda path: Path(os.path.realpath(path)))  # many tensors are in one file
     for value in initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and not isinstance(tensor, SharedTensor):
-            source = Path(os.path.realpath(tensor.path))
+            source = source_of(tensor.path)
             output = changes.quantised.get(value) or _output_tensor(tensor, changes.floats.get(value, []))
             yield MovedTensor(value, source, output)
 

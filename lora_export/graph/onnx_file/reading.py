@@ -256,19 +256,21 @@ def refuse_misplaced_data(model: ir.Model, path: Path, inline: set[ir.Value]) ->
     `inline` are the values whose data is in the graph's own file. Sets the folder of all other external tensors.
     """
     problems = []
+    blob_of = functools.cache(functools.partial(_huggingface_blob, path.parent))  # many tensors are in one file
+    size_of = functools.cache(_size_or_problem)
     for value in initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and value not in inline:
             tensor.base_dir = path.parent
-            if blob := _huggingface_blob(path.parent, os.fsdecode(tensor.location)):
+            if blob := blob_of(os.fsdecode(tensor.location)):
                 value.const_value = tensor = moved_to(tensor, blob)
-            problems.append(_location_problem(Path(tensor.base_dir), tensor))
+            problems.append(_location_problem(size_of(Path(tensor.base_dir), os.fsdecode(tensor.location)), tensor))
         elif isinstance(tensor, ir.ExternalTensor):
             problems.append(_length_problem(tensor))
     for tensor in attribute_tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = path.parent
-            problems.append(_location_problem(path.parent, tensor))
+            problems.append(_location_problem(size_of(path.parent, os.fsdecode(tensor.location)), tensor))
     problems = [problem for problem in problems if problem]
     if problems:
         what = f"{path}: {count(len(problems), 'tensor')} cannot be read from its external data:"
@@ -308,27 +310,33 @@ def _huggingface_blob(folder: Path, location: str) -> Path | None:
     return blob if Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(snapshots)) else None
 
 
-def _location_problem(folder: Path, tensor: ir.ExternalTensor) -> str:
-    """What is wrong with the location of a tensor's data. Empty where it can be read."""
-    location = os.fsdecode(tensor.location)
+def _location_problem(size: int | str, tensor: ir.ExternalTensor) -> str:
+    """What is wrong with where a tensor's data is, in a file of this size or problem. Empty where it can be read."""
+    if isinstance(size, str):
+        return f"{tensor.name}: {size}"
+    if problem := _length_problem(tensor):
+        return problem
+    start = tensor.offset or 0
+    if not 0 <= start <= size - tensor.nbytes:
+        location = os.fsdecode(tensor.location)
+        return f"{tensor.name}: needs bytes {start} to {start + tensor.nbytes} of {location}, which has {size}"
+    return ""
+
+
+def _size_or_problem(folder: Path, location: str) -> int | str:
+    """The size of the file at a location of external data, or why it is not read."""
     path = Path(os.path.normpath(folder / location))
     if not location or "\0" in location or Path(location).is_absolute() or not path.is_relative_to(folder):
-        return f"{tensor.name}: the location of its data is absolute or outside the model's folder ({location!r})"
+        return f"the location of its data is absolute or outside the model's folder ({location!r})"
     if path.resolve() != folder.resolve() / path.relative_to(folder):
-        return f"{tensor.name}: {location} is reached through a symbolic link; replace the link by a copy of the file"
+        return f"{location} is reached through a symbolic link; replace the link by a copy of the file"
     try:
         status = os.stat(os.path.join(folder, location))  # noqa: PTH116, PTH118 - a Path would drop a final slash
     except OSError as error:
-        return f"{tensor.name}: {location}: {error.strerror}"
+        return f"{location}: {error.strerror}"
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        return f"{tensor.name}: {location} is not a regular file with one name; replace it by a copy of the file"
-    offset = tensor.offset or 0
-    if problem := _length_problem(tensor):
-        return problem
-    if not 0 <= offset <= status.st_size - tensor.nbytes:
-        end = offset + tensor.nbytes
-        return f"{tensor.name}: needs bytes {offset} to {end} of {location}, which has {status.st_size}"
-    return ""
+        return f"{location} is not a regular file with one name; replace it by a copy of the file"
+    return status.st_size
 
 
 def _length_problem(tensor: ir.ExternalTensor) -> str:

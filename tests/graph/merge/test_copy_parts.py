@@ -54,6 +54,8 @@ def test_parts_are_written_and_source_is_hashed_once(
         expected += content
         parts.append(FilePart(start, len(expected), moved, piece if isinstance(piece, bytes) else b""))
     written: list[int] = []
+    reserved: list[int] = []
+    monkeypatch.setattr(block_copy, "reserve", lambda _, __, count: reserved.append(count))
     run = MergeRun(file_name="m.onnx", progress=written.append)
     hashes = RunningHashes("xxh3_128")
     with (tmp_path / "target").open("xb") as target:
@@ -61,7 +63,7 @@ def test_parts_are_written_and_source_is_hashed_once(
     assert (tmp_path / "target").read_bytes() == expected
     assert digest == file_hash(source, "xxh3_128")
     assert hashes.target.hexdigest() == file_hash(tmp_path / "target", "xxh3_128")
-    assert sum(written) == len(expected)
+    assert sum(written) == len(expected) and reserved == [len(expected)]
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,13 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.errors import InputRefused, OutputFailed
+from lora_export.graph.onnx_file import reading
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
 from lora_export.graph.onnx_file.reading import check_file, check_message, innermost_error, load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.storage.hashes import file_sha256
 from support.graphs import a_graph, stored
+from support.handmade import graph_file
 from support.small_graphs import LINEAR, LINEAR_WEIGHT, graph_with_external_data
 
 
@@ -126,6 +128,17 @@ def test_innermost_error_is_the_first_cause() -> None:
 
 def test_external_data_below_folder_is_read(tmp_path: Path) -> None:
     assert np.array_equal(stored(load_graph(graph_with_external_data(tmp_path)), "m.weight"), LINEAR_WEIGHT)
+
+
+@pytest.mark.parametrize(("data", "files"), [("all.data", 1), ({"a.w": "1.data", "b.w": "2.data", "c.w": "2.data"}, 2)])
+def test_each_file_of_data_is_looked_at_once(
+    data: str | dict[str, str], files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, look = list[tuple[Path, str]](), reading._size_or_problem
+    monkeypatch.setattr(reading, "_size_or_problem", lambda *place: looked.append(place) or look(*place))
+    weights = {f"{name}.w": np.full((3, 2), number, np.float32) for number, name in enumerate("abc")}
+    model = load_graph(graph_file(tmp_path / "m.onnx", weights, data=data))
+    assert len(looked) == files and all(np.array_equal(stored(model, name), weights[name]) for name in weights)
 
 
 @pytest.mark.fault(38)

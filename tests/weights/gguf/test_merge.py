@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import lora_export
 from lora_export import formats, plan, provenance
 from lora_export.errors import InputRefused, MatchError, WrongUsage
+from lora_export.storage import block_copy
 from lora_export.storage.gguf_blocks import CODECS
 from lora_export.storage.gguf_file import BY_NAME, open_gguf
 from lora_export.weights.apply_step import Backend
@@ -171,7 +172,7 @@ def test_floats_are_rounded_once(tmp_path: Path, kind: Kind) -> None:
     assert types_of(tmp_path / "out.gguf") == types_of(base)
 
 
-def test_fields_sequence_and_alignment_stay(tmp_path: Path) -> None:
+def test_fields_sequence_and_alignment_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fields(writer: gguf.GGUFWriter) -> None:
         writer.add_custom_alignment(1 << 14)
         writer.add_chat_template("{{ x }}")
@@ -180,6 +181,8 @@ def test_fields_sequence_and_alignment_stay(tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base.gguf", Kind.Q4_0, fields=fields)
     opened, adapter = open_base(base), formats.load(an_adapter(tmp_path / "a")[0])
     full = Backend(memory=lambda count: np.full(count, 255, np.uint8))  # as after other blocks
+    reserved: list[int] = []
+    monkeypatch.setattr(block_copy, "reserve", lambda _, __, count: reserved.append(count))
     merge_gguf(plan.make([adapter], opened.checkpoint.specs), opened, tmp_path / "out.gguf", backend=full)
     one, other = open_gguf(base), open_gguf(tmp_path / "out.gguf")
     assert list(other.fields) == [*one.fields, provenance.KEY]
@@ -191,6 +194,7 @@ def test_fields_sequence_and_alignment_stay(tmp_path: Path) -> None:
     ends = [*(tensor.start for tensor in other.tensors[1:]), len(theirs)]
     between = [theirs[tensor.stop : end] for tensor, end in zip(other.tensors, ends, strict=True)]
     assert any(between) and not any(map(any, between))
+    assert reserved == [other.tensors[-1].stop]
 
 
 @pytest.mark.parametrize(
