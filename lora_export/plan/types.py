@@ -220,6 +220,10 @@ def are_same_change(one: Step, other: Step) -> bool:
         and all(first.scale == second.scale for first, second in zip(one.terms, other.terms, strict=True))
         and _equal(one.replace, other.replace)
         and _equal(one.shift, other.shift)
+        and (
+            one.token_rows is other.token_rows
+            or (one.token_rows is not None and one.token_rows.equals(other.token_rows))
+        )
     )
 
 

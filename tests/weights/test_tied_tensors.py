@@ -57,6 +57,25 @@ def test_both_options_are_what_peft_computes(llama, targets, tmp_path):
         assert le.verify(out, base=llama.base, adapters=adapter, tied=tied)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "indices"),
+    [
+        ("LlamaForCausalLM", {TABLE: [0, 5]}),
+        ("LlamaForCausalLM", {HEAD: [0, 5]}),
+        ("LlamaForCausalLM", {TABLE: [0, 5], HEAD: [1, 2]}),
+        ("BartForConditionalGeneration", {TABLE: [0, 5]}),  # of the encoder and of the decoder, which are not stored
+        ("BartForConditionalGeneration", {"decoder.embed_tokens": [3]}),
+    ],
+)
+def test_untied_rows_of_tokens_are_what_peft_computes(architecture, indices, tmp_path):
+    model = tied_model(tmp_path / "base", architecture)
+    adapter = model.adapter(tmp_path / "adapter", "q_proj", trainable_token_indices=indices)
+    expected = model.outputs(model.trained("q_proj", trainable_token_indices=indices))
+    le.merge(model.base, adapter, tmp_path / "out", tied="untie")
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), expected)
+    assert le.verify(tmp_path / "out", base=model.base, adapters=adapter, tied="untie")
+
+
 def test_a_wrong_untied_head_is_different(llama, tmp_path):
     adapter = llama.adapter(tmp_path / "adapter", TABLE)
     le.merge(llama.base, adapter, tmp_path / "out", tied="untie")
