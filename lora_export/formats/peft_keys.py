@@ -88,7 +88,9 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any], chosen: str = ""
 
 def whole_name(name: str) -> str:
     """The name in the base of a whole tensor, without the modules that PEFT puts around its module."""
-    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    for wrapper in (".token_adapter.base_layer.", ".base_layer.", ".modules_to_save."):
+        name = name.replace(wrapper, ".")
+    return name
 
 
 def is_of_trainer(name: str, config: Mapping[str, Any]) -> bool:

@@ -123,7 +123,7 @@ def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adap
                 f"rows of each. Use {named('tied', 'untie')}"
             )
         matched = [name for name in names for module in first.tied if is_weight_of(name, module)]
-        token_rows = {**{name: first for name in names if name not in matched}, **token_rows}
+        token_rows = {**{name: replace(first, tied=()) for name in names if name not in matched}, **token_rows}
     return replace(adapter, token_rows=token_rows)
 
 

@@ -20,7 +20,7 @@ from support.peft_models import whole_tensors
         (["emb.lora_embedding_A.weight", "emb.lora_embedding_B.bias"], "unknown kinds of tensors: "),
         (["fc.lora_magnitude_vector.bias"], "unknown kinds of tensors: "),
         (["fc.lora_A"], "unknown kinds of tensors: "),
-        (["emb.token_adapter.base_layer.weight"], "unknown kinds of tensors: "),
+        (["emb.token_adapter.weight"], "unknown kinds of tensors: "),
         (["fc.lora_C.weight"], "unknown kinds of tensors: "),
         (["fc.lora_A.bias"], "unknown kinds of tensors: "),
     ],
