@@ -41,7 +41,8 @@ def token_ids(
 ) -> list[int]:
     """A text or token ids as token ids. With `special`, the tokenizer adds its tokens around a text.
 
-    `of_encoder` are those that an encoder reads, which may have a vocabulary of its own. Raises InputRefused for an empty prompt, for ids that the model does not have, and for a sound or an image.
+    `of_encoder` are those that an encoder reads, which may have a vocabulary of its own. Raises InputRefused for an
+    empty prompt, for ids that the model does not have, and for a sound or an image.
     """
     if isinstance(prompt, Path | np.ndarray):
         raise InputRefused("the model reads texts: a prompt is a text, or a list of token ids")
