@@ -74,6 +74,7 @@ def test_untied_rows_of_tokens_are_what_peft_computes(architecture, indices, tmp
     le.merge(model.base, adapter, tmp_path / "out", tied="untie")
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), expected)
     assert le.verify(tmp_path / "out", base=model.base, adapters=adapter, tied="untie")
+    assert le.verify(tmp_path / "out", model.base, adapters=adapter, tied="untie")
 
 
 @pytest.mark.parametrize("indices", [[0, 5], {TABLE: [0, 5]}], ids=["list", "table"])
