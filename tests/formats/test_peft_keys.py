@@ -118,6 +118,21 @@ def test_a_pair_of_a_bare_parameter_has_its_name(tmp_path, key, targets, pair):
     assert adapter.targets == ("fc", *(target.removesuffix(".weight") for target in targets))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "modules"),
+    [
+        (r".*\.lin|fc", {"fc", "m.lin"}),
+        ("m.lin", {"fc.kernel", "m.lin"}),
+        ("lin", {"fc.kernel", "m.lin.kernel"}),  # it matches whole names
+        ("m(?=.lin).*", {"fc.kernel", "m.lin.kernel"}),  # a pattern that is not matched here tells nothing
+    ],
+)
+def test_a_module_that_a_pattern_targets_is_no_parameter(tmp_path, pattern, modules):
+    """PEFT refuses to adapt a module and one of its parameters."""
+    adapter = formats.load(parameters(tmp_path, ["m.lin"], ["kernel"], target_modules=pattern))
+    assert adapter.pairs.keys() == modules
+
+
 def test_patterns_match_the_name_of_the_parameter(tmp_path):
     adapter = formats.load(parameters(tmp_path, ["m"], ["m.kernel"], alpha_pattern={"kernel": 7}))
     assert (adapter.pairs["m.kernel"].scale, adapter.pairs["fc"].scale) == (7, 1)

@@ -45,7 +45,15 @@ class Sampling:
         return [np.random.default_rng([self.seed, row]) for row in range(rows)]
 
     def choose(self, logits: NDArray[np.floating], generators: list[np.random.Generator]) -> NDArray[np.int64]:
-        """One token for each row of `logits` [batch, vocabulary]."""
+        """One token for each row of `logits` [batch, vocabulary].
+
+        Raises InputRefused where a row has NaN, or no finite largest value.
+        """
+        if not np.isfinite(logits.max(axis=1)).all():
+            raise InputRefused(
+                "no token can be chosen: the largest logit is NaN or infinite, in the graph's output or after the rules "
+                "of the generation config"
+            )
         if self.temperature == 0:
             best: NDArray[np.int64] = np.argmax(logits, axis=1)
             return best
@@ -53,9 +61,11 @@ class Sampling:
         return np.array(drawn, np.int64)
 
     def _draw(self, logits: NDArray[np.floating], generator: np.random.Generator) -> int:
-        scaled = logits.astype(np.float64) / self.temperature
+        wide = logits.astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature makes all but the largest -inf
+            scaled = (wide - wide.max()) / self.temperature
         order = np.argsort(-scaled, kind="stable")
-        probabilities = np.exp(scaled[order] - scaled[order[0]])
+        probabilities = np.exp(scaled[order])
         probabilities /= probabilities.sum()
         # The token that reaches top_p is the last one that may be drawn.
         count = int(np.searchsorted(np.cumsum(probabilities), self.top_p)) + 1

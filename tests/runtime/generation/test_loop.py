@@ -44,6 +44,19 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.03)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-3])
+def test_a_tiny_temperature_draws_the_most_probable_token(temperature: float) -> None:
+    assert set(drawn(Sampling(temperature), 20)) == {0}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("row", [[np.nan, 1, 2], [np.inf, 1, 2], [-np.inf, -np.inf, -np.inf]])
+def test_logits_without_a_largest_number_are_refused(row: list[float], temperature: float) -> None:
+    sampling = Sampling(temperature)
+    with pytest.raises(InputRefused, match="no token can be chosen"):
+        sampling.choose(np.array([[1, 2, 3], row], np.float32), sampling.generators(2))
+
+
 def test_higher_temperature_evens_the_probabilities_out() -> None:
     tokens = drawn(Sampling(temperature=2.0), 4000)
     expected = np.sqrt([0.5, 0.3, 0.15, 0.05])
