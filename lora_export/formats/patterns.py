@@ -28,7 +28,7 @@ PLAIN = re.compile(r"(?:[\w.-]|\\[.d-])*", re.ASCII)  # one character after the 
 
 
 class Patterns:
-    """A table from patterns to values, in the file's order.
+    r"""A table from patterns to values, in the file's order.
 
     A pattern matches a module's whole name, or its end after a dot, as in PEFT:
     `re.match(rf"(.*\.)?({pattern})$", name)`; with `whole`, only the whole name. Raises InputRefused for a pattern that
