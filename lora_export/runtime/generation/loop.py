@@ -51,8 +51,8 @@ class Sampling:
         """
         if not np.isfinite(logits.max(axis=1)).all():
             raise InputRefused(
-                "no token can be chosen: the largest logit is NaN or infinite, in the graph's output or after the rules "
-                "of the generation config"
+                "no token can be chosen: the largest logit is NaN or infinite, in the output of the graph or "
+                "after the rules of the generation config"
             )
         if self.temperature == 0:
             best: NDArray[np.int64] = np.argmax(logits, axis=1)
