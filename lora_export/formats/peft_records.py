@@ -230,7 +230,7 @@ def _repeated_rows(
     }
 
 
-def repeated_tables(rows: Mapping[str, TokenRows], replaced: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+def tables_saved_again(rows: Mapping[str, TokenRows], replaced: Mapping[str, NDArray[Any]]) -> dict[str, str]:
     """The modules whose saved table is that of another one, with the same trained rows -> that one."""
     return {
         head: tensor.removesuffix(".weight")
