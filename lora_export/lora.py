@@ -245,6 +245,12 @@ class TokenRows:
     def __repr__(self) -> str:
         return brief(self, count(len(self.indices), "row"), f"width {self.values.shape[1]}")
 
+    def equals(self, other: TokenRows | None) -> bool:
+        """Whether they are the same rows with the same values."""
+        return other is not None and all(
+            map(np.array_equal, (self.indices, self.values), (other.indices, other.values))
+        )
+
     def write_into(self, table: NDArray[Any], first: int = 0) -> None:
         """Write those rows that are in this part of the table, which begins with the row `first`."""
         inside = (self.indices >= first) & (self.indices < first + len(table))

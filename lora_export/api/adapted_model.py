@@ -39,7 +39,7 @@ def adapted_model(
     if applied.layout:
         model = replace(model, module=shared_copy(model.module))
         layers.state_layouts(model.module, applied.layout)
-    adapters = layers.respelled_for(model.module, adapters)
+    adapters = layers.with_tied_rows(model.module, layers.respelled_for(model.module, adapters))
     if applied.tied == "both":
         adapters = layers.with_shared_ties(model.module, adapters)
     adapters, strengths = combined_unless_exact(adapters, strengths, applied.combined)

@@ -31,11 +31,18 @@ SOUNDS = ("input_features", "input_values")  # what the encoder of a speech mode
 
 
 def token_ids(
-    prompt: Prompt, tokenizer: Any, settings: GenerationSettings, *, chat: bool, special: bool = True
+    prompt: Prompt,
+    tokenizer: Any,
+    settings: GenerationSettings,
+    *,
+    chat: bool,
+    special: bool = True,
+    of_encoder: bool = False,
 ) -> list[int]:
     """A text or token ids as token ids. With `special`, the tokenizer adds its tokens around a text.
 
-    Raises InputRefused for an empty prompt, for ids that the model does not have, and for a sound or an image.
+    `of_encoder` are those that an encoder reads, which may have a vocabulary of its own. Raises InputRefused for an
+    empty prompt, for ids that the model does not have, and for a sound or an image.
     """
     if isinstance(prompt, Path | np.ndarray):
         raise InputRefused("the model reads texts: a prompt is a text, or a list of token ids")
@@ -49,7 +56,7 @@ def token_ids(
         ids = [int(token) for token in prompt]
     if not ids:
         raise InputRefused("a prompt has no token: there is nothing to go on from")
-    size = settings.vocabulary
+    size = settings.encoder_vocabulary if of_encoder else settings.vocabulary
     unknown = [] if size is None else [token for token in ids if token not in range(size)]
     if size is not None and unknown:
         raise InputRefused(f"a prompt has the token {unknown[0]}; the model has rows for 0 to {size - 1}")
@@ -132,7 +139,7 @@ def encoder_inputs(
 ) -> Arrays:
     """The inputs of an encoder, one row for each prompt. Raises InputRefused for prompts of another kind."""
     if IDS in model.takes:
-        rows = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
+        rows = [token_ids(prompt, tokenizer, settings, chat=chat, of_encoder=True) for prompt in prompts]
         longest = max(map(len, rows))
         ids = np.array([[*row, *[settings.padding] * (longest - len(row))] for row in rows], np.int64)
         mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in rows], np.int64)

@@ -62,6 +62,12 @@ class GenerationSettings:
         return next(iter(_tokens(self.value("vocab_size"))), None)
 
     @property
+    def encoder_vocabulary(self) -> int | None:
+        """The number of tokens that an encoder of texts has rows for: its own, or that of the model."""
+        encoders = [each for config in self.configs if isinstance(each := config.get("encoder"), dict)]
+        return next(iter(_tokens(_value(encoders, "vocab_size"))), self.vocabulary)
+
+    @property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a text, as transformers takes them: of the first config alone."""
         return frozenset(_tokens(_value(self.configs[:1], "eos_token_id")))
@@ -81,12 +87,11 @@ class GenerationSettings:
     def rules(self) -> TokenRules:
         """The rules for each token. They are those of the first config, as transformers takes them."""
         first = self.configs[:1]
-        forced = {name: next(iter(_tokens(_value(first, f"forced_{name}_token_id"))), None) for name in ("bos", "eos")}
         return TokenRules(
             repetition_penalty=_number(_value(first, "repetition_penalty"), 1.0),
             no_repeat_ngram_size=int(_number(_value(first, "no_repeat_ngram_size"), 0)),
-            forced_bos=forced["bos"],
-            forced_eos=forced["eos"],
+            forced_bos=next(iter(_tokens(_value(first, "forced_bos_token_id"))), None),
+            forced_eos=_tokens(_value(first, "forced_eos_token_id")),
             suppress=_tokens(_value(first, "suppress_tokens")),
             begin_suppress=_tokens(_value(first, "begin_suppress_tokens")),
         )

@@ -28,15 +28,15 @@ PLAIN = re.compile(r"(?:[\w.-]|\\[.d-])*", re.ASCII)  # one character after the 
 
 
 class Patterns:
-    """A table from patterns to values, in the file's order.
+    r"""A table from patterns to values, in the file's order.
 
     A pattern matches a module's whole name, or its end after a dot, as in PEFT:
-    `re.match(rf"(.*\\.)?({pattern})$", name)`. Raises InputRefused for a pattern that is not a regular expression, or
-    that cannot be matched within bounds.
+    `re.match(rf"(.*\.)?({pattern})$", name)`; with `whole`, only the whole name. Raises InputRefused for a pattern that
+    is not a regular expression, or that cannot be matched within bounds.
     """
 
-    def __init__(self, table: Mapping[str, Any], *, source: str = "the config"):
-        self.source = source
+    def __init__(self, table: Mapping[str, Any], *, source: str = "the config", whole: bool = False):
+        self.source, self.whole = source, whole
         self.steps = 0
         if len(table) > MAX_PATTERNS:  # each is compiled
             raise self._refused(f"{len(table):,} patterns; at most {MAX_PATTERNS:,} are read")
@@ -52,7 +52,7 @@ class Patterns:
                 f"a pattern of {len(pattern)} characters is longer than {MAX_PATTERN}: {pattern[:50]!r}..."
             )
         try:
-            by_python = re.compile(rf"(.*\.)?({pattern})$")
+            by_python = re.compile(rf"({pattern})$" if self.whole else rf"(.*\.)?({pattern})$")
         except (re.error, OverflowError, RecursionError) as error:
             raise self._refused(f"the pattern {pattern!r} is not a regular expression: {error}") from error
         if PLAIN.fullmatch(pattern):
@@ -65,7 +65,7 @@ class Patterns:
         ends = _Parser(pattern, self._count, self._refused).whole()
 
         def matches(name: str) -> bool:
-            after_dots = [position + 1 for position, character in enumerate(name) if character == "."]
+            after_dots = [] if self.whole else [at + 1 for at, character in enumerate(name) if character == "."]
             return len(name) in ends(name, frozenset([0, *after_dots]))
 
         return matches

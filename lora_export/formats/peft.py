@@ -57,6 +57,7 @@ from lora_export.formats.peft_records import (
     metadata_of,
     notes_of,
     read_token_rows,
+    tables_saved_again,
     tied_heads,
 )
 from lora_export.lora import Adapter, LoraPair, expert_name
@@ -133,7 +134,7 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
         token_rows=rows,
         layouts=layouts_of(file, pairs, config),
         experts=axes_of_experts(file, keys, config, pairs),
-        tied=tied,
+        tied=tied | tables_saved_again(rows, replaced),
         targets=targets_of(config),
         invocation_tokens=tuple(config.get("alora_invocation_tokens") or ()),
         spelling={

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, count, refuse_unprintable
 from lora_export.formats.adapter_files import TensorSource, unwrapped
 from lora_export.formats.expert_layouts import nested_parameters
+from lora_export.formats.patterns import Patterns
 from lora_export.formats.peft_config import is_declared
 from lora_export.options.spelling import named
 
@@ -88,7 +90,9 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any], chosen: str = ""
 
 def whole_name(name: str) -> str:
     """The name in the base of a whole tensor, without the modules that PEFT puts around its module."""
-    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    for wrapper in (".token_adapter.base_layer.", ".base_layer.", ".modules_to_save."):
+        name = name.replace(wrapper, ".")
+    return name
 
 
 def is_of_trainer(name: str, config: Mapping[str, Any]) -> bool:
@@ -135,9 +139,9 @@ def _names_by_key(file: TensorSource, config: Mapping[str, Any], chosen: str) ->
 def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any], path: Path) -> None:
     """Name the pairs of bare parameters, of which the file names the module. Raises InputRefused where it is open."""
     targets = config.get("target_parameters") or ()
-    modules = config.get("target_modules")
+    is_named = _named_modules(config.get("target_modules"), path)
     for module in [name for name in table[A] if not name.endswith(INNER)] if targets else ():
-        if isinstance(modules, list) and any(f".{module}".endswith(f".{target}") for target in modules):
+        if is_named(module):
             continue  # PEFT refuses to adapt a module and one of its parameters
         own = _named_parameters(module, targets)
         nested = [module]  # from outside to inside
@@ -160,6 +164,17 @@ def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any]
             for kind in (A, B):
                 if wrapped in table[kind]:
                     table[kind][pair] = table[kind].pop(wrapped)
+
+
+def _named_modules(targets: Any, path: Path) -> Callable[[str], bool]:
+    """Whether `target_modules` names a module: by the end of its name, or by a pattern of the whole."""
+    if isinstance(targets, list):
+        return lambda module: any(f".{module}".endswith(f".{target}") for target in targets)
+    if isinstance(targets, str):
+        with contextlib.suppress(InputRefused):  # a pattern that is not matched here tells nothing
+            patterns = Patterns({targets: True}, source=f"{path}: target_modules", whole=True)
+            return lambda module: bool(patterns.values(module))
+    return lambda _: False
 
 
 def _named_parameters(module: str, targets: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lora_export.formats.adapter_files import TensorSource, refuse_problems
 from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, Keys, targeted_name
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, TokenRows, expert_name, is_weight_of, split_part
-from lora_export.names.table import module_kind
+from lora_export.names.table import is_embedding, module_kind
 from lora_export.pairs.open_shape import known_shape
 from lora_export.storage import json_files
 
@@ -173,6 +173,8 @@ def as_peft_computes(adapter: Adapter) -> Adapter:
 def read_token_rows(file: TensorSource, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, TokenRows]:
     """The rows of trained tokens, by tensor. Only the config records which they are. Raises InputRefused."""
     indices = config.get("trainable_token_indices") or {}
+    repeated = _repeated_rows(file, keys, indices)
+    keys = {tensor: key for tensor, key in keys.items() if tensor not in repeated}
     # A list is for the input embeddings, whatever their name in the model. A table names its modules.
     if isinstance(indices, list):
         by_tensor, without_rows = dict.fromkeys(keys, indices), []
@@ -196,8 +198,45 @@ def read_token_rows(file: TensorSource, keys: Mapping[str, str], config: Mapping
             problems.append(f"{tensor}: its trainable_token_indices are not a list of integers")
         else:
             try:
-                found[tensor] = TokenRows(np.array(own, np.int64), file.read(key), tuple(tied))
+                heads = [head.removesuffix(".weight") for head, table in repeated.items() if table == tensor]
+                found[tensor] = TokenRows(np.array(own, np.int64), file.read(key), (*tied, *heads))
             except InputRefused as error:
                 problems.append(f"{tensor}: {error}")
     refuse_problems(file, problems)
     return found
+
+
+def _repeated_rows(
+    file: TensorSource, keys: Mapping[str, str], indices: Sequence[int] | Mapping[str, Any]
+) -> dict[str, str]:
+    """Tensors whose rows PEFT saved again -> the table of them: with the embeddings, it saves all names of tied ones.
+
+    `indices` names the tables, or is a list for the input embeddings.
+    """
+    tables = [
+        tensor
+        for tensor in keys
+        if (
+            any(is_weight_of(tensor, name) for name in indices)
+            if isinstance(indices, Mapping)
+            else is_embedding(tensor.removesuffix(".weight"))
+        )
+    ]
+    return {
+        tensor: table
+        for tensor in keys.keys() - tables
+        for table in tables
+        if np.array_equal(file.read(keys[tensor]), file.read(keys[table]))
+    }
+
+
+def tables_saved_again(rows: Mapping[str, TokenRows], replaced: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """The modules whose saved table is that of another one, with the same trained rows -> that one."""
+    return {
+        head: tensor.removesuffix(".weight")
+        for tensor, own in rows.items()
+        for head in own.tied
+        if tensor in replaced
+        and f"{head}.weight" in replaced
+        and np.array_equal(replaced[tensor], replaced[f"{head}.weight"])
+    }

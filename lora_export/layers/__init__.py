@@ -2,7 +2,14 @@
 
 from lora_export.layers.attaching import attach, detach, scale_adapters, switched_branches, without_branches
 from lora_export.layers.attachments import MatrixWeight, find_matrix_weights, recorded_branches
-from lora_export.layers.folding import fold, has_changed_ties, refuse_tied, untie, with_shared_ties
+from lora_export.layers.folding import (
+    fold,
+    has_changed_ties,
+    refuse_tied,
+    untie,
+    with_shared_ties,
+    with_tied_rows,
+)
 from lora_export.layers.frozen_linear import compute_in_input_dtype, four_bit_layers
 from lora_export.layers.materialising import (
     ParameterCount,
@@ -46,5 +53,6 @@ __all__ = [
     "widen_trained",
     "with_loaded_names",
     "with_shared_ties",
+    "with_tied_rows",
     "without_branches",
 ]

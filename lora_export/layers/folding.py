@@ -25,7 +25,7 @@ from lora_export.lora import Adapter
 from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step, Tied, Ties, are_same_change
 from lora_export.plan.match_names import BaseTensors, find_prefix
-from lora_export.plan.ties import shared
+from lora_export.plan.ties import shared, with_rows_of_all_names
 
 
 def target_tensors(module: nn.Module, plan: Plan, *, may_tie: bool = False) -> dict[str, ModuleTensor]:
@@ -89,16 +89,29 @@ def untie(module: nn.Module, plan: Plan, *, keep_equal: bool = False) -> list[st
     return untied
 
 
+def with_tied_rows(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters, under the names of the module, with trained rows of a table for all names that are tied to it."""
+    ties, names = Ties(Tied.UNTIE, _tied_names(module)), BaseTensors(specs(module))
+    return [with_rows_of_all_names(adapter, ties, find_prefix(adapter, names)) for adapter in adapters]
+
+
 def with_shared_ties(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
     """The adapters, under the names of the module, with the changes of one tied tensor for all its names.
 
     Raises InputRefused as `plan.ties.shared`.
     """
-    tensors = {target.name: group[0].name for group in _tie_groups(module) for target in group[1:]}
     tables = {spec.name for spec in specs(module) if spec.layout is Layout.EMBEDDING}
-    names = BaseTensors(specs(module))
-    ties = Ties(Tied.BOTH, tensors)
-    return [shared(adapter, ties, find_prefix(adapter, names), tables) for adapter in adapters]
+    ties, names = Ties(Tied.BOTH, _tied_names(module)), BaseTensors(specs(module))
+    prefixes = [find_prefix(adapter, names) for adapter in adapters]
+    return [
+        shared(with_rows_of_all_names(adapter, ties, prefix), ties, prefix, tables)
+        for adapter, prefix in zip(adapters, prefixes, strict=True)
+    ]
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """Names of tied tensors -> the first name, which is that of the input embeddings in models of transformers."""
+    return {target.name: group[0].name for group in _tie_groups(module) for target in group[1:]}
 
 
 def has_changed_ties(module: nn.Module, plan: Plan) -> bool:
@@ -107,9 +120,17 @@ def has_changed_ties(module: nn.Module, plan: Plan) -> bool:
 
 
 def _changed_ties(module: nn.Module, plan: Plan) -> list[list[ModuleTensor]]:
-    """The names of every tensor that has several, where a step other than rows of tokens changes one of them."""
+    """The names of every tensor that has several, where a step changes one of them.
+
+    Rows of the first name alone are no such change: PEFT trains these for all names.
+    """
     changed = {step.spec.stored_name for step in plan.steps if not step.replaces_only_rows}
-    return [group for group in _tie_groups(module) if any(target.name in changed for target in group)]
+    with_rows = {step.spec.stored_name for step in plan.steps if step.replaces_only_rows}
+    return [
+        group
+        for group in _tie_groups(module)
+        if any(target.name in changed for target in group) or any(target.name in with_rows for target in group[1:])
+    ]
 
 
 def _tie_groups(module: nn.Module) -> list[list[ModuleTensor]]:

@@ -35,7 +35,7 @@ from lora_export.plan.match_tensors import (
     resolved,
 )
 from lora_export.plan.spelling import layouts_within, spell, unknown_names
-from lora_export.plan.ties import Tied, Ties, shared, untied, untied_by_added, with_copies
+from lora_export.plan.ties import Tied, Ties, shared, untied, untied_by_added, with_copies, with_rows_of_all_names
 from lora_export.plan.types import Layout, Plan, Step, TensorSpec
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def make(
     check_stated(layout or {}, base)
     parts = [part for number, adapter in enumerate(adapters) for part in _parts(adapter, number, base)]
     spelled = [part.spelled(rules) for part in parts]
+    if ties.handling is not Tied.ERROR:
+        spelled = [replace(one, adapter=with_rows_of_all_names(one.adapter, ties, one.prefix)) for one in spelled]
     if ties.handling is Tied.BOTH:
         spelled = [replace(one, adapter=shared(one.adapter, ties, one.prefix)) for one in spelled]
     own, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]

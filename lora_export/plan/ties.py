@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, is_weight_of
 from lora_export.options.spelling import named
 from lora_export.plan.match_names import Prefix
 from lora_export.plan.types import Step, TensorSpec, are_same_change
@@ -97,11 +97,34 @@ def _names(name: str, ties: Ties) -> tuple[str, str]:
 
 
 def _change_alike(changes: Sequence[Step | None]) -> bool:
-    """Whether tied tensors stay tied. With rows of tokens they do: PEFT trains these for all names."""
+    """Whether tied tensors stay tied. With rows of the stored one they do: PEFT trains these for all names."""
     first, *others = changes
-    if all(step is None or step.replaces_only_rows for step in changes):
+    if not any(others) and (first is None or first.replaces_only_rows):
         return True
     return first is not None and all(step is not None and are_same_change(first, step) for step in others)
+
+
+def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adapter:
+    """The adapter, whose rows of a stored table are rows of all its names that have none of their own.
+
+    PEFT trains rows of the input embeddings for the output embeddings that are tied to them, and others for one name.
+    `BOTH` makes rows of one name rows of all. Raises InputRefused where these differ.
+    """
+    token_rows = dict(adapter.token_rows)
+    for group in ties.groups():
+        names = [name for tensor in group if (name := _of_adapter(tensor, prefix)) is not None]
+        with_rows = [name for name in names if name in token_rows]
+        if not with_rows or (ties.handling is not Tied.BOTH and names[0] not in with_rows):
+            continue
+        first = token_rows[with_rows[0]]
+        if ties.handling is Tied.BOTH and not all(first.equals(token_rows[name]) for name in with_rows):
+            raise InputRefused(
+                f"{adapter.name}, {', '.join(with_rows)}: tied tensors cannot change as one, because it replaces other "
+                f"rows of each. Use {named('tied', 'untie')}"
+            )
+        matched = [name for name in names for module in first.tied if is_weight_of(name, module)]
+        token_rows = {**{name: replace(first, tied=()) for name in names if name not in matched}, **token_rows}
+    return replace(adapter, token_rows=token_rows)
 
 
 def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[str] = ()) -> Adapter:

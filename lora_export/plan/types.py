@@ -220,6 +220,10 @@ def are_same_change(one: Step, other: Step) -> bool:
         and all(first.scale == second.scale for first, second in zip(one.terms, other.terms, strict=True))
         and _equal(one.replace, other.replace)
         and _equal(one.shift, other.shift)
+        and (
+            one.token_rows is other.token_rows
+            or (one.token_rows is not None and one.token_rows.equals(other.token_rows))
+        )
     )
 
 
@@ -271,7 +275,10 @@ class Plan:
     def changes_tied(self, weight: str) -> bool:
         """Whether every adapter on this weight was trained on it as a tied tensor, so that all its names change."""
         tied = {adapter.name: set(adapter.tied.values()) for adapter in self.adapters}
-        return all(term.module in tied[term.adapter] for term in self.by_weight[weight].terms)
+        changes = [(term.adapter, term.module) for term in self.by_weight[weight].terms]
+        wholes = [(each.name, weight.removesuffix(".weight")) for each in self.adapters if weight in each.replaced]
+        changes = changes or wholes
+        return bool(changes) and all(module in tied[adapter] for adapter, module in changes)
 
     def output_name(self, step_or_name: Step | str) -> str:
         """The name that a tensor has in the merged checkpoint."""

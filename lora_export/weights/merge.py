@@ -299,7 +299,7 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     if len(tables) != 1 or not base.config.get(TIED, True) or not WORD_HEAD.search(architecture):
         return
     ((name, step),) = tables.items()
-    if step is not None and not step.replaces_only_rows and not (step.terms and plan.changes_tied(name)):
+    if step is not None and not step.replaces_only_rows and not plan.changes_tied(name):
         raise InputRefused(
             f"{name} is the output embeddings too (tie_word_embeddings), which the adapter does not change. "
             f"{named('tied', 'untie')} gives these a tensor of their own, as the adapter was trained; "

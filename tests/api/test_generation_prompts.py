@@ -42,6 +42,16 @@ def test_texts_are_padded_behind(tmp_path: Path) -> None:
         inputs(tmp_path, TEXTS, [[4, 20]])
 
 
+def test_an_encoder_may_have_more_tokens_than_its_decoder(tmp_path: Path) -> None:
+    model = {"encoder": {"vocab_size": 30}, "decoder": {"vocab_size": 20}, "pad_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    assert inputs(tmp_path, TEXTS, [[4, 29]])["input_ids"].tolist() == [[4, 29]]
+    with pytest.raises(InputRefused, match="a prompt has the token 30; the model has rows for 0 to 29"):
+        inputs(tmp_path, TEXTS, [[4, 30]])
+    with pytest.raises(InputRefused, match="a prompt has the token 20; the model has rows for 0 to 19"):
+        token_ids([4, 20], None, GenerationSettings(tmp_path), chat=False)
+
+
 def test_features_are_taken_as_they_are(tmp_path: Path) -> None:
     own = [np.full((8, 40), number, np.float64) for number in (1, 2)]
     made = inputs(tmp_path, SPEECH, own)["input_features"]

@@ -63,11 +63,11 @@ def test_rules_are_those_of_the_first_config(tmp_path: Path) -> None:
         "repetition_penalty": 1.1,
         "no_repeat_ngram_size": 3,
         "forced_bos_token_id": 0,
-        "forced_eos_token_id": 2,
+        "forced_eos_token_id": [2, 3],
         "suppress_tokens": [-1, 5],
         "begin_suppress_tokens": [6],
     }
-    expected = TokenRules(1.1, 3, forced_bos=0, forced_eos=2, suppress=(5,), begin_suppress=(6,))
+    expected = TokenRules(1.1, 3, forced_bos=0, forced_eos=(2, 3), suppress=(5,), begin_suppress=(6,))
     assert settings(tmp_path, generation=generation, model={"repetition_penalty": 9.0}).rules == expected
 
 

@@ -67,6 +67,7 @@ def test_what_is_not_refused_matches_as_python_does(pattern, name):
     except InputRefused:
         return
     assert ours == by_python(pattern, name)
+    assert bool(Patterns({pattern: 1}, whole=True).values(name)) == (re.fullmatch(pattern, name) is not None)
 
 
 # Where google-re2 and regex give another answer than Python.

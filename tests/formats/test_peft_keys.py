@@ -20,7 +20,7 @@ from support.peft_models import whole_tensors
         (["emb.lora_embedding_A.weight", "emb.lora_embedding_B.bias"], "unknown kinds of tensors: "),
         (["fc.lora_magnitude_vector.bias"], "unknown kinds of tensors: "),
         (["fc.lora_A"], "unknown kinds of tensors: "),
-        (["emb.token_adapter.base_layer.weight"], "unknown kinds of tensors: "),
+        (["emb.token_adapter.weight"], "unknown kinds of tensors: "),
         (["fc.lora_C.weight"], "unknown kinds of tensors: "),
         (["fc.lora_A.bias"], "unknown kinds of tensors: "),
     ],
@@ -116,6 +116,21 @@ def test_a_pair_of_a_bare_parameter_has_its_name(tmp_path, key, targets, pair):
     assert adapter.pairs[pair].as_stored and not adapter.pairs["fc"].as_stored
     assert adapter.layouts == {pair: "out_in"}
     assert adapter.targets == ("fc", *(target.removesuffix(".weight") for target in targets))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "modules"),
+    [
+        (r".*\.lin|fc", {"fc", "m.lin"}),
+        ("m.lin", {"fc.kernel", "m.lin"}),
+        ("lin", {"fc.kernel", "m.lin.kernel"}),  # it matches whole names
+        ("m(?=.lin).*", {"fc.kernel", "m.lin.kernel"}),  # a pattern that is not matched here tells nothing
+    ],
+)
+def test_a_module_that_a_pattern_targets_is_no_parameter(tmp_path, pattern, modules):
+    """PEFT refuses to adapt a module and one of its parameters."""
+    adapter = formats.load(parameters(tmp_path, ["m.lin"], ["kernel"], target_modules=pattern))
+    assert adapter.pairs.keys() == modules
 
 
 def test_patterns_match_the_name_of_the_parameter(tmp_path):

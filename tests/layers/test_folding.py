@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers, plan
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.plan import Plan
 from support.handmade import rounded_sum
 from support.small_layers import (
@@ -179,6 +179,29 @@ def test_a_whole_tensor_unties_its_name(put: Callable[[nn.Module, Plan], None], 
     if put is layers.attach:
         layers.detach(tied)
         assert tied["head"].weight is tied["words"].weight and outputs(tied) == ([12, 13, 14], [12, 13, 14])
+
+
+@both
+@pytest.mark.parametrize("names", [["words"], ["words", "head"]])
+def test_rows_of_the_first_name_or_of_all_change_all(put: Callable[[nn.Module, Plan], None], names) -> None:
+    tied = tied_tables()
+    put(tied, plan_for(tied, an_adapter({}, token_rows={f"{name}.weight": row(7) for name in names})))
+    assert outputs(tied) == ([7, 7, 7], [7, 7, 7])
+
+
+@both
+@pytest.mark.parametrize("names", [{"head": 7}, {"words": 7, "head": 8}])
+def test_rows_of_another_name_alone_are_refused(put: Callable[[nn.Module, Plan], None], names) -> None:
+    """PEFT trains these for that name alone."""
+    tied = tied_tables()
+    rows = {f"{name}.weight": row(value) for name, value in names.items()}
+    with pytest.raises(InputRefused, match=r"one tensor under several names: words\.weight and head\.weight"):
+        put(tied, plan_for(tied, an_adapter({}, token_rows=rows)))
+    assert outputs(tied) == ([12, 13, 14], [12, 13, 14])
+
+
+def row(value: float) -> TokenRows:
+    return TokenRows(np.array([4]), np.full((1, 3), value, np.float32))
 
 
 @both

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,43 @@ def test_nothing_is_untied_where_no_tied_tensor_changes_alone() -> None:
     for one in (adapter(fc=LoraPair(A, A.T, 1.0)), Adapter("one", "peft", {}, token_rows={TABLE: rows}), tied):
         found = made(one, Tied.UNTIE)
         assert not found.untied and all(step.weight != HEAD for step in found.steps)
+
+
+def rows_of(**indices: int) -> Adapter:
+    """An adapter that replaces one row of each table."""
+    names = {"head": HEAD, "embed": TABLE}
+    values = np.ones((1, 3), np.float32)
+    rows = {names[name]: TokenRows(np.array([index]), values) for name, index in indices.items()}
+    return Adapter("one", "peft", {}, token_rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("handling", "given", "expected"),
+    [
+        (Tied.UNTIE, {"embed": 1}, {TABLE: [1]}),  # PEFT trains these for both, which stay tied
+        (Tied.UNTIE, {"head": 1}, {HEAD: [1]}),
+        (Tied.UNTIE, {"embed": 1, "head": 2}, {TABLE: [1], HEAD: [2]}),
+        (Tied.UNTIE, {"embed": 1, "head": 1}, {TABLE: [1]}),
+        (Tied.BOTH, {"embed": 1}, {TABLE: [1]}),
+        (Tied.BOTH, {"head": 1}, {TABLE: [1]}),
+    ],
+)
+def test_no_row_of_a_tied_table_is_lost(handling: Tied, given: dict[str, int], expected: dict[str, list[int]]) -> None:
+    found = made(rows_of(**given), handling)
+    rows = {step.weight: step.token_rows.indices.tolist() for step in found.steps if step.token_rows is not None}
+    assert rows == expected
+    assert bool(found.untied) is (HEAD in expected)
+
+
+def test_an_untied_head_with_a_pair_has_the_rows_of_its_table() -> None:
+    one = dataclasses.replace(adapter(head=LINEAR), token_rows=rows_of(embed=1).token_rows)
+    with pytest.raises(MatchError, match=f"replaces rows of {HEAD}, and one adds to it"):
+        made(one, Tied.UNTIE)
+
+
+def test_different_rows_of_tied_tables_cannot_change_as_one() -> None:
+    with pytest.raises(InputRefused, match="it replaces other rows of each"):
+        made(rows_of(embed=1, head=2), Tied.BOTH)
 
 
 def test_both_sums_the_changes_of_both_in_the_shared_tensor() -> None:

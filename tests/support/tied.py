@@ -54,7 +54,7 @@ class TiedModel:
         model = peft.get_peft_model(copy.deepcopy(self.model), config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_" in name or "modules_to_save" in name:
+                if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
                     parameter.normal_()
         return model.eval()
 

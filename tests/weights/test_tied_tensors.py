@@ -57,6 +57,52 @@ def test_both_options_are_what_peft_computes(llama, targets, tmp_path):
         assert le.verify(out, base=llama.base, adapters=adapter, tied=tied)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "indices"),
+    [
+        ("LlamaForCausalLM", {TABLE: [0, 5]}),
+        ("LlamaForCausalLM", {HEAD: [0, 5]}),
+        ("LlamaForCausalLM", {TABLE: [0, 5], HEAD: [1, 2]}),
+        ("BartForConditionalGeneration", {TABLE: [0, 5]}),  # of the encoder and of the decoder, which are not stored
+        ("BartForConditionalGeneration", {"decoder.embed_tokens": [3]}),
+    ],
+)
+def test_untied_rows_of_tokens_are_what_peft_computes(architecture, indices, tmp_path):
+    model = tied_model(tmp_path / "base", architecture)
+    adapter = model.adapter(tmp_path / "adapter", "q_proj", trainable_token_indices=indices)
+    expected = model.outputs(model.trained("q_proj", trainable_token_indices=indices))
+    le.merge(model.base, adapter, tmp_path / "out", tied="untie")
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), expected)
+    assert le.verify(tmp_path / "out", base=model.base, adapters=adapter, tied="untie")
+    assert le.verify(tmp_path / "out", model.base, adapters=adapter, tied="untie")
+
+
+@pytest.mark.parametrize("indices", [[0, 5], {TABLE: [0, 5]}], ids=["list", "table"])
+@pytest.mark.parametrize(("is_tied", "options"), [(False, {}), (True, {}), (True, {"tied": "untie"})])
+def test_rows_beside_their_saved_tables_are_what_peft_computes(is_tied, options, indices, tmp_path):
+    """PEFT saves whole tables beside the rows where words were added to the model, of a tied head both again."""
+    model = tied_model(tmp_path / "base", tied=is_tied)
+    trained = model.trained("q_proj", trainable_token_indices=indices)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    file = model.base / "model.safetensors"
+    others = {name: value * 2 if value.shape[0] == WORDS else value for name, value in load_file(file).items()}
+    save_file(others, file, {"format": "pt"})
+    le.merge(model.base, tmp_path / "adapter", tmp_path / "out", **options)
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(trained))
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == others.keys()
+
+
+def test_a_saved_table_beside_rows_does_not_change_a_tied_head(tmp_path):
+    """Of a module in `modules_to_save` and in `trainable_token_indices`, the table is the module's own."""
+    model = tied_model(tmp_path / "base")
+    adapter = model.adapter(tmp_path / "adapter", "q_proj", trainable_token_indices=[0, 5])
+    file = adapter / "adapter_model.safetensors"
+    key = f"base_model.model.model.{TABLE}.token_adapter.base_layer.weight"
+    save_file({**load_file(file), key: np.ones((WORDS, 8), np.float32)}, file)
+    with pytest.raises(InputRefused, match=r"embed_tokens.weight is the output embeddings too"):
+        le.merge(model.base, adapter, tmp_path / "out")
+
+
 def test_a_wrong_untied_head_is_different(llama, tmp_path):
     adapter = llama.adapter(tmp_path / "adapter", TABLE)
     le.merge(llama.base, adapter, tmp_path / "out", tied="untie")

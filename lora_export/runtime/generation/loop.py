@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import WrongUsage
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.runtime.generation.decoder import Decoder, EncoderDecoderRun
 from lora_export.runtime.onnx_runner import token_positions
 
@@ -45,7 +45,15 @@ class Sampling:
         return [np.random.default_rng([self.seed, row]) for row in range(rows)]
 
     def choose(self, logits: NDArray[np.floating], generators: list[np.random.Generator]) -> NDArray[np.int64]:
-        """One token for each row of `logits` [batch, vocabulary]."""
+        """One token for each row of `logits` [batch, vocabulary].
+
+        Raises InputRefused where a row has NaN, or no finite largest value.
+        """
+        if not np.isfinite(logits.max(axis=1)).all():
+            raise InputRefused(
+                "no token can be chosen: the largest logit is NaN or infinite, in the output of the graph or "
+                "after the rules of the generation config"
+            )
         if self.temperature == 0:
             best: NDArray[np.int64] = np.argmax(logits, axis=1)
             return best
@@ -53,9 +61,11 @@ class Sampling:
         return np.array(drawn, np.int64)
 
     def _draw(self, logits: NDArray[np.floating], generator: np.random.Generator) -> int:
-        scaled = logits.astype(np.float64) / self.temperature
+        wide = logits.astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature makes all but the largest -inf
+            scaled = (wide - wide.max()) / self.temperature
         order = np.argsort(-scaled, kind="stable")
-        probabilities = np.exp(scaled[order] - scaled[order[0]])
+        probabilities = np.exp(scaled[order])
         probabilities /= probabilities.sum()
         # The token that reaches top_p is the last one that may be drawn.
         count = int(np.searchsorted(np.cumsum(probabilities), self.top_p)) + 1
@@ -69,40 +79,41 @@ class TokenRules:
 
     `repetition_penalty` divides the logits of tokens that a text contains, or multiplies negative ones.
     `no_repeat_ngram_size` n forbids a token that would end a sequence of n tokens that the text contains. `forced_bos`
-    is the token after a single given one, and `forced_eos` the last. `suppress` is never chosen, and `begin_suppress`
-    not as the first.
+    is the token after a single given one, and one of `forced_eos` the last. `suppress` is never chosen, and
+    `begin_suppress` not as the first.
     """
 
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     forced_bos: int | None = None
-    forced_eos: int | None = None
+    forced_eos: Collection[int] = ()
     suppress: Collection[int] = ()
     begin_suppress: Collection[int] = ()
 
     def apply(
         self, logits: NDArray[np.floating], texts: Sequence[Sequence[int]], number: int, *, is_last: bool
-    ) -> NDArray[np.floating]:
+    ) -> NDArray[np.float32]:
         """The logits [batch, vocabulary] by which the new token `number`, from 0 on, is chosen.
 
-        `texts` has the tokens of each row so far. With `is_last`, no token may follow.
+        They are float32, as in transformers: half precision would round penalised logits to equal ones. `texts` has
+        the tokens of each row so far, and no row depends on another one. With `is_last`, no token may follow.
+
+        Raises InputRefused for a forced token that the model does not have.
         """
-        logits = logits.copy()
-        for row, text in enumerate(texts):
-            self._penalise(logits[row], text)
-        first = number == 0
-        forced_bos = self.forced_bos if max(map(len, texts)) - number == 1 else None
-        if first and forced_bos is not None:
-            logits = _only(logits, forced_bos)
-        if is_last and self.forced_eos is not None:
-            logits = _only(logits, self.forced_eos)
-        begins = first if forced_bos is None else number == 1
-        for token in (*self.suppress, *(self.begin_suppress if begins else ())):
-            if token < logits.shape[1]:
-                logits[:, token] = -np.inf
+        logits = logits.astype(np.float32)
+        for row, text in zip(logits, texts, strict=True):
+            self._penalise(row, text)
+            forces_bos = self.forced_bos is not None and len(text) - number == 1
+            if forces_bos and number == 0:
+                _keep_only(row, [self.forced_bos or 0])
+            if is_last and self.forced_eos:
+                _keep_only(row, self.forced_eos)
+            begins = number == (1 if forces_bos else 0)
+            suppressed = (*self.suppress, *(self.begin_suppress if begins else ()))
+            row[[token for token in suppressed if token < len(row)]] = -np.inf
         return logits
 
-    def _penalise(self, logits: NDArray[np.floating], text: Sequence[int]) -> None:
+    def _penalise(self, logits: NDArray[np.float32], text: Sequence[int]) -> None:
         """Change the logits [vocabulary] of one row by the tokens that its text has."""
         if self.repetition_penalty != 1.0:
             used = np.unique(text)
@@ -121,10 +132,11 @@ class TokenRules:
 NO_RULES = TokenRules()
 
 
-def _only(logits: NDArray[np.floating], token: int) -> NDArray[np.floating]:
-    forced = np.full_like(logits, -np.inf)
-    forced[:, token] = 0
-    return forced
+def _keep_only(logits: NDArray[np.float32], tokens: Collection[int]) -> None:
+    if unknown := [token for token in tokens if token >= len(logits)]:
+        raise InputRefused(f"the generation config forces the token {unknown[0]}; the model has 0 to {len(logits) - 1}")
+    logits[:] = -np.inf
+    logits[list(tokens)] = 0
 
 
 # --- the loop ---

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from lora_export.errors import WrongUsage
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.load import load_model
 from lora_export.runtime.generation.decoder import Decoder
 from lora_export.runtime.generation.loop import (
@@ -41,6 +42,19 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
     tokens = drawn(Sampling(temperature=1.0), 4000)
     shares = np.bincount(tokens, minlength=4) / len(tokens)
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.03)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-3])
+def test_a_tiny_temperature_draws_the_most_probable_token(temperature: float) -> None:
+    assert set(drawn(Sampling(temperature), 20)) == {0}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("row", [[np.nan, 1, 2], [np.inf, 1, 2], [-np.inf, -np.inf, -np.inf]])
+def test_logits_without_a_largest_number_are_refused(row: list[float], temperature: float) -> None:
+    sampling = Sampling(temperature)
+    with pytest.raises(InputRefused, match="no token can be chosen"):
+        sampling.choose(np.array([[1, 2, 3], row], np.float32), sampling.generators(2))
 
 
 def test_higher_temperature_evens_the_probabilities_out() -> None:
@@ -135,8 +149,36 @@ def test_rule_is_that_of_transformers(rules: TokenRules, processor: hf.LogitsPro
     assert longest == np.array_equal(found, SCORES)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_rules_are_applied_in_float32_as_in_transformers(dtype: type) -> None:
+    logits = np.array([[5.03, 6.55, -1.003, -1.3]]).astype(dtype)
+    found = TokenRules(repetition_penalty=1.3).apply(logits, [[1, 2]], 0, is_last=False)
+    values = torch.tensor(logits.astype(np.float32))
+    expected = hf.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[1, 2]]), values).numpy()
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.float32 and found.argmax() == 1
+
+
+def test_one_of_several_last_tokens_is_forced() -> None:
+    last = TokenRules(forced_eos=(8, 3)).apply(SCORES, TEXTS, 4, is_last=True)
+    np.testing.assert_array_equal(last, right(hf.ForcedEOSTokenLogitsProcessor(6, [8, 3], device="cpu")))
+
+
+def test_a_forced_first_token_does_not_depend_on_the_batch() -> None:
+    rules = TokenRules(forced_bos=5, begin_suppress=(1,))
+    alone, behind = rules.apply(SCORES, [[1], [2, 3]], 0, is_last=False)
+    np.testing.assert_array_equal(alone, right(hf.ForcedBOSTokenLogitsProcessor(5), [[1], [2]])[0])
+    assert np.isneginf(behind).nonzero()[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("rules", [TokenRules(forced_bos=9), TokenRules(forced_eos=(2, 9))])
+def test_a_forced_token_that_the_model_lacks_is_refused(rules: TokenRules) -> None:
+    with pytest.raises(InputRefused, match="the generation config forces the token 9; the model has 0 to 8"):
+        rules.apply(SCORES, [[1], [2]], 0, is_last=True)
+
+
 def test_first_and_last_tokens_are_forced() -> None:
-    rules = TokenRules(forced_bos=5, forced_eos=8)
+    rules = TokenRules(forced_bos=5, forced_eos=(8,))
     first = rules.apply(SCORES, [[1], [2]], 0, is_last=False)
     np.testing.assert_array_equal(first, right(hf.ForcedBOSTokenLogitsProcessor(5), [[1], [2]]))
     given = [[1, 2], [3, 4]]  # behind several given tokens, none is forced
