@@ -69,6 +69,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
     if "onnxruntime" in sys.modules:
         one_thread_a_session()
+    find_blas_once()
 
 
 def freeze_what_was_imported() -> None:
@@ -94,6 +95,14 @@ def one_thread_a_session() -> None:
             self.intra_op_num_threads = 1
 
     onnxruntime.SessionOptions = Options
+
+
+def find_blas_once() -> None:
+    """Each merge would look through all loaded libraries, some hundred in a worker: an eighth of a small one's time."""
+    import threadpoolctl
+
+    found = functools.lru_cache(maxsize=1)(lambda modules, find=threadpoolctl.ThreadpoolController: find())
+    threadpoolctl.ThreadpoolController = lambda: found(len(sys.modules))  # a module may bring a library
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -21,7 +21,6 @@ from torch import nn
 import lora_export as le
 from lora_export.api import onnx_steps
 from lora_export.errors import Different, InputRefused, WrongUsage
-from lora_export.lora import Adapter
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support import factories
 from support.api import MODEL, A, B, Recorder, an_adapter
@@ -208,12 +207,6 @@ def test_options_of_texts_alone_name_their_task(tmp_path: Path, options: dict[st
     with pytest.raises(WrongUsage, match=f'^{re.escape(message)}[^\\n]*. Its texts alone: task="text-generation"$'):
         le.export_onnx(tmp_path, tmp_path / "out", **given)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
-
-
-def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path) -> None:
-    adapter: Adapter = le.load_adapter(an_adapter(tmp_path / "adapter"), name=".hidden")
-    with pytest.raises(InputRefused, match="cannot be the name of a file"):
-        le.export_onnx(MODEL, tmp_path / "m.onnx", adapters=adapter, lora="inputs")
 
 
 # --- An adapter that acts from its invocation tokens on ---

@@ -107,12 +107,6 @@ def test_examples_that_the_model_cannot_take_are_the_models_failure(tmp_path: Pa
     assert not (tmp_path / "adapter").exists()
 
 
-def test_texts_are_cut_where_the_models_positions_end(three_labels: Path, tmp_path: Path) -> None:
-    lines = [{"text": "good " * 100, "label": label} for label in "abc" * 8]
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert call("train", three_labels, "--data", tmp_path / "long.jsonl", "-o", tmp_path / "adapter") == 0
-
-
 # --- heads of their own, chosen by row ---
 
 WITH_HEADS = {

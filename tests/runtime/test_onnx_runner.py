@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.errors import EnvironmentLacking, RuntimeRefused
 from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
 from lora_export.runtime.ort_session import InMemoryGraph
 
@@ -78,11 +78,6 @@ def test_file_without_a_graph_is_refused(tmp_path: Path) -> None:
 def test_wrong_input_shape_is_refused(a_graph: Path) -> None:
     with pytest.raises(RuntimeRefused, match="onnxruntime"):
         OnnxRunner(a_graph).run({"x": np.zeros((1, 3), np.float32)})
-
-
-def test_unknown_provider_is_refused(a_graph: Path) -> None:
-    with pytest.raises(InputRefused, match="unknown provider 'tpu'; known: cpu, cuda"):
-        OnnxRunner(a_graph, "tpu")
 
 
 def test_tensors_beside_an_in_memory_graph_are_used() -> None:

@@ -42,11 +42,6 @@ def test_a_variant_alone_needs_no_choice(tmp_path):
     assert variant_like(tmp_path) is None
 
 
-def test_several_variants_are_refused_with_the_way_out(tmp_path):
-    with pytest.raises(InputRefused, match=r'one without a name and fp16\. `merge` takes variant="fp16" or'):
-        weight_files(folder(tmp_path, ONE, HALF))
-
-
 @pytest.mark.parametrize(("names", "has"), [((ONE, HALF), "one without a name and fp16"), ((), "none")])
 def test_a_variant_that_is_not_there_is_refused(names, has, tmp_path):
     with pytest.raises(InputRefused, match=f"has no weights of the variant bf16. It has {has}"):

@@ -12,6 +12,7 @@ from lora_export.weights.gguf.new_scales import on_best_scales
 from support.slow import slow
 
 COUNT = 200
+FEW = 50  # of those with scales of their own groups, which take ten times as long
 EVERY = pytest.mark.parametrize("codec", CODECS.values(), ids=lambda codec: codec.type.name)
 
 
@@ -40,8 +41,10 @@ def test_right_scales_pass(codec: BlockCodec, size: float) -> None:
 def test_each_other_byte_is_wrong(codec: BlockCodec, every_bit: bool) -> None:
     base, value, new = some(codec, 2.0)
     (is_new,) = np.nonzero((codec.with_codes(new, codec.codes_of(base)) != base).any(axis=1))
+    is_quick = not every_bit and codec.scales.groups is not None
+    is_new = is_new[:FEW] if is_quick else is_new
     for byte in np.flatnonzero(beside_codes(codec)):
-        for bit in range(8) if every_bit or codec.scales.groups is None else (5 * int(byte) % 8,):
+        for bit in (5 * int(byte) % 8,) if is_quick else range(8):
             other = new[is_new].copy()
             other[:, byte] ^= 1 << bit
             found = wrong_scales(codec, base[is_new], other, value[is_new], 0 * value[is_new])
