@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import InlinePass
-from onnxscript.optimizer import FOLDED_FROM_KEY
 from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
+from lora_export.graph.exporter_names import FOLDED_FROM
 from lora_export.layers.torch_internals import forget_kernels, is_stateful, own_buffers, own_parameters
 from lora_export.models.model import Axes
 from lora_export.models.tracing import (
@@ -50,6 +49,8 @@ def simplify(model: ir.Model) -> None:
     different layers: an initializer would no longer be the parameter of its name. It would also take numbers that are
     nearly 0 or 1 for these. A matrix that one Transpose reads is stored transposed, and marked as folded.
     """
+    from onnxscript.optimizer import optimize_ir  # 0.2 s, which a proof alone does not need
+
     graph = model.graph
     InlinePass()(model)  # so that the numbers in functions are seen
     _remove_idle_squeezes(graph)
@@ -60,7 +61,7 @@ def simplify(model: ir.Model) -> None:
     for value, _ in hidden:
         value.const_value = None
         graph.inputs.append(value)
-    onnxscript.optimizer.optimize_ir(model)
+    optimize_ir(model)
     del graph.inputs[count:]
     for value, tensor in hidden:
         if value.uses() or value.is_graph_output():
@@ -136,7 +137,7 @@ def _store_transposed(weight: ir.Value) -> None:
     transpose.graph.remove(transpose, safe=True)
     weight.const_value = ir.Tensor(tensor.numpy().T, dtype=tensor.dtype, name=weight.name)  # a view: nothing is copied
     weight.shape = ir.Shape(weight.const_value.shape)
-    weight.metadata_props[FOLDED_FROM_KEY] = repr([weight.name])
+    weight.metadata_props[FOLDED_FROM] = repr([weight.name])
 
 
 def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes, opset: int | None = None) -> ir.Model:

@@ -63,6 +63,24 @@ def test_full_collections_are_rare_and_others_as_ever():
     assert after == [*before[:2], startup.BETWEEN_FULL_COLLECTIONS] and after[2] > before[2]
 
 
+def test_the_first_stage_ends_the_scans_of_what_a_process_of_ours_made():
+    code = """
+from lora_export.callbacks import Progress
+from lora_export.cli import progress, startup
+frozen = []
+for take in (lambda: None, startup.take_process):
+    take()
+    with progress.shown() as show:
+        frozen.append(gc.get_freeze_count())
+        for stage in ("one", "two"):
+            show(Progress(stage))
+            frozen.append(gc.get_freeze_count())
+print(json.dumps(frozen))
+"""
+    *others, before, first, second = told_by(code)
+    assert others == [0, 0, 0] and before == 0 and first >= second > 1000
+
+
 OF_OURS = """
 import atexit, os, sys
 class Freed:
