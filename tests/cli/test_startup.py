@@ -63,7 +63,7 @@ def test_full_collections_are_rare_and_others_as_ever():
     assert after == [*before[:2], startup.BETWEEN_FULL_COLLECTIONS] and after[2] > before[2]
 
 
-def test_the_first_stage_ends_the_scans_of_what_a_process_of_ours_made():
+def test_the_first_stage_ends_the_scans_of_modules():
     code = """
 from lora_export.callbacks import Progress
 from lora_export.cli import progress, startup
