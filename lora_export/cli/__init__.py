@@ -172,7 +172,7 @@ def _signals_unwind(*, for_good: bool) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its exit code."""
+    """Run the command line and exit with its exit code. Without `arguments`, it is the command of the whole process."""
     # Waiting threads of PyTorch sleep instead of spinning. Training, measured on 2 cores: 1.1 times the time on an idle
     # machine, and a quarter of the time on a busy one such as a CI machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -183,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         startup.take_process()
     with _signals_unwind(for_good=arguments is None):
         code = run(arguments)
+    startup.end_with(code)
     sys.exit(code)
 
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import IO, TYPE_CHECKING
 
 from lora_export.callbacks import OnProgress, Progress, ignore
+from lora_export.cli import startup
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import duration, one_line
 from lora_export.report.console import is_no_terminal
@@ -61,7 +62,7 @@ def shown() -> Iterator[OnProgress]:
     """Yield a callback that shows the stage, the work done and the time. Without a terminal, -q leaves it out."""
     # The stream itself, not what `sys.stderr` is later: exporters are silenced by replacing it.
     with _display(sys.stderr) as show:
-        yield show
+        yield startup.frozen_at_first(show)
 
 
 def _display(stream: IO[str] | None) -> AbstractContextManager[OnProgress]:

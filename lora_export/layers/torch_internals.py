@@ -122,6 +122,9 @@ def sizes_of_branches(
     fake, symbolic = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
     kinds, made = private(symbolic, "DimDynamic"), {}
     environment = private(symbolic, "ShapeEnv")()
+    # Where in the code each branch is: nobody reads it, and to find it, PyTorch imports its exporter and compiler.
+    nowhere = private("torch._guards", "SLoc")(None, None), ""
+    environment._get_stack_summary = lambda *_, **__: nowhere
     mode = private(fake, "FakeTensorMode")(shape_env=environment, allow_non_fake_inputs=True)
     for name, value in inputs.items():
         sizes = [kinds.DUCK if axis == axes.get(name) else kinds.STATIC for axis in range(value.ndim)]

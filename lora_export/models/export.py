@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import InlinePass
-from onnxscript.optimizer import FOLDED_FROM_KEY
 from torch import nn
 from torch.export import Dim
 
@@ -50,6 +48,8 @@ def simplify(model: ir.Model) -> None:
     different layers: an initializer would no longer be the parameter of its name. It would also take numbers that are
     nearly 0 or 1 for these. A matrix that one Transpose reads is stored transposed, and marked as folded.
     """
+    from onnxscript.optimizer import FOLDED_FROM_KEY, optimize_ir  # 0.2 s, which a proof alone does not need
+
     graph = model.graph
     InlinePass()(model)  # so that the numbers in functions are seen
     _remove_idle_squeezes(graph)
@@ -60,7 +60,7 @@ def simplify(model: ir.Model) -> None:
     for value, _ in hidden:
         value.const_value = None
         graph.inputs.append(value)
-    onnxscript.optimizer.optimize_ir(model)
+    optimize_ir(model)
     del graph.inputs[count:]
     for value, tensor in hidden:
         if value.uses() or value.is_graph_output():
@@ -68,7 +68,7 @@ def simplify(model: ir.Model) -> None:
             graph.register_initializer(value)
     for value, _ in weights:
         if value.is_initializer():
-            _store_transposed(value)
+            _store_transposed(value, FOLDED_FROM_KEY)
 
 
 def _remove_idle_squeezes(graph: ir.Graph) -> None:
@@ -121,8 +121,8 @@ def is_nearly_neutral(tensor: ir.TensorProtocol) -> bool:
     return number not in NEUTRAL and any(near)
 
 
-def _store_transposed(weight: ir.Value) -> None:
-    """Store a matrix transposed, and marked as folded, if all that reads it is one Transpose."""
+def _store_transposed(weight: ir.Value, folded_from: str) -> None:
+    """Store a matrix transposed, and marked by the key `folded_from`, if all that reads it is one Transpose."""
     uses = list(weight.uses())
     if len(uses) != 1 or uses[0].node.op_type != "Transpose" or weight.shape is None or len(weight.shape) != 2:
         return
@@ -136,7 +136,7 @@ def _store_transposed(weight: ir.Value) -> None:
     transpose.graph.remove(transpose, safe=True)
     weight.const_value = ir.Tensor(tensor.numpy().T, dtype=tensor.dtype, name=weight.name)  # a view: nothing is copied
     weight.shape = ir.Shape(weight.const_value.shape)
-    weight.metadata_props[FOLDED_FROM_KEY] = repr([weight.name])
+    weight.metadata_props[folded_from] = repr([weight.name])
 
 
 def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes, opset: int | None = None) -> ir.Model:

@@ -56,6 +56,8 @@ class ModuleRunner(PlainRunner):
     path: Path = Path()  # of the file that the module is from, for the message of TooSlow
     timeout: float = math.inf  # seconds after which a run ends with TooSlow, once its operator has ended
     memory: int | None = None  # bytes that a run may take; None: without a bound
+    # Bytes of the outputs for each number of the inputs, once runs together were what the first is by itself
+    _growth: float | None = field(default=None, init=False, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,14 +72,17 @@ class ModuleRunner(PlainRunner):
     def run_together(self, cases: Sequence[Arrays], kept: Callable[[Arrays], Arrays]) -> list[Arrays] | None:
         """What `kept` returns for the outputs of each case. Weights that are read from a file are read once for all.
 
-        None where outputs are large, a run together fails, or the first case is not what it is by itself. Raises
-        RuntimeRefused where that fails by itself.
+        None where outputs are large, a run together fails, or the first case is not what it is by itself, which is
+        looked at once. Raises RuntimeRefused where that fails by itself.
         """
-        if len(cases) < 3 or not is_streamed(self.module):
+        growth = self._growth
+        if len(cases) < (3 if growth is None else 2) or not is_streamed(self.module):
             return None
-        first = self.run(cases[0])
         sizes = [sum(array.size for array in arrays.values()) for arrays in cases]
-        if sum(array.nbytes for array in first.values()) / max(1, sizes[0]) * sum(sizes) > MOST_IN_STEP:
+        first = self.run(cases[0]) if growth is None else {}
+        if growth is None:
+            growth = sum(array.nbytes for array in first.values()) / max(1, sizes[0])
+        if growth * sum(sizes) > MOST_IN_STEP:
             return None
 
         def call(arrays: Arrays, meet: Meet) -> Arrays:
@@ -88,7 +93,10 @@ class ModuleRunner(PlainRunner):
         is_same = outputs is not None and all(
             outputs[0][name].tobytes() == own.tobytes() for name, own in first.items()
         )
-        return outputs if is_same else None
+        if not is_same:
+            return None
+        self._growth = growth
+        return outputs
 
     def _run(self, inputs: Arrays, meet: Meet, timeout: float) -> Arrays:
         dtype = self.dtype

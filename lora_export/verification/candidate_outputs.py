@@ -116,7 +116,8 @@ def sensitivity_of(
     """
     if not outputs.changed:
         return ()
-    expected = changed_outputs(peer.run, inputs, known, next(iter(outputs.by_case.values())))
+    run = run_ahead(peer, list(inputs.perturbed.values()))
+    expected = changed_outputs(run, inputs, known, next(iter(outputs.by_case.values())))
     return tuple(parity.Sensitivity(name, expected[name], changed) for name, changed in outputs.changed.items())
 
 

@@ -63,6 +63,53 @@ def test_full_collections_are_rare_and_others_as_ever():
     assert after == [*before[:2], startup.BETWEEN_FULL_COLLECTIONS] and after[2] > before[2]
 
 
+def test_the_first_stage_ends_the_scans_of_modules():
+    code = """
+from lora_export.callbacks import Progress
+from lora_export.cli import progress, startup
+frozen = []
+for take in (lambda: None, startup.take_process):
+    take()
+    with progress.shown() as show:
+        frozen.append(gc.get_freeze_count())
+        for stage in ("one", "two"):
+            show(Progress(stage))
+            frozen.append(gc.get_freeze_count())
+print(json.dumps(frozen))
+"""
+    *others, before, first, second = told_by(code)
+    assert others == [0, 0, 0] and before == 0 and first >= second > 1000
+
+
+OF_OURS = """
+import atexit, os, sys
+class Freed:
+    def __del__(self, write=os.write): write(1, b"freed")
+{before}
+from lora_export.cli import startup
+startup.take_process()
+atexit.register(print, "at the end", flush=True)
+kept = Freed()
+{known}
+print("answer")
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "known", "printed"),
+    [
+        ("", "startup.end_with(3)", "answer\nat the end\n"),
+        ("", "", "answer\nat the end\nfreed"),
+        ("atexit.register(print, 'first', flush=True)", "startup.end_with(3)", "answer\nat the end\nfirst\nfreed"),
+    ],
+)
+def test_a_process_of_ours_ends_without_freeing_its_objects(before, known, printed):
+    command = [sys.executable, "-c", OF_OURS.format(before=before, known=known)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stdout, child.stderr) == (3, printed, "")
+
+
 def test_a_callers_process_is_left_alone(monkeypatch):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     found, frozen = list(sys.meta_path), gc.get_freeze_count()

@@ -205,6 +205,11 @@ def test_a_merge_does_not_wait_for_what_it_does_not_use():
     assert "numpy" in loaded and loaded & (HEAVY | {"email", "html", "random", "socket"}) == set()
 
 
+def test_a_proof_does_not_wait_for_what_only_an_export_uses():
+    loaded = loaded_by("import lora_export.verification.against_pytorch")
+    assert "torch" in loaded and loaded & {"onnxscript", "onnxruntime", "transformers"} == set()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_loads_nothing_heavy(command):
     loaded = loaded_by(f"from lora_export.cli import run; assert run(['{command}', '--help']) == 0")

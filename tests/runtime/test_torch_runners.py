@@ -188,6 +188,15 @@ def test_runs_together_have_the_bits_of_single_runs() -> None:
     assert len(READS) == 6, "three by the first run alone, and three by all"
 
 
+def test_runs_that_were_as_alone_once_are_together_from_then_on() -> None:
+    runner = ModuleRunner(Streamed())
+    alone = [runner.run(inputs)["output_0"].tolist() for inputs in IDS[1:]]
+    assert runner.run_together(IDS, dict)
+    READS.clear()
+    assert [outputs["output_0"].tolist() for outputs in runner.run_together(IDS[1:], dict) or ()] == alone
+    assert len(READS) == 3
+
+
 @pytest.mark.parametrize("change", ["state", "state that is put back", "fails", "random", "random from a seed"])
 def test_runs_that_depend_on_others_or_fail_are_not_together(change: str) -> None:
     assert together(Streamed(change)) is None

@@ -73,6 +73,9 @@ def test_cases_are_run_together_and_the_first_again(refuses: bool) -> None:
     assert [outputs["y"].tolist() for outputs in found.by_case.values()] == [[4, 6], [4, 6]]
     assert found.changed == {"x": True, "z": True} and found.repeated is None
     assert runner.runs == (6 if refuses else 2), "what is varied is no case here, and the first case runs again"
+    runner.runs = 0
+    assert all(one.peer_changed for one in sensitivity_of(found, runner, INPUTS, {}))
+    assert runner.runs == (3 if refuses else 1), "each draw, after the inputs that are varied"
 
 
 def sums() -> FakeRunner:
