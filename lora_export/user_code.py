@@ -14,12 +14,16 @@ from typing import Any
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.storage import input_files
 
+has_run = False  # in this process
+
 
 def find_function(location: str, name: str) -> Callable[..., Any]:
     """The function `name` of a Python file, or of a module that is imported by its dotted name.
 
     Runs the file or module. Raises InputRefused where it is missing or fails, or has no such function.
     """
+    global has_run  # noqa: PLW0603 - a process is one
+    has_run = True
     module = _run_file(Path(location)) if location.endswith(".py") else _import(location)
     function = getattr(module, name, None)
     if not callable(function):

@@ -49,7 +49,8 @@ def take_process() -> None:
     """Declare that the command line owns this process. Without it, `brisk` and `end_with` do nothing."""
     global _process_is_ours  # noqa: PLW0603 - a process is one
     _process_is_ours = True
-    if not atexit._ncallbacks():  # what was to run at the end before, such as a measurement of coverage, would not run
+    # What was to run at the end before, such as a measurement of coverage, would not run.
+    if _is_whole_program() and not atexit._ncallbacks():
         atexit.register(_end)  # the first one registered runs last
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, BETWEEN_FULL_COLLECTIONS)
@@ -61,8 +62,17 @@ def end_with(code: int) -> None:
     _exit_code = code
 
 
+def _is_whole_program() -> bool:
+    """Whether Python runs `lora-export` or `python -m lora_export`, and no script that calls `main` and goes on."""
+    program = sys.modules["__main__"]
+    name = getattr(getattr(program, "__spec__", None), "name", None)
+    return name == "lora_export.__main__" or os.path.basename(getattr(program, "__file__", "")) == "lora-export"  # noqa: PTH119
+
+
 def _end() -> None:
-    if _exit_code is None:  # an error of ours, which Python shows
+    user_code = sys.modules.get("lora_export.user_code")
+    # After an error of ours, Python shows it. Code of the user may have written to files that it left open.
+    if _exit_code is None or (user_code is not None and user_code.has_run):
         return
     with contextlib.suppress(OSError, ValueError):  # Python reports what it cannot write
         for stream in (sys.stdout, sys.stderr):
@@ -95,7 +105,7 @@ def brisk() -> Iterator[None]:
 def frozen_at_first(on_progress: OnProgress) -> OnProgress:
     """The callback. At its first call, what a process of ours has made is not scanned for garbage any more.
 
-    These are modules, half of them PyTorch's, and no weights. They are used until the process ends.
+    These are modules, half of them PyTorch's, and in a training the weights. They are used until the process ends.
     """
     is_first = True
 

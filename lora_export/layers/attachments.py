@@ -179,7 +179,7 @@ def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """A sum in half precision would lose the change. Where autocast is off, a traced program gets no operator of it."""
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
@@ -211,7 +211,10 @@ def _sum_of_blocks(owner: nn.Module, total: Tensor, branches: Sequence[Branch], 
     rows = first.cut_shape[0]
     ordered = sorted(branches, key=lambda branch: _region(branch).rows.start)
     numbers = [_region(branch).rows.start // rows for branch in ordered]
-    a, b = (torch.stack(side) for side in zip(*(low_rank_factors(owner, one) for one in ordered), strict=True))
+    a, b = (
+        torch.stack(side).to(total.dtype)
+        for side in zip(*(low_rank_factors(owner, one) for one in ordered), strict=True)
+    )
     left, right = (a.mT, b.mT) if branches[0].layout.is_transposed else (b, a)
     blocks = total.view(-1, rows, first.shape[1])
     if numbers == list(range(len(blocks))):

@@ -87,7 +87,9 @@ from lora_export.verification.references.deployed_module import (
 )
 from lora_export.verification.references.moved_numbers import (
     DRAWS_OF_ROUNDING,
-    MOVED_NUMBERS,
+    FARTHEST_MOVED,
+    MOVED_FUNCTIONS,
+    MOVED_WEIGHTS,
     moved_functions,
     moved_module,
 )
@@ -333,10 +335,10 @@ class PreparedPyTorch(PreparedReferences):
         return CacheEntry(given.cache, key, given.say)
 
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
-        """Run PyTorch in fp32 with its adapters merged, and then with moved numbers; nothing in other precisions.
+        """Run PyTorch in fp32 with its adapters merged, with moved weights, and with moved results of functions, too.
 
-        The error of one run is one draw of what rounding does: see `moved_numbers`. Where a graph rounds what enters
-        its layers to int8, there are none: the weights are then not what decides its error.
+        The error of one run is one draw of what rounding does: see `moved_numbers`. There are no such runs in other
+        precisions, and none where a graph rounds what enters its layers to int8: weights do not decide its error then.
         """
         attached, device = self.attached, self.references.device
         rounds_inputs = any(weight.activation_block for weight in self.quantised.values())
@@ -349,12 +351,17 @@ class PreparedPyTorch(PreparedReferences):
             yield self._peer(on_device(merged_module(attached.module, self.changes), device), MERGED_MODULE)
         if is_large(attached.module):
             return
-        for number in range(DRAWS_OF_ROUNDING):
-            step("PyTorch, its numbers moved by a rounding")
-            seed = self.references.seed + number
-            with moved_functions(seed):
-                peer = self._peer(moved_module(self.deployed.module, seed), MOVED_NUMBERS)
-            yield peer
+        seeds = [self.references.seed + number for number in range(DRAWS_OF_ROUNDING)]
+        for seed in seeds:
+            step("PyTorch, its weights moved by a rounding")
+            yield self._peer(moved_module(self.deployed.module, seed), MOVED_WEIGHTS)
+        for seed in seeds:
+            step("PyTorch, its weights and functions moved by a rounding")
+            with moved_functions(seed) as moved:
+                peer = self._peer(moved_module(self.deployed.module, seed), MOVED_FUNCTIONS)
+            if not moved.count:
+                return
+            yield peer._replace(farthest=FARTHEST_MOVED)
 
     @property
     def _acts_on_some_tokens(self) -> bool:

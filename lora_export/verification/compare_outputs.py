@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,21 +36,25 @@ def differs_in_precision_alone(verdict: parity.Verdict) -> bool:
     return bool(failed) and failed <= PRECISION_GATES
 
 
-def with_larger_peer_error(cases: Sequence[parity.Case], others: Sequence[parity.Case]) -> list[parity.Case]:
+def with_larger_peer_error(
+    cases: Sequence[parity.Case], others: Sequence[parity.Case], *, farthest: float = math.inf
+) -> list[parity.Case]:
     """The cases; each output of the peer is that of the two peers with the larger error.
+
+    An output of the others whose error is more than `farthest` times that of the cases does not count.
 
     Every merge of an adapter that is large beside its weight costs digits: (W + ΔW)x is a sum of large numbers that
     nearly cancel, and ΔW x alone is not. A right merge must not be judged by a peer that does not merge.
     """
-    return [_with_larger_peer_error(case, other) for case, other in zip(cases, others, strict=True)]
+    return [_with_larger_peer_error(case, other, farthest) for case, other in zip(cases, others, strict=True)]
 
 
-def _with_larger_peer_error(case: parity.Case, other: parity.Case) -> parity.Case:
+def _with_larger_peer_error(case: parity.Case, other: parity.Case, farthest: float) -> parity.Case:
     judged, other_judged = case.judged(), other.judged()
     deployed = {}
     for name, own in case.deployed.items():
-        errors = [error_of(each.reference[name], each.deployed[name]) for each in (judged, other_judged)]
-        deployed[name] = other.deployed[name] if errors[1] > errors[0] else own
+        error, others = (error_of(each.reference[name], each.deployed[name]) for each in (judged, other_judged))
+        deployed[name] = other.deployed[name] if error < others <= farthest * error else own
     return replace(case, deployed=deployed)
 
 

@@ -7,6 +7,7 @@ that takes adapters, without one, may also be judged by the bits of the graph th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -216,9 +217,14 @@ def _by_further_peers(
     judge: Callable[..., parity.Verdict],
 ) -> tuple[parity.Verdict, list[parity.Case]]:
     """The verdict and its cases by the largest error of the peers, once this is not `different`; else as before."""
-    measured = cases
+    measured = usual = cases
     for peer in peers:
-        measured = with_larger_peer_error(measured, [replace(case, deployed=peer.outputs[case.name]) for case in cases])
+        others = [replace(case, deployed=peer.outputs[case.name]) for case in cases]
+        if math.isinf(peer.farthest):
+            measured = usual = with_larger_peer_error(usual, others)
+        else:
+            others = with_larger_peer_error(usual, others, farthest=peer.farthest)
+            measured = with_larger_peer_error(measured, others)
         found = judge(measured, peer.note)
         if found.outcome is not parity.Outcome.DIFFERENT:
             return found, measured

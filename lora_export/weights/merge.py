@@ -170,7 +170,7 @@ class CheckpointMerge:
                 if not self.base.is_folder:
                     header, _ = self._layout(name, hash_of_source(source.path, self.hashing))
                 block_copy.write(writer.fileno(), memoryview(header), 0)
-            block_copy.reserve(reader.fileno(), writer.fileno(), max([len(header), *(entry.stop for entry in entries)]))
+            block_copy.reserve(writer.fileno(), max([len(header), *(entry.stop for entry in entries)]))
             hashes.target.update(header)
             hashes.source.update(reader.read(source.data_start))
             blocks = _blocks(source, reader.fileno(), writer.fileno(), tensors, entries, backend)

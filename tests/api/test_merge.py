@@ -52,7 +52,7 @@ def test_the_sum_is_written_and_reported(place: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("base", ["base.safetensors", "base"])
 def test_space_is_reserved_for_the_whole_file(place: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reserved: list[int] = []
-    monkeypatch.setattr(block_copy, "reserve", lambda _, __, count: reserved.append(count))
+    monkeypatch.setattr(block_copy, "reserve", lambda _, count: reserved.append(count))
     output = merged(place, base).output
     assert reserved == [(output / "model.safetensors" if output.is_dir() else output).stat().st_size]
 

@@ -96,18 +96,32 @@ sys.exit(3)
 """
 
 
+ENDED = "startup.end_with(3)"
+USER_CODE = "from lora_export.user_code import find_function; find_function('os', 'getcwd')"
+
+
 @pytest.mark.parametrize(
-    ("before", "known", "printed"),
+    ("program", "before", "known", "printed"),
     [
-        ("", "startup.end_with(3)", "answer\nat the end\n"),
-        ("", "", "answer\nat the end\nfreed"),
-        ("atexit.register(print, 'first', flush=True)", "startup.end_with(3)", "answer\nat the end\nfirst\nfreed"),
+        ("lora-export", "", ENDED, "answer\nat the end\n"),
+        ("lora-export", "", "", "answer\nat the end\nfreed"),
+        ("lora-export", "atexit.register(print, 'first', flush=True)", ENDED, "answer\nat the end\nfirst\nfreed"),
+        ("lora-export", USER_CODE, ENDED, "answer\nat the end\nfreed"),
+        ("script.py", "", ENDED, "answer\nat the end\nfreed"),
     ],
 )
-def test_a_process_of_ours_ends_without_freeing_its_objects(before, known, printed):
-    command = [sys.executable, "-c", OF_OURS.format(before=before, known=known)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_process_of_ours_ends_without_freeing_its_objects(tmp_path, program, before, known, printed):
+    path = tmp_path / program
+    path.write_text(OF_OURS.format(before=before, known=known))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    child = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, env=environment)
     assert (child.returncode, child.stdout, child.stderr) == (3, printed, "")
+
+
+def test_a_script_that_calls_main_ends_with_its_own_exit_code():
+    code = "from lora_export.cli import main\ntry: main()\nexcept SystemExit: pass\nraise SystemExit(7)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert child.returncode == 7 and b"Usage" in child.stderr
 
 
 def test_a_callers_process_is_left_alone(monkeypatch):

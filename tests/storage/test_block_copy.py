@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -170,22 +171,38 @@ def test_the_kernel_is_asked_early_to_write(source, monkeypatch):
     assert (start, to_the_end) == (300 * len(parts), 0)
 
 
+def as_file_system(monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    """Every file is on a file system of this kind, by its number in <linux/magic.h>."""
+
+    def fstatfs(_: int, status: ctypes.Array[ctypes.c_char]) -> int:
+        ctypes.c_long.from_buffer(status).value = kind
+        return 0
+
+    monkeypatch.setattr(block_copy, "c_function", lambda name: fstatfs if name == "fstatfs" else c_function(name))
+
+
 @pytest.mark.skipif(c_function("fallocate") is None, reason="only Linux reserves space")
-@pytest.mark.parametrize(("can_share", "size"), [(False, 200_000), (True, 0)])
-def test_space_is_reserved_where_none_is_shared(source, monkeypatch, can_share, size):
-    monkeypatch.setattr(block_copy, "share", lambda *_: range(can_share))
-    with source.open("rb") as reader, source.with_name("target").open("wb") as file:
-        block_copy.reserve(reader.fileno(), file.fileno(), 200_000)
+@pytest.mark.parametrize(
+    ("kind", "size"), [(0xEF53, 200_000), (0x9123683E, 0), (0x4D44, 0)], ids=["ext4", "Btrfs", "FAT"]
+)
+def test_space_is_reserved_on_ext4_alone(tmp_path, monkeypatch, kind, size):
+    as_file_system(monkeypatch, kind)
+    with (tmp_path / "target").open("wb") as file:
+        block_copy.write(file.fileno(), memoryview(DATA), 0)
+        block_copy.reserve(file.fileno(), 200_000)
         assert os.fstat(file.fileno()).st_blocks * 512 >= size
-    assert source.with_name("target").read_bytes() == bytes(size)
+    found = (tmp_path / "target").read_bytes()
+    assert found == DATA + bytes(max(0, size - len(DATA)))
 
 
 @pytest.mark.parametrize("count", [0, 1 << 62])
-def test_what_cannot_be_reserved_is_left_to_the_writes(source, count):
-    with source.open("rb") as reader, source.with_name("target").open("wb") as file:
-        block_copy.reserve(reader.fileno(), file.fileno(), count)
-        block_copy.reserve(reader.fileno(), -1000, count)  # a file in a store
+def test_what_cannot_be_reserved_is_left_to_the_writes(source, count, monkeypatch):
+    as_file_system(monkeypatch, 0xEF53)
+    with source.with_name("target").open("wb") as file:
+        block_copy.reserve(file.fileno(), count)
         assert os.fstat(file.fileno()).st_size == 0
+    monkeypatch.undo()
+    block_copy.reserve(-1000, count)  # a file in a store
     assert carry(source, pieces(100))[0][3:] == DATA
 
 

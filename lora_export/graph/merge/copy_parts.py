@@ -166,7 +166,7 @@ def write_data_file(stage: Path, tensors: Sequence[MovedTensor], run: MergeRun) 
 def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes: RunningHashes, run: MergeRun) -> str:
     """Write parts of a file whose tensors come from `source`. Returns the hash of all of `source`."""
     with source.open("rb") as reader:
-        block_copy.reserve(reader.fileno(), target.fileno(), parts[-1].stop)
+        block_copy.reserve(target.fileno(), parts[-1].stop)
         blocks = _blocks(source, reader.fileno(), target.fileno(), parts, run.backend)
         tensors = [part.tensor for part in parts if part.tensor is not None]
         size = tensor_blocks.block_size(tensor.output for tensor in tensors)

@@ -6,6 +6,7 @@ are both, in `against_pytorch.py` and `against_graph.py`. What has a body here i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,7 @@ class FurtherPeer(NamedTuple):
 
     outputs: Mapping[str, Arrays]  # by case
     note: str
+    farthest: float = math.inf  # an error above so many times that of the other peers does not count
 
 
 def note_on_fp64(narrow_operators: Collection[str]) -> str:

@@ -301,7 +301,7 @@ def _write(
         if not writer.seekable():  # the header goes first, and has the source's hash: the source is read twice
             header, _ = layout(file_hash(base.file.path, hashing))
             block_copy.write(writer.fileno(), memoryview(header), 0)
-        block_copy.reserve(reader.fileno(), writer.fileno(), max([len(header), *(target.stop for target in targets)]))
+        block_copy.reserve(writer.fileno(), max([len(header), *(target.stop for target in targets)]))
         blocks = _blocks(base, stored, targets, reader.fileno(), writer.fileno(), backend)
         size = tensor_blocks.block_size(one.change for one in stored if one.change is not None)
         for block, found in backend.transfer(base.file.path, writer.fileno(), blocks, hashes, buffer_bytes=size):

@@ -55,7 +55,7 @@ def test_parts_are_written_and_source_is_hashed_once(
         parts.append(FilePart(start, len(expected), moved, piece if isinstance(piece, bytes) else b""))
     written: list[int] = []
     reserved: list[int] = []
-    monkeypatch.setattr(block_copy, "reserve", lambda _, __, count: reserved.append(count))
+    monkeypatch.setattr(block_copy, "reserve", lambda _, count: reserved.append(count))
     run = MergeRun(file_name="m.onnx", progress=written.append)
     hashes = RunningHashes("xxh3_128")
     with (tmp_path / "target").open("xb") as target:

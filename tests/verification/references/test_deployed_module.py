@@ -28,7 +28,10 @@ from lora_export.verification.references.deployed_module import (
     deployed_module,
     round_activations,
 )
-from lora_export.verification.references.moved_numbers import DRAWS_OF_ROUNDING, MOVED_NUMBERS
+from lora_export.verification.references.moved_numbers import (
+    DRAWS_OF_ROUNDING,
+    MOVED_WEIGHTS,
+)
 from lora_export.verification.references.quantisation_error import NearestNumbers
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 from support import FACTORIES
@@ -142,13 +145,13 @@ def a_large_adapter(std: float) -> tuple[model.Model, Adapter]:
     return base, Adapter(name="a", format="test", pairs=pairs, sha256="0a")
 
 
-def test_peers_of_a_run_in_fp32_are_its_merge_and_moved_numbers() -> None:
+def test_peers_of_a_run_in_fp32_are_its_merge_and_moved_weights() -> None:
     base, adapter = a_large_adapter(0.05)
     references = PyTorchReferences(base, [adapter])
     candidate = folded(base, adapter)
     prepared = references.prepare(candidate, references.inputs(candidate))
     peers = list(prepared.further_peers(lambda _: None))
-    assert [peer.note for peer in peers] == [MERGED_MODULE, *[MOVED_NUMBERS] * DRAWS_OF_ROUNDING]
+    assert [peer.note for peer in peers] == [MERGED_MODULE, *[MOVED_WEIGHTS] * DRAWS_OF_ROUNDING]
     for name, arrays in prepared.inputs.cases.items():
         own = prepared.deployed.run(arrays)["output_0"]
         outputs = [peer.outputs[name]["output_0"] for peer in peers]

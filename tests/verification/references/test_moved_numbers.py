@@ -13,11 +13,12 @@ from lora_export import layers, plan
 from lora_export.lora import Adapter
 from lora_export.models import model
 from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification import against_pytorch
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import moved_numbers
-from lora_export.verification.references.moved_numbers import MOVED_NUMBERS, moved_functions, moved_module
+from lora_export.verification.references.moved_numbers import MOVED_FUNCTIONS, moved_functions, moved_module
 from support.proofs import an_adapter
 
 
@@ -55,16 +56,16 @@ def test_moved_weights_stay_tied_and_integers_stay() -> None:
 def test_results_of_functions_are_the_neighbours_of_right_ones() -> None:
     x = torch.linspace(-3, 3, 200)
     with moved_functions(seed=1):
-        results = {name: getattr(x, name)() for name in ("exp", "sin", "tanh", "sigmoid", "erf")}
+        results = {name: getattr(x, name)() for name in ("exp", "sin", "cos", "exp2")}
         in_place = x.clone().exp_()
-        exact = torch.cat([torch.tensor([-torch.inf, 0.0]).exp(), torch.full((1,), 50.0).tanh(), x**2, x + 1])
+        exact = torch.cat([torch.tensor([-torch.inf, 0.0]).exp(), torch.full((1,), 9.0).log(), x**2, x + 1])
         wide = x.double().exp()
     for name, moved in {**results, "exp_": in_place}.items():
         right = getattr(x.clone(), name)()
         up, down = neighbours(right)
         assert torch.equal(moved, torch.where(moved > right, up, down))
         assert 0.4 < (moved > right).float().mean() < 0.6
-    assert torch.equal(exact, torch.cat([torch.tensor([0.0, 1.0, 1.0]), x**2, x + 1]))
+    assert torch.equal(exact, torch.cat([torch.tensor([0.0, 1.0]), torch.full((1,), 9.0).log(), x**2, x + 1]))
     assert torch.equal(wide, x.double().exp())
 
 
@@ -84,18 +85,30 @@ class AtTime(nn.Module):
         return self.dense(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
-def judged(**other: float) -> Proof:
-    """The proof of a candidate that computes frequencies in another way."""
-    torch.manual_seed(0)
-    module = AtTime().eval()
+class AtRows(nn.Module):
+    """Rows of a table, whose numbers are made of floats: a rounding down chooses another row."""
 
-    def make(sizes: model.Sizes, generator: torch.Generator) -> model.ModelInputs:
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.dense, self.table, self.factor = nn.Linear(8, 8), nn.Embedding(16, 8), factor
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        rows = torch.exp2(torch.arange(1.0, 4.0)).long()  # 2, 4, 8
+        return self.dense(self.table(rows).sum(0) + time[:, None] / 1000) * self.factor
+
+
+def judged(make: type[AtTime | AtRows] = AtTime, **other: float) -> Proof:
+    """The proof of a candidate that computes in another way."""
+    torch.manual_seed(0)
+    module = make().eval()
+
+    def inputs(sizes: model.Sizes, generator: torch.Generator) -> model.ModelInputs:
         powers = torch.randint(8, 11, (100 * sizes["batch"],), generator=generator)
         return {"time": 2.0**powers}  # whose products are not rounded
 
-    base = model.Model("time", module, axes={"time": {0: "batch"}}, make_inputs=make, traced_sizes={"batch": 2})
+    base = model.Model("time", module, axes={"time": {0: "batch"}}, make_inputs=inputs, traced_sizes={"batch": 2})
     adapter: Adapter = an_adapter()
-    candidate = AtTime(**other).eval()
+    candidate = make(**other).eval()
     candidate.load_state_dict(copy.deepcopy(module.state_dict()))
     layers.fold(candidate, plan.make([adapter], layers.specs(candidate)))
     return prove(ModuleRunner(candidate), PyTorchReferences(base, [adapter]))
@@ -105,7 +118,14 @@ def test_a_time_steps_angle_may_be_that_of_another_library(monkeypatch: pytest.M
     """One of the two is further from the right frequencies than twice PyTorch's own, whichever way that rounds."""
     proofs = [judged(step=step) for step in (math.inf, -math.inf)]
     assert all(proof.verdict.same for proof in proofs), list(map(str, proofs))
-    assert any(MOVED_NUMBERS in proof.verdict.notes for proof in proofs)
+    assert any(MOVED_FUNCTIONS in proof.verdict.notes for proof in proofs)
     assert judged(period=2.0001).verdict.outcome is Outcome.DIFFERENT
     monkeypatch.setattr(moved_numbers, "LIBRARY_FUNCTIONS", frozenset())
     assert Outcome.DIFFERENT in [judged(step=step).verdict.outcome for step in (math.inf, -math.inf)]
+
+
+def test_a_run_that_chose_other_rows_allows_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert judged(AtRows).verdict.same
+    assert judged(AtRows, factor=1.001).verdict.outcome is Outcome.DIFFERENT
+    monkeypatch.setattr(against_pytorch, "FARTHEST_MOVED", math.inf)
+    assert judged(AtRows, factor=1.001).verdict.outcome is not Outcome.DIFFERENT

@@ -182,7 +182,7 @@ def test_fields_sequence_and_alignment_stay(tmp_path: Path, monkeypatch: pytest.
     opened, adapter = open_base(base), formats.load(an_adapter(tmp_path / "a")[0])
     full = Backend(memory=lambda count: np.full(count, 255, np.uint8))  # as after other blocks
     reserved: list[int] = []
-    monkeypatch.setattr(block_copy, "reserve", lambda _, __, count: reserved.append(count))
+    monkeypatch.setattr(block_copy, "reserve", lambda _, count: reserved.append(count))
     merge_gguf(plan.make([adapter], opened.checkpoint.specs), opened, tmp_path / "out.gguf", backend=full)
     one, other = open_gguf(base), open_gguf(tmp_path / "out.gguf")
     assert list(other.fields) == [*one.fields, provenance.KEY]
