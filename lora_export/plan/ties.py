@@ -152,7 +152,7 @@ def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[
             adapter,
             pairs={**adapter.pairs, **changed},
             replaced={**adapter.replaced, **({} if value is None else dict.fromkeys(names, value))},
-            tied={**adapter.tied, **dict.fromkeys(modules[1:], modules[0])},
+            tied={**adapter.tied, **(dict.fromkeys(modules[1:], modules[0]) if modules else {})},
         )
     return adapter
 

@@ -92,6 +92,17 @@ def test_rows_beside_their_saved_tables_are_what_peft_computes(is_tied, options,
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == others.keys()
 
 
+@pytest.mark.parametrize(("tied", "saved", "options"), [("both", False, {"bias": "all"}), ("both", True, {})])
+def test_rows_of_a_bert_with_the_bias_of_its_head(tied, saved, options, tmp_path):
+    """The base stores no bias of the decoder."""
+    model = tied_model(tmp_path / "base", "BertForMaskedLM")
+    trained = model.trained("query", trainable_token_indices=[0, 5], **options)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=saved)
+    le.merge(model.base, tmp_path / "adapter", tmp_path / "out", tied=tied)
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(trained))
+    assert le.verify(tmp_path / "out", base=model.base, adapters=tmp_path / "adapter", tied=tied)
+
+
 def test_a_saved_table_beside_rows_does_not_change_a_tied_head(tmp_path):
     """Of a module in `modules_to_save` and in `trainable_token_indices`, the table is the module's own."""
     model = tied_model(tmp_path / "base")
