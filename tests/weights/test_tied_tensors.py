@@ -92,9 +92,11 @@ def test_rows_beside_their_saved_tables_are_what_peft_computes(is_tied, options,
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == others.keys()
 
 
-@pytest.mark.parametrize(("tied", "saved", "options"), [("both", False, {"bias": "all"}), ("both", True, {})])
+@pytest.mark.parametrize(
+    ("tied", "saved", "options"), [("both", False, {"bias": "all"}), ("both", True, {}), ("error", True, {})]
+)
 def test_rows_of_a_bert_with_the_bias_of_its_head(tied, saved, options, tmp_path):
-    """The base stores no bias of the decoder."""
+    """The base stores no bias of the decoder. Added, it unties the head, which has the trained rows too."""
     model = tied_model(tmp_path / "base", "BertForMaskedLM")
     trained = model.trained("query", trainable_token_indices=[0, 5], **options)
     trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=saved)
