@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -103,6 +105,17 @@ def test_rows_of_a_bert_with_the_bias_of_its_head(tied, saved, options, tmp_path
     le.merge(model.base, tmp_path / "adapter", tmp_path / "out", tied=tied)
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(trained))
     assert le.verify(tmp_path / "out", base=model.base, adapters=tmp_path / "adapter", tied=tied)
+
+
+@pytest.mark.parametrize("indices", [[0, 5], {TABLE: [0, 5]}, {HEAD: [0, 5]}], ids=["list", "table", "head"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_peft_loads_converted_rows_beside_their_tables(is_tied, indices, tmp_path):
+    model = tied_model(tmp_path / "base", tied=is_tied)
+    trained = model.trained("q_proj", trainable_token_indices=indices)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    le.convert(tmp_path / "adapter", tmp_path / "out", to="peft")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model.model), tmp_path / "out")
+    assert is_near(model.outputs(loaded), model.outputs(trained))
 
 
 def test_a_saved_table_beside_rows_does_not_change_a_tied_head(tmp_path):
