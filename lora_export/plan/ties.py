@@ -107,8 +107,9 @@ def _change_alike(changes: Sequence[Step | None]) -> bool:
 def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adapter:
     """The adapter, whose rows of a stored table are rows of all its names that have none of their own.
 
-    PEFT trains rows of the input embeddings for the output embeddings that are tied to them, and others for one name.
-    `BOTH` makes rows of one name rows of all. Raises InputRefused where these differ.
+    PEFT trains rows of the input embeddings for all names that are tied to them, unless two names have different
+    indices. Rows of another name are its own. `BOTH` makes rows of one name rows of all. Raises InputRefused where
+    these differ.
     """
     token_rows = dict(adapter.token_rows)
     for group in ties.groups():
@@ -117,6 +118,10 @@ def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adap
         if not with_rows or (ties.handling is not Tied.BOTH and names[0] not in with_rows):
             continue
         first = token_rows[with_rows[0]]
+        if ties.handling is not Tied.BOTH and any(
+            not np.array_equal(first.indices, token_rows[name].indices) for name in with_rows
+        ):
+            continue
         if ties.handling is Tied.BOTH and not all(first.equals(token_rows[name]) for name in with_rows):
             raise InputRefused(
                 f"{adapter.name}, {', '.join(with_rows)}: tied tensors cannot change as one, because it replaces other "
