@@ -125,7 +125,7 @@ def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adap
         if ties.handling is Tied.BOTH and not all(first.equals(token_rows[name]) for name in with_rows):
             raise InputRefused(
                 f"{adapter.name}, {', '.join(with_rows)}: tied tensors cannot change as one, because it replaces other "
-                f"rows of each. Use {named('tied', 'untie')}"
+                f"rows of each. {_untying(ties)}"
             )
         matched = [name for name in names for module in first.tied if is_weight_of(name, module)]
         token_rows = {**{name: replace(first, tied=()) for name in names if name not in matched}, **token_rows}
@@ -148,7 +148,7 @@ def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[
         wholes = [name for name in names if name in adapter.replaced]
         if not pairs and not wholes:
             continue
-        _refuse_beyond_sums(adapter, pairs, wholes)
+        _refuse_beyond_sums(adapter, pairs, wholes, ties)
         total = _sum([pair for _, pair in pairs]) if pairs else None
         kinds = {name: tables[f"{name}.weight"] if embeddings else None for name in modules}
         changed = {} if total is None else {name: _of_kind(total, kinds[name]) for name in modules}
@@ -167,7 +167,14 @@ def _of_adapter(tensor: str, prefix: Prefix) -> str | None:
     return prefix.adapter + tensor.removeprefix(prefix.base) if tensor.startswith(prefix.base) else None
 
 
-def _refuse_beyond_sums(adapter: Adapter, pairs: Sequence[tuple[str, LoraPair]], wholes: Sequence[str]) -> None:
+def _untying(ties: Ties) -> str:
+    """What to do about changes that one tensor cannot have; or why there is no way."""
+    return f"Nor can they be untied: {ties.bound}" if ties.bound else f"Use {named('tied', 'untie')}"
+
+
+def _refuse_beyond_sums(
+    adapter: Adapter, pairs: Sequence[tuple[str, LoraPair]], wholes: Sequence[str], ties: Ties
+) -> None:
     names = ", ".join([*(name for name, _ in pairs), *wholes])
     if any(pair.magnitude is not None for _, pair in pairs):
         why = "DoRA rescales a weight by the outputs of one layer"
@@ -179,9 +186,7 @@ def _refuse_beyond_sums(adapter: Adapter, pairs: Sequence[tuple[str, LoraPair]],
         why = "it replaces one of them, and adds to another"
     else:
         return
-    raise InputRefused(
-        f"{adapter.name}, {names}: tied tensors cannot change as one, because {why}. Use {named('tied', 'untie')}"
-    )
+    raise InputRefused(f"{adapter.name}, {names}: tied tensors cannot change as one, because {why}. {_untying(ties)}")
 
 
 def _sum(pairs: Sequence[LoraPair]) -> LoraPair:

@@ -102,9 +102,11 @@ def tied_as_remedy(base: Checkpoint, handling: Tied | str) -> Iterator[None]:
         found = next((name for name in names if any(_is_about(misfit, name) for misfit in error.misfits)), None)
         if found is None:
             raise
+        untie = f"{named('tied', 'untie')} gives it a tensor of its own, as the adapter was trained; "
+        if rules is not None and rules.architecture in read_table().cannot_untie:
+            untie = ""
         raise error.with_remedy(
-            f"{found} is tied to {names[found]}. {named('tied', 'untie')} gives it a tensor of its own, as the adapter "
-            f"was trained; {named('tied', 'both')} changes both"
+            f"{found} is tied to {names[found]}. {untie}{named('tied', 'both')} changes both"
         ) from None
 
 

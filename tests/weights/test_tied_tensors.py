@@ -162,6 +162,8 @@ def test_all_tensors_of_a_bert_are_untied_with_its_head(tmp_path):
 def test_a_model_that_its_config_cannot_untie_is_refused_by_name(tmp_path):
     model = tied_model(tmp_path / "base", "T5ForConditionalGeneration")
     adapter = model.adapter(tmp_path / "adapter", HEAD)
+    with pytest.raises(InputRefused, match=r'is tied to shared.weight\. tied="both" changes both$'):
+        le.merge(model.base, adapter, tmp_path / "out")
     with pytest.raises(InputRefused, match="T5ForConditionalGeneration without tie_word_embeddings is another model"):
         le.merge(model.base, adapter, tmp_path / "out", tied="untie")
     le.merge(model.base, adapter, tmp_path / "both", tied="both")
