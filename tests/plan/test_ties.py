@@ -92,7 +92,7 @@ def test_no_row_of_a_tied_table_is_lost(handling: Tied, given: dict[str, int], e
 
 def test_an_untied_head_with_a_pair_has_the_rows_of_its_table() -> None:
     one = dataclasses.replace(adapter(head=LINEAR), token_rows=rows_of(embed=1).token_rows)
-    with pytest.raises(MatchError, match=f"replaces rows of {HEAD}, and one adds to it"):
+    with pytest.raises(MatchError, match=f"replaces rows of {HEAD}, and adds to it: no merge does both"):
         made(one, Tied.UNTIE)
 
 

@@ -151,6 +151,13 @@ def test_without_the_option_the_refusal_names_it(llama, target, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_way_to_merge_rows_and_a_pair_none_is_named(llama, tmp_path):
+    """PEFT trains rows of the table for the tied head too, which has a pair."""
+    adapter = llama.adapter(tmp_path / "adapter", HEAD, trainable_token_indices=[0, 5])
+    with pytest.raises(InputRefused, match=r"replaces rows of one, and adds to the other: no merge does both$"):
+        le.merge(llama.base, adapter, tmp_path / "out")
+
+
 def test_all_tensors_of_a_bert_are_untied_with_its_head(tmp_path):
     """The config ties the bias of the head too."""
     model = tied_model(tmp_path / "base", "BertForMaskedLM")
