@@ -43,7 +43,7 @@ def planned(
 
     Of one model of a pipeline, `together` are the names of all adapters. Raises MatchError for what does not fit.
     """
-    with tied_as_remedy(base, options.tied):
+    with tied_as_remedy(base, options.tied, adapters):
         ties = ties_of(base, options.tied)
         steps = plan.make(adapters, base.specs, strengths=options.weights, rules=base.rules, ties=ties, **more)
     return combined_pairs(steps, options.combined, together)

@@ -264,6 +264,9 @@ def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArra
     saved = set()
     parts = [name.rpartition(".")[::2] for name in adapter.replaced]
     whole = {module for module, kind in parts if "bias" not in kind} | adapter.pairs.keys()
+    with_rows = {
+        module for name, rows in adapter.token_rows.items() for module in (name.removesuffix(".weight"), *rows.tied)
+    }
     if any(module not in whole for module, _ in parts):
         fields["bias"] = "all"  # biases alone: of a module to save, PEFT loads every tensor
     for name, value in adapter.replaced.items():
@@ -273,6 +276,8 @@ def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArra
             tensors[f"{WRAPPER}{attention}{OUT_PROJ}.base_layer.{kind}"] = value
         elif module in adapter.pairs:
             tensors[f"{WRAPPER}{module}.base_layer.{kind}"] = value
+        elif module in with_rows:  # PEFT refuses rows of a module to save
+            tensors[f"{WRAPPER}{module}.token_adapter.base_layer.{kind}"] = value
         else:
             saved |= set() if "bias" in name and fields["bias"] == "all" else {module}
             tensors[WRAPPER + name] = value

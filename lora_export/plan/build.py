@@ -80,7 +80,7 @@ def make(
     layouts that are unknown or contradict the base.
     """
     strengths = checked_strengths(adapters, strengths, identity_ok=identity_ok)
-    ties = ties or Ties()
+    ties, specs, around = ties or Ties(), tuple(specs), tuple(around)
     base = BaseTensors(specs)
     stored = frozenset(base)
     if ties.handling is not Tied.ERROR and ties.tensors:
@@ -107,7 +107,24 @@ def make(
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
     settle = untied_by_added if ties.handling is Tied.ERROR else untied
-    own_tensors = settle({step.weight: step for step in steps}, ties, stored)
+    by_name = {step.weight: step for step in steps}
+    own_tensors = settle(by_name, ties, stored)
+    if ties.handling is Tied.ERROR and any(_has_rows(by_name.get(source)) for source in own_tensors.values()):
+        # An added tensor unties a table with trained rows: a plan that unties has these for all names of the table.
+        untying = make(
+            adapters,
+            specs,
+            strengths=strengths,
+            may_add=may_add,
+            identity_ok=identity_ok,
+            one_at_a_time=one_at_a_time,
+            layout=layout,
+            unknown_layout_ok=unknown_layout_ok,
+            rules=rules,
+            ties=replace(ties, handling=Tied.UNTIE),
+            around=around,
+        )
+        return replace(untying, tied=ties.handling)
     steps = [step for step in steps if step.spec.stored_name in own_tensors or step.spec.stored_name not in unstored]
     if not unknown_layout_ok:
         refuse_unknown(steps)
@@ -308,6 +325,10 @@ def _step(matches: Sequence[Match], base: Mapping[str, TensorSpec]) -> Step:
         return Step(spec, replace=whole, added=weight not in base)
     shifts = [match.shift for match in matches if match.shift is not None]
     return Step(base[weight], shift=np.sum(shifts, axis=0, dtype=np.float32))
+
+
+def _has_rows(step: Step | None) -> bool:
+    return step is not None and step.token_rows is not None
 
 
 def _name_prefix(by_weight: Iterable[Sequence[Match]], base: Mapping[str, TensorSpec]) -> str:

@@ -321,7 +321,10 @@ def _of_rows(matches: Sequence[Match]) -> Iterator[Misfit]:
         for other in matches:
             if other.term is not None:
                 why = f"{owner.adapter} replaces rows of {owner.weight}, and {other.adapter} adds to it"
-                yield Misfit(owner.adapter, owner.weight, f"{why}. Merge only one of these adapters")
+                why += ". Merge only one of these adapters"
+                if other.adapter == owner.adapter:
+                    why = f"{owner.adapter} replaces rows of {owner.weight}, and adds to it: no merge does both"
+                yield Misfit(owner.adapter, owner.weight, why)
 
 
 def _of_pairs(matches: Sequence[Match]) -> Iterator[Misfit]:

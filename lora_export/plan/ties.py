@@ -107,8 +107,9 @@ def _change_alike(changes: Sequence[Step | None]) -> bool:
 def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adapter:
     """The adapter, whose rows of a stored table are rows of all its names that have none of their own.
 
-    PEFT trains rows of the input embeddings for the output embeddings that are tied to them, and others for one name.
-    `BOTH` makes rows of one name rows of all. Raises InputRefused where these differ.
+    PEFT trains rows of the input embeddings for all names that are tied to them, unless two names have different
+    indices. Rows of another name are its own. `BOTH` makes rows of one name rows of all. Raises InputRefused where
+    these differ.
     """
     token_rows = dict(adapter.token_rows)
     for group in ties.groups():
@@ -117,10 +118,14 @@ def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adap
         if not with_rows or (ties.handling is not Tied.BOTH and names[0] not in with_rows):
             continue
         first = token_rows[with_rows[0]]
+        if ties.handling is not Tied.BOTH and any(
+            not np.array_equal(first.indices, token_rows[name].indices) for name in with_rows
+        ):
+            continue
         if ties.handling is Tied.BOTH and not all(first.equals(token_rows[name]) for name in with_rows):
             raise InputRefused(
                 f"{adapter.name}, {', '.join(with_rows)}: tied tensors cannot change as one, because it replaces other "
-                f"rows of each. Use {named('tied', 'untie')}"
+                f"rows of each. {_untying(ties)}"
             )
         matched = [name for name in names for module in first.tied if is_weight_of(name, module)]
         token_rows = {**{name: replace(first, tied=()) for name in names if name not in matched}, **token_rows}
@@ -143,7 +148,7 @@ def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[
         wholes = [name for name in names if name in adapter.replaced]
         if not pairs and not wholes:
             continue
-        _refuse_beyond_sums(adapter, pairs, wholes)
+        _refuse_beyond_sums(adapter, pairs, wholes, ties)
         total = _sum([pair for _, pair in pairs]) if pairs else None
         kinds = {name: tables[f"{name}.weight"] if embeddings else None for name in modules}
         changed = {} if total is None else {name: _of_kind(total, kinds[name]) for name in modules}
@@ -152,7 +157,7 @@ def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[
             adapter,
             pairs={**adapter.pairs, **changed},
             replaced={**adapter.replaced, **({} if value is None else dict.fromkeys(names, value))},
-            tied={**adapter.tied, **dict.fromkeys(modules[1:], modules[0])},
+            tied={**adapter.tied, **(dict.fromkeys(modules[1:], modules[0]) if modules else {})},
         )
     return adapter
 
@@ -162,7 +167,14 @@ def _of_adapter(tensor: str, prefix: Prefix) -> str | None:
     return prefix.adapter + tensor.removeprefix(prefix.base) if tensor.startswith(prefix.base) else None
 
 
-def _refuse_beyond_sums(adapter: Adapter, pairs: Sequence[tuple[str, LoraPair]], wholes: Sequence[str]) -> None:
+def _untying(ties: Ties) -> str:
+    """What to do about changes that one tensor cannot have; or why there is no way."""
+    return f"Nor can they be untied: {ties.bound}" if ties.bound else f"Use {named('tied', 'untie')}"
+
+
+def _refuse_beyond_sums(
+    adapter: Adapter, pairs: Sequence[tuple[str, LoraPair]], wholes: Sequence[str], ties: Ties
+) -> None:
     names = ", ".join([*(name for name, _ in pairs), *wholes])
     if any(pair.magnitude is not None for _, pair in pairs):
         why = "DoRA rescales a weight by the outputs of one layer"
@@ -174,9 +186,7 @@ def _refuse_beyond_sums(adapter: Adapter, pairs: Sequence[tuple[str, LoraPair]],
         why = "it replaces one of them, and adds to another"
     else:
         return
-    raise InputRefused(
-        f"{adapter.name}, {names}: tied tensors cannot change as one, because {why}. Use {named('tied', 'untie')}"
-    )
+    raise InputRefused(f"{adapter.name}, {names}: tied tensors cannot change as one, because {why}. {_untying(ties)}")
 
 
 def _sum(pairs: Sequence[LoraPair]) -> LoraPair:

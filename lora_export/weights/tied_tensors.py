@@ -8,10 +8,11 @@ files may name them in their headers, as safetensors' `save_model` does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.lora import Adapter, is_weight_of
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.names.table import is_embedding, read_table
@@ -89,8 +90,8 @@ def _last_part(tensor: str) -> str:
 
 
 @contextlib.contextmanager
-def tied_as_remedy(base: Checkpoint, handling: Tied | str) -> Iterator[None]:
-    """Add to a MatchError about tied tensors that an option handles them."""
+def tied_as_remedy(base: Checkpoint, handling: Tied | str, adapters: Sequence[Adapter]) -> Iterator[None]:
+    """Add to a MatchError about tied tensors that an option handles them; or that none does."""
     try:
         yield
     except MatchError as error:
@@ -102,10 +103,23 @@ def tied_as_remedy(base: Checkpoint, handling: Tied | str) -> Iterator[None]:
         found = next((name for name in names if any(_is_about(misfit, name) for misfit in error.misfits)), None)
         if found is None:
             raise
+        if owner := next((one.name for one in adapters if _adds_to_rows(one, found, names[found])), None):
+            raise error.with_remedy(
+                f"{found} is tied to {names[found]}. {owner} replaces rows of one, and adds to the other: no merge "
+                "does both"
+            ) from None
+        untie = f"{named('tied', 'untie')} gives it a tensor of its own, as the adapter was trained; "
+        if rules is not None and rules.architecture in read_table().cannot_untie:
+            untie = ""
         raise error.with_remedy(
-            f"{found} is tied to {names[found]}. {named('tied', 'untie')} gives it a tensor of its own, as the adapter "
-            f"was trained; {named('tied', 'both')} changes both"
+            f"{found} is tied to {names[found]}. {untie}{named('tied', 'both')} changes both"
         ) from None
+
+
+def _adds_to_rows(adapter: Adapter, tied: str, source: str) -> bool:
+    """Whether an adapter has a pair for a tied tensor, and rows of the source, which PEFT trains for both."""
+    has_rows = any(is_weight_of(source, name.removesuffix(".weight")) for name in adapter.token_rows)
+    return has_rows and any(is_weight_of(tied, module) for module in adapter.pairs)
 
 
 def _is_about(misfit: Misfit, tensor: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,10 @@ def test_rows_conflict_with_other_changes_of_their_table():
     ]
     assert misfits([one, three], base) == [
         "emb.weight: one replaces rows of emb.weight, and three adds to it. Merge only one of these adapters"
+    ]
+    both = dataclasses.replace(three, token_rows=one.token_rows)
+    assert misfits([both], base) == [
+        "emb.weight: three replaces rows of emb.weight, and adds to it: no merge does both"
     ]
     assert misfits([one, four], base) == [
         "emb.weight: four replaces the whole emb.weight, and one adds to it. Merge only one of these adapters"

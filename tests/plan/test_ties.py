@@ -92,13 +92,16 @@ def test_no_row_of_a_tied_table_is_lost(handling: Tied, given: dict[str, int], e
 
 def test_an_untied_head_with_a_pair_has_the_rows_of_its_table() -> None:
     one = dataclasses.replace(adapter(head=LINEAR), token_rows=rows_of(embed=1).token_rows)
-    with pytest.raises(MatchError, match=f"replaces rows of {HEAD}, and one adds to it"):
+    with pytest.raises(MatchError, match=f"replaces rows of {HEAD}, and adds to it: no merge does both"):
         made(one, Tied.UNTIE)
 
 
-def test_different_rows_of_tied_tables_cannot_change_as_one() -> None:
-    with pytest.raises(InputRefused, match="it replaces other rows of each"):
-        made(rows_of(embed=1, head=2), Tied.BOTH)
+@pytest.mark.parametrize(
+    ("bound", "way"), [("", 'Use tied="untie"'), ("T5 stays tied", "Nor can they be untied: T5 stays tied")]
+)
+def test_different_rows_of_tied_tables_cannot_change_as_one(bound: str, way: str) -> None:
+    with pytest.raises(InputRefused, match=f"it replaces other rows of each. {way}$"):
+        made(rows_of(embed=1, head=2), Tied.BOTH, bound=bound)
 
 
 def test_both_sums_the_changes_of_both_in_the_shared_tensor() -> None:

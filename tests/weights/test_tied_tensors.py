@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -65,6 +67,7 @@ def test_both_options_are_what_peft_computes(llama, targets, tmp_path):
         ("LlamaForCausalLM", {TABLE: [0, 5], HEAD: [1, 2]}),
         ("BartForConditionalGeneration", {TABLE: [0, 5]}),  # of the encoder and of the decoder, which are not stored
         ("BartForConditionalGeneration", {"decoder.embed_tokens": [3]}),
+        ("BartForConditionalGeneration", {"shared": [0, 5], HEAD: [1, 2]}),  # PEFT ties none of the others
     ],
 )
 def test_untied_rows_of_tokens_are_what_peft_computes(architecture, indices, tmp_path):
@@ -74,7 +77,8 @@ def test_untied_rows_of_tokens_are_what_peft_computes(architecture, indices, tmp
     le.merge(model.base, adapter, tmp_path / "out", tied="untie")
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), expected)
     assert le.verify(tmp_path / "out", base=model.base, adapters=adapter, tied="untie")
-    assert le.verify(tmp_path / "out", model.base, adapters=adapter, tied="untie")
+    verdict = le.verify(tmp_path / "out", model.base, adapters=adapter, tied="untie").verdict
+    assert verdict.outcome == ("undecided" if "shared" in indices else "same")  # the untied parts of BART use their own
 
 
 @pytest.mark.parametrize("indices", [[0, 5], {TABLE: [0, 5]}], ids=["list", "table"])
@@ -90,6 +94,30 @@ def test_rows_beside_their_saved_tables_are_what_peft_computes(is_tied, options,
     le.merge(model.base, tmp_path / "adapter", tmp_path / "out", **options)
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(trained))
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == others.keys()
+
+
+@pytest.mark.parametrize(
+    ("tied", "saved", "options"), [("both", False, {"bias": "all"}), ("both", True, {}), ("error", True, {})]
+)
+def test_rows_of_a_bert_with_the_bias_of_its_head(tied, saved, options, tmp_path):
+    """The base stores no bias of the decoder. Added, it unties the head, which has the trained rows too."""
+    model = tied_model(tmp_path / "base", "BertForMaskedLM")
+    trained = model.trained("query", trainable_token_indices=[0, 5], **options)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=saved)
+    le.merge(model.base, tmp_path / "adapter", tmp_path / "out", tied=tied)
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(trained))
+    assert le.verify(tmp_path / "out", base=model.base, adapters=tmp_path / "adapter", tied=tied)
+
+
+@pytest.mark.parametrize("indices", [[0, 5], {TABLE: [0, 5]}, {HEAD: [0, 5]}], ids=["list", "table", "head"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_peft_loads_converted_rows_beside_their_tables(is_tied, indices, tmp_path):
+    model = tied_model(tmp_path / "base", tied=is_tied)
+    trained = model.trained("q_proj", trainable_token_indices=indices)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    le.convert(tmp_path / "adapter", tmp_path / "out", to="peft")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model.model), tmp_path / "out")
+    assert is_near(model.outputs(loaded), model.outputs(trained))
 
 
 def test_a_saved_table_beside_rows_does_not_change_a_tied_head(tmp_path):
@@ -123,6 +151,13 @@ def test_without_the_option_the_refusal_names_it(llama, target, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_way_to_merge_rows_and_a_pair_none_is_named(llama, tmp_path):
+    """PEFT trains rows of the table for the tied head too, which has a pair."""
+    adapter = llama.adapter(tmp_path / "adapter", HEAD, trainable_token_indices=[0, 5])
+    with pytest.raises(InputRefused, match=r"replaces rows of one, and adds to the other: no merge does both$"):
+        le.merge(llama.base, adapter, tmp_path / "out")
+
+
 def test_all_tensors_of_a_bert_are_untied_with_its_head(tmp_path):
     """The config ties the bias of the head too."""
     model = tied_model(tmp_path / "base", "BertForMaskedLM")
@@ -134,6 +169,8 @@ def test_all_tensors_of_a_bert_are_untied_with_its_head(tmp_path):
 def test_a_model_that_its_config_cannot_untie_is_refused_by_name(tmp_path):
     model = tied_model(tmp_path / "base", "T5ForConditionalGeneration")
     adapter = model.adapter(tmp_path / "adapter", HEAD)
+    with pytest.raises(InputRefused, match=r'is tied to shared.weight\. tied="both" changes both$'):
+        le.merge(model.base, adapter, tmp_path / "out")
     with pytest.raises(InputRefused, match="T5ForConditionalGeneration without tie_word_embeddings is another model"):
         le.merge(model.base, adapter, tmp_path / "out", tied="untie")
     le.merge(model.base, adapter, tmp_path / "both", tied="both")
