@@ -231,6 +231,7 @@ class TokenRows:
     indices: NDArray[np.int64]  # (rows,)
     values: NDArray[Any]  # (rows, width)
     tied: tuple[str, ...] = ()
+    is_transposed: bool = False  # the table is stored as (width, rows)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "indices", np.array(self.indices, np.int64))
@@ -251,8 +252,16 @@ class TokenRows:
             map(np.array_equal, (self.indices, self.values), (other.indices, other.values))
         )
 
+    @property
+    def transposed(self) -> TokenRows:
+        """The same rows, as columns of a table that is stored the other way."""
+        return replace(self, is_transposed=not self.is_transposed)
+
     def write_into(self, table: NDArray[Any], first: int = 0) -> None:
-        """Write those rows that are in this part of the table, which begins with the row `first`."""
+        """Write what is in this part of the table as it is stored, which begins with the row `first`."""
+        if self.is_transposed:
+            table[:, self.indices] = self.values[:, first : first + len(table)].T.astype(table.dtype)
+            return
         inside = (self.indices >= first) & (self.indices < first + len(table))
         table[self.indices[inside] - first] = self.values[inside].astype(table.dtype)
 

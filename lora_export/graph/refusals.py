@@ -29,16 +29,10 @@ def graph_remedy() -> str:
 
 
 def refuse_unsupported_steps(plan: Plan) -> None:
-    """Raise InputRefused for steps that no graph can take: added tensors, and rows of tokens."""
+    """Raise InputRefused for steps that no graph can take: added tensors."""
     added = [step.weight for step in plan.steps if step.added]
     if added:
         raise InputRefused(f"the graph has no {', '.join(added)}: export the model with the head of the adapter")
-    with_rows = [step.weight for step in plan.steps if step.token_rows is not None]
-    if with_rows:
-        raise InputRefused(
-            f"{', '.join(with_rows)}: the adapter changes rows of tokens, which input and output embedding may share "
-            "in a graph. Merge the adapter into the model's checkpoint, and export that"
-        )
 
 
 def refuse_lost_biases(plan: Plan, sites: Sites) -> None:

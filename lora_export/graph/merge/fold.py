@@ -115,8 +115,11 @@ def as_stored(step: Step, site: Site) -> Step:
     is_transposed = layout.is_transposed != spec.layout.is_transposed
     dtype = site.dtype if site.quantised is not None else str(site.tensor.dtype.numpy())
     stored = replace(spec, shape=site.shape, dtype=dtype, layout=layout)
-    whole = step.replace.T if step.replace is not None and is_transposed else step.replace
-    return replace(step, spec=stored, replace=whole)
+    if not is_transposed:
+        return replace(step, spec=stored)
+    whole = None if step.replace is None else step.replace.T
+    rows = None if step.token_rows is None else step.token_rows.transposed
+    return replace(step, spec=stored, replace=whole, token_rows=rows)
 
 
 def _isolate_weight(model: ir.Model, sites: Sites, value: ir.Value, readers: Sequence[Site], step: Step) -> ir.Value:
@@ -250,6 +253,8 @@ def change_in_memory(change: InitializerChange) -> Statistics:
     with np.errstate(over="ignore", invalid="ignore"):  # refuse_not_finite checks the result
         if step.is_replacement:
             after = start.astype(before.dtype)
+            if step.token_rows is not None:
+                step.token_rows.write_into(after)
         else:
             view = start.T if is_transposed else start  # (out, in, ...)
             total, delta = sums.summed(step, view)

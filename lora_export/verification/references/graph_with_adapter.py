@@ -110,7 +110,7 @@ def at_strength(plan: Plan, factor: float) -> Plan:
     """
     if factor:
         return replace(plan, steps=tuple(_scaled(step, factor) for step in plan.steps))
-    whole = [replace(step, terms=()) for step in plan.steps if step.replace is not None] if plan.low_rank else []
+    whole = [replace(step, terms=()) for step in plan.steps if step.has_own_values] if plan.low_rank else []
     return replace(plan, steps=tuple(whole))
 
 
@@ -244,9 +244,12 @@ class _WeightSum:
 
     def _input_and_layout(self) -> tuple[int, Layout]:
         """The node's input that reads the weight, and the layout of the weight there."""
-        site = self.site
-        layout = self.step.spec.layout if site.layout is Layout.OTHER else site.layout
-        return site.index, transposed_layout(layout) if site.behind_transpose else layout
+        layout = self._stored_layout
+        return self.site.index, transposed_layout(layout) if self.site.behind_transpose else layout
+
+    @property
+    def _stored_layout(self) -> Layout:
+        return self.step.spec.layout if self.site.layout is Layout.OTHER else self.site.layout
 
     @property
     def is_transposed(self) -> bool:
@@ -258,7 +261,7 @@ class _WeightSum:
         assert before is not None
         dtype = ir.DataType.from_numpy(np.dtype(self.site.dtype))
         is_half = self.site.dtype in HALF_PRECISION
-        value = self._whole() if self.step.replace is not None else before
+        value = self._whole() if self.step.has_own_values else before
         value = self._cast(value, ir.DataType.FLOAT) if is_half else value
         if self.step.needs_weight:
             value = self._transformed(self.step.terms[0])
@@ -276,31 +279,37 @@ class _WeightSum:
         self.node.replace_input_with(self.index, value)
 
     def _whole(self) -> ir.Value:
-        """The tensor that replaces the weight, in the layout at the reader."""
-        assert self.step.replace is not None
-        turn = self.step.replace.ndim == 2 and self.step.spec.layout.is_transposed != self.is_transposed
-        array = self.step.replace.T if turn else self.step.replace
-        return self._constant("whole", array.astype(self.site.dtype))
+        """The tensor that replaces the weight, or the weight with rows of the adapter, in the layout at the reader."""
+        stored, _ = self._with_own_values(np.dtype(self.site.dtype))
+        return self._constant("whole", self._at_reader(stored))
 
     def _transformed(self, term: Term) -> ir.Value:
         """The weight that follows from the graph's own, or from what replaces it, computed in fp64 beside the graph."""
         assert isinstance(term.pair, WeightTransform)
-        layout = self.step.spec.layout if self.site.layout is Layout.OTHER else self.site.layout
-        stored = np.array(self.site.stored_array, np.float64)
-        own = stored[self.site.block_slices]
-        if self.step.replace is not None:
-            own[...] = (
-                self.step.replace.T
-                if layout.is_transposed != self.step.spec.layout.is_transposed
-                else self.step.replace
-            )
-        before, view = stored.copy(), own.T if layout.is_transposed else own
+        stored, own = self._with_own_values(np.dtype(np.float64))
+        before, view = stored.copy(), own.T if self.step.spec.layout.is_transposed else own
         view += term.strength * exact_change(term.pair, view)[0]
-        turned = layout.is_transposed != self.is_transposed
-        value = self._constant(TRANSFORMED, stored.T if turned else stored)
+        value = self._constant(TRANSFORMED, self._at_reader(stored))
         if self.record is not None:
-            self.record[-1] = self.record[-1]._replace(base=before.T if turned else before)
+            self.record[-1] = self.record[-1]._replace(base=self._at_reader(before))
         return value
+
+    def _with_own_values(self, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A copy of the stored array with what the adapter has in place of it, and the weight's entries as a view.
+
+        The view has the layout of the step.
+        """
+        step, stored = self.step, np.array(self.site.stored_array, dtype)
+        own = stored if self.site.block is None else stored[self.site.block_slices]
+        own = own.T if self._stored_layout.is_transposed != step.spec.layout.is_transposed else own
+        if step.replace is not None:
+            own[...] = step.replace
+        if step.token_rows is not None:
+            step.token_rows.write_into(own)
+        return stored, own
+
+    def _at_reader(self, stored: NDArray[Any]) -> NDArray[Any]:
+        return stored.T if self._stored_layout.is_transposed != self.is_transposed else stored
 
     def _with_pairs(self, weight: ir.Value) -> ir.Value:
         b, a = _factors(self.step)
