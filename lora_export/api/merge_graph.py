@@ -16,7 +16,7 @@ from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph_merge
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.shared_weights import sharing
-from lora_export.graph.refusals import base_as_remedy
+from lora_export.graph.refusals import base_as_remedy, refuse_token_rows
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
 from lora_export.storage import input_files
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def merge_into_graph(request: MergeRequest) -> MergeResult:
     """Plan and write the merge. Raises as `merge`."""
     input_files.must_exist(request.base, "base model")
+    refuse_token_rows(request.adapters)
     graph = open_graph(request.base)
     checkpoint = _names_of(request)
     sites = find_sites(graph.model, checkpoint)

@@ -18,7 +18,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.onnx_file.shared_weights import SharedWeights, sharing
-from lora_export.graph.refusals import beside_the_weight
+from lora_export.graph.refusals import beside_the_weight, refuse_token_rows
 from lora_export.lora import Adapter
 from lora_export.notebook import html_table
 from lora_export.options.common import layer_endings
@@ -174,6 +174,7 @@ def name_of_file(adapter: Adapter) -> str:
 
 def check_adapters(options: OnnxRequest) -> None:
     """Raise InputRefused for adapters that a graph of this mode cannot take."""
+    refuse_token_rows(options.adapters)
     if options.lora != "merged":  # before the model is exported; the plan has those whose kind shows there
         for adapter in options.adapters:
             for module in adapter.beyond_pairs["transforms"]:

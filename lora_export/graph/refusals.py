@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +16,7 @@ from lora_export.errors import InputRefused, MatchError, count
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.operators import BIAS_INPUTS
 from lora_export.graph.site import Site
+from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan, Step
 
@@ -33,12 +34,17 @@ def refuse_unsupported_steps(plan: Plan) -> None:
     added = [step.weight for step in plan.steps if step.added]
     if added:
         raise InputRefused(f"the graph has no {', '.join(added)}: export the model with the head of the adapter")
-    with_rows = [step.weight for step in plan.steps if step.token_rows is not None]
-    if with_rows:
-        raise InputRefused(
-            f"{', '.join(with_rows)}: the adapter changes rows of tokens, which input and output embedding may share "
-            "in a graph. Merge the adapter into the model's checkpoint, and export that"
-        )
+    refuse_token_rows(plan.adapters)
+
+
+def refuse_token_rows(adapters: Sequence[Adapter]) -> None:
+    """Raise InputRefused for an adapter that replaces rows of a table: a merge into a checkpoint alone does that."""
+    for adapter in adapters:
+        if adapter.token_rows:
+            raise InputRefused(
+                f"{adapter.name} replaces rows of {', '.join(adapter.token_rows)}: trained tokens go into a "
+                "checkpoint, not into a graph. Merge the adapter into the folder of the model, and export that"
+            )
 
 
 def refuse_lost_biases(plan: Plan, sites: Sites) -> None:

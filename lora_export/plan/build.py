@@ -97,6 +97,7 @@ def make(
     own, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
     base = BaseTensors([*base.values(), *{name: view for one in spelled for name, view in one.views.items()}.values()])
     base = settle_layouts(own, prefixes, base, layout or {})
+    base.can_untie = not ties.bound
     spelled = [replace(one, adapter=with_shapes(base, one.adapter, one.prefix)) for one in spelled]
     of_parts = [strengths[part.number] for part in parts]
     try:

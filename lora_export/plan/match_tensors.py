@@ -244,7 +244,7 @@ def conflicts(matches: Sequence[Match]) -> list[Misfit]:
     return [*_of_wholes(matches), *_of_rows(matches), *_of_pairs(matches)]
 
 
-def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, TensorSpec]) -> Iterator[Misfit]:
+def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: BaseTensors) -> Iterator[Misfit]:
     """Changes of a tensor that is stored once under several names, where a name's own tensor does not change.
 
     If the parameters were trained apart, they would be two tensors. Rows of tokens are allowed: where parameters are
@@ -260,7 +260,7 @@ def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, Ten
         if unchanged and any(match.rows is None for match in matches):
             why = (
                 f"{weight} is {' and '.join(unchanged)} too (the header of the file ties them), which the adapter does "
-                f"not change. {apart_or_both()}"
+                f"not change. {apart_or_both(can_untie=base.can_untie)}"
             )
             yield Misfit(matches[0].adapter, weight, why)
 

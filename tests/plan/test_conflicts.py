@@ -9,19 +9,26 @@ import pytest
 
 from lora_export import plan
 from lora_export.lora import LoraPair
-from lora_export.plan import Layout
+from lora_export.plan import Layout, Ties
 from support.plans import A, B, adapter, holding, matrix, misfits, pair, rows, table, tied, vector
 
 
 def test_a_pair_on_a_tied_tensor_is_refused():
     assert misfits([adapter(emb=pair())], [tied()]) == [
         "emb.weight: emb.weight is head.weight too (the header of the file ties them), which the adapter does not "
-        'change. tied="untie" gives each a tensor of its own; tied="both" changes both'
+        'change. tied="untie" gives each a tensor of its own, as the adapter was trained; tied="both" changes both'
     ]
     assert misfits([adapter(head=pair())], [tied()]) == [
         "head: head.weight is stored as emb.weight: the two are tied, and a change of one would change both. "
-        'tied="untie" gives each a tensor of its own; tied="both" changes both'
+        'tied="untie" gives each a tensor of its own, as the adapter was trained; tied="both" changes both'
     ]
+
+
+@pytest.mark.parametrize("changed", ["emb", "head"])
+def test_a_way_that_the_config_does_not_have_is_not_named(changed):
+    """T5 cannot be untied."""
+    (refused,) = misfits([adapter(**{changed: pair()})], [tied()], ties=Ties(bound="T5 stays tied"))
+    assert refused.endswith('. tied="both" changes both')
 
 
 def test_dora_and_another_adapter_on_one_weight_conflict():
