@@ -299,11 +299,10 @@ def _of_wholes(matches: Sequence[Match]) -> Iterator[Misfit]:
             if not np.array_equal(other.whole, whole):
                 why = f"{first} also replaces {name}, with other values. Merge only one of these adapters"
                 yield Misfit(other.adapter, name, why)
-        elif other.adapter not in have_whole or other.shift is not None:
-            # A pair beside its adapter's own table is no conflict: PEFT saves the embeddings that it adapts.
+        elif other.adapter not in have_whole:
+            # What an adapter adds to its own whole tensor is no conflict: PEFT saves embeddings that it adapts, and
+            # biases beside `lora_bias`.
             why = f"{first} replaces the whole {name}, and {other.adapter} adds to it. Merge only one of these adapters"
-            if other.adapter == first:
-                why = f"{first} replaces the whole {name}, and adds to it: `bias` and `lora_bias` of PEFT at once"
             yield Misfit(first, name, why)
 
 

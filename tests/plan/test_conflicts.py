@@ -91,9 +91,10 @@ def test_a_replaced_tensor_conflicts_with_a_change(changed):
     ]
 
 
-def test_an_adapter_that_saves_a_bias_and_adds_to_it_is_refused():
+def test_an_adapter_adds_to_the_bias_that_it_saves():
+    """`bias` and `lora_bias` of PEFT at once."""
     ones = np.ones(2, np.float32)
-    both = holding("one", pairs={"fc": pair()}, biases={"fc": ones}, replaced={"fc.bias": ones})
-    assert misfits([both], [matrix("fc.weight"), vector("fc.bias")]) == [
-        "fc.bias: one replaces the whole fc.bias, and adds to it: `bias` and `lora_bias` of PEFT at once"
-    ]
+    both = holding("one", pairs={"fc": pair()}, biases={"fc": ones}, replaced={"fc.bias": 2 * ones})
+    step = plan.make([both], [matrix("fc.weight"), vector("fc.bias")], strengths=[3.0]).by_weight["fc.bias"]
+    assert str(step) == "bias replaced, then shifted" and not step.is_replacement
+    assert step.replace.tolist() == [2, 2] and step.shift.tolist() == [3, 3]
