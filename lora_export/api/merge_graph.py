@@ -17,6 +17,7 @@ from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.shared_weights import sharing
 from lora_export.graph.refusals import base_as_remedy
+from lora_export.graph.tied_tables import with_rows_of_tied_heads
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
 from lora_export.storage import input_files
@@ -36,6 +37,7 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
         request = replace(request, adapters=respelled(request.adapters, sites.specs, checkpoint.rules))
     with base_as_remedy(sites) if checkpoint is None else contextlib.nullcontext():
         steps = plan.make(request.adapters, sites.specs, strengths=request.weights)
+        steps = with_rows_of_tied_heads(steps, sites)
     steps = combined_pairs(steps, request.combined)
     refuse_before_graph_merge(steps, graph, sites, requantise=request.requantize)
     quantised = _notes_on_quantised(steps, graph, sites) if request.requantize else ()

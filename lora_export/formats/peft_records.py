@@ -173,14 +173,14 @@ def as_peft_computes(adapter: Adapter) -> Adapter:
 def read_token_rows(file: TensorSource, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, TokenRows]:
     """The rows of trained tokens, by tensor. Only the config records which they are. Raises InputRefused."""
     indices = config.get("trainable_token_indices") or {}
-    repeated = _repeated_rows(file, keys, indices)
+    repeated, every = _repeated_rows(file, keys, indices), list(keys)
     keys = {tensor: key for tensor, key in keys.items() if tensor not in repeated}
     # A list is for the input embeddings, whatever their name in the model. A table names its modules.
     if isinstance(indices, list):
         by_tensor, without_rows = dict.fromkeys(keys, indices), []
     else:
         by_tensor = {tensor: own for name, own in indices.items() for tensor in keys if is_weight_of(tensor, name)}
-        without_rows = [name for name in indices if not any(is_weight_of(tensor, name) for tensor in keys)]
+        without_rows = [name for name in indices if not any(is_weight_of(tensor, name) for tensor in every)]
     found, problems = {}, []
     if isinstance(indices, list) and len(keys) != 1:
         owners = ", ".join(keys) or "no module"
@@ -211,22 +211,20 @@ def _repeated_rows(
 ) -> dict[str, str]:
     """Tensors whose rows PEFT saved again -> the table of them: with the embeddings, it saves all names of tied ones.
 
-    `indices` names the tables, or is a list for the input embeddings.
+    `indices` names the tables, or is a list for the input embeddings. It may name tied ones, too.
     """
-    tables = [
-        tensor
-        for tensor in keys
-        if (
-            any(is_weight_of(tensor, name) for name in indices)
-            if isinstance(indices, Mapping)
-            else is_embedding(tensor.removesuffix(".weight"))
-        )
-    ]
+    embeddings = [tensor for tensor in keys if is_embedding(tensor.removesuffix(".weight"))]
+    if isinstance(indices, Mapping):
+        own = {tensor: rows for name, rows in indices.items() for tensor in keys if is_weight_of(tensor, name)}
+    else:
+        own = dict.fromkeys(embeddings, indices)
+    tables = sorted(own, key=lambda tensor: tensor not in embeddings)
+    position = {tensor: number for number, tensor in enumerate(tables)}
     return {
         tensor: table
-        for tensor in keys.keys() - tables
-        for table in tables
-        if np.array_equal(file.read(keys[tensor]), file.read(keys[table]))
+        for tensor in keys
+        for table in reversed(tables[: position.get(tensor)])  # the first one that is equal counts
+        if own.get(tensor, own[table]) == own[table] and np.array_equal(file.read(keys[tensor]), file.read(keys[table]))
     }
 
 

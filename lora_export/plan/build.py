@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -97,6 +98,7 @@ def make(
     own, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
     base = BaseTensors([*base.values(), *{name: view for one in spelled for name, view in one.views.items()}.values()])
     base = settle_layouts(own, prefixes, base, layout or {})
+    base.can_untie = not ties.bound
     spelled = [replace(one, adapter=with_shapes(base, one.adapter, one.prefix)) for one in spelled]
     of_parts = [strengths[part.number] for part in parts]
     try:
@@ -320,11 +322,12 @@ def _step(matches: Sequence[Match], base: Mapping[str, TensorSpec]) -> Step:
     if rows:
         indices, values = [one.indices for one in rows], [one.values for one in rows]
         return Step(base[weight], replace=whole, token_rows=TokenRows(np.concatenate(indices), np.concatenate(values)))
+    shifts = [match.shift for match in matches if match.shift is not None]
+    shift = functools.reduce(np.add, shifts) if shifts else None
     if whole is not None:
         spec = base.get(weight) or TensorSpec(weight, whole.shape, str(whole.dtype), nbytes=whole.nbytes)
-        return Step(spec, replace=whole, added=weight not in base)
-    shifts = [match.shift for match in matches if match.shift is not None]
-    return Step(base[weight], shift=np.sum(shifts, axis=0, dtype=np.float32))
+        return Step(spec, shift=shift, replace=whole, added=weight not in base)
+    return Step(base[weight], shift=shift)
 
 
 def _has_rows(step: Step | None) -> bool:

@@ -39,6 +39,7 @@ class BaseTensors(dict[str, TensorSpec]):
         self.aliases = {alias: spec.name for spec in self.values() for alias in spec.aliases}
         self.loaded: LoadedNames | None = None  # set by `attempts.loaded_names`
         self.layouts: list[OtherLayout] | None = None  # set by `spelling.spell`
+        self.can_untie = True  # set by `build.make`
 
     @functools.cached_property
     def _by_pattern(self) -> dict[str, dict[tuple[str, ...], str]]:
@@ -55,7 +56,7 @@ class BaseTensors(dict[str, TensorSpec]):
             return ""
         return (
             f"{name} is stored as {self.aliases[name]}: the two are tied, and a change of one would change both. "
-            f"{apart_or_both()}"
+            f"{apart_or_both(can_untie=self.can_untie)}"
         )
 
     def nearest(self, name: str) -> str:
@@ -77,9 +78,10 @@ class BaseTensors(dict[str, TensorSpec]):
         return next(iter(difflib.get_close_matches(pattern, self._by_pattern, n=1, cutoff=0.5)), None)
 
 
-def apart_or_both() -> str:
-    """The two ways out where tied tensors would change together."""
-    return f"{named('tied', 'untie')} gives each a tensor of its own; {named('tied', 'both')} changes both"
+def apart_or_both(*, can_untie: bool) -> str:
+    """The ways out where tied tensors would change together: two, unless the model's config cannot untie them."""
+    apart = f"{named('tied', 'untie')} gives each a tensor of its own, as the adapter was trained; "
+    return f"{apart if can_untie else ''}{named('tied', 'both')} changes both"
 
 
 @dataclass(frozen=True)

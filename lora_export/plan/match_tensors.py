@@ -244,7 +244,7 @@ def conflicts(matches: Sequence[Match]) -> list[Misfit]:
     return [*_of_wholes(matches), *_of_rows(matches), *_of_pairs(matches)]
 
 
-def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, TensorSpec]) -> Iterator[Misfit]:
+def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: BaseTensors) -> Iterator[Misfit]:
     """Changes of a tensor that is stored once under several names, where a name's own tensor does not change.
 
     If the parameters were trained apart, they would be two tensors. Rows of tokens are allowed: where parameters are
@@ -260,7 +260,7 @@ def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, Ten
         if unchanged and any(match.rows is None for match in matches):
             why = (
                 f"{weight} is {' and '.join(unchanged)} too (the header of the file ties them), which the adapter does "
-                f"not change. {apart_or_both()}"
+                f"not change. {apart_or_both(can_untie=base.can_untie)}"
             )
             yield Misfit(matches[0].adapter, weight, why)
 
@@ -299,11 +299,10 @@ def _of_wholes(matches: Sequence[Match]) -> Iterator[Misfit]:
             if not np.array_equal(other.whole, whole):
                 why = f"{first} also replaces {name}, with other values. Merge only one of these adapters"
                 yield Misfit(other.adapter, name, why)
-        elif other.adapter not in have_whole or other.shift is not None:
-            # A pair beside its adapter's own table is no conflict: PEFT saves the embeddings that it adapts.
+        elif other.adapter not in have_whole:
+            # What an adapter adds to its own whole tensor is no conflict: PEFT saves embeddings that it adapts, and
+            # biases beside `lora_bias`.
             why = f"{first} replaces the whole {name}, and {other.adapter} adds to it. Merge only one of these adapters"
-            if other.adapter == first:
-                why = f"{first} replaces the whole {name}, and adds to it: `bias` and `lora_bias` of PEFT at once"
             yield Misfit(first, name, why)
 
 

@@ -111,7 +111,7 @@ def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adap
     indices. Rows of another name are its own. `BOTH` makes rows of one name rows of all. Raises InputRefused where
     these differ.
     """
-    token_rows = dict(adapter.token_rows)
+    token_rows, replaced = dict(adapter.token_rows), dict(adapter.replaced)
     for group in ties.groups():
         names = [name for tensor in group if (name := _of_adapter(tensor, prefix)) is not None]
         with_rows = [name for name in names if name in token_rows]
@@ -129,7 +129,9 @@ def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adap
             )
         matched = [name for name in names for module in first.tied if is_weight_of(name, module)]
         token_rows = {**{name: replace(first, tied=()) for name in names if name not in matched}, **token_rows}
-    return replace(adapter, token_rows=token_rows)
+        if with_rows[0].removesuffix(".weight") in adapter.tied.values():  # and so is the table that is saved beside
+            replaced |= dict.fromkeys(names, replaced[with_rows[0]])
+    return replace(adapter, token_rows=token_rows, replaced=replaced)
 
 
 def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[str] = ()) -> Adapter:

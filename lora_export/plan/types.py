@@ -173,7 +173,7 @@ class Step:
     @property
     def is_replacement(self) -> bool:
         """Whether other values take the place of the stored ones, and nothing is added."""
-        return not self.terms and self.has_own_values
+        return not self.terms and self.shift is None and self.has_own_values
 
     @property
     def has_own_values(self) -> bool:
@@ -203,7 +203,7 @@ class Step:
             terms = " + ".join(map(str, self.terms))
             return terms if self.replace is None else f"{terms}, added to the whole tensor from the adapter"
         if self.shift is not None:
-            return "bias shifted"
+            return "bias shifted" if self.replace is None else "bias replaced, then shifted"
         parts = [] if self.replaces_only_rows else ["added" if self.added else "replaced"]
         if self.token_rows is not None:
             parts.append(f"{self.token_rows.indices.size} rows replaced")

@@ -21,8 +21,8 @@ import numpy as np
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed
-from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan, Tied
+from lora_export.plan.match_names import apart_or_both
 from lora_export.storage import block_copy, safetensors_file
 from lora_export.storage.block_copy import Block, Copy
 from lora_export.storage.hashes import FAST
@@ -44,7 +44,7 @@ from lora_export.weights.one_pass import FileCopy, Merging, alone
 from lora_export.weights.output_files import changed_word_tables, output_config, write_other_files
 from lora_export.weights.quantised.comfyui_files import without_layers
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
-from lora_export.weights.tied_tensors import TIED
+from lora_export.weights.tied_tensors import TIED, can_untie
 from lora_export.weights.written_file import (
     WrittenFile,
     copied_whole,
@@ -302,8 +302,7 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     if step is not None and not step.replaces_only_rows and not plan.changes_tied(name):
         raise InputRefused(
             f"{name} is the output embeddings too (tie_word_embeddings), which the adapter does not change. "
-            f"{named('tied', 'untie')} gives these a tensor of their own, as the adapter was trained; "
-            f"{named('tied', 'both')} changes them too"
+            f"{apart_or_both(can_untie=can_untie(base.rules))}"
         )
 
 

@@ -18,6 +18,7 @@ from lora_export.names.loaded_names import LoadedNames
 from lora_export.names.table import is_embedding, read_table
 from lora_export.options.spelling import named
 from lora_export.plan import TensorSpec, Tied, Ties
+from lora_export.plan.match_names import apart_or_both
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
 
 TIED = "tie_word_embeddings"
@@ -45,7 +46,7 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
             f"{table.version}). Leave {named('tied')} out, or store each of them as a tensor of its own first"
         )
     bound = ""
-    if rules.architecture in table.cannot_untie:
+    if not can_untie(rules):
         bound = (
             f"{rules.architecture} without {TIED} is another model in transformers {table.version}, which does not "
             "scale its outputs, or stays tied"
@@ -53,6 +54,11 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
     if handling is Tied.UNTIE and bound:
         raise InputRefused(f"{named('tied', 'untie')}: {bound}. Use {named('tied', 'both')}")
     return _by_config(base, handling, rules, tied, bound)
+
+
+def can_untie(rules: ArchitectureRules | None) -> bool:
+    """Whether a config of this class can untie its tensors; true of classes that transformers does not have."""
+    return rules is None or rules.architecture not in read_table().cannot_untie
 
 
 def word_tables(base: Checkpoint, specs: Iterable[TensorSpec]) -> list[str]:
@@ -108,11 +114,8 @@ def tied_as_remedy(base: Checkpoint, handling: Tied | str, adapters: Sequence[Ad
                 f"{found} is tied to {names[found]}. {owner} replaces rows of one, and adds to the other: no merge "
                 "does both"
             ) from None
-        untie = f"{named('tied', 'untie')} gives it a tensor of its own, as the adapter was trained; "
-        if rules is not None and rules.architecture in read_table().cannot_untie:
-            untie = ""
         raise error.with_remedy(
-            f"{found} is tied to {names[found]}. {untie}{named('tied', 'both')} changes both"
+            f"{found} is tied to {names[found]}. {apart_or_both(can_untie=can_untie(rules))}"
         ) from None
 
 

@@ -116,7 +116,16 @@ def test_names_with_a_prefix_come_back_without_it(place: Path) -> None:
     assert result.plan.name_prefix == "bert."
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"lora_bias": True, "bias": "all"},
+        {"use_rslora": True},
+    ],
+)
 def test_all_kinds_of_layers_and_variants_come_back(tmp_path: Path, config: dict[str, Any]) -> None:
     targets = ["linear", "kernel"] if "lora_bias" in config else list(LAYERS)
     adapted(tmp_path, {"target_modules": targets} | config)

@@ -387,7 +387,7 @@ def test_embeddings_under_two_names(place):
     peft_adapter(place.adapter, {}, {"model.embed_tokens.weight": WEIGHT.astype(np.float32) + 1})
     place.merge_refuses(
         "model.embed_tokens.weight is the output embeddings too (tie_word_embeddings)",
-        "--tied untie gives these a tensor of their own",
+        "--tied untie gives each a tensor of its own",
     )
     peft_adapter(place.adapter, {"lm_head": (A, B)})
     place.merge_refuses("lm_head.lora_A.weight: the base has no weight for lm_head")

@@ -67,6 +67,7 @@ CASES = pytest.mark.parametrize(
         (Everything, {"target_modules": TARGETS, "use_dora": True}),
         (Everything, {"target_modules": ["two", "fan"], "use_dora": True, "use_rslora": True}),
         (Everything, {"target_modules": ["one", "three", "fc"], "lora_bias": True}),
+        (Everything, {"target_modules": ["one", "three", "fc"], "lora_bias": True, "bias": "lora_only"}),
         (Gemmas, {"target_modules": ["words"]}),
         (Gemmas, {"target_modules": ["words"], "use_dora": True}),
     ],

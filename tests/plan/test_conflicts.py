@@ -9,19 +9,26 @@ import pytest
 
 from lora_export import plan
 from lora_export.lora import LoraPair
-from lora_export.plan import Layout
+from lora_export.plan import Layout, Ties
 from support.plans import A, B, adapter, holding, matrix, misfits, pair, rows, table, tied, vector
 
 
 def test_a_pair_on_a_tied_tensor_is_refused():
     assert misfits([adapter(emb=pair())], [tied()]) == [
         "emb.weight: emb.weight is head.weight too (the header of the file ties them), which the adapter does not "
-        'change. tied="untie" gives each a tensor of its own; tied="both" changes both'
+        'change. tied="untie" gives each a tensor of its own, as the adapter was trained; tied="both" changes both'
     ]
     assert misfits([adapter(head=pair())], [tied()]) == [
         "head: head.weight is stored as emb.weight: the two are tied, and a change of one would change both. "
-        'tied="untie" gives each a tensor of its own; tied="both" changes both'
+        'tied="untie" gives each a tensor of its own, as the adapter was trained; tied="both" changes both'
     ]
+
+
+@pytest.mark.parametrize("changed", ["emb", "head"])
+def test_a_way_that_the_config_does_not_have_is_not_named(changed):
+    """T5 cannot be untied."""
+    (refused,) = misfits([adapter(**{changed: pair()})], [tied()], ties=Ties(bound="T5 stays tied"))
+    assert refused.endswith('. tied="both" changes both')
 
 
 def test_dora_and_another_adapter_on_one_weight_conflict():
@@ -84,9 +91,10 @@ def test_a_replaced_tensor_conflicts_with_a_change(changed):
     ]
 
 
-def test_an_adapter_that_saves_a_bias_and_adds_to_it_is_refused():
+def test_an_adapter_adds_to_the_bias_that_it_saves():
+    """`bias` and `lora_bias` of PEFT at once."""
     ones = np.ones(2, np.float32)
-    both = holding("one", pairs={"fc": pair()}, biases={"fc": ones}, replaced={"fc.bias": ones})
-    assert misfits([both], [matrix("fc.weight"), vector("fc.bias")]) == [
-        "fc.bias: one replaces the whole fc.bias, and adds to it: `bias` and `lora_bias` of PEFT at once"
-    ]
+    both = holding("one", pairs={"fc": pair()}, biases={"fc": ones}, replaced={"fc.bias": 2 * ones})
+    step = plan.make([both], [matrix("fc.weight"), vector("fc.bias")], strengths=[3.0]).by_weight["fc.bias"]
+    assert str(step) == "bias replaced, then shifted" and not step.is_replacement
+    assert step.replace.tolist() == [2, 2] and step.shift.tolist() == [3, 3]

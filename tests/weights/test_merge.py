@@ -78,6 +78,10 @@ LINEAR = {"*": "out_in"}
         (torch.float16, {"r": 2, "lora_alpha": 1, "rank_pattern": {"square": 8}, "alpha_pattern": {"square": 4}}),
         (torch.float32, {"r": 4, "lora_alpha": 4, "target_modules": ["up", "square"], "lora_bias": True}),
         (torch.bfloat16, {"r": 4, "lora_alpha": 4, "target_modules": ["up", "square"], "lora_bias": True}),
+        (
+            torch.float32,
+            {"r": 4, "lora_alpha": 8, "target_modules": ["up", "square"], "lora_bias": True, "bias": "all"},
+        ),
         (torch.float16, {"r": 4, "lora_alpha": 4, "target_modules": ["square"], "bias": "all"}),
         (
             torch.bfloat16,

@@ -81,6 +81,27 @@ def test_untied_rows_of_tokens_are_what_peft_computes(architecture, indices, tmp
     assert verdict.outcome == ("undecided" if "shared" in indices else "same")  # the untied parts of BART use their own
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["rows", "tables"])
+@pytest.mark.parametrize(
+    ("architecture", "target", "indices"),
+    [
+        ("LlamaForCausalLM", "q_proj", {HEAD: [0, 5], TABLE: [0, 5]}),
+        ("BertForMaskedLM", "query", {"bert.embeddings.word_embeddings": [0, 5], "cls.predictions.decoder": [0, 5]}),
+        ("BartForConditionalGeneration", "q_proj", [0, 5]),  # looked up as the tables of encoder and decoder
+        ("T5ForConditionalGeneration", "q", [0, 5]),
+        ("T5ForConditionalGeneration", "q", {"shared": [0, 5], HEAD: [0, 5]}),
+    ],
+)
+@pytest.mark.parametrize("tied", ["error", "both"])
+def test_rows_of_all_tied_names_need_no_option(tied, architecture, target, indices, saved, tmp_path):
+    model = tied_model(tmp_path / "base", architecture)
+    trained = model.trained(target, trainable_token_indices=indices)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=saved)
+    le.merge(model.base, tmp_path / "adapter", tmp_path / "out", tied=tied)
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(trained))
+    assert le.verify(tmp_path / "out", model.base, adapters=tmp_path / "adapter", tied=tied)
+
+
 @pytest.mark.parametrize("indices", [[0, 5], {TABLE: [0, 5]}], ids=["list", "table"])
 @pytest.mark.parametrize(("is_tied", "options"), [(False, {}), (True, {}), (True, {"tied": "untie"})])
 def test_rows_beside_their_saved_tables_are_what_peft_computes(is_tied, options, indices, tmp_path):
@@ -169,8 +190,9 @@ def test_all_tensors_of_a_bert_are_untied_with_its_head(tmp_path):
 def test_a_model_that_its_config_cannot_untie_is_refused_by_name(tmp_path):
     model = tied_model(tmp_path / "base", "T5ForConditionalGeneration")
     adapter = model.adapter(tmp_path / "adapter", HEAD)
-    with pytest.raises(InputRefused, match=r'is tied to shared.weight\. tied="both" changes both$'):
-        le.merge(model.base, adapter, tmp_path / "out")
+    for one, why in ((adapter, "is tied to shared.weight."), (model.adapter(tmp_path / "table", "shared"), "change.")):
+        with pytest.raises(InputRefused, match=rf'{why} tied="both" changes both$'):
+            le.merge(model.base, one, tmp_path / "out")
     with pytest.raises(InputRefused, match="T5ForConditionalGeneration without tie_word_embeddings is another model"):
         le.merge(model.base, adapter, tmp_path / "out", tied="untie")
     le.merge(model.base, adapter, tmp_path / "both", tied="both")

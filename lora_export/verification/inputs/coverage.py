@@ -11,6 +11,7 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.errors import first_of
 from lora_export.layers.attachments import Branch, attachment_of, is_attached
+from lora_export.layers.module_tensors import named_tensors
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.spelling import named
@@ -78,12 +79,16 @@ class RowCoverage:
         self.seen: dict[str, set[int]] = {}
         if not any(adapter.token_rows for adapter in adapters):
             return
+        tables = {one.name: one.tensor for one in named_tensors(model.module) if isinstance(one.owner, nn.Embedding)}
         for step in plan.make(adapters, layers.specs(model.module)).steps:
-            owner = module.get_submodule(step.weight.rpartition(".")[0])
-            if step.token_rows is not None and isinstance(owner, nn.Embedding):
-                self.wanted[step.weight] = set(step.token_rows.indices.tolist())
-                self.seen[step.weight] = set()
-                owner.register_forward_pre_hook(functools.partial(self._record, step.weight))
+            if step.token_rows is None or step.weight not in tables:
+                continue
+            self.wanted[step.weight] = set(step.token_rows.indices.tolist())
+            self.seen[step.weight] = set()
+            for name, table in tables.items():
+                if table is tables[step.weight]:  # a tied table may be looked up under another of its names
+                    owner = module.get_submodule(name.rpartition(".")[0])
+                    owner.register_forward_pre_hook(functools.partial(self._record, step.weight))
 
     def _record(self, table: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.seen[table] |= set(inputs[0].flatten().tolist())

@@ -110,8 +110,8 @@ def at_strength(plan: Plan, factor: float) -> Plan:
     """
     if factor:
         return replace(plan, steps=tuple(_scaled(step, factor) for step in plan.steps))
-    whole = [replace(step, terms=()) for step in plan.steps if step.has_own_values] if plan.low_rank else []
-    return replace(plan, steps=tuple(whole))
+    whole = [step for step in plan.steps if step.has_own_values] if plan.low_rank else []
+    return replace(plan, steps=tuple(replace(step, terms=(), shift=None) for step in whole))
 
 
 def _scaled(step: Step, factor: float) -> Step:

@@ -380,18 +380,17 @@ def _with_merges(
 def _merges(
     weights: Mapping[str, DequantisedWeight], before: Mapping[str, DequantisedWeight], model: Model, changes: Plan
 ) -> Iterator[tuple[str, QuantisedMerge]]:
-    """The sum that each quantised weight would be, and how near the weight is to it."""
+    """What the adapters would make of each quantised weight, and how near the weight is to that."""
     tensors = state_of(model.module)
-    for step in changes.low_rank:
-        if step.weight in weights:
+    for step in changes.steps:
+        if step.weight in weights and (step.terms or step.has_own_values):
             known = before.get(step.weight)
             base = tensors[step.weight].detach().float().numpy() if known is None else known.values
             yield step.weight, _merge(weights[step.weight], base, step)
 
 
 def _merge(weight: DequantisedWeight, base: NDArray[np.float32], step: Step) -> QuantisedMerge:
-    turn = np.transpose if step.spec.layout.is_transposed else np.asarray
-    total, change = (turn(part).astype(np.float64) for part in sums.summed(step, turn(base)))
+    total, change = _changed(step, base)
     moved = weight.values.astype(np.float64) - base
     energy = float((change**2).sum()) or 1.0
     fraction = float((moved * change).sum()) / energy
@@ -400,6 +399,18 @@ def _merge(weight: DequantisedWeight, base: NDArray[np.float32], step: Step) -> 
     return QuantisedMerge(
         base, fraction, standard_error, distance, quantisation_error_of(weight.values, total, weight.rounding(total))
     )
+
+
+def _changed(step: Step, base: NDArray[np.float32]) -> tuple[Wide, Wide]:
+    """What a step makes of a weight, and its difference from the weight, in the layout of the weight."""
+    start = base if step.replace is None else step.replace.astype(np.float32)
+    if step.terms:
+        turn = np.transpose if step.spec.layout.is_transposed else np.asarray
+        start = turn(sums.summed(step, turn(start))[0])
+    total = start.astype(np.float64)
+    if step.token_rows is not None:
+        step.token_rows.write_into(total)
+    return total, total - base
 
 
 def _refuse_unknown_bases(merges: Mapping[str, QuantisedMerge]) -> None:
