@@ -16,7 +16,7 @@ from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph_merge
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.shared_weights import sharing
-from lora_export.graph.refusals import base_as_remedy
+from lora_export.graph.refusals import base_as_remedy, checkpoint_as_remedy
 from lora_export.graph.tied_tables import with_rows_of_tied_heads
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
@@ -35,7 +35,8 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
     sites = find_sites(graph.model, checkpoint)
     if checkpoint is not None:
         request = replace(request, adapters=respelled(request.adapters, sites.specs, checkpoint.rules))
-    with base_as_remedy(sites) if checkpoint is None else contextlib.nullcontext():
+    helped = base_as_remedy(sites) if checkpoint is None else contextlib.nullcontext()
+    with checkpoint_as_remedy(request.adapters, sites), helped:
         steps = plan.make(request.adapters, sites.specs, strengths=request.weights)
         steps = with_rows_of_tied_heads(steps, sites)
     steps = combined_pairs(steps, request.combined)

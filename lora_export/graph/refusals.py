@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +16,7 @@ from lora_export.errors import InputRefused, MatchError, count
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.operators import BIAS_INPUTS
 from lora_export.graph.site import Site
+from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan, Step
 
@@ -113,6 +114,21 @@ def refuse_full_rank(plan: Plan, *, but_kronecker: bool = False) -> None:
                     "and B: beside the weight it would cost more than the weight itself. Merge it "
                     f"({named('lora', 'merged')})"
                 )
+
+
+@contextlib.contextmanager
+def checkpoint_as_remedy(adapters: Sequence[Adapter], sites: Sites) -> Iterator[None]:
+    """Add to a MatchError where to merge rows of a table that the graph has under no name, or under another one."""
+    try:
+        yield
+    except MatchError as error:
+        lost = [name for adapter in adapters for name in adapter.token_rows if name not in sites.by_name]
+        if not lost or error.remedy:
+            raise
+        raise error.with_remedy(
+            f"The graph may have {', '.join(lost)} under another name. Merge the adapter into the checkpoint, and "
+            "export that"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.site import Site
 from lora_export.options.spelling import named
-from lora_export.plan import Layout, Plan, Step
+from lora_export.plan import Layout, Plan, Step, TensorSpec
 
 ROWS_AT_ONCE = 4096
 MOST_ROUNDING = 0.5  # of a table: 4 bits move it by a tenth, and two tables of equal norms are 1.4 apart
@@ -52,7 +52,16 @@ def _tied_steps(step: Step, plan: Plan, sites: Sites) -> Iterator[Step]:
                     f"{spec.name} has the table of {step.weight}, of which the adapter replaces rows, and changes in "
                     f"another way, too. Merge the adapter into the checkpoint ({named('tied')}), and export that"
                 )
-            yield replace(step, spec=spec)
+            yield _of_head(step, spec)
+
+
+def _of_head(step: Step, spec: TensorSpec) -> Step:
+    """The step of the embedding on a head, whose table is (width, words) where its layer is stored (in, out)."""
+    step = replace(step, spec=spec)
+    if spec.layout is not Layout.IN_OUT or step.token_rows is None:
+        return step
+    whole = None if step.replace is None else step.replace.T
+    return replace(step, replace=whole, token_rows=step.token_rows.transposed)
 
 
 def _have_one_table(table: Site, head: Site) -> bool:

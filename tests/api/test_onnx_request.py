@@ -14,7 +14,7 @@ from lora_export.errors import InputRefused, MatchError, OutputFailed
 from lora_export.lora import Adapter, LoraPair
 from lora_export.verification.proof import Proof
 from support.api import Recorder
-from support.plans import A, B, adapter, holding, matrix, pair, rows
+from support.plans import A, B, adapter, holding, matrix, pair
 from support.verdicts import SAME
 
 
@@ -78,14 +78,6 @@ def test_whole_tensors_cannot_be_swapped(lora: str, task: str | None) -> None:
     with pytest.raises(InputRefused, match="head"):
         check_adapters(options(head, lora=lora, task=task))
     check_adapters(options(head, lora=lora, task=task, ignore_head=True))
-
-
-@pytest.mark.parametrize("lora", ["merged", "nodes", "inputs", "rows", "slots"])
-def test_trained_tokens_are_refused_before_the_export(lora: str) -> None:
-    """A graph may have the table under another name, or under none."""
-    trained = holding("fr", pairs={"fc": pair()}, token_rows={"emb.weight": rows(1)})
-    with pytest.raises(InputRefused, match=r"fr replaces rows of emb\.weight: trained tokens go into a checkpoint"):
-        check_adapters(options(trained, lora=lora))
 
 
 def test_rows_may_choose_heads_and_no_biases() -> None:

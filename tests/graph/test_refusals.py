@@ -11,10 +11,8 @@ import pytest
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.formats.peft_kinds import entry_wise
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.insert.adapter_nodes import insert_nodes
-from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.refusals import base_as_remedy, refuse_lost_biases
-from lora_export.lora import LoraPair, TokenRows
+from lora_export.lora import LoraPair
 from lora_export.pairs.transforms import WeightTransform
 from support.graphs import a_graph, an_adapter, planned
 from support.small_graphs import GEMM, PAIR, folded
@@ -41,15 +39,6 @@ def test_added_tensor_is_refused() -> None:
     adapter = an_adapter({"m": PAIR}, replaced={"head.weight": np.ones((2, 2), np.float32)})
     with pytest.raises(InputRefused, match=r"the graph has no head.weight"):
         folded(model, adapter, may_add=True)
-
-
-def test_rows_of_tokens_are_refused_by_name() -> None:
-    rows = {"m.weight": TokenRows(np.array([1]), np.ones((1, 3), np.float32))}
-    for execute in (fold_graph, insert_nodes):
-        model = a_graph(GEMM)
-        found, made = planned(model, an_adapter({}, token_rows=rows))
-        with pytest.raises(InputRefused, match=r"replaces rows of m\.weight: trained tokens go into a checkpoint"):
-            execute(model, found, made)
 
 
 def test_base_is_named_where_a_layer_has_no_name() -> None:

@@ -483,7 +483,6 @@ RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
 REASONS = {
     "inputs|rows": r"only low-rank pairs can be swapped while a graph runs",
     "rows": r"only linear layers can be chosen by row; these whole tensors cannot|a layer that has a pair, too",
-    "graph": r"the adapter changes rows of tokens, which input and output embedding may share",
     "attached|folded": r"kernel \(6, 6\) is not the weight of a linear layer|is a part of a layer's weight",
     "nodes|inputs|rows": r"with the weights of all experts, beside which no branch can be inserted",
     "": r"does not use the bias of B at the packed projection",

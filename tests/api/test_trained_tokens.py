@@ -1,0 +1,112 @@
+"""Trained rows of tokens (`trainable_token_indices`) in graphs: what PEFT's model computes, and nothing else passes."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+import lora_export as le
+from lora_export.api import merge_graph
+from lora_export.errors import Different, InputRefused, MatchError
+from lora_export.runtime.onnx_runner import OnnxRunner
+from support.slow import slow
+from support.tied import WORDS, TiedModel, tied_model
+
+TABLE = {
+    "LlamaForCausalLM": "embed_tokens",
+    "GPT2LMHeadModel": "wte",
+    "BertForMaskedLM": "word_embeddings",
+}
+TARGET = {"LlamaForCausalLM": "v_proj", "GPT2LMHeadModel": "c_attn", "BertForMaskedLM": "value"}
+
+
+def trained(folder: Path, architecture: str, *, tied: bool) -> tuple[TiedModel, Path, NDArray[np.float32]]:
+    """The model, an adapter with rows of its table, and the logits of PEFT's model with it."""
+    model = tied_model(folder / "base", architecture, tied=tied)
+    target, options = TARGET[architecture], {"trainable_token_indices": {TABLE[architecture]: [0, 5, 22]}}
+    adapter = model.adapter(folder / "adapter", target, **options)
+    return model, adapter, model.outputs(model.trained(target, **options)).numpy()
+
+
+def logits(graph: Path) -> NDArray[np.float32]:
+    ids = np.arange(WORDS)[None]
+    every = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    names = [value.name for value in onnx.load(graph, load_external_data=False).graph.input]
+    return OnnxRunner(graph, "cpu").run({name: every[name] for name in names})["logits"]
+
+
+@pytest.mark.parametrize("lora", ["merged", slow("nodes")])
+@pytest.mark.parametrize(
+    ("architecture", "tied"),
+    [
+        ("LlamaForCausalLM", True),
+        slow("LlamaForCausalLM", False),
+        slow("GPT2LMHeadModel", True),
+        slow("BertForMaskedLM", True),
+    ],
+)
+def test_graphs_compute_what_peft_computes(tmp_path: Path, architecture: str, tied: bool, lora: str) -> None:
+    model, adapter, expected = trained(tmp_path, architecture, tied=tied)
+    result = le.export_onnx(model.base, tmp_path / "m.onnx", adapters=adapter, lora=lora)
+    assert result.proof is not None and result.proof.verdict.same
+    le.export_onnx(model.base, tmp_path / "base.onnx", verify=False)
+    again = le.export_onnx(tmp_path / "base.onnx", tmp_path / "again.onnx", adapters=adapter, lora=lora)
+    assert again.proof is not None and again.proof.verdict.same
+    le.merge(tmp_path / "base.onnx", adapter, tmp_path / "merged.onnx")
+    for name in ("m", "again", "merged"):
+        np.testing.assert_allclose(logits(tmp_path / f"{name}.onnx"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[TiedModel, Path]:
+    """A tied model with an adapter of rows, and its graph."""
+    folder = tmp_path_factory.mktemp("llama")
+    model, _, _ = trained(folder, "LlamaForCausalLM", tied=True)
+    le.export_onnx(model.base, folder / "base.onnx", verify=False)
+    return model, folder
+
+
+def test_rows_that_the_head_lacks_are_different(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folder = llama
+    monkeypatch.setattr(merge_graph, "with_rows_of_tied_heads", lambda steps, _: steps)
+    le.merge(folder / "base.onnx", folder / "adapter", tmp_path / "m.onnx")
+    assert le.verify(tmp_path / "m.onnx", model.base, adapters=folder / "adapter").verdict.outcome == "different"
+
+
+@pytest.mark.parametrize("kind", ["saved head", slow("rows")])
+def test_own_values_are_quantised_with_the_graph(tmp_path: Path, kind: str) -> None:
+    """The adapter's own values are what is rounded: a head of another training is different."""
+    model = tied_model(tmp_path / "base", tied=False, hidden_size=32, num_attention_heads=4)
+    own = {"modules_to_save": ["lm_head"]} if kind == "saved head" else {"trainable_token_indices": {"lm_head": [3, 9]}}
+    adapters = [model.adapter(tmp_path / f"{seed}", "v_proj", seed=seed, **own) for seed in (1, 2)]
+    result = le.export_onnx(model.base, tmp_path / "m.onnx", adapters=adapters[0], quantize="int8")
+    assert result.proof is not None and result.proof.verdict.same
+    only_head = load_file(adapters[0] / "adapter_model.safetensors")
+    other = load_file(adapters[1] / "adapter_model.safetensors")
+    mixed = {name: other[name] if "lm_head" in name else value for name, value in only_head.items()}
+    save_file(mixed, adapters[1] / "adapter_model.safetensors")
+    with contextlib.suppress(Different):  # where the weights are compared before the outputs
+        assert le.verify(tmp_path / "m.onnx", model.base, adapters=adapters[1]).verdict.outcome == "different"
+
+
+@pytest.mark.parametrize("lora", ["inputs", "rows", "slots"])
+def test_rows_cannot_be_swapped(llama, tmp_path: Path, lora: str) -> None:
+    model, folder = llama
+    options = {} if lora == "inputs" else {"adapters": [folder / "adapter"]}
+    with pytest.raises(InputRefused, match=r"(?s)rows of tokens.*Merge such an adapter into a graph of its own"):
+        le.export_onnx(model.base, tmp_path / "m.onnx", lora=lora, **({"adapters": folder / "adapter"} | options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_that_the_graph_has_under_another_name_is_refused(tmp_path: Path) -> None:
+    model = tied_model(tmp_path / "base", "T5ForConditionalGeneration")
+    adapter = model.adapter(tmp_path / "adapter", "v", trainable_token_indices={"shared": [1, 2]})
+    with pytest.raises(MatchError, match=r"The graph may have shared\.weight under another name\. Merge the adapter"):
+        le.export_onnx(model.base, tmp_path / "m.onnx", adapters=adapter)
+    assert not (tmp_path / "m.onnx").exists()

@@ -1,0 +1,124 @@
+"""Rows of an embedding that are rows of the head, too, where a graph has one table for both."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora_export as le
+from lora_export.errors import InputRefused
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.merge.fold import fold_graph
+from lora_export.graph.onnx_file import writing
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.graph.tied_tables import with_rows_of_tied_heads
+from lora_export.lora import LoraPair, TokenRows
+from lora_export.storage import block_copy
+from support.graphs import a_graph, an_adapter, planned, run, stored
+from support.handmade import add_tensors, peft_adapter
+
+TABLE = np.arange(1, 13, dtype=np.float32).reshape(4, 3)
+ROWS = TokenRows(np.array([1, 3]), np.float32([[0, 0, 1], [2, 2, 2]]))
+EXPECTED = np.float32([[1, 2, 3], [0, 0, 1], [7, 8, 9], [2, 2, 2]])
+OTHER = EXPECTED + 1
+IDS = np.int64([0, 1, 2, 3])
+MODULES = {"e": "embed", "m": "head"}
+
+
+def text(table: np.ndarray) -> str:
+    return "{" + ",".join(map(str, table.ravel().tolist())) + "}"
+
+
+def one_table() -> str:
+    """Both readers have one initializer."""
+    return f"""
+        g (int64[N] ids) => (float[N,4] y) <float[4,3] head.weight = {text(TABLE)}>
+        {{ [e] x = Gather(head.weight, ids)
+          [t] w = Transpose <perm = [1, 0]> (head.weight)
+          [m] y = MatMul(x, w) }}"""
+
+
+def two_tables(head: np.ndarray = TABLE, name: str = "head.weight") -> str:
+    """The head has a tensor of its own, stored (in, out)."""
+    return f"""
+        g (int64[N] ids) => (float[N,4] y) <float[4,3] embed.weight = {text(TABLE)}, float[3,4] {name} = {text(head.T)}>
+        {{ [e] x = Gather(embed.weight, ids)
+          [m] y = MatMul(x, {name}) }}"""
+
+
+def planned_rows(graph: str, **fields: object):
+    model = a_graph(graph, modules=MODULES if "embed" not in graph else None)
+    sites, steps = planned(model, an_adapter(fields.pop("pairs", {}), token_rows={"embed.weight": ROWS}, **fields))
+    return model, sites, with_rows_of_tied_heads(steps, sites)
+
+
+@pytest.mark.parametrize(
+    ("graph", "head"),
+    [(one_table(), EXPECTED), (two_tables(), EXPECTED), (two_tables(OTHER), OTHER)],
+    ids=["one", "equal", "another"],
+)
+@pytest.mark.parametrize("change", [fold_graph, insert_nodes])
+def test_rows_are_those_of_each_head_with_this_table(change, graph: str, head: np.ndarray) -> None:
+    model, sites, steps = planned_rows(graph)
+    change(model, sites, steps)
+    assert np.array_equal(run(model, ids=IDS)["y"], EXPECTED @ head.T)
+    assert np.array_equal(stored(model, "embed.weight"), EXPECTED)
+
+
+def test_a_head_keeps_rows_of_its_own() -> None:
+    model, sites, steps = planned_rows(one_table())
+    own = TokenRows(np.array([0]), np.float32([[5, 5, 5]]))
+    adapter = an_adapter({}, token_rows={"embed.weight": ROWS, "head.weight": own})
+    model = a_graph(one_table(), modules=MODULES)
+    sites, steps = planned(model, adapter)
+    fold_graph(model, sites, with_rows_of_tied_heads(steps, sites))
+    head = TABLE.copy()
+    head[0] = 5
+    assert np.array_equal(run(model, ids=IDS)["y"], EXPECTED @ head.T)
+
+
+def test_another_change_of_such_a_head_is_refused() -> None:
+    pair = LoraPair(a=[[1, 0, 0]], b=[[1]] * 4, scale=1.0)
+    with pytest.raises(InputRefused, match=r"head\.weight has the table of embed\.weight, .* another way, too"):
+        planned_rows(one_table(), pairs={"head": pair})
+
+
+def test_such_a_head_without_a_name_is_refused() -> None:
+    with pytest.raises(InputRefused, match=r"MatMul `m` has the table of embed\.weight, .* no certain name"):
+        planned_rows(two_tables(name="val_3"))
+    model, *_ = planned_rows(two_tables(OTHER, name="val_3"))
+    assert find_sites(model).unnamed
+
+
+@pytest.mark.parametrize(("sign", "refused"), [(1, True), (-1, False)])
+def test_a_quantised_head_that_may_have_this_table_is_refused(sign: int, refused: bool) -> None:
+    table = text((sign * TABLE.T).astype(np.int8))
+    graph = f"""
+        g (int64[N] ids) => (float[N,4] y)
+        <float[4,3] embed.weight = {text(TABLE)}, int8[3,4] head.weight = {table}, float s = {{1}}>
+        {{ [e] x = Gather(embed.weight, ids)
+          [d] w = DequantizeLinear(head.weight, s)
+          [m] y = MatMul(x, w) }}"""
+    with pytest.raises(InputRefused, match=r"MatMul `m` is quantised, .* replaces rows") if refused else nullcontext():
+        _, _, steps = planned_rows(graph)
+        assert [step.weight for step in steps.steps] == ["embed.weight"]
+
+
+@pytest.mark.parametrize("data", ["", "weights"], ids=["inside", "beside"])
+def test_a_file_gets_rows_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    """Its blocks have one row each: of the head, which is stored (in, out), one number of each word."""
+    monkeypatch.setattr(block_copy, "BLOCK", 16)
+    adapter = peft_adapter(tmp_path / "adapter", {}, trainable_token_indices={"embed": [1, 3]})
+    add_tensors(adapter, {"base_model.model.embed.token_adapter.trainable_tokens_delta": ROWS.values})
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "MAX_INLINE_BYTES", 0 if data else 1 << 20)
+        save_graph(a_graph(two_tables()), tmp_path, "m.onnx")
+    le.merge(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    written = load_graph(tmp_path / "out.onnx")
+    assert np.array_equal(stored(written, "embed.weight"), EXPECTED)
+    assert np.array_equal(stored(written, "head.weight"), EXPECTED.T)
