@@ -357,8 +357,10 @@ def expert_name(parameter: str, expert: int) -> str:
 
 def split_part(name: str) -> tuple[str, str]:
     """The name of a tensor, and the indices of the part of it that is meant; these are empty for a whole tensor."""
+    if not name.endswith("]"):  # nearly all, and there are many
+        return name, ""
     tensor, bracket, indices = name.partition("[")
-    return (tensor, indices[:-1]) if bracket and name.endswith("]") else (name, "")
+    return (tensor, indices[:-1]) if bracket else (name, "")
 
 
 # The models of a diffusion pipeline that adapters change. What removes the noise is a UNet or a transformer.

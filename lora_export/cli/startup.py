@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 DEFERRED = frozenset(
     {
         *("sympy", "onnx_ir._symbolic_shapes"),  # the second imports the first
-        *("google.protobuf.json_format", "google.protobuf.text_format", "google.protobuf.text_encoding"),  # as text
+        *("onnx.serialization", "google.protobuf.text_encoding"),  # as text
         *("google.protobuf.descriptor_database", "google.protobuf.internal.python_message"),  # its C code has both
         *("onnx.compose", "onnx.gen_proto", "onnx.helper", "onnx.numpy_helper", "onnx.parser", "onnx.printer"),
         *("onnx.shape_inference", "onnx.utils", "onnx.version_converter"),
         *("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars"),  # the docstrings of NumPy's functions
         *("csv", "socket"),  # of importlib.metadata, which onnx asks for its version
+        "packaging.version",  # for comparisons of versions in onnx_ir, which no merge needs
     }
 )
 

@@ -148,12 +148,12 @@ def rules_of(config: Mapping[str, Any]) -> ArchitectureRules | None:
     The class is the first of `architectures`, or that of `model_type`. A part of a composite model has the class that
     its own `model_type` gives it.
     """
-    table, model_type = read_table(), config.get("model_type")
-    named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-    architecture = architecture or table.auto["model"].get(str(model_type), "")
+    model_type, named = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str) or not model_type:
         return None
+    table = read_table()
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    architecture = architecture or table.auto["model"].get(model_type, "")
     parts = list(_parts(table, architecture, model_type, config))
     prefix = table.prefixes.get(architecture, "")
     rules = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +38,7 @@ class Place:
         assert self.region is not None
         shape = self.region.cut_shape
         layout = Layout.OTHER if len(shape) < 2 else Layout.IN_OUT if self.transposed else Layout.OUT_IN
-        size = int(np.prod(shape)) * base.nbytes // max(1, int(np.prod(base.shape)))
+        size = math.prod(shape) * base.nbytes // max(1, math.prod(base.shape))
         return replace(
             base, name=self.name, shape=shape, layout=layout, layout_source=LayoutSource.BASE, nbytes=size,
             region=self.region,

@@ -67,18 +67,15 @@ def word_tables(base: Checkpoint, specs: Iterable[TensorSpec]) -> list[str]:
     Of a class of transformers that ties tensors, they are these tensors. Of another one, they are matrices with a row
     for each word whose modules have a name that a class of transformers ties.
     """
-    specs, table, rules = list(specs), read_table(), base.rules
-    tied = {} if rules is None else table.ties.get(rules.architecture, {})
+    specs, rules = list(specs), base.rules
+    tied = {} if rules is None else read_table().ties.get(rules.architecture, {})
     if rules is not None and tied:
         names = {*tied, *tied.values()}
         matrices = _outside_of_layers(spec.name for spec in specs if len(spec.shape) == 2)
         loaded = LoadedNames(rules, matrices)
         return [name for name in matrices if names.intersection(_loaded(name, loaded))]
-    found = [
-        spec.name
-        for spec in specs
-        if len(spec.shape) == 2 and spec.shape[0] == base.word_count and _last_part(spec.name) in table.tied_modules
-    ]
+    tables = [spec.name for spec in specs if len(spec.shape) == 2 and spec.shape[0] == base.word_count]
+    found = [name for name in tables if _last_part(name) in read_table().tied_modules]
     return found if any(map(is_embedding, map(_last_part, found))) else []  # a head alone is tied to nothing
 
 

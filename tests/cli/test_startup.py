@@ -184,6 +184,8 @@ except SystemExit as end:
     met = DEFERRED & sys.modules.keys()
     loaded += [name for name in met if type(sys.modules[name]).__name__ != "_LazyModule"]
     assert met == DEFERRED or {base.suffix!r} != ".onnx"
+    from lora_export.names.table import read_table
+    assert not read_table.cache_info().misses  # no config, no class of transformers
     print(json.dumps([end.code, loaded, os.environ["OPENBLAS_NUM_THREADS"]]))
 """
     assert told_by(code) == [0, [], "1"]

@@ -21,7 +21,8 @@ from lora_export.storage import input_files
 
 MAX_MESSAGE_BYTES = 1 << 31  # protobuf neither writes nor reads longer messages
 LARGE_TENSOR_BYTES = 1024  # data from this size on stays in the file
-VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5  # kinds of fields
+VARINT, DELIMITED = 0, 2  # kinds of fields
+FIXED_BYTES: Mapping[int, int] = {1: 8, 5: 4}  # further kinds, whose values all have as many bytes
 MAX_NESTING = 100  # messages in each other; protobuf's own limit
 
 # The fields of each message that hold a message in which tensors may be.
@@ -89,7 +90,7 @@ class _Reader:
     def varint(self) -> int:
         value = shift = 0
         while True:
-            (byte,) = self.bytes(1)
+            (byte,) = self.file.read(1) or self.bytes(1)
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
@@ -97,49 +98,71 @@ class _Reader:
             if shift > 63:
                 raise self.damaged("a number of more than ten bytes")
 
-    def fields(self, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Number, kind and length in bytes of every field up to a position. A varint has length 0: it is not read."""
-        while (position := self.file.tell()) < stop:
+    def fields(self, stop: int) -> Iterator[_Field]:
+        """Every field up to a position, with the reader at its content. The caller may read from there, or not."""
+        position = self.file.tell()
+        while position < stop:
             tag = self.varint()
             number, kind = tag >> 3, tag & 7
-            if kind == DELIMITED:
-                length = self.varint()
-            elif kind in (VARINT, FIXED64, FIXED32):
-                length = {VARINT: 0, FIXED64: 8, FIXED32: 4}[kind]
-            else:
+            length = self.varint() if kind == DELIMITED else FIXED_BYTES.get(kind, 0)
+            content = self.file.tell()
+            if kind == VARINT:
+                self.varint()
+                length = self.file.tell() - content
+            elif kind != DELIMITED and kind not in FIXED_BYTES:
                 raise self.damaged("a field of an unknown kind")
-            if not number or self.file.tell() + length > stop:
+            if not number or content + length > stop:
                 raise self.damaged("a field that is longer than the message around it")
-            yield number, kind, length
-        if position != stop:
-            raise self.damaged("a field that is longer than the message around it")
+            yield _Field(number, kind, position, content, content + length)
+            position = self.file.seek(content + length)
+
+
+class _Field(NamedTuple):
+    """A field of a message: its tag and, from `content` on, its value are bytes [start, stop) of the file."""
+
+    number: int
+    kind: int
+    start: int
+    content: int
+    stop: int
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its value has the size of a large tensor."""
+        return self.kind == DELIMITED and self.stop - self.content >= LARGE_TENSOR_BYTES
+
+
+def _between(reader: _Reader, start: int, stop: int) -> bytes:
+    reader.file.seek(start)
+    return reader.bytes(stop - start)
 
 
 def _without_large_tensors(reader: _Reader, message: str, stop: int, level: int) -> bytes:
     if level > MAX_NESTING:
         raise reader.damaged(f"more than {MAX_NESTING} messages in each other")
-    parts = []
-    for number, kind, length in reader.fields(stop):
-        is_large = kind == DELIMITED and length >= LARGE_TENSOR_BYTES
-        inner = NESTED_MESSAGES.get(message, {}).get(number) if is_large else None
-        end = reader.file.tell() + length
+    parts, copied_to = [], reader.file.tell()
+    for field in reader.fields(stop):
+        inner = NESTED_MESSAGES.get(message, {}).get(field.number) if field.is_large else None
+        if inner is None:
+            continue
+        before = _between(reader, copied_to, field.start)
+        reader.file.seek(field.content)
         if inner == TENSOR:
-            parts.append(_field(number, _tensor_without_data(reader, end)))
-        elif inner is not None:
-            parts.append(_field(number, _without_large_tensors(reader, inner, end, level + 1)))
+            content = _tensor_without_data(reader, field.stop)
         else:
-            parts.append(_copied(reader, number, kind, b"" if kind == VARINT else reader.bytes(length)))
-    return b"".join(parts)
+            content = _without_large_tensors(reader, inner, field.stop, level + 1)
+        parts += [before, _field(field.number, content)]
+        copied_to = field.stop
+    return b"".join([*parts, _between(reader, copied_to, stop)])
 
 
 def _tensor_without_data(reader: _Reader, stop: int) -> bytes:
-    parts, extent = [], None
-    for number, kind, length in reader.fields(stop):
-        if number == RAW_DATA and kind == DELIMITED and length >= LARGE_TENSOR_BYTES:
-            extent = Extent(reader.file.tell(), reader.file.tell() + length)  # of several, the last one is valid
-            reader.file.seek(extent.stop)
-        else:
-            parts.append(_copied(reader, number, kind, b"" if kind == VARINT else reader.bytes(length)))
+    parts, copied_to, extent = [], reader.file.tell(), None
+    for field in reader.fields(stop):
+        if field.number == RAW_DATA and field.is_large:
+            parts.append(_between(reader, copied_to, field.start))
+            extent, copied_to = Extent(field.content, field.stop), field.stop  # of several, the last one is valid
+    parts.append(_between(reader, copied_to, stop))
     if extent is not None:
         length = extent.stop - extent.start
         for key, value in (("location", reader.location), ("offset", extent.start), ("length", length)):
@@ -159,7 +182,7 @@ def split_at_tensors(message: bytes, location: str, sizes: Sequence[int]) -> lis
     `sizes` holds the bytes of each number's data.
     """
     reader = _Reader(Path("a message"), io.BytesIO(message))
-    parts, _ = _split(reader, MODEL, len(message), _InlineData(location.encode(), sizes))
+    parts, _ = _split(reader, MODEL, len(message), _InlineData(message, location.encode(), sizes))
     joined: list[bytes | int] = []
     literal: list[bytes] = []
     for part in [*parts, -1]:
@@ -172,61 +195,47 @@ def split_at_tensors(message: bytes, location: str, sizes: Sequence[int]) -> lis
 
 
 class _InlineData(NamedTuple):
-    """The tensors whose data becomes part of the message."""
+    """The tensors whose data becomes part of a message."""
 
+    message: bytes
     location: bytes
     sizes: Sequence[int]
+
+    def is_for(self, field: _Field) -> bool:
+        """Whether data becomes part of this field of the message."""
+        return field.kind == DELIMITED and self.message.find(self.location, field.content, field.stop) >= 0
 
 
 def _split(reader: _Reader, message: str, stop: int, data: _InlineData) -> tuple[list[bytes | int], int]:
     """The parts of a message, and their total length with the data of tensors."""
     parts: list[bytes | int] = []
-    total = 0
-    for number, kind, length in reader.fields(stop):
-        content = b"" if kind == VARINT else reader.bytes(length)
-        has_data = kind == DELIMITED and data.location in content
-        inner = NESTED_MESSAGES.get(message, {}).get(number) if has_data else None
+    total, copied_to = 0, reader.file.tell()
+    for field in reader.fields(stop):
+        inner = NESTED_MESSAGES.get(message, {}).get(field.number) if data.is_for(field) else None
         if inner is None:
-            whole = _copied(reader, number, kind, content)
-            parts.append(whole)
-            total += len(whole)
             continue
-        inner_reader = _Reader(reader.path, io.BytesIO(content))
-        inner_parts, size = (_split_tensor if inner == TENSOR else _split)(inner_reader, inner, length, data)
-        head = _varint(number << 3 | DELIMITED) + _varint(size)
+        inner_parts, size = (_split_tensor if inner == TENSOR else _split)(reader, inner, field.stop, data)
+        head = data.message[copied_to : field.start] + _varint(field.number << 3 | DELIMITED) + _varint(size)
         parts += [head, *inner_parts]
         total += len(head) + size
-    return parts, total
+        copied_to = field.stop
+    rest = data.message[copied_to:stop]
+    return [*parts, rest], total + len(rest)
 
 
 def _split_tensor(reader: _Reader, _: str, stop: int, data: _InlineData) -> tuple[list[bytes | int], int]:
     fields, entries = [], {}
-    for number, kind, length in reader.fields(stop):
-        content = b"" if kind == VARINT else reader.bytes(length)
-        if number == EXTERNAL_DATA:
-            key, value = _read_entry(content)
-            entries[key] = value
-        elif number == DATA_LOCATION:
-            reader.varint()
-        else:
-            fields.append(_copied(reader, number, kind, content))
+    for field in reader.fields(stop):
+        if field.number == EXTERNAL_DATA:
+            reader.file.seek(field.content)
+            entry = {one.number: data.message[one.content : one.stop] for one in reader.fields(field.stop)}
+            entries[entry[ENTRY_KEY]] = entry[ENTRY_VALUE]
+        elif field.number != DATA_LOCATION:
+            fields.append(data.message[field.start : field.stop])
     number = int(entries[b"offset"])
     size = data.sizes[number]
     head = b"".join([*fields, _varint(RAW_DATA << 3 | DELIMITED), _varint(size)])
     return [head, number], len(head) + size
-
-
-def _read_entry(content: bytes) -> tuple[bytes, bytes]:
-    reader = _Reader(Path("an entry"), io.BytesIO(content))
-    fields = {number: reader.bytes(length) for number, _, length in reader.fields(len(content))}
-    return fields[ENTRY_KEY], fields[ENTRY_VALUE]
-
-
-def _copied(reader: _Reader, number: int, kind: int, content: bytes) -> bytes:
-    """An unchanged field. Reads the value of a varint, which `content` lacks."""
-    if kind == VARINT:
-        return _varint(number << 3 | kind) + _varint(reader.varint())
-    return _field(number, content) if kind == DELIMITED else _varint(number << 3 | kind) + content
 
 
 def _field(number: int, content: bytes) -> bytes:
