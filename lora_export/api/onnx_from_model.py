@@ -42,6 +42,7 @@ from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.quantise import quantise_graph
+from lora_export.graph.tied_tables import without_unread_rows
 from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
 from lora_export.models import export
@@ -279,6 +280,7 @@ def write_graphs(
         release_memory(of=fp64_bytes(base.module))
     if not whole:
         return plans[0], beside
+    options = replace(options, adapters=[without_unread_rows(one, found) for one in options.adapters])
     whole_plan = options.plan(whole) if options.adapters else None
     steps = [
         *(whole_plan.steps if whole_plan else ()),

@@ -30,7 +30,7 @@ from lora_export.graph.insert.adapter_slots import head_values, insert_slots
 from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save_graph
 from lora_export.graph.refusals import base_as_remedy, checkpoint_as_remedy, refuse_full_rank, refuse_lost_biases
-from lora_export.graph.tied_tables import with_rows_of_tied_heads
+from lora_export.graph.tied_tables import with_rows_of_tied_heads, without_unread_rows
 from lora_export.plan import Plan, TensorSpec
 from lora_export.plan.own_heads import Head, own_heads
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -80,6 +80,8 @@ def locate_steps(
     """
     options.stage("finding its weights")
     sites = find_sites(program, checkpoint)
+    if not is_existing and not whole:  # the model's ties are known: the adapters have rows for each name
+        options = replace(options, adapters=[without_unread_rows(one, sites.by_name) for one in options.adapters])
     helped = base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext()
     with checkpoint_as_remedy(options.adapters, sites), helped:
         elsewhere = weights_elsewhere(sites, whole)

@@ -6,7 +6,7 @@ graph alone does not: it stores the table once for both readers, or twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.site import Site
+from lora_export.lora import Adapter
 from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step, TensorSpec
 
@@ -53,6 +54,20 @@ def _tied_steps(step: Step, plan: Plan, sites: Sites) -> Iterator[Step]:
                     f"another way, too. Merge the adapter into the checkpoint ({named('tied')}), and export that"
                 )
             yield _of_head(step, spec)
+
+
+def without_unread_rows(adapter: Adapter, names: Collection[str]) -> Adapter:
+    """The adapter without rows of a tied table under a name that no graph reads: BART looks `shared` up as others.
+
+    `names` are those that graphs read. Rows that none of these has stay, and are refused.
+    """
+    read = [rows for name, rows in adapter.token_rows.items() if name in names]
+    own = {
+        name: rows
+        for name, rows in adapter.token_rows.items()
+        if name in names or not any(rows.equals(other) for other in read)
+    }
+    return adapter if own.keys() == adapter.token_rows.keys() else replace(adapter, token_rows=own)
 
 
 def _of_head(step: Step, spec: TensorSpec) -> Step:
