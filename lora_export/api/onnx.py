@@ -133,6 +133,8 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
     if is_graph and not adapters and target is None:
         raise WrongUsage(f"MODEL is a graph already: name the adapters to put into it ({named('adapters')})")
     _refuse_beside_parts(options)
+    if not options.verify:
+        _refuse_unused(options, is_graph=is_graph)
     if any(adapter.invocation_tokens for adapter in adapters):
         _refuse_activated(options, is_graph=is_graph)
     if options.dora and options.per_row > 1:
@@ -150,6 +152,20 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         )
     if options.reference is not None and names_kind(options.reference, ArtifactKind.GRAPH):
         raise WrongUsage(f"{named('reference')} names a PyTorch model; without it the graph is compared with itself")
+
+
+def _refuse_unused(options: OnnxRequest, *, is_graph: bool) -> None:
+    """Raise WrongUsage for options of the proof, where there is none.
+
+    The shapes of a graph for rows may be measured by a run. An export may have no other example than `inputs`. Whether
+    there is a provider for bf16 is checked before a graph is quantised.
+    """
+    unused = ["reference"] if is_graph else []
+    if not (is_graph and options.by_row):
+        unused += ["timeout", "memory", *(["inputs"] if is_graph else [])]
+        unused += [] if options.quantize and options.dtype == "bfloat16" else ["provider"]
+    if names := [named(name) for name in unused if name in options.chosen()]:
+        raise WrongUsage(f"{' and '.join(names)}: for the proof, which {named('verify', False)} leaves out")
 
 
 def _refuse_beside_parts(options: OnnxRequest) -> None:

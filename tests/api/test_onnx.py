@@ -183,6 +183,8 @@ def doubled(plan: le.Plan) -> le.Plan:
         ({"dora": True}, 'dora= is for lora="inputs"'),
         ({"names": "genai"}, 'names= is for lora="inputs"'),
         ({"checkpoint": "x"}, "checkpoint= is for an .onnx MODEL"),
+        ({"verify": False, "timeout": 9}, "timeout=: for the proof, which verify=False leaves out"),
+        ({"verify": False, "memory": 9, "provider": "cuda"}, "memory= and provider=: for the proof"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:

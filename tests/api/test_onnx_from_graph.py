@@ -393,6 +393,25 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--model", SPOTTER), "--model: for the proof, which --no-verify leaves out"),
+        (
+            ("--inputs", "x.npz", "--timeout", "9", "--memory", "9"),
+            "--timeout and --memory and --inputs: for the proof",
+        ),
+        (("--lora", "rows", "--timeout", "9", "--model", SPOTTER), "--model: for the proof"),  # shapes may be measured
+    ],
+)
+def test_options_of_a_proof_that_is_left_out_are_refused(
+    place: Path, words: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(place)
+    assert call("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx", "--no-verify", *words) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "code", "told"),
     [
         (("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx"), 2, "--dtype is the precision of a PyTorch model"),
