@@ -64,21 +64,30 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     refuse_weights_alone(options.adapters, options.weights)
     model = locate_model(options.model, options.on_message, options.download)
     refuse_no_source(model)
-    is_graph = names_kind(model, ArtifactKind.GRAPH)
-    options.check_usage(model="graph" if is_graph else "module")
     with no_adapter_as_model(model, options.adapters), stated_memory(options.memory):
-        request = _request(options, model)
-        _check_usage(request, is_graph=is_graph)
+        request = checked_request(options, model)
         require_provider(request.provider)
-        check_adapters(request)
         # A graph needs no PyTorch: only what is used is imported, before there is an output to remove again.
-        if not is_graph:
+        if not names_kind(model, ArtifactKind.GRAPH):
             from lora_export.api.onnx_from_model import export_from_model
 
             return export_from_model(request)
         from lora_export.api.onnx_from_graph import export_from_graph
 
         return export_from_graph(request)
+
+
+def checked_request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
+    """The options with all that they name, for a model that was found. Does not open it.
+
+    Raises WrongUsage for options that do not go together, and InputRefused for adapters that no such graph takes.
+    """
+    is_graph = names_kind(model, ArtifactKind.GRAPH)
+    options.check_usage(model="graph" if is_graph else "module")
+    request = _request(options, model)
+    _check_usage(request, is_graph=is_graph)
+    check_adapters(request)
+    return request
 
 
 def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
