@@ -54,7 +54,6 @@ def test_an_option_is_named_as_the_file_has_it(place: Path) -> None:
     [
         ("dora = true", '`dora = true` is for `lora = "inputs"` and slots: other graphs contain the adapters'),
         ('lora = "slots"\ncombine = "linear"\n', '`combine` is for `lora = "merged"` and nodes'),
-        ("no-verify = true\ntimeout = 9", "`timeout`: for the proof, which `no-verify = true` leaves out"),
     ],
 )
 def test_options_that_the_mode_of_a_graph_does_not_take_are_problems(option: str, problem: str, place: Path) -> None:
