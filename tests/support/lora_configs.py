@@ -247,6 +247,7 @@ CASES: list[Case] = [
     Case("layer_replication", "ranges", saved={"layer_replication": [[0, 2], [0, 2]]}, refused=True),
     *_cases("runtime_config", variants.LoraRuntimeConfig(ephemeral_gpu_offload=False)),
     *_cases("lora_bias", True),
+    *_named("lora_bias", beside_saved_ones=lambda kind: {"lora_bias": True, "bias": "all"}),
     *_named(
         "target_parameters",
         weight=lambda kind: {"target_modules": [], "target_parameters": [f"{kind.layer}.{kind.parameter or 'weight'}"]},
@@ -483,7 +484,7 @@ RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
 REASONS = {
     "inputs|rows": r"only low-rank pairs can be swapped while a graph runs",
     "rows": r"only linear layers can be chosen by row; these whole tensors cannot|a layer that has a pair, too",
-    "graph": r"the adapter changes rows of tokens, which input and output embedding may share",
+    "graph": r"replaces rows of .*: trained tokens go into a checkpoint, not into a graph",
     "attached|folded": r"kernel \(6, 6\) is not the weight of a linear layer|is a part of a layer's weight",
     "nodes|inputs|rows": r"with the weights of all experts, beside which no branch can be inserted",
     "": r"does not use the bias of B at the packed projection",
