@@ -15,6 +15,7 @@ from lora_export.callbacks import OnMessage
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.combining import Applied
+from lora_export.options.spelling import named
 from lora_export.verification.module_copies import shared_copy
 
 
@@ -38,7 +39,8 @@ def adapted_model(
     """
     if applied.layout:
         model = replace(model, module=shared_copy(model.module))
-        layers.state_layouts(model.module, applied.layout)
+        if not layers.state_layouts(model.module, applied.layout):
+            on_message(f"note: {named('layout')} has no effect: the classes of the model's layers determine their own")
     adapters = layers.with_tied_rows(model.module, layers.respelled_for(model.module, adapters))
     if applied.tied == "both":
         adapters = layers.with_shared_ties(model.module, adapters)

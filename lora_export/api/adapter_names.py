@@ -19,7 +19,7 @@ from lora_export.names.families import joined_outputs
 from lora_export.names.loaded_names import LoadedNames, TensorConversion
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.options.spelling import named
-from lora_export.pairs.open_shape import OpenPair
+from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.plan.attempts import module_of_tensor
 from lora_export.plan.converted_attempts import loaded_names
 from lora_export.plan.diffusion import (
@@ -80,6 +80,23 @@ def with_shapes_of_base(adapter: Adapter, base: Path, layout: Mapping[str, str] 
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "layout": layout, "rules": checkpoint.rules}
     (laid,) = plan.make([adapter], checkpoint.specs, **how).adapters
     return replace(adapter, pairs=laid.pairs) if laid.pairs.keys() == adapter.pairs.keys() else laid
+
+
+def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
+    """The adapter, whose pairs with kernels of 1 have the kernels of its base's weights: linear layers have none.
+
+    An adapter without such pairs needs no base, and several models are not searched. Raises as `plan.make`.
+    """
+    with_ones = [
+        pair for pair in adapter.pairs.values() if len(known_shape(pair)) > 2 and {*known_shape(pair)[2:]} == {1}
+    ]
+    if not with_ones or is_pipeline(base):
+        return adapter
+    checkpoint = open_checkpoint(base, variant=variant_like(base))
+    how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True, "rules": checkpoint.rules}
+    steps = plan.make([adapter], checkpoint.specs, **how).low_rank
+    laid = {term.module: term.pair for step in steps for term in step.terms}
+    return replace(adapter, pairs={name: laid.get(name, pair) for name, pair in adapter.pairs.items()})
 
 
 def with_dots_of(adapter: Adapter, base: Path) -> Adapter:

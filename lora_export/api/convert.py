@@ -17,6 +17,7 @@ from lora_export.api.adapter_names import (
     named_for_pipeline,
     notes_on_experts,
     with_dots_of,
+    with_kernels_of,
     with_shapes_of_base,
     without_repeated_tables,
 )
@@ -114,6 +115,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     elif base is not None and (loaded.flattened or has_other_experts(loaded, base)):
         loaded = with_dots_of(loaded, base)
     elif to == "peft":
+        loaded = loaded if base is None else with_kernels_of(loaded, base)
         loaded = replace(loaded, notes=(*loaded.notes, *notes_on_experts(loaded, base)))
     writer = writer_of(to)
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output

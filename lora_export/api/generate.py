@@ -87,7 +87,8 @@ def generate(options: GenerateOptions) -> list[Generation]:
         on_message(f"note: no effect without {named('temperature')}, where nothing is drawn: {' and '.join(unused)}")
     graph = _graph_in(place(options.source))
     settings = GenerationSettings(graph if graph.is_dir() else graph.parent)
-    if not_done := settings.not_done(sampling):
+    new_tokens = None if "max_new_tokens" in options.chosen() else options.max_new_tokens
+    if not_done := settings.not_done(sampling, new_tokens):
         on_message(f"note: not done: {', '.join(not_done)}, which the generation config asks for")
     require_provider(options.provider)
     model = _opened(graph, options.provider)

@@ -41,6 +41,9 @@ NOT_DRAWN: dict[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
 }
+# Those that have an effect where none are drawn
+NOT_GREEDY: dict[str, tuple[Any, ...]] = {"do_sample": (False,)}
+UNSET_LENGTH = 20  # `max_length` of a config of transformers that sets none
 
 
 class GenerationSettings:
@@ -96,16 +99,23 @@ class GenerationSettings:
             begin_suppress=_tokens(_value(first, "begin_suppress_tokens")),
         )
 
-    def not_done(self, sampling: Sampling) -> list[str]:
+    def not_done(self, sampling: Sampling, new_tokens: int | None = None) -> list[str]:
         """What the first config asks for and a run here does not do, such as `num_beams 4`.
 
-        A `top_p` is named where tokens are drawn from all.
+        A `top_p` is named where tokens are drawn from all, and a `temperature` where the config draws them and the run
+        does not. Where the length of the texts was not stated, `new_tokens` is that of the run.
         """
         config = self.configs[0] if self.configs else {}
-        drawn = {**NOT_DRAWN, **({"top_p": (1.0,)} if sampling.top_p == 1 else {})} if sampling.temperature else {}
+        unapplied = NOT_DONE | (NOT_DRAWN if sampling.temperature else NOT_GREEDY)
+        if sampling.temperature and sampling.top_p == 1:
+            unapplied |= {"top_p": (1.0,)}
+        if not sampling.temperature and config.get("do_sample"):
+            unapplied |= {"temperature": ()}
+        if new_tokens is not None:
+            unapplied |= {"max_length": (UNSET_LENGTH,), "max_new_tokens": (new_tokens,)}
         return [
             f"{name} {config[name]}"
-            for name, neutral in (NOT_DONE | drawn).items()
+            for name, neutral in unapplied.items()
             if config.get(name) is not None and config[name] not in neutral
         ]
 

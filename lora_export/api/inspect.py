@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
+from lora_export.api.load import refuse_unused_statements
 from lora_export.artifacts.artifact import WrittenRecord, has_broken_archive, open_artifact
 from lora_export.artifacts.executorch_file import ProgramMethod, read_methods
 from lora_export.callbacks import ignore
@@ -144,7 +145,10 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
     is_model = artifact.kind.is_checkpoint and not options.reading.stored_adapter and task_adapters.recognises(path)
     if formats.recognised(own := formats.located(path)) and not is_model:
         adapter = formats.load(path, options=options.reading, activated=True)
+        refuse_unused_statements([adapter], options.reading)
         return Inspection(own, adapter=chosen_component(adapter, options.reading.component))
+    if unused := [named(name) for name in options.reading.chosen() if name != "allow_pickle"]:
+        raise WrongUsage(f"{' and '.join(unused)}: for adapters, and {path} is none that has to be read so")
     if artifact.kind is ArtifactKind.ADAPTER:
         from lora_export.formats import onnx_adapter
 

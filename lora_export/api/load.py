@@ -60,24 +60,27 @@ def load_adapters(
 
     `reading` is about those that are paths; its component is about all. Unless the adapters are for several models of
     a diffusion pipeline (`of_models`), each may change one model only. One that acts on some tokens only is refused,
-    unless the caller can have it (`activated`). Raises InputRefused where one cannot be read, and as `with_prefixes`.
+    unless the caller can have it (`activated`). Raises InputRefused where one cannot be read, and as `with_prefixes`;
+    WrongUsage for a statement about none of them.
     """
     loaded = [
         source if isinstance(source, Adapter) else _load_adapter(source, reading, activated=activated)
         for source in _as_list(sources)
     ]
     formats.refuse_activated(() if activated else loaded)
-    _refuse_unknown_parts(loaded, reading)
+    refuse_unused_statements(loaded, reading)
     loaded = [chosen_component(adapter, reading.component) for adapter in loaded]
     loaded = loaded if of_models else [only_component(adapter) for adapter in loaded]
     return with_prefixes(loaded, prefixes or {})
 
 
-def _refuse_unknown_parts(adapters: Sequence[Adapter], reading: ReadOptions) -> None:
-    """Raise InputRefused where the parts of a fused layer are stated that no adapter of loralib has."""
+def refuse_unused_statements(adapters: Sequence[Adapter], reading: ReadOptions) -> None:
+    """Raise WrongUsage for a statement about another kind of adapter than these, InputRefused about another layer."""
     of_loralib = [adapter for adapter in adapters if adapter.format == "loralib"]
+    with_experts = [adapter for adapter in adapters if adapter.experts]
+    reading.check_usage(loralib="some" if of_loralib else "none", experts="some" if with_experts else "none")
     fused = [f".{module}" for adapter in of_loralib for module in adapter.pairs]
-    for layer in reading.enable_lora if of_loralib else ():
+    for layer in reading.enable_lora:
         if not any(module.endswith(f".{layer}") for module in fused):
             names = ", ".join(adapter.name for adapter in of_loralib)
             raise InputRefused(f"{named('enable_lora', layer)}: {names} has no layer whose name ends so")

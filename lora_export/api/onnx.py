@@ -64,21 +64,30 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     refuse_weights_alone(options.adapters, options.weights)
     model = locate_model(options.model, options.on_message, options.download)
     refuse_no_source(model)
-    is_graph = names_kind(model, ArtifactKind.GRAPH)
-    options.check_usage(model="graph" if is_graph else "module")
     with no_adapter_as_model(model, options.adapters), stated_memory(options.memory):
-        request = _request(options, model)
-        _check_usage(request, is_graph=is_graph)
+        request = checked_request(options, model)
         require_provider(request.provider)
-        check_adapters(request)
         # A graph needs no PyTorch: only what is used is imported, before there is an output to remove again.
-        if not is_graph:
+        if not names_kind(model, ArtifactKind.GRAPH):
             from lora_export.api.onnx_from_model import export_from_model
 
             return export_from_model(request)
         from lora_export.api.onnx_from_graph import export_from_graph
 
         return export_from_graph(request)
+
+
+def checked_request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
+    """The options with all that they name, for a model that was found. Does not open it.
+
+    Raises WrongUsage for options that do not go together, and InputRefused for adapters that no such graph takes.
+    """
+    is_graph = names_kind(model, ArtifactKind.GRAPH)
+    options.check_usage(model="graph" if is_graph else "module")
+    request = _request(options, model)
+    _check_usage(request, is_graph=is_graph)
+    check_adapters(request)
+    return request
 
 
 def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
@@ -133,6 +142,8 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
     if is_graph and not adapters and target is None:
         raise WrongUsage(f"MODEL is a graph already: name the adapters to put into it ({named('adapters')})")
     _refuse_beside_parts(options)
+    if not options.verify:
+        _note_unused(options, is_graph=is_graph)
     if any(adapter.invocation_tokens for adapter in adapters):
         _refuse_activated(options, is_graph=is_graph)
     if options.dora and options.per_row > 1:
@@ -150,6 +161,20 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         )
     if options.reference is not None and names_kind(options.reference, ArtifactKind.GRAPH):
         raise WrongUsage(f"{named('reference')} names a PyTorch model; without it the graph is compared with itself")
+
+
+def _note_unused(options: OnnxRequest, *, is_graph: bool) -> None:
+    """Name the options of the proof, where there is none.
+
+    The shapes of a graph for rows may be measured by a run. An export may have no other example than `inputs`. Whether
+    there is a provider for bf16 is checked before a graph is quantised.
+    """
+    unused = ["reference"] if is_graph else []
+    if not (is_graph and options.by_row):
+        unused += ["timeout", "memory", *(["inputs"] if is_graph else [])]
+        unused += [] if options.quantize and options.dtype == "bfloat16" else ["provider"]
+    if names := [named(name) for name in unused if name in options.chosen()]:
+        options.on_message(f"note: no effect without a proof ({named('verify', False)}): {' and '.join(names)}")
 
 
 def _refuse_beside_parts(options: OnnxRequest) -> None:

@@ -116,6 +116,10 @@ def _misfit(job: FleetJob) -> str:
     try:
         options: Any = options_from_table(job.kind.record, job.values, job.place, **job.fixed())
         with by_headers(), entries_of(job.kind.record):
+            if job.step == "onnx":
+                from lora_export.api.onnx import checked_request  # ONNX takes time to import
+
+                checked_request(options, locate(job.base_path, ignore))
             if job.step == "merge":
                 FLEET_STEPS["merge"].function(**vars(options) | {"dry_run": True})
             elif isinstance(options, Applied) and artifact_kind(locate(job.base_path, ignore)) in MERGED_INTO:

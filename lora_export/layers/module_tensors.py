@@ -101,18 +101,21 @@ def layout_of(owner: nn.Module, attribute: str) -> Layout:
     return Layout.OTHER
 
 
-def state_layouts(module: nn.Module, stated: Mapping[str, str]) -> None:
+def state_layouts(module: nn.Module, stated: Mapping[str, str]) -> bool:
     """State the layouts of matrices, in place, where the classes of their layers do not (see `plan.make`).
 
-    Raises WrongUsage and InputRefused as `plan.make` does, and for a layer, named alone, whose class contradicts it.
+    Returns whether there were any. Raises WrongUsage and InputRefused as `plan.make` does, and for a layer, named
+    alone, whose class contradicts it.
     """
     check_stated(stated, {spec.name: spec for spec in specs(module)})
+    has_effect = False
     for name, owner, attribute, _ in named_tensors(module):
         own, wanted = layout_of(owner, attribute), stated_layout(name, stated)
         if own is Layout.UNKNOWN and wanted is not None:
-            owner.lora_layout = wanted  # type: ignore[assignment]
+            owner.lora_layout, has_effect = wanted, True  # type: ignore[assignment]
         elif stated.keys() & {name, name.removesuffix(".weight")} and own is not wanted:
             raise InputRefused(f"{named('layout')} states that {name} is {wanted}, but the model's is {own}")
+    return has_effect
 
 
 def _has_forward_of_torch(owner: nn.Module) -> bool:

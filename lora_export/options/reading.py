@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.options.declaring import Option, Options, Section, declares, option, table_of
+from lora_export.options.declaring import Only, Option, Options, Section, declares, option, table_of
 from lora_export.options.spelling import command, named
 
 PipelineComponent = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
@@ -49,6 +49,7 @@ class ReadOptions(AllowPickle):
                 "Parts of a fused layer that have a pair, for loralib's MergedLinear. NAME ends the layer's name.",
                 metavar="NAME=1,0,1",
                 read=table_of("NAME=1,0,1", _parts, at_last=True),
+                only=(Only("loralib", ("some",), words="adapters of loralib, and none here is one"),),
             )
         ),
     )
@@ -70,6 +71,7 @@ class ReadOptions(AllowPickle):
         "",
         "Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
         "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
+        only=(Only("experts", ("some",), words="experts in one parameter, and no adapter here has them"),),
     )
 
     def __post_init__(self) -> None:

@@ -36,7 +36,16 @@ from lora_export.plan.match_tensors import (
     resolved,
 )
 from lora_export.plan.spelling import layouts_within, spell, unknown_names
-from lora_export.plan.ties import Tied, Ties, shared, untied, untied_by_added, with_copies, with_rows_of_all_names
+from lora_export.plan.ties import (
+    Tied,
+    Ties,
+    rows_of_copies,
+    shared,
+    untied,
+    untied_by_added,
+    with_copies,
+    with_rows_of_all_names,
+)
 from lora_export.plan.types import Layout, Plan, Step, TensorSpec
 
 if TYPE_CHECKING:
@@ -111,22 +120,8 @@ def make(
     settle = untied_by_added if ties.handling is Tied.ERROR else untied
     by_name = {step.weight: step for step in steps}
     own_tensors = settle(by_name, ties, stored)
-    if ties.handling is Tied.ERROR and any(_has_rows(by_name.get(source)) for source in own_tensors.values()):
-        # An added tensor unties a table with trained rows: a plan that unties has these for all names of the table.
-        untying = make(
-            adapters,
-            specs,
-            strengths=strengths,
-            may_add=may_add,
-            identity_ok=identity_ok,
-            one_at_a_time=one_at_a_time,
-            layout=layout,
-            unknown_layout_ok=unknown_layout_ok,
-            rules=rules,
-            ties=replace(ties, handling=Tied.UNTIE),
-            around=around,
-        )
-        return replace(untying, tied=ties.handling)
+    if ties.handling is Tied.ERROR:
+        steps += rows_of_copies(by_name, own_tensors)
     steps = [step for step in steps if step.spec.stored_name in own_tensors or step.spec.stored_name not in unstored]
     if not unknown_layout_ok:
         refuse_unknown(steps)
@@ -328,10 +323,6 @@ def _step(matches: Sequence[Match], base: Mapping[str, TensorSpec]) -> Step:
         spec = base.get(weight) or TensorSpec(weight, whole.shape, str(whole.dtype), nbytes=whole.nbytes)
         return Step(spec, shift=shift, replace=whole, added=weight not in base)
     return Step(base[weight], shift=shift)
-
-
-def _has_rows(step: Step | None) -> bool:
-    return step is not None and step.token_rows is not None
 
 
 def _name_prefix(by_weight: Iterable[Sequence[Match]], base: Mapping[str, TensorSpec]) -> str:

@@ -91,6 +91,16 @@ def untied_by_added(steps: Mapping[str, Step], ties: Ties, stored: Collection[st
     return {name: group[0] for group in groups for name in group if name not in own}
 
 
+def rows_of_copies(steps: Mapping[str, Step], copies: Mapping[str, str]) -> Iterator[Step]:
+    """The steps on tensors that start from another one with trained rows: PEFT trains these for all names of a table.
+
+    `copies` are such as `untied_by_added` returns.
+    """
+    for name, source in copies.items():
+        if source in steps and steps[source].token_rows is not None:
+            yield replace(steps[source], spec=replace(steps[source].spec, name=name, aliases=()))
+
+
 def _names(name: str, ties: Ties) -> tuple[str, str]:
     """A tied tensor as files of the base spell it, and as the loaded model does."""
     return name, ties.loaded.get(name, name)

@@ -124,10 +124,11 @@ class Bucket:
         return ObjectInfo(meta["size"], meta["last_modified"], self._version(meta))
 
     def _version(self, stated: Any) -> dict[str, str]:
-        """What the store states of a version. Azure leaves out an ETag's quotes in lists, and nowhere else."""
+        """What a store states of a version, if it does. Azure leaves out an ETag's quotes in lists, and only there."""
         version = {key: stated[key] for key in ("e_tag", "version") if stated[key]}
-        if self.address.startswith("az:") and not version["e_tag"].endswith('"'):
-            version["e_tag"] = f'"{version["e_tag"]}"'
+        e_tag = version.get("e_tag", "")
+        if self.address.startswith("az:") and e_tag and not e_tag.endswith('"'):
+            version["e_tag"] = f'"{e_tag}"'
         return version
 
     def forget(self, key: str) -> None:
@@ -241,7 +242,7 @@ class Bucket:
             now = self._version(self._store.head(key))
         except FileNotFoundError:
             raise ObjectChanged from None
-        if now["e_tag"] != mode["e_tag"]:
+        if now.get("e_tag") != mode["e_tag"]:
             raise ObjectChanged
         return now
 
@@ -250,7 +251,7 @@ class Bucket:
         if key not in self.fences:
             return "overwrite"
         before = self.info(key)
-        return "create" if before is None else before.version
+        return "create" if before is None else before.version or "overwrite"
 
     def put_once(self, key: str, content: bytes, mode: Any) -> None:
         """As `put`. Raises ObjectChanged where the mode does not hold, and the object has other bytes than these.

@@ -90,7 +90,7 @@ from lora_export.verification.references.moved_numbers import (
     FARTHEST_MOVED,
     MOVED_FUNCTIONS,
     MOVED_WEIGHTS,
-    moved_functions,
+    MovedFunctions,
     moved_module,
 )
 from lora_export.verification.references.single_pairs import control_pairs
@@ -357,7 +357,7 @@ class PreparedPyTorch(PreparedReferences):
             yield self._peer(moved_module(self.deployed.module, seed), MOVED_WEIGHTS)
         for seed in seeds:
             step("PyTorch, its weights and functions moved by a rounding")
-            with moved_functions(seed) as moved:
+            with MovedFunctions(seed) as moved:
                 peer = self._peer(moved_module(self.deployed.module, seed), MOVED_FUNCTIONS)
             if not moved.count:
                 return

@@ -95,6 +95,13 @@ def test_without_an_option_tied_tensors_are_refused_with_both() -> None:
 
 
 @pytest.mark.slow
+def test_a_layout_that_the_model_has_anyway_is_named() -> None:
+    said: list[str] = []
+    model = from_module(TiedWords(), {"ids": IDS})
+    adapted_model(model, [FIRST], (), Applied(layout={"*": "in_out"}, tied="both"), said.append)
+    assert said == ["note: layout= has no effect: the classes of the model's layers determine their own"]
+
+
 @pytest.mark.parametrize("tied", ["untie", "both"])
 def test_a_torchscript_file_with_tied_changes_is_proven(tied: str, tmp_path: Path) -> None:
     source = (TiedWords(), IDS)

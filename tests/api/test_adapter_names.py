@@ -213,9 +213,9 @@ def test_renamed_modules_get_either_generation_of_names(tmp_path: Path, architec
             assert all(np.array_equal(back.pairs[name].delta(), pair.delta()) for name, pair in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["language model", "with kernels", "unet", "file"])
-def test_flattened_names_get_the_dots_of_the_base_for_peft(kind, tmp_path):
-    if kind in ("language model", "with kernels"):
+@pytest.mark.parametrize("kind", ["language model", "with kernels", "with kernels and dots", "unet", "file"])
+def test_peft_loads_what_gets_dots_and_kernels_of_the_base(kind, tmp_path):
+    if kind not in ("unet", "file"):
         sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
         model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
     else:
@@ -227,9 +227,11 @@ def test_flattened_names_get_the_dots_of_the_base_for_peft(kind, tmp_path):
     shapes = {name: shape for name, shape in linear_shapes(model).items() if name.endswith(("_proj", "to_q"))}
     pairs = random_pairs(shapes)
     stored = {name: tuple(each[..., None, None] for each in pair) for name, pair in pairs.items()}
-    stored = stored if kind == "with kernels" else pairs
-    path = adapter_file(tmp_path / "a.safetensors", stored, prefix="lycoris_", flattened=True, alpha=1)
-    written = lora_export.convert(path, tmp_path / "out", to="peft", base=base).output
+    stored = stored if "kernels" in kind else pairs
+    given = adapter_file(tmp_path / "a.safetensors", stored, prefix="lycoris_", flattened=True, alpha=1)
+    if "dots" in kind:
+        given = adapter_of({name: LoraPair(*pair, scale=0.5) for name, pair in stored.items()})
+    written = lora_export.convert(given, tmp_path / "out", to="peft", base=base).output
     before = {name: value.copy() for name, value in arrays_of(model).items()}
     model = copy.deepcopy(model)
     merged = peft.PeftModel.from_pretrained(model, written).merge_and_unload()

@@ -86,12 +86,30 @@ def test_rules_are_those_of_the_first_config(tmp_path: Path) -> None:
         ),
         ({"top_k": 20, "top_p": 0.8, "min_p": 0.0}, Sampling(0.7), ["top_k 20", "top_p 0.8"]),
         ({"top_k": 0, "top_p": 0.8, "min_p": 0.1}, Sampling(0.7, top_p=0.9), ["min_p 0.1"]),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20}, Sampling(), ["do_sample True", "temperature 0.6"]),
+        ({"do_sample": True, "temperature": 0.6}, Sampling(0.6), []),
+        ({"do_sample": False, "temperature": 0.6}, Sampling(), []),
     ],
 )
 def test_what_is_not_done_is_named(
     generation: dict[str, Any], sampling: Sampling, named: list[str], tmp_path: Path
 ) -> None:
     assert settings(tmp_path, generation=generation).not_done(sampling) == named
+
+
+@pytest.mark.parametrize(
+    ("generation", "new_tokens", "named"),
+    [
+        ({"max_length": 448}, 128, ["max_length 448"]),
+        ({"max_length": 20, "max_new_tokens": 256}, 128, ["max_new_tokens 256"]),
+        ({"max_new_tokens": 128}, 128, []),
+        ({"max_length": 448, "max_new_tokens": 256}, None, []),  # the run states its own
+    ],
+)
+def test_another_length_of_texts_is_named(
+    generation: dict[str, Any], new_tokens: int | None, named: list[str], tmp_path: Path
+) -> None:
+    assert settings(tmp_path, generation=generation).not_done(Sampling(), new_tokens) == named
 
 
 @pytest.mark.parametrize(("kind", "length"), [("phi3", 4096), ("llama", None)])

@@ -10,6 +10,7 @@ import pytest
 import lora_export as le
 from lora_export.api import load
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.options.reading import ReadOptions
 from support.api import MODEL, an_adapter
 
 
@@ -60,3 +61,23 @@ def test_weights_need_adapters(tmp_path: Path) -> None:
         ):
             function()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("reading", "why"),
+    [
+        ({"moe_b_layout": "rank_major"}, "moe_b_layout= is for experts in one parameter, and no adapter here has them"),
+        ({"enable_lora": {"fc": (True, False)}}, "enable_lora= is for adapters of loralib, and none here is one"),
+    ],
+)
+def test_statements_about_other_kinds_of_adapters_are_refused(
+    tmp_path: Path, reading: dict[str, Any], why: str
+) -> None:
+    path, stated = an_adapter(tmp_path / "adapter"), ReadOptions(**reading)
+    for function in (
+        lambda: load.load_adapters(path, reading=stated),
+        lambda: load.load_adapters([], reading=stated),
+        lambda: le.inspect(path, reading=stated),
+    ):
+        with pytest.raises(WrongUsage, match=why):
+            function()

@@ -191,6 +191,15 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: di
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_of_a_proof_that_is_left_out_are_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    le.export_onnx(MODEL, tmp_path / "m.onnx", verify=False, timeout=9, memory=9, on_message=said.append)
+    assert "note: no effect without a proof (verify=False): timeout= and memory=" in said
+    said.clear()
+    le.export_onnx(MODEL, tmp_path / "n.onnx", timeout=90, on_message=said.append)
+    assert not any("no effect" in each for each in said)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -393,6 +393,21 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--provider", "cpu", "--timeout", "9", "--memory", "9"), "--timeout and --memory"),
+        (("--lora", "rows", "--timeout", "9", "--model", SPOTTER), "--model"),  # a run may measure shapes
+    ],
+)
+def test_options_of_a_proof_that_is_left_out_are_named(
+    place: Path, words: tuple[str, ...], told: str, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "x.onnx"
+    assert call("onnx", place / "base.onnx", "-a", place / "fr", "-o", out, "--no-verify", *words) == 0
+    assert f"note: no effect without a proof (--no-verify): {told}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "code", "told"),
     [
         (("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx"), 2, "--dtype is the precision of a PyTorch model"),

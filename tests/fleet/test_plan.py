@@ -49,6 +49,18 @@ def test_an_option_is_named_as_the_file_has_it(place: Path) -> None:
     assert planned().problems[0].text == "de saves no tensor whole: it has no head to merge (`only-head = true`)"
 
 
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("dora = true", '`dora = true` is for `lora = "inputs"` and slots: other graphs contain the adapters'),
+        ('lora = "slots"\ncombine = "linear"\n', '`combine` is for `lora = "merged"` and nodes'),
+    ],
+)
+def test_options_that_the_mode_of_a_graph_does_not_take_are_problems(option: str, problem: str, place: Path) -> None:
+    (place / "fleet.toml").write_text(BASES + ONNX.partition('[[steps]]\nstep = "verify"')[0] + option)
+    assert [one.text[: len(problem)] for one in planned().problems] == [problem] * 2
+
+
 @pytest.mark.parametrize("text", [MERGE + VERIFY, ONNX])
 def test_a_base_that_is_nowhere_is_a_problem_of_its_jobs(text: str, place: Path) -> None:
     """It has the form of a name on the Hub."""

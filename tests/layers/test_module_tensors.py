@@ -90,7 +90,8 @@ def test_a_layout_is_stated_where_no_class_determines_it(stated: dict[str, str],
         with pytest.raises(InputRefused, match=found):
             layers.state_layouts(module, stated)
     else:
-        layers.state_layouts(module, stated)
+        assert layers.state_layouts(module, stated)
+        assert not layers.state_layouts(nn.Sequential(nn.Linear(3, 3)), {"*": "in_out"})
         assert [spec.layout.value for spec in layers.specs(module)] == [found, "out_in", "other"]
 
 

@@ -7,12 +7,13 @@ import os
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.storage import object_store
-from lora_export.storage.object_store import UPLOADED_PART, Bucket, ObjectChanged
+from lora_export.storage.object_store import UPLOADED_PART, Bucket, Fence, ObjectChanged
 from lora_export.storage.store_path import StorePath, newly_opened, place
 
 pytest.importorskip("obstore", reason="obstore is not installed")
@@ -122,6 +123,33 @@ def test_what_azure_lists_without_quotes_is_the_same_version(stored: Stored, mon
     bucket.forget("folder")
     found = bucket.info("folder/a")
     assert found is not None and found.e_tag == listed.e_tag and bytes(bucket.read("folder/a", 0, 7)) == b"content"
+
+
+class Untagged:
+    """A store that states no version of an object, as a proxy that leaves ETags out."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def head(self, key: str) -> Any:
+        return {**self.store.head(key), "e_tag": None}
+
+    def put(self, *arguments: Any, **options: Any) -> Any:
+        return {**self.store.put(*arguments, **options), "e_tag": None}
+
+
+@pytest.mark.parametrize("scheme", ["az", "gs", "s3"])
+def test_an_object_without_a_version_is_read_and_replaced(stored: Stored, scheme: str) -> None:
+    stored.put("a", b"before")
+    bucket = Bucket(f"{scheme}://folder", Untagged((stored / "a").bucket._store))
+    assert bytes(bucket.read("a", 0, 6)) == b"before"
+    bucket.refuse_changed("a")
+    bucket.fences["a"] = Fence(lambda: None, lambda key: None)
+    bucket.put("a", b"after", bucket.mode_of("a"))
+    assert stored.get("a") == b"after"
 
 
 @pytest.mark.parametrize("stored", ["s3", "gs"], indirect=True)

@@ -247,6 +247,7 @@ CASES: list[Case] = [
     Case("layer_replication", "ranges", saved={"layer_replication": [[0, 2], [0, 2]]}, refused=True),
     *_cases("runtime_config", variants.LoraRuntimeConfig(ephemeral_gpu_offload=False)),
     *_cases("lora_bias", True),
+    *_named("lora_bias", beside_saved_ones=lambda kind: {"lora_bias": True, "bias": "all"}),
     *_named(
         "target_parameters",
         weight=lambda kind: {"target_modules": [], "target_parameters": [f"{kind.layer}.{kind.parameter or 'weight'}"]},

@@ -40,7 +40,7 @@ def moved_module(module: nn.Module, seed: int) -> nn.Module:
     return moved
 
 
-class moved_functions(TorchDispatchMode):  # noqa: N801 - a context
+class MovedFunctions(TorchDispatchMode):
     """While it is active, results of LIBRARY_FUNCTIONS in fp32 are moved to the next number; 0, 1 and -1 stay exact.
 
     `count` is that of the results.

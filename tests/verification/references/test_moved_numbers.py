@@ -18,7 +18,7 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import moved_numbers
-from lora_export.verification.references.moved_numbers import MOVED_FUNCTIONS, moved_functions, moved_module
+from lora_export.verification.references.moved_numbers import MOVED_FUNCTIONS, MovedFunctions, moved_module
 from support.proofs import an_adapter
 
 
@@ -55,7 +55,7 @@ def test_moved_weights_stay_tied_and_integers_stay() -> None:
 
 def test_results_of_functions_are_the_neighbours_of_right_ones() -> None:
     x = torch.linspace(-3, 3, 200)
-    with moved_functions(seed=1):
+    with MovedFunctions(seed=1):
         results = {name: getattr(x, name)() for name in ("exp", "sin", "cos", "exp2")}
         in_place = x.clone().exp_()
         exact = torch.cat([torch.tensor([-torch.inf, 0.0]).exp(), torch.full((1,), 9.0).log(), x**2, x + 1])
