@@ -102,6 +102,11 @@ class AsSpelled(Attempt):
         weight = weight_of(self.prefix.to_base(parameter), self.base)
         return None if weight is None else AssembledTensor.stored(weight, self.base[weight].shape)
 
+    @property
+    def fits(self) -> bool:
+        """Whether the base has all tensors that the adapter changes."""
+        return self.matched == len(self.modules) and self.matched_tensors == len(self._tensors())
+
     def spelled(self) -> SpelledAdapter:
         missing = missing_targets(self.adapter, self.prefix, self.base)
         notes = prefix_notes(self.adapter, self.prefix)
@@ -156,6 +161,10 @@ class ConvertedNames(Attempt):
     def note(self) -> str:
         """How the names were matched."""
 
+    def laid_on(self, tensor: str, pair: LoraPair) -> LoraPair:  # noqa: ARG002 - it is overridden
+        """The pair in the shape of a converted tensor, as far as it fits. Raises NotExpressible."""
+        return pair
+
     def places(self, tensor: str, shape: Sequence[int]) -> list[Place]:
         """The places of a tensor of the adapter, or of a part of it, such as `experts.down_proj[3]`."""
         if tensor not in self._places:
@@ -194,7 +203,8 @@ class ConvertedNames(Attempt):
         if tensor is None:
             return []
         try:
-            return [place.name for place in self.places(tensor, () if pair is None else shape_in_model(pair))]
+            shape = () if pair is None else shape_in_model(self.laid_on(tensor, pair))
+            return [place.name for place in self.places(tensor, shape)]
         except NotExpressible as problem:
             return [f"a part of what {problem}"]
 

@@ -65,7 +65,7 @@ def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) 
 
 def _attempts(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> list[AsSpelled | ConvertedNames]:
     as_spelled = AsSpelled(adapter, base)
-    fits = as_spelled.matched == len(as_spelled.modules)
+    fits = as_spelled.fits
     if fits and (rules is None or not rules.own):
         return [as_spelled]
     from lora_export.plan.converted_attempts import converted_attempts  # most adapters have the names of the base
@@ -319,6 +319,11 @@ class Respelling:
         tensor = self.attempt.tensor_of(module)
         if tensor is None:
             return [(module, pair)]
+        try:
+            pair = self.attempt.laid_on(tensor, pair)
+        except NotExpressible as problem:
+            self._refuse(self.adapter.spelled(module), tensor, problem)
+            return []
         found = self._tensor(tensor, shape_in_model(pair), spelled=self.adapter.spelled(module))
         parts = []
         self.whole[module] = []
