@@ -238,7 +238,9 @@ def other_layouts_of(base: BaseTensors) -> list[OtherLayout]:
 def loaded_names(base: BaseTensors, rules: ArchitectureRules) -> LoadedNames:
     """The names of the base's tensors in the loaded model, computed once for a base."""
     if base.loaded is None or base.loaded.rules is not rules:
-        base.loaded = LoadedNames(rules, base)
+        # A stack whose experts have names of their own, as in a GGUF file, is no tensor of transformers.
+        stacks = {spec.stored_name for spec in base.values() if spec.region is not None}
+        base.loaded = LoadedNames(rules, [name for name in base if name not in stacks])
     return base.loaded
 
 
