@@ -91,8 +91,13 @@ class AsSpelled(Attempt):
     def __init__(self, adapter: Adapter, base: BaseTensors):
         super().__init__(adapter, base)
         self.prefix = find_prefix(adapter, base)
-        self.matched = sum(bool(self.weights_of(module)) for module in self.modules)
+        self.matched = sum(bool(self.weights_of(module)) and not self._is_bare(module) for module in self.modules)
         self.matched_tensors = sum((self.prefix.to_base(name) or name) in base for name in self._tensors())
+
+    def _is_bare(self, module: str) -> bool:
+        """Whether a layer of the adapter has the name of a bare parameter, which may be stored otherwise."""
+        pair = self.adapter.pairs.get(module)
+        return pair is not None and not pair.as_stored and self.prefix.to_base(module) in self.base
 
     def weights_of(self, module: str) -> list[str]:
         weight = weight_of(self.prefix.to_base(module), self.base)

@@ -140,3 +140,13 @@ def test_norms_alone_may_have_the_names_of_the_other_layout():
     adapter = replace(holding(pairs={f"{own}.to_q": pair}), added={f"{own}.norm_q.weight": np.ones(4, np.float32)})
     made = plan.make([adapter], specs)
     assert set(made.by_weight) == {f"{own}.to_q.weight", f"{own}.q_norm.weight"}
+
+
+def test_a_layer_that_the_base_has_as_a_bare_parameter_is_transposed():
+    """A square matrix would fit as it is, too."""
+    pair = LoraPair(a=np.arange(4.0)[None], b=np.ones((4, 1)), scale=1)
+    specs = [plan.TensorSpec("text_projection", (4, 4), "float32", plan.Layout.UNKNOWN)]
+    specs += flux_specs(**{"transformer.resblocks.0.mlp.c_fc": (6, 4)})
+    (step,) = plan.make([holding(pairs={"text_projection": pair})], specs).steps
+    assert step.spec.stored_name == "text_projection"
+    assert np.array_equal(sums.stored_delta(step, slice(0, 4)), pair.delta().T)
