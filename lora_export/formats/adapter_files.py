@@ -269,7 +269,7 @@ def size_in_config(config: Mapping[str, Any], name: str) -> int | None:
     return None if value is None else positive_size("the base's config", name, value)
 
 
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def language_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the language model, where the config is that of a model of images and texts."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config

@@ -115,7 +115,7 @@ class _TorchtuneModel:
                 f"{weights}: torchtune orders the rows of q and k by the heads of the model, which the file does not "
                 f"record. Put the base's config.json beside it, or state the base: {named('base_config', 'FOLDER')}"
             )
-        config = adapter_files.text_part(config)
+        config = adapter_files.language_part(config)
         kind = config.get("model_type")
         rows = column("torchtune")
         if not isinstance(kind, str) or kind not in rows:
