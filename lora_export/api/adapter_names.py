@@ -19,7 +19,7 @@ from lora_export.names.families import joined_outputs
 from lora_export.names.loaded_names import LoadedNames, TensorConversion
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.options.spelling import named
-from lora_export.pairs.open_shape import OpenPair, known_shape
+from lora_export.pairs.open_shape import OpenPair, known_shape, with_kernel_like
 from lora_export.plan.attempts import module_of_tensor
 from lora_export.plan.converted_attempts import loaded_names
 from lora_export.plan.diffusion import (
@@ -353,12 +353,11 @@ class _NamesOfAuthors:
         if len(sources) == 1 and np.array_equal(order, np.arange(len(order))):
             self.add_rename(name, sources[0])
             return
-        modules = [_module(source) for source in sources]
-        sizes = [self.shapes[source][0] for source in sources]
+        shapes = {_module(source): self.shapes[source] for source in sources}
         if name.endswith(".weight"):
-            self._add_pairs(_module(name), modules, sizes, order)
+            self._add_pairs(_module(name), shapes, order)
         else:
-            self._add_biases(_module(name), modules, sizes, order)
+            self._add_biases(_module(name), shapes, order)
         self.problems += [f"{source}: a part of a vector" for source in sources if source in self.adapter.added]
 
     def _order(self, sources: list[str], whole: AssembledTensor) -> NDArray[np.int64]:
@@ -369,8 +368,9 @@ class _NamesOfAuthors:
             order[piece.positions[0]] = starts[piece.source] + piece.indices[0]
         return order
 
-    def _add_pairs(self, new: str, modules: list[str], sizes: list[int], order: NDArray[np.int64]) -> None:
-        own = {number: self.adapter.pairs[m] for number, m in enumerate(modules) if m in self.adapter.pairs}
+    def _add_pairs(self, new: str, shapes: Mapping[str, tuple[int, ...]], order: NDArray[np.int64]) -> None:
+        modules, sizes, changed = list(shapes), [shape[0] for shape in shapes.values()], self.adapter.pairs
+        own = {n: with_kernel_like(shapes[m], changed[m]) for n, m in enumerate(modules) if m in changed}
         self.used |= {modules[number]: new for number in own}
         if others := [modules[number] for number, pair in own.items() if type(pair) is not LoraPair]:
             self.problems += [
@@ -383,14 +383,12 @@ class _NamesOfAuthors:
                 named = ", ".join(modules[number] for number in own)
                 self.problems.append(f"{named}: parts of one weight of the original model: {error}")
 
-    def _add_biases(self, new: str, modules: list[str], sizes: list[int], order: NDArray[np.int64]) -> None:
-        own = [self.adapter.biases.get(module) for module in modules]
-        if any(bias is not None for bias in own):
-            whole = [
-                np.zeros(size, np.float32) if bias is None else bias for bias, size in zip(own, sizes, strict=True)
-            ]
+    def _add_biases(self, new: str, shapes: Mapping[str, tuple[int, ...]], order: NDArray[np.int64]) -> None:
+        biases = self.adapter.biases
+        if not biases.keys().isdisjoint(shapes):
+            whole = [biases.get(module, np.zeros(size, np.float32)) for module, (size,) in shapes.items()]
             self.biases[new] = np.concatenate(whole)[order]
-            self.used |= dict.fromkeys(modules, new)
+            self.used |= dict.fromkeys(shapes, new)
 
     def result(self) -> Adapter:
         def name_of(name: str) -> str | None:

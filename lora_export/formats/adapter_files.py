@@ -269,6 +269,12 @@ def size_in_config(config: Mapping[str, Any], name: str) -> int | None:
     return None if value is None else positive_size("the base's config", name, value)
 
 
+def language_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model, where the config is that of a model of images and texts."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
 def heads_in_config(config: Mapping[str, Any]) -> Heads:
     """The heads of the base's attention and their rows. Raises InputRefused for a config without their number."""
     queries, width = (

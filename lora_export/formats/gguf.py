@@ -25,6 +25,7 @@ from lora_export.formats.adapter_files import (
     Tensors,
     base_config,
     hash_of_unchanged,
+    language_part,
     read_pairs,
     size_in_config,
 )
@@ -80,7 +81,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     from lora_export.storage.gguf_blocks import as_tensor_file  # most adapters are no such file
 
     names = names_of(file)
-    config = base_config(None, options) or {}
+    config = language_part(base_config(None, options) or {})
     queries = size_in_config(config, "num_attention_heads") or 0
     heads = Heads(queries, size_in_config(config, "num_key_value_heads") or queries)
     tensors = as_tensor_file(file, {tensor.name: tensor for tensor in file.tensors})

@@ -9,7 +9,6 @@ write beside the file, or are stated.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +115,7 @@ class _TorchtuneModel:
                 f"{weights}: torchtune orders the rows of q and k by the heads of the model, which the file does not "
                 f"record. Put the base's config.json beside it, or state the base: {named('base_config', 'FOLDER')}"
             )
-        inner = config.get("text_config")
-        config = inner if isinstance(inner, Mapping) else config
+        config = adapter_files.language_part(config)
         kind = config.get("model_type")
         rows = column("torchtune")
         if not isinstance(kind, str) or kind not in rows:

@@ -32,6 +32,7 @@ class RowLayout(StrEnum):
     SQUARE_THEN_EQUAL = "square, then equal"  # the first is a square matrix, the others are of one size
     SWAPPED = "swapped"  # the two halves (shift, scale) in the other order
     SWAPPED_PAIR = "swapped pair"  # as SWAPPED where the weight has just these two; else unchanged
+    TRANSPOSED = "transposed"  # a bare parameter (in, out), which is no module of the original model
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,15 @@ def _of_row(
 ) -> Iterator[tuple[str, LoadedTensor]]:
     """The tensors that a row makes of the modules that the base has of it, `owned`: suffix -> tensor of each."""
     weights = [module.get(".weight", "") for module in owned]
-    for suffix in SUFFIXES:
-        stored = [module.get(suffix, "") for module in owned]
+    suffixes = [(suffix, suffix) for suffix in SUFFIXES]  # of the base's tensors, of those that are made of them
+    if row.rows is RowLayout.TRANSPOSED:
+        suffixes = [("", ".weight") if of_original else (".weight", "")]
+    for own, other in suffixes:
+        stored = [module.get(own, "") for module in owned]
         if all(stored):
             made = many if of_original else [one]
             for part, name in enumerate(made):
-                how = _LayoutConversion(name + suffix, stored, weights, row.rows, part, len(made))
+                how = _LayoutConversion(name + other, stored, weights, row.rows, part, len(made))
                 yield how.name, LoadedTensor(how.name, conversion=how)
 
 
@@ -203,6 +207,8 @@ class _LayoutConversion:
         if self.parts > 1:
             start, stop = self._range(whole.shape[0], shape_of)
             whole = whole.part(0, start, stop)
+        if self.rows is RowLayout.TRANSPOSED:
+            whole = whole.transposed(0, 1)
         size = whole.shape[0]
         swapped = self.rows is RowLayout.SWAPPED
         if self.rows is RowLayout.SWAPPED_PAIR and self.weights[0]:

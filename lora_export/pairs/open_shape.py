@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,3 +98,18 @@ class OpenPair(LoraPair):
 def known_shape(pair: LoraPair) -> tuple[int, ...]:
     """The shape of a pair; () as long as it is open."""
     return () if isinstance(pair, OpenPair) else pair.shape
+
+
+def laid_on(pair: LoraPair, shape: tuple[int, ...]) -> LoraPair:
+    """The pair for a weight of this (out, in, ...) shape, as far as it fits."""
+    return with_kernel_like(shape, pair.for_weight(shape))
+
+
+def with_kernel_like(shape: tuple[int, ...], pair: LoraPair) -> LoraPair:
+    """A pair whose file has no kernel, or one that differs by axes of size 1, with the kernel of (out, in, ...)."""
+    if pair.embedding or pair.as_stored or known_shape(pair) in (shape, ()):
+        return pair
+    kernel = shape[2:]
+    is_flat = len(pair.shape) == 2 and math.prod(pair.shape[1:]) == math.prod(shape[1:])
+    own, its = ([size for size in sizes if size != 1] for sizes in (pair.shape[2:], kernel))
+    return pair.with_kernel(kernel) if is_flat or (own == its and pair.shape[:2] == shape[:2]) else pair

@@ -91,8 +91,13 @@ class AsSpelled(Attempt):
     def __init__(self, adapter: Adapter, base: BaseTensors):
         super().__init__(adapter, base)
         self.prefix = find_prefix(adapter, base)
-        self.matched = sum(bool(self.weights_of(module)) for module in self.modules)
+        self.matched = sum(bool(self.weights_of(module)) and not self._is_bare(module) for module in self.modules)
         self.matched_tensors = sum((self.prefix.to_base(name) or name) in base for name in self._tensors())
+
+    def _is_bare(self, module: str) -> bool:
+        """Whether a layer of the adapter has the name of a bare parameter, which may be stored otherwise."""
+        pair = self.adapter.pairs.get(module)
+        return pair is not None and not pair.as_stored and self.prefix.to_base(module) in self.base
 
     def weights_of(self, module: str) -> list[str]:
         weight = weight_of(self.prefix.to_base(module), self.base)
@@ -101,6 +106,11 @@ class AsSpelled(Attempt):
     def assembled(self, parameter: str) -> AssembledTensor | None:
         weight = weight_of(self.prefix.to_base(parameter), self.base)
         return None if weight is None else AssembledTensor.stored(weight, self.base[weight].shape)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the base has all tensors that the adapter changes."""
+        return self.matched == len(self.modules) and self.matched_tensors == len(self._tensors())
 
     def spelled(self) -> SpelledAdapter:
         missing = missing_targets(self.adapter, self.prefix, self.base)
@@ -156,6 +166,10 @@ class ConvertedNames(Attempt):
     def note(self) -> str:
         """How the names were matched."""
 
+    def laid_on(self, tensor: str, pair: LoraPair) -> LoraPair:  # noqa: ARG002 - it is overridden
+        """The pair in the shape of a converted tensor, as far as it fits. Raises NotExpressible."""
+        return pair
+
     def places(self, tensor: str, shape: Sequence[int]) -> list[Place]:
         """The places of a tensor of the adapter, or of a part of it, such as `experts.down_proj[3]`."""
         if tensor not in self._places:
@@ -194,7 +208,8 @@ class ConvertedNames(Attempt):
         if tensor is None:
             return []
         try:
-            return [place.name for place in self.places(tensor, () if pair is None else shape_in_model(pair))]
+            shape = () if pair is None else shape_in_model(self.laid_on(tensor, pair))
+            return [place.name for place in self.places(tensor, shape)]
         except NotExpressible as problem:
             return [f"a part of what {problem}"]
 

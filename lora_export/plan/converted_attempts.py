@@ -12,6 +12,7 @@ from lora_export.names.architecture import ArchitectureRules
 from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
 from lora_export.names.loaded_names import LoadedNames, LoadedTensor
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
+from lora_export.pairs.open_shape import laid_on
 from lora_export.plan.attempts import ConvertedNames, Spelling, module_of_tensor, pair_weight, shape_in_model
 from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets, weight_of
 from lora_export.plan.missing_experts import with_missing_experts
@@ -41,6 +42,16 @@ class NamesOfConvertedTensors(ConvertedNames):
     def tensor_of(self, module: str) -> str | None:
         weight = weight_of(self.prefix.to_base(module), self.every_name)
         return None if weight is None else self.prefix.adapter + weight.removeprefix(self.prefix.base)
+
+    def laid_on(self, tensor: str, pair: LoraPair) -> LoraPair:
+        found = self.loaded.get(self.prefix.to_base(tensor) or tensor)
+        if found is None or found.conversion is None:
+            return pair  # the plan lays it on the base's tensor
+        shape = found.conversion.assembled(self._stored_shape, self.shapes.get)[found.name].shape
+        try:
+            return laid_on(pair, shape)
+        except InputRefused as error:
+            raise NotExpressible(f"makes a tensor of {shape} of them, and {error}") from error
 
     def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:
         name = self.prefix.to_base(tensor) or tensor
@@ -227,7 +238,9 @@ def other_layouts_of(base: BaseTensors) -> list[OtherLayout]:
 def loaded_names(base: BaseTensors, rules: ArchitectureRules) -> LoadedNames:
     """The names of the base's tensors in the loaded model, computed once for a base."""
     if base.loaded is None or base.loaded.rules is not rules:
-        base.loaded = LoadedNames(rules, base)
+        # A stack whose experts have names of their own, as in a GGUF file, is no tensor of transformers.
+        stacks = {spec.stored_name for spec in base.values() if spec.region is not None}
+        base.loaded = LoadedNames(rules, [name for name in base if name not in stacks])
     return base.loaded
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
+from lora_export.pairs import open_shape
 from lora_export.pairs.open_shape import known_shape
 from lora_export.plan.match_names import BaseTensors, Prefix, apart_or_both, weight_of
 from lora_export.plan.stored_region import StoredRegion, overlapping
@@ -93,12 +93,7 @@ def _laid_on(pair: LoraPair, spec: TensorSpec) -> LoraPair:
 
 def with_kernel_of(spec: TensorSpec, pair: LoraPair) -> LoraPair:
     """A pair whose file has no kernel, or one that differs by axes of size 1, with the kernel that the base has."""
-    if pair.embedding or pair.as_stored or known_shape(pair) in (spec.matrix, ()) or not spec.layout.is_matrix:
-        return pair
-    kernel = spec.matrix[2:]
-    is_flat = len(pair.shape) == 2 and math.prod(pair.shape[1:]) == math.prod(spec.matrix[1:])
-    own, its = ([size for size in sizes if size != 1] for sizes in (pair.shape[2:], kernel))
-    return pair.with_kernel(kernel) if is_flat or (own == its and pair.shape[:2] == spec.matrix[:2]) else pair
+    return open_shape.with_kernel_like(spec.matrix, pair) if spec.layout.is_matrix else pair
 
 
 def _repeats(module: str, adapter: Adapter, prefix: Prefix, base: BaseTensors) -> bool:

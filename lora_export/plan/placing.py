@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
 from lora_export.names.row_orders import Indices
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible, Piece
@@ -45,7 +46,7 @@ class Place:
         )  # fmt: skip
 
     def of_pair(self, pair: LoraPair) -> LoraPair:
-        """The part of a pair for these entries. Raises NotExpressible for DoRA over a part of the inputs."""
+        """The part of a pair for these entries. Raises NotExpressible for what needs other entries too."""
         selected: list[Indices | None] = [*self.selected, None, None]
         rows, columns = selected[0], selected[1]
         if any(each is not None for each in selected[2:]):
@@ -54,7 +55,10 @@ class Place:
             return pair
         if pair.magnitude is not None and columns is not None and len(columns) != pair.a.shape[1]:
             raise NotExpressible("splits the inputs of a layer, and DoRA's magnitude is over all of them")
-        part = pair.part(rows, columns)
+        try:
+            part = pair.part(rows, columns)
+        except InputRefused as error:
+            raise NotExpressible(f"splits its entries, and {error}") from error
         return replace(part, as_stored=False) if part.as_stored and self.region is not None else part
 
     def of_array(self, value: NDArray[Any]) -> NDArray[Any]:

@@ -65,7 +65,7 @@ def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) 
 
 def _attempts(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> list[AsSpelled | ConvertedNames]:
     as_spelled = AsSpelled(adapter, base)
-    fits = as_spelled.matched == len(as_spelled.modules)
+    fits = as_spelled.fits
     if fits and (rules is None or not rules.own):
         return [as_spelled]
     from lora_export.plan.converted_attempts import converted_attempts  # most adapters have the names of the base
@@ -270,6 +270,7 @@ class Respelling:
         self.whole: dict[
             str, list[str]
         ] = {}  # module of the adapter -> those whose weights have all entries of a tensor
+        self.transposed: set[str] = set()  # modules of the adapter whose weights the base stores transposed
 
     def result(self) -> SpelledAdapter:
         attempt, adapter = self.attempt, self.adapter
@@ -319,6 +320,11 @@ class Respelling:
         tensor = self.attempt.tensor_of(module)
         if tensor is None:
             return [(module, pair)]
+        try:
+            pair = self.attempt.laid_on(tensor, pair)
+        except NotExpressible as problem:
+            self._refuse(self.adapter.spelled(module), tensor, problem)
+            return []
         found = self._tensor(tensor, shape_in_model(pair), spelled=self.adapter.spelled(module))
         parts = []
         self.whole[module] = []
@@ -330,6 +336,7 @@ class Respelling:
                     raise NotExpressible("splits a table of embeddings")
                 parts.append((new, place.of_pair(pair)))
                 self.whole[module] += [new] if place.region is None else []
+                self.transposed |= {module} if place.transposed else set()
             except NotExpressible as problem:
                 self._refuse(self.adapter.spelled(module), place.tensor, problem)
         if len(parts) == 1:
@@ -371,7 +378,7 @@ class Respelling:
 
     def _stored_alike(self, module: str) -> list[str]:
         """The new names under which the weight of a module is stored, or parts of its rows, and not transposed."""
-        return self.whole.get(module) or [self._renamed(module)]
+        return [] if module in self.transposed else self.whole.get(module) or [self._renamed(module)]
 
     def _renamed(self, module: str) -> str:
         return self.modules.get(module, module)

@@ -344,10 +344,11 @@ def named_as_flux(pairs: dict[str, LoraPair], flux: Path, **fields: object) -> A
     return named_for_pipeline(adapter, flux, "comfyui")
 
 
+@pytest.mark.parametrize("kernel", [(), (1, 1)])
 @pytest.mark.parametrize("new", FUSED)
-def test_the_parts_of_one_weight_of_the_authors_become_one_pair(new, flux):
+def test_the_parts_of_one_weight_of_the_authors_become_one_pair(new, kernel, flux):
     parts = {name: low_rank(size, 32, rank) for rank, (name, size) in enumerate(FUSED[new].items(), 1)}
-    named = named_as_flux(parts, flux)
+    named = named_as_flux({name: part.with_kernel(kernel) for name, part in parts.items()}, flux)
     (pair,) = (named.pairs[name] for name in [f"denoiser/{new}"])
     assert list(named.pairs) == [f"denoiser/{new}"] and pair.rank == sum(range(1, len(parts) + 1))
     assert pair.delta() == pytest.approx(np.concatenate([part.delta() for part in parts.values()]), abs=1e-5)

@@ -140,8 +140,11 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
 )
 def test_what_is_written_is_read_again(tmp_path: Path, kind: str, pairs: dict[str, LoraPair]) -> None:
     written(adapter_of(pairs), tmp_path, model_type=kind)
-    found = load_adapter(tmp_path / "out.gguf", options=ReadOptions(base_config=tmp_path))
-    assert_same_pairs(found, adapter_of(pairs))
+    with_images = {"model_type": "llava", "text_config": CONFIG | {"model_type": kind}}
+    for config in (CONFIG | {"model_type": kind}, with_images):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = load_adapter(tmp_path / "out.gguf", options=ReadOptions(base_config=tmp_path))
+        assert_same_pairs(found, adapter_of(pairs))
     assert (found.format, found.name, found.sha256) == ("gguf", "out", file_sha256(tmp_path / "out.gguf"))
 
 

@@ -92,6 +92,17 @@ def test_the_packed_attention_of_openclip_is_three_projections():
     assert layout.tensors[f"{own}.k_proj.weight"].sources == [names[0]]
 
 
+@pytest.mark.parametrize("own", ["text_projection", "text_projection.weight"])
+def test_the_projection_of_openclip_is_a_transposed_parameter(own):
+    block = "text_model.encoder.layers.0.mlp.fc1" if own.endswith("weight") else "transformer.resblocks.0.mlp.c_fc"
+    (layout,) = other_layouts([f"{block}.weight", own])
+    (name,) = {"text_projection", "text_projection.weight"} - {own}
+    conversion = layout.tensors[name].conversion
+    assert conversion is not None and own not in layout.tensors
+    (piece,) = conversion.assembled({own: (3, 5)}.__getitem__)[name].pieces
+    assert (piece.source, piece.axes, [len(each) for each in piece.indices]) == (own, (1, 0), [5, 3])
+
+
 # diffusers has the widths of the published models in its code where it splits these: ending -> (out, in) there
 WIDE = {"single_blocks.0.linear1": (21504, 3072), "attention.qkv": (3840, 2304)}
 OF_ONE_WIDTH = ("Flux", "Chroma", "HunyuanVideo", "Lumina 2")

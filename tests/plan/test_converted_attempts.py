@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from lora_export import plan, sums
 from lora_export.errors import MatchError
+from lora_export.formats import lora_changes
 from lora_export.lora import LoraPair
+from lora_export.pairs import open_shape
 from support.plans import holding
 from support.spellings import MIXTRAL, NEW, OLD, VIT, base, experts, numbered
 
@@ -84,3 +88,65 @@ def test_a_change_of_both_layouts_in_one_adapter_is_refused():
     pairs |= {"transformer_blocks.0.attn.to_q": LoraPair(a=np.ones((2, 3)), b=np.ones((4, 2)), scale=1)}
     with pytest.raises(MatchError, match=r"img_attn.qkv changes .*to_q too: one may repeat the other"):
         plan.make([holding(pairs=pairs)], flux_specs(**QKV))
+
+
+def scales_of(count: int, *, of_inputs: bool) -> LoraPair:
+    return lora_changes.input_or_output_scales(np.arange(count, dtype=np.float32), np.array(of_inputs))
+
+
+FLAT = LoraPair(a=np.arange(8.0).reshape(1, 8) + 1, b=np.ones((6, 1)), scale=1)
+POINT = LoraPair(a=np.arange(3.0).reshape(1, 3, 1, 1) + 1, b=np.ones((12, 1, 1, 1)), scale=1)
+# What a file has for a module of the original model: the weights of diffusers that it belongs to, with their shapes.
+OF_THE_ORIGINAL = {
+    "a kernel among the inputs": (
+        "blocks.0.mlp.depth_conv.conv",
+        FLAT,
+        {"transformer_blocks.0.ff.conv_depth": (6, 2, 2, 2)},
+    ),
+    "a kernel of 1 for a linear layer": ("double_blocks.0.img_attn.qkv", POINT, QKV),
+    "scales of outputs": ("double_blocks.0.img_attn.qkv", scales_of(12, of_inputs=False), QKV),
+    "scales of inputs": ("double_blocks.0.img_attn.qkv", scales_of(3, of_inputs=True), QKV),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_ORIGINAL)
+def test_a_file_without_all_of_a_shape_fits_the_other_layout(name):
+    module, pair, stored = OF_THE_ORIGINAL[name]
+    made = plan.make([holding(pairs={module: pair})], flux_specs(**stored))
+    whole = (sum(shape[0] for shape in stored.values()), *next(iter(stored.values()))[1:])
+    weight = np.arange(float(np.prod(whole)), dtype=np.float32).reshape(whole)
+    own = open_shape.laid_on(pair, whole)
+    expected = own.change(weight) if own.needs_weight else own.delta()
+    found, first = [], 0
+    for part, shape in stored.items():
+        (term,) = made.by_weight[f"{part}.weight"].terms
+        rows = weight[first : first + shape[0]]
+        found.append(term.pair.change(rows) if term.pair.needs_weight else term.pair.delta())
+        first += shape[0]
+    assert expected.any() and np.array_equal(np.concatenate(found), expected)
+
+
+def test_a_rotation_of_several_modules_is_refused_by_its_key():
+    rotation = lora_changes.CHANGE_KINDS[3].make({lora_changes.KeyPart.OFT_BLOCKS: np.eye(12, k=1)[None]}, float)
+    with pytest.raises(MatchError, match=r"img_attn.qkv: .*it splits its entries, and it mixes all of them"):
+        plan.make([holding(pairs={"double_blocks.0.img_attn.qkv": rotation})], flux_specs(**QKV))
+
+
+def test_norms_alone_may_have_the_names_of_the_other_layout():
+    """LTX-Video's attentions have the same names in both; their norms have not."""
+    own = "transformer_blocks.0.attn1"
+    pair = LoraPair(a=np.ones((1, 4)), b=np.ones((4, 1)), scale=1)
+    specs = [*flux_specs(**{f"{own}.to_q": (4, 4)}), plan.TensorSpec(f"{own}.q_norm.weight", (4,), "float32")]
+    adapter = replace(holding(pairs={f"{own}.to_q": pair}), added={f"{own}.norm_q.weight": np.ones(4, np.float32)})
+    made = plan.make([adapter], specs)
+    assert set(made.by_weight) == {f"{own}.to_q.weight", f"{own}.q_norm.weight"}
+
+
+def test_a_layer_that_the_base_has_as_a_bare_parameter_is_transposed():
+    """A square matrix would fit as it is, too."""
+    pair = LoraPair(a=np.arange(4.0)[None], b=np.ones((4, 1)), scale=1)
+    specs = [plan.TensorSpec("text_projection", (4, 4), "float32", plan.Layout.UNKNOWN)]
+    specs += flux_specs(**{"transformer.resblocks.0.mlp.c_fc": (6, 4)})
+    (step,) = plan.make([holding(pairs={"text_projection": pair})], specs).steps
+    assert step.spec.stored_name == "text_projection"
+    assert np.array_equal(sums.stored_delta(step, slice(0, 4)), pair.delta().T)

@@ -168,6 +168,7 @@ XL = {
     "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (6, 4),
     "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": (12, 4),
     "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc.weight": (6, 4),
+    "conditioner.embedders.1.model.text_projection": (4, 4),  # (in, out), as OpenCLIP has it
     "first_stage_model.decoder.x.weight": (4, 4),
 }
 CHANGED = {
@@ -175,6 +176,7 @@ CHANGED = {
     "lora_te1_text_model_encoder_layers_0_mlp_fc1": (6, 4),
     "lora_te2_text_model_encoder_layers_0_self_attn_k_proj": (4, 4),
     "lora_te2_text_model_encoder_layers_0_mlp_fc1": (6, 4),
+    "lora_te2_text_projection": (4, 4),
 }
 
 
@@ -190,17 +192,18 @@ def test_every_model_of_a_file_is_changed(tmp_path):
     base, adapter = base_file(tmp_path), adapter_file(tmp_path / "a.safetensors", pairs, alpha=1)
     merge(base, adapter, tmp_path / "out.safetensors", weights=[2.0])
     new, old = load_file(tmp_path / "out.safetensors"), load_file(base)
-    unet_name, text, packed, mlp = list(XL)[1:5]
+    unet_name, text, packed, mlp, projection = list(XL)[1:6]
     expected = {
         unet_name: change(pairs["lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"], 1),
         text: change(pairs["lora_te1_text_model_encoder_layers_0_mlp_fc1"], 1),
         mlp: change(pairs["lora_te2_text_model_encoder_layers_0_mlp_fc1"], 1),
+        projection: change(pairs["lora_te2_text_projection"], 1).T,
     }
     for name, value in expected.items():
         assert new[name] - old[name] == pytest.approx(value, abs=1e-6)
     keys = change(pairs["lora_te2_text_model_encoder_layers_0_self_attn_k_proj"], 1)
     assert (new[packed] - old[packed])[4:8] == pytest.approx(keys, abs=1e-6)
-    assert {name for name in XL if np.array_equal(new[name], old[name])} == {*list(XL)[:1], *list(XL)[5:]}
+    assert {name for name in XL if np.array_equal(new[name], old[name])} == {*list(XL)[:1], *list(XL)[6:]}
     result = verify(tmp_path / "out.safetensors", base=base, adapters=adapter, weights=[2.0])
     assert result.verdict.outcome == "same"
     assert len(result.about["adapters"]) == 1

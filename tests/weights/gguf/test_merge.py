@@ -310,6 +310,23 @@ def test_one_expert_of_a_stack_changes(tmp_path: Path, types: dict[str, str], st
     assert proof.verdict.outcome == "same"
 
 
+def test_stacked_experts_of_transformers_5_change_the_stacks(tmp_path: Path) -> None:
+    base, rng = stacked_experts(tmp_path / "base.gguf"), np.random.default_rng(1)
+    shapes = {"experts.base_layer": (128, 32), "experts": (32, 64)}  # gate and up, down
+    pairs = {
+        f"{LAYER}mlp.{name}": [rng.standard_normal(shape).astype(np.float32) / 4 for shape in ((6, columns), (rows, 6))]
+        for name, (rows, columns) in shapes.items()
+    }
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    adapter = peft_adapter(tmp_path / "a", pairs, r=2, lora_alpha=2, target_modules=[], target_parameters=targets)
+    lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", dtype_of={"*": "F32"})
+    before, after = values_of(base), values_of(tmp_path / "out.gguf")
+    gate_up, down = (np.einsum("eri,ore->eoi", a.reshape(3, 2, -1), b.reshape(-1, 2, 3)) for a, b in pairs.values())
+    for part, wanted in (("gate", gate_up[:, :64]), ("up", gate_up[:, 64:]), ("down", down)):
+        name = f"blk.0.ffn_{part}_exps.weight"
+        np.testing.assert_allclose(after[name] - before[name], wanted, atol=1e-6)
+
+
 def test_bert_and_its_classifier(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
