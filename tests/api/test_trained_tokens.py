@@ -104,9 +104,14 @@ def test_rows_cannot_be_swapped(llama, tmp_path: Path, lora: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_table_that_the_graph_has_under_another_name_is_refused(tmp_path: Path) -> None:
-    model = tied_model(tmp_path / "base", "T5ForConditionalGeneration")
-    adapter = model.adapter(tmp_path / "adapter", "v", trainable_token_indices={"shared": [1, 2]})
-    with pytest.raises(MatchError, match=r"The graph may have shared\.weight under another name\. Merge the adapter"):
-        le.export_onnx(model.base, tmp_path / "m.onnx", adapters=adapter)
-    assert not (tmp_path / "m.onnx").exists()
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["BartForConditionalGeneration", "T5ForConditionalGeneration"])
+def test_tables_are_in_graphs_under_the_names_that_are_looked_up(tmp_path: Path, architecture: str) -> None:
+    model = tied_model(tmp_path / "base", architecture)
+    target = "v" if architecture.startswith("T5") else "v_proj"
+    adapter = model.adapter(tmp_path / "adapter", target, trainable_token_indices={"shared": [1, 2]})
+    for output in ("m.onnx", "folder"):
+        task = {} if output == "m.onnx" else {"task": "text2text-generation"}
+        assert le.export_onnx(model.base, tmp_path / output, adapters=adapter, **task).proof
+    with pytest.raises(MatchError, match=r"The graph may have .*shared\.weight under another name\. Merge the adapter"):
+        le.export_onnx(tmp_path / "m.onnx", tmp_path / "again.onnx", adapters=adapter)

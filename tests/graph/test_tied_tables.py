@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lora_export as le
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, MatchError
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.merge.fold import fold_graph
@@ -122,3 +122,12 @@ def test_a_file_gets_rows_block_by_block(tmp_path: Path, monkeypatch: pytest.Mon
     written = load_graph(tmp_path / "out.onnx")
     assert np.array_equal(stored(written, "embed.weight"), EXPECTED)
     assert np.array_equal(stored(written, "head.weight"), EXPECTED.T)
+
+
+def test_a_table_that_the_graph_has_under_another_name_is_refused(tmp_path: Path) -> None:
+    adapter = peft_adapter(tmp_path / "adapter", {}, trainable_token_indices={"shared": [1, 3]})
+    add_tensors(adapter, {"base_model.model.shared.token_adapter.trainable_tokens_delta": ROWS.values})
+    save_graph(a_graph(two_tables()), tmp_path, "m.onnx")
+    with pytest.raises(MatchError, match=r"The graph may have shared\.weight under another name\. Merge the adapter"):
+        le.merge(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()

@@ -80,13 +80,15 @@ class RowCoverage:
         if not any(adapter.token_rows for adapter in adapters):
             return
         tables = {one.name: one.tensor for one in named_tensors(model.module) if isinstance(one.owner, nn.Embedding)}
-        for step in plan.make(adapters, layers.specs(model.module)).steps:
+        steps = plan.make(adapters, layers.specs(model.module)).by_weight
+        for step in steps.values():
             if step.token_rows is None or step.weight not in tables:
                 continue
             self.wanted[step.weight] = set(step.token_rows.indices.tolist())
             self.seen[step.weight] = set()
             for name, table in tables.items():
-                if table is tables[step.weight]:  # a tied table may be looked up under another of its names
+                # A tied table may be looked up under another of its names, which has equal rows where ties are broken.
+                if table is tables[step.weight] or (name in steps and step.token_rows.equals(steps[name].token_rows)):
                     owner = module.get_submodule(name.rpartition(".")[0])
                     owner.register_forward_pre_hook(functools.partial(self._record, step.weight))
 
