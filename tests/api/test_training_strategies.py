@@ -130,19 +130,23 @@ WITH_A_SUMMARY = {
 
 
 @pytest.mark.parametrize(
-    ("name", "has_head", "saved"),
+    ("name", "has_head", "given", "saved"),
     [
-        ("distilbert", False, {"classifier", "pre_classifier"}),
-        ("distilbert", True, {"classifier", "pre_classifier"}),
-        ("bert", False, {"classifier", "bert.pooler.dense"}),
-        ("electra", False, {"classifier"}),  # of two layers
-        ("electra", True, {"classifier"}),
-        ("xlnet", True, {"logits_proj", "sequence_summary.summary"}),
-        ("xlm", True, {"sequence_summary.summary"}),
-        ("flaubert", True, {"sequence_summary.summary"}),
+        ("distilbert", False, (), {"classifier", "pre_classifier"}),
+        ("distilbert", True, (), {"classifier", "pre_classifier"}),
+        ("distilbert", True, ("classifier",), {"classifier", "pre_classifier"}),  # both end so, for PEFT
+        ("distilbert", True, ("pre_classifier",), {"pre_classifier"}),
+        ("bert", False, (), {"classifier", "bert.pooler.dense"}),
+        ("electra", False, (), {"classifier"}),  # of two layers
+        ("electra", True, (), {"classifier"}),
+        ("xlnet", True, (), {"logits_proj", "sequence_summary.summary"}),
+        ("xlm", True, (), {"sequence_summary.summary"}),
+        ("flaubert", True, (), {"sequence_summary.summary"}),
     ],
 )
-def test_peft_reads_the_whole_head_of_a_classifier(name: str, has_head: bool, saved: set[str], tmp_path: Path) -> None:
+def test_peft_reads_the_whole_head_of_a_classifier(
+    name: str, has_head: bool, given: tuple[str, ...], saved: set[str], tmp_path: Path
+) -> None:
     base, auto = tmp_path / "base", transformers.AutoModelForSequenceClassification
     if name in WITH_A_SUMMARY:
         torch.manual_seed(0)
@@ -157,7 +161,15 @@ def test_peft_reads_the_whole_head_of_a_classifier(name: str, has_head: bool, sa
     words_tokenizer(base)
     lines = [{"text": f"very {word} film", "label": word} for word in ("good", "bad") * 10]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", epochs=2, learning_rate=1e-2)
+    le.train(
+        base,
+        tmp_path / "data.jsonl",
+        tmp_path / "ad",
+        epochs=2,
+        learning_rate=1e-2,
+        heads=given,
+        target="q_lin" if given else None,
+    )
     assert set(json.loads((tmp_path / "ad/adapter_config.json").read_text())["modules_to_save"]) == saved
     le.merge(base, tmp_path / "ad", tmp_path / "merged")
     merged = auto.from_pretrained(tmp_path / "merged").eval()
