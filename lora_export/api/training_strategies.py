@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,7 @@ def heads_of(loaded: Model, task: str | None) -> tuple[str, ...]:
 
 
 def has_whole_head(loaded: Model, task: str, adapter: Adapter) -> bool:
-    """Whether the adapter saves every module that PEFT takes for a part of the task's head, and looks for in its file."""
+    """Whether the adapter saves every module that PEFT takes for a part of the task's head, and looks for."""
     endings = HEADS_OF_TASKS.get(task, ())
     parts = [
         path for path, part in loaded.module.named_modules() if endings and path.endswith(endings) and part.state_dict()
@@ -251,6 +251,28 @@ def note_on_other_names(loaded: Model, new: Adapter) -> str:
             "refuse it. `onnx`, `torchscript` and PEFT take it"
         )
     return ""
+
+
+# Names of layers that PEFT takes for those of experts, in the models that transformers converts as this type
+TAKEN_FOR_EXPERTS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
+
+
+def note_on_peft_experts(loaded: Model, new: Adapter) -> str:
+    """A note where PEFT looks for experts in place of layers that the adapter has; empty where it finds these."""
+    if not loaded.is_huggingface:
+        return ""
+    from transformers import conversion_mapping
+
+    types: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})  # which PEFT reads
+    config: Any = loaded.module.config
+    endings = TAKEN_FOR_EXPERTS.get(types.get(config.model_type, ""), ())
+    lost = [name for name in new.pairs if name.rpartition(".")[2] in endings]
+    if not lost:
+        return ""
+    return (
+        f"note: PEFT up to 0.21 takes {len(lost)} layers, such as {lost[0]}, for experts of this model: it leaves out "
+        "their A and B, or does not load the adapter. lora-export merges and exports them as they were trained"
+    )
 
 
 def note_on_unknown_head(loaded: Model, heads: Sequence[str]) -> str:

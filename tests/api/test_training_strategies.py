@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_export as le
@@ -26,6 +27,7 @@ from lora_export.options.train import Init, TrainingSettings, TrainOptions
 from lora_export.training.batches import ArrayData
 from lora_export.training.evaluation import evaluate
 from support.api import MODEL, Recorder
+from support.more_models import MORE_MODELS
 from support.small_models import MODELS, small_model, words_tokenizer
 
 
@@ -265,3 +267,18 @@ def test_of_all_linear_layers_some_may_be_smaller_than_the_rank(tmp_path: Path) 
         le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=4, epochs=1, rank_pattern={"0": 9})
     with pytest.raises(InputRefused, match=r"larger than 1 of 2 layers.*\n  `1` is 2 × 6, its rank 3"):
         le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=2, epochs=1, rank_pattern={"1": 3})
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "mixtral", "llama"])
+def test_layers_that_peft_takes_for_experts_are_noted(name: str, tmp_path: Path) -> None:
+    base, seen = tmp_path / "base", Recorder()
+    architecture, config = MORE_MODELS[name]
+    getattr(transformers, architecture)(config()).save_pretrained(base)
+    words_tokenizer(base)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "very good film"}) + "\n")
+    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", rank=1, epochs=1, holdout=0, **seen.callbacks)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    found = peft.PeftModel.from_pretrained(model, tmp_path / "ad").state_dict().keys()
+    saved = load_file(tmp_path / "ad/adapter_model.safetensors")
+    is_lost = not {key.replace(".weight", ".default.weight") for key in saved} <= found
+    assert is_lost == ("for experts of this model" in str(seen.messages)) == (name == "deepseek_v3")
