@@ -16,7 +16,7 @@ from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, first_of, listed
 from lora_export.formats.peft_writing import HEADS_OF_TASKS
 from lora_export.layers.attachments import branch_tensors
-from lora_export.layers.new_adapter import as_plain_lora, frozen_start, started_from_weights
+from lora_export.layers.new_adapter import as_plain_lora, frozen_start, saved_modules, started_from_weights
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.spelling import named
@@ -131,7 +131,7 @@ class Trainer:
     def head_alone(self) -> TrainingRun:
         """Train the head on the frozen base, in a copy. Without a head, the base is measured as it is."""
         module = copy.deepcopy(self.module).requires_grad_(False)
-        for head in self.heads:
+        for head in saved_modules(self.heads, [path for path, _ in module.named_modules() if path]):
             module.get_submodule(head).requires_grad_(True)
         return self._run("frozen", module, self.settings, "training the head alone")
 

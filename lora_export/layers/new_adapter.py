@@ -225,13 +225,17 @@ def _prefixes(names: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{path}." for path in modules if matches_ending(path, names))
 
 
-def _saved_prefixes(names: Sequence[str], modules: Sequence[str]) -> tuple[str, ...]:
-    """As `_prefixes`, and those of modules whose names end with the name of one of these: PEFT saves them with it.
+def saved_modules(names: Sequence[str], modules: Sequence[str]) -> tuple[str, ...]:
+    """The modules that these names, or their endings, match, and those whose names end with one of theirs.
 
-    DistilBERT's pre_classifier is saved with its classifier.
+    PEFT saves the latter too: DistilBERT's pre_classifier with its classifier.
     """
     chosen = tuple(path for path in modules if matches_ending(path, names))
-    return tuple(f"{path}." for path in modules if path.endswith(chosen))
+    return tuple(path for path in modules if path.endswith(chosen))
+
+
+def _saved_prefixes(names: Sequence[str], modules: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{path}." for path in saved_modules(names, modules))
 
 
 STARTING_POINT = "start"  # the name of the adapter of frozen pairs

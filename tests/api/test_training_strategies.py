@@ -103,6 +103,21 @@ def test_without_a_head_the_base_is_measured_as_it_is() -> None:
     assert run.document["final_loss"] is None and run.document["held_out"]["count"] == 32
 
 
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.inner(x)
+        return scores
+
+
+def test_the_head_alone_is_found_by_the_end_of_its_name() -> None:
+    (run,) = replace(trainer([]), module=Outer().eval()).compared(["frozen"])
+    assert (run.label, run.parameters.trained) == ("head alone", 18)
+
+
 def test_a_base_that_would_be_trained_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     work = trainer([], heads=())
     real = layers.attach
