@@ -214,10 +214,8 @@ def heads_of(loaded: Model, task: str | None) -> tuple[str, ...]:
 def has_whole_head(loaded: Model, task: str, adapter: Adapter) -> bool:
     """Whether the adapter saves every module that PEFT takes for a part of the task's head, and looks for."""
     endings = HEADS_OF_TASKS.get(task, ())
-    parts = [
-        path for path, part in loaded.module.named_modules() if endings and path.endswith(endings) and part.state_dict()
-    ]
-    return all(any(name.startswith(f"{path}.") for name in adapter.replaced) for path in parts)
+    parts = [(path, part) for path, part in loaded.module.named_modules() if endings and path.endswith(endings)]
+    return all(f"{path}.{name}" in adapter.replaced for path, part in parts for name, _ in part.named_parameters())
 
 
 def with_new_modules(loaded: Model, heads: Sequence[str]) -> tuple[str, ...]:

@@ -178,15 +178,8 @@ def test_peft_reads_the_whole_head_of_a_classifier(
     words_tokenizer(base)
     lines = [{"text": f"very {word} film", "label": word} for word in ("good", "bad") * 10]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    le.train(
-        base,
-        tmp_path / "data.jsonl",
-        tmp_path / "ad",
-        epochs=2,
-        learning_rate=1e-2,
-        heads=given,
-        target="q_lin" if given else None,
-    )
+    more = {"target": "q_lin", "bias": "all"} if given else {}  # the bias of a head is not the whole head
+    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", epochs=2, learning_rate=1e-2, heads=given, **more)
     assert set(json.loads((tmp_path / "ad/adapter_config.json").read_text())["modules_to_save"]) == saved
     le.merge(base, tmp_path / "ad", tmp_path / "merged")
     merged = auto.from_pretrained(tmp_path / "merged").eval()
