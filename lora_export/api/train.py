@@ -26,6 +26,7 @@ from lora_export.api.training_strategies import (
     TrainingRun,
     heads_of,
     note_on_other_names,
+    note_on_peft_experts,
     note_on_tied_rows,
     note_on_unknown_head,
     note_on_untrained,
@@ -251,7 +252,12 @@ def _show_notes(options: TrainOptions, loaded: Model, new: Mapping[int, Adapter]
     note_each(options.on_message, first.notes)  # on how an adapter that is continued was read
     for adapter in () if options.continue_from else new.values():
         refuse_rank_beyond_layers(adapter, named=options.names_layers, on_message=options.on_message)
-    for note in (note_on_other_names(loaded, first), note_on_tied_rows(loaded.module, first)):
+    notes = (
+        note_on_other_names(loaded, first),
+        note_on_peft_experts(loaded, first),
+        note_on_tied_rows(loaded.module, first),
+    )
+    for note in notes:
         if note:
             options.on_message(note)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.api.training_data import TrainingData
-from lora_export.api.training_strategies import TrainingRun, losses_of
+from lora_export.api.training_strategies import TrainingRun, has_whole_head, losses_of
 from lora_export.callbacks import OnMessage
 from lora_export.errors import OutputFailed
 from lora_export.extras import pip_install
@@ -77,7 +77,8 @@ def write_trained_adapter(
     assert run.adapter is not None
     folder.mkdir(exist_ok=True)
     facts_of_base = {"base_model_name_or_path": hub_name(Path(loaded.source)) or loaded.source}
-    facts_of_base |= {"task_type": learnt.peft_task} if learnt.peft_task and loaded.is_huggingface else {}
+    if (task := learnt.peft_task) and loaded.is_huggingface and has_whole_head(loaded, task, new):
+        facts_of_base["task_type"] = task
     written = dataclasses.replace(run.adapter, metadata={**new.metadata, **facts_of_base}, targets=new.targets)
     reading = DEFAULTS.for_base(loaded.source) if loaded.is_huggingface else DEFAULTS
     peft.write(written, folder, WriteOptions(reading))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, first_of, listed
 from lora_export.formats.peft_writing import HEADS_OF_TASKS
 from lora_export.layers.attachments import branch_tensors
-from lora_export.layers.new_adapter import as_plain_lora, frozen_start, started_from_weights
+from lora_export.layers.new_adapter import as_plain_lora, frozen_start, saved_modules, started_from_weights
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.spelling import named
@@ -131,7 +131,7 @@ class Trainer:
     def head_alone(self) -> TrainingRun:
         """Train the head on the frozen base, in a copy. Without a head, the base is measured as it is."""
         module = copy.deepcopy(self.module).requires_grad_(False)
-        for head in self.heads:
+        for head in saved_modules(self.heads, [path for path, _ in module.named_modules() if path]):
             module.get_submodule(head).requires_grad_(True)
         return self._run("frozen", module, self.settings, "training the head alone")
 
@@ -211,6 +211,13 @@ def heads_of(loaded: Model, task: str | None) -> tuple[str, ...]:
     )
 
 
+def has_whole_head(loaded: Model, task: str, adapter: Adapter) -> bool:
+    """Whether the adapter saves every module that PEFT takes for a part of the task's head, and looks for."""
+    endings = HEADS_OF_TASKS.get(task, ())
+    parts = [(path, part) for path, part in loaded.module.named_modules() if endings and path.endswith(endings)]
+    return all(f"{path}.{name}" in adapter.replaced for path, part in parts for name, _ in part.named_parameters())
+
+
 def with_new_modules(loaded: Model, heads: Sequence[str]) -> tuple[str, ...]:
     """The heads, and the modules whose weights the folder lacks. They are trained and saved too, or would be lost.
 
@@ -242,6 +249,28 @@ def note_on_other_names(loaded: Model, new: Adapter) -> str:
             "refuse it. `onnx`, `torchscript` and PEFT take it"
         )
     return ""
+
+
+# Names of layers that PEFT takes for those of experts, in the models that transformers converts as this type
+TAKEN_FOR_EXPERTS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
+
+
+def note_on_peft_experts(loaded: Model, new: Adapter) -> str:
+    """A note where PEFT looks for experts in place of layers that the adapter has; empty where it finds these."""
+    if not loaded.is_huggingface:
+        return ""
+    from transformers import conversion_mapping
+
+    types: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})  # which PEFT reads
+    config: Any = loaded.module.config
+    endings = TAKEN_FOR_EXPERTS.get(types.get(config.model_type, ""), ())
+    lost = [name for name in new.pairs if name.rpartition(".")[2] in endings]
+    if not lost:
+        return ""
+    return (
+        f"note: PEFT up to 0.21 takes {len(lost)} layers, such as {lost[0]}, for experts of this model: it leaves out "
+        "their A and B, or does not load the adapter. lora-export merges and exports them as they were trained"
+    )
 
 
 def note_on_unknown_head(loaded: Model, heads: Sequence[str]) -> str:

@@ -147,7 +147,8 @@ def is_declared(tensor: str, config: Mapping[str, Any]) -> bool:
     module, _, kind = tensor.rpartition(".")
     if kind == "bias" and config.get("bias", "none") != "none":
         return True
-    return any(f".{saved}." in f".{module}." for saved in config.get("modules_to_save") or ())
+    parts, saved = module.split("."), tuple(config.get("modules_to_save") or ())
+    return any(".".join(parts[: place + 1]).endswith(saved) for place in range(len(parts)))  # as PEFT compares them
 
 
 def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:

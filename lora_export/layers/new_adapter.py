@@ -58,8 +58,9 @@ def create_adapter(
     linear layer and packed attention projection, except a Hugging Face model's output embeddings. Convolutions and
     embeddings are adapted where they are named, unless `linear_only`. `target_pattern` is a regular expression for
     whole names. `target_parameters` are endings of stacked parameters (experts, ., .): each expert gets a pair.
-    `modules_to_save` names modules, such as a classification head, that are trained and saved in full; `exclude`
-    names layers that get no pair. `token_indices` are rows of the input embeddings that are trained alone.
+    `modules_to_save` names modules, such as a classification head, that are trained and saved in full, with those whose
+    whole names end so, as in PEFT; `exclude` names layers that get no pair. `token_indices` are rows of the input
+    embeddings that are trained alone.
 
     The scale is alpha / rank, or alpha / √rank with `rslora`. `rank_pattern` and `alpha_pattern` map regular
     expressions to other ranks and alphas: the first that matches the end of a layer's name counts, as in PEFT. With
@@ -77,7 +78,7 @@ def create_adapter(
     matched = weights.chosen(
         "all-linear" if targets == "all-linear" else wanted, target_pattern, target_parameters, linear_only=linear_only
     )
-    saved, excluded = _prefixes(modules_to_save, weights.modules), _prefixes(exclude, weights.modules)
+    saved, excluded = _saved_prefixes(modules_to_save, weights.modules), _prefixes(exclude, weights.modules)
     chosen = {path: one for path, one in matched.items() if not one.spec.name.startswith((*saved, *excluded))}
     if not chosen and not token_indices:
         raise InputRefused("no layer is left to adapt")
@@ -113,8 +114,8 @@ def full_rank_layers(adapter: Adapter) -> dict[str, str]:
 
 
 def tensors_of(module: nn.Module, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """All tensors of the modules that these names, or their endings, match."""
-    return _tensors_below(module, _prefixes(names, [path for path, _ in module.named_modules() if path]))
+    """All tensors of the modules to save that these names, or their endings, match."""
+    return _tensors_below(module, _saved_prefixes(names, [path for path, _ in module.named_modules() if path]))
 
 
 def _tensors_below(module: nn.Module, prefixes: tuple[str, ...]) -> dict[str, NDArray[Any]]:
@@ -222,6 +223,19 @@ def _token_rows(module: nn.Module, indices: Sequence[int]) -> dict[str, TokenRow
 def _prefixes(names: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
     """The prefixes of all tensor names in the modules that these names match."""
     return tuple(f"{path}." for path in modules if matches_ending(path, names))
+
+
+def saved_modules(names: Sequence[str], modules: Sequence[str]) -> tuple[str, ...]:
+    """The modules that these names, or their endings, match, and those whose names end with one of theirs.
+
+    PEFT saves the latter too: DistilBERT's pre_classifier with its classifier.
+    """
+    chosen = tuple(path for path in modules if matches_ending(path, names))
+    return tuple(path for path in modules if path.endswith(chosen))
+
+
+def _saved_prefixes(names: Sequence[str], modules: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{path}." for path in saved_modules(names, modules))
 
 
 STARTING_POINT = "start"  # the name of the adapter of frozen pairs

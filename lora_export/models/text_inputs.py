@@ -275,8 +275,8 @@ def _window(text: Any) -> int:
 def _most(module: nn.Module, config: Any, symbol: str, symbols: set[str]) -> int | None:
     """The most tokens that the model has positions for; None where it has no limit."""
     text = config.get_text_config()
-    named = getattr(text, "max_position_embeddings", None)
-    found = [named] if type(named) is int and named > 0 else []
+    named = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # the second is MPT's
+    found = [length for length in named if type(length) is int and length > 0]
     for name, table in module.named_modules():
         parts = name.split(".")
         if not isinstance(table, nn.Embedding) or parts[-1] not in POSITION_TABLES:

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_export as le
@@ -26,6 +27,7 @@ from lora_export.options.train import Init, TrainingSettings, TrainOptions
 from lora_export.training.batches import ArrayData
 from lora_export.training.evaluation import evaluate
 from support.api import MODEL, Recorder
+from support.more_models import MORE_MODELS
 from support.small_models import MODELS, small_model, words_tokenizer
 
 
@@ -101,6 +103,21 @@ def test_without_a_head_the_base_is_measured_as_it_is() -> None:
     assert run.document["final_loss"] is None and run.document["held_out"]["count"] == 32
 
 
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.inner(x)
+        return scores
+
+
+def test_the_head_alone_is_found_by_the_end_of_its_name() -> None:
+    (run,) = replace(trainer([]), module=Outer().eval()).compared(["frozen"])
+    assert (run.label, run.parameters.trained) == ("head alone", 18)
+
+
 def test_a_base_that_would_be_trained_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     work = trainer([], heads=())
     real = layers.attach
@@ -130,19 +147,23 @@ WITH_A_SUMMARY = {
 
 
 @pytest.mark.parametrize(
-    ("name", "has_head", "saved"),
+    ("name", "has_head", "given", "saved"),
     [
-        ("distilbert", False, {"classifier", "pre_classifier"}),
-        ("distilbert", True, {"classifier", "pre_classifier"}),
-        ("bert", False, {"classifier", "bert.pooler.dense"}),
-        ("electra", False, {"classifier"}),  # of two layers
-        ("electra", True, {"classifier"}),
-        ("xlnet", True, {"logits_proj", "sequence_summary.summary"}),
-        ("xlm", True, {"sequence_summary.summary"}),
-        ("flaubert", True, {"sequence_summary.summary"}),
+        ("distilbert", False, (), {"classifier", "pre_classifier"}),
+        ("distilbert", True, (), {"classifier", "pre_classifier"}),
+        ("distilbert", True, ("classifier",), {"classifier", "pre_classifier"}),  # both end so, for PEFT
+        ("distilbert", True, ("pre_classifier",), {"pre_classifier"}),
+        ("bert", False, (), {"classifier", "bert.pooler.dense"}),
+        ("electra", False, (), {"classifier"}),  # of two layers
+        ("electra", True, (), {"classifier"}),
+        ("xlnet", True, (), {"logits_proj", "sequence_summary.summary"}),
+        ("xlm", True, (), {"sequence_summary.summary"}),
+        ("flaubert", True, (), {"sequence_summary.summary"}),
     ],
 )
-def test_peft_reads_the_whole_head_of_a_classifier(name: str, has_head: bool, saved: set[str], tmp_path: Path) -> None:
+def test_peft_reads_the_whole_head_of_a_classifier(
+    name: str, has_head: bool, given: tuple[str, ...], saved: set[str], tmp_path: Path
+) -> None:
     base, auto = tmp_path / "base", transformers.AutoModelForSequenceClassification
     if name in WITH_A_SUMMARY:
         torch.manual_seed(0)
@@ -157,7 +178,8 @@ def test_peft_reads_the_whole_head_of_a_classifier(name: str, has_head: bool, sa
     words_tokenizer(base)
     lines = [{"text": f"very {word} film", "label": word} for word in ("good", "bad") * 10]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", epochs=2, learning_rate=1e-2)
+    more = {"target": "q_lin", "bias": "all"} if given else {}  # the bias of a head is not the whole head
+    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", epochs=2, learning_rate=1e-2, heads=given, **more)
     assert set(json.loads((tmp_path / "ad/adapter_config.json").read_text())["modules_to_save"]) == saved
     le.merge(base, tmp_path / "ad", tmp_path / "merged")
     merged = auto.from_pretrained(tmp_path / "merged").eval()
@@ -253,3 +275,18 @@ def test_of_all_linear_layers_some_may_be_smaller_than_the_rank(tmp_path: Path) 
         le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=4, epochs=1, rank_pattern={"0": 9})
     with pytest.raises(InputRefused, match=r"larger than 1 of 2 layers.*\n  `1` is 2 × 6, its rank 3"):
         le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=2, epochs=1, rank_pattern={"1": 3})
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "mixtral", "llama"])
+def test_layers_that_peft_takes_for_experts_are_noted(name: str, tmp_path: Path) -> None:
+    base, seen = tmp_path / "base", Recorder()
+    architecture, config = MORE_MODELS[name]
+    getattr(transformers, architecture)(config()).save_pretrained(base)
+    words_tokenizer(base)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "very good film"}) + "\n")
+    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", rank=1, epochs=1, holdout=0, **seen.callbacks)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    found = peft.PeftModel.from_pretrained(model, tmp_path / "ad").state_dict().keys()
+    saved = load_file(tmp_path / "ad/adapter_model.safetensors")
+    is_lost = not {key.replace(".weight", ".default.weight") for key in saved} <= found
+    assert is_lost == ("for experts of this model" in str(seen.messages)) == (name == "deepseek_v3")

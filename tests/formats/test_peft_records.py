@@ -41,14 +41,14 @@ def test_an_embedding_saved_with_its_pair_is_noted(tmp_path):
     )
 
 
-def test_an_undeclared_whole_tensor_is_read_and_noted(tmp_path):
-    # What PEFT does by itself after resizing the embeddings.
+@pytest.mark.parametrize(("saved", "is_declared"), [(None, False), (["embedding"], False), (["bed"], True)])
+def test_an_undeclared_whole_tensor_is_read_and_noted(tmp_path, saved, is_declared):
+    # None: what PEFT does by itself after resizing the embeddings. A declared name is the end of a module's.
     adapter = formats.load(
-        peft_adapter(tmp_path, {"fc": ([[1]], [[1]])}, {"embed.weight": np.ones((2, 1))}, modules_to_save=None)
+        peft_adapter(tmp_path, {"fc": ([[1]], [[1]])}, {"embed.weight": np.ones((2, 1))}, modules_to_save=saved)
     )
-    assert adapter.notes == (
-        "embed.weight is saved whole, and the config does not declare it: it replaces the base's tensor",
-    )
+    note = "embed.weight is saved whole, and the config does not declare it: it replaces the base's tensor"
+    assert adapter.notes == (() if is_declared else (note,))
 
 
 def test_the_models_config_beside_the_adapter_describes_its_head(tmp_path):

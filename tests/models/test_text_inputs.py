@@ -159,6 +159,11 @@ def test_position_tables_limit_the_length(name: str, most: int | None) -> None:
     assert found.long == {"sequence": min(LONG, most or LONG)}
 
 
+def test_mpt_has_as_many_positions_as_its_alibi() -> None:
+    found = lengths_of(transformers.MptConfig(vocab_size=60, d_model=16, n_layers=1, n_heads=2, max_seq_len=40))
+    assert (found.most("sequence"), found.long) == (40, {"sequence": 40})
+
+
 def test_encoder_and_decoder_have_limits_of_their_own() -> None:
     architecture, config = MODELS["bart"]
     made = config()

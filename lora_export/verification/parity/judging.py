@@ -108,10 +108,12 @@ def judge(
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
     peer = cases[0].peer if cases else PYTORCH
     adapted = any(case.base is not None or case.scaled is not None for case in cases)
-    comparisons = tuple(
-        _compare(case, output, cases, dtype=dtype, adapted=adapted, tolerance=tolerance, gates_only=gates_only)
-        for case in cases
-        for output in case.outputs
+    comparisons = _without_unreached_loss(
+        [
+            _compare(case, output, cases, dtype=dtype, adapted=adapted, tolerance=tolerance, gates_only=gates_only)
+            for case in cases
+            for output in case.outputs
+        ]
     )
     reasons = (
         *(reason for each in prepared for reason in each.reasons),
@@ -164,6 +166,25 @@ def _compare(
     peer = own if measured == [case] else Magnitudes(np.concatenate([errors.ravel() for errors in by_case]))
     figures = _measure(case, output, own, peer, dtype=dtype, tolerance=tolerance, gates_only=gates_only)
     return Comparison(case.name, output, figures, tuple(reasons_of(case.name, output, figures)))
+
+
+def _without_unreached_loss(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    """Without the loss gate where no pair reaches an output that one reaches in another case.
+
+    What rounding costs there is that of tensors that an adapter replaces: they are in the base, too. An example is a
+    head, and pairs of queries in texts of one token.
+    """
+    reached = {each.output for each in comparisons if each.figures and each.figures.effect}
+    return tuple(_without_loss(each) if each.output in reached else each for each in comparisons)
+
+
+def _without_loss(comparison: Comparison) -> Comparison:
+    """The comparison as it is where a pair has an effect, and elsewhere without the loss gate."""
+    if (figures := comparison.figures) is None or figures.effect:
+        return comparison
+    figures = replace(figures, gates=tuple(gate for gate in figures.gates if gate.name != "loss"))
+    reasons = tuple(reasons_of(comparison.case, comparison.output, figures))
+    return replace(comparison, figures=figures, reasons=reasons)
 
 
 def _measure(

@@ -148,6 +148,15 @@ def test_rounding_larger_than_the_effect_is_undecided() -> None:
     assert "rounding the merged weights costs 110 % of the adapter's effect" in str(verdict)
 
 
+def test_rounding_where_no_pair_reaches_costs_no_effect() -> None:
+    reached, unreached = make(), make(effect=0.0 * EFFECT, name="unreached")
+    reached = replace(reached, attached=reached.reference)
+    unreached = replace(unreached, attached={"y": unreached.reference["y"] + 1e-3})  # of a head that is rounded
+    assert judge([reached, unreached], sensitivity=TRIED).same
+    verdict = judge([unreached], sensitivity=TRIED)
+    assert verdict.outcome is Outcome.UNDECIDED and "loss" in [reason.gate for reason in verdict.reasons]
+
+
 def test_integers_must_be_equal() -> None:
     assert judge([integers([1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 9, 9])]).same
     verdict = judge([integers([1, 2, 4], [1, 2, 3], [1, 2, 3], [9, 9, 9])])
