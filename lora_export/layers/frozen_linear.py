@@ -208,7 +208,7 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         of_pair = rows if kept is None else kept.reshape(rows.shape)
-        inner = product(of_pair, a)  # (rows, rank)
+        inner = of_pair @ a.T  # (rows, rank)
         state = state_of_4bit(weight)
         y = product(rows, values_of(weight, state, x.dtype).to(x.dtype), bias).addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(of_pair, inner, weight, a, b)
@@ -221,7 +221,7 @@ class _FrozenLinear(torch.autograd.Function):
         of_pair, inner, weight, a, b = ctx.saved_tensors
         of_x, of_kept, _, of_bias, of_a, of_b, _ = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
-        through_b = product(g, b.T) if of_x or of_kept or of_a else None  # (rows, rank)
+        through_b = g @ b if of_x or of_kept or of_a else None  # (rows, rank)
         found_x = found_kept = found_a = None
         if of_x:
             assert through_b is not None
@@ -232,6 +232,6 @@ class _FrozenLinear(torch.autograd.Function):
             found_kept = (through_b @ a).mul_(ctx.scale).view(ctx.shape)
         if of_a:
             assert through_b is not None
-            found_a = product(through_b.T, of_pair.T).mul_(ctx.scale)
-        found_b = product(inner.T, g.T).mul_(ctx.scale).T if of_b else None  # faster than gᵀ inner, by a third
+            found_a = (through_b.T @ of_pair).mul_(ctx.scale)
+        found_b = (inner.T @ g).mul_(ctx.scale).T if of_b else None  # faster than gᵀ inner, by a third
         return found_x, found_kept, None, g.sum(0) if of_bias else None, found_a, found_b, None

@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_export.layers.torch_internals import has_onednn_linear, onednn_linear
 
 LEAST_MULTIPLICATIONS = 1 << 19  # of a product: below, a call of oneDNN takes longer than what it saves
+ROWS_AT_ONCE = 64  # oneDNN keeps code for each number of rows that it has met, a third of a MiB
 
 
 def _is_onednn_faster() -> bool:
@@ -46,5 +47,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # A compiler chooses for itself, and cannot compile oneDNN's operator.
     if not is_fp32 or torch.compiler.is_compiling() or not _BY_ONEDNN.get():
         return F.linear(x, weight, bias)
-    is_large = x.numel() * weight.shape[0] >= LEAST_MULTIPLICATIONS
-    return onednn_linear(x, weight, bias) if is_large else F.linear(x, weight, bias)
+    if x.numel() * weight.shape[0] < LEAST_MULTIPLICATIONS:
+        return F.linear(x, weight, bias)
+    more = -len(x) % ROWS_AT_ONCE
+    return onednn_linear(F.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)] if more else onednn_linear(x, weight, bias)

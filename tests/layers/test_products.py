@@ -62,7 +62,7 @@ def test_steps_beside_a_frozen_weight_are_those_of_fp64(by_onednn: bool, monkeyp
     own = torch.autograd.grad(y.square().mean(), [one[name] for name in NAMES])
     for found, wanted in zip(own, torch.autograd.grad(exact.square().mean(), [wide[n] for n in NAMES]), strict=True):
         assert_near(found, wanted)
-    assert len(calls) == 6 * by_onednn
+    assert len(calls) == 2 * by_onednn  # of W; those of the pair are small
 
 
 def test_losses_of_a_head_are_those_of_fp64(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
