@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import nn
 
-from layers.test_adapted_layers import IDS, experts_adapter, gates_of, some_experts_of
 from lora_export import layers, plan
 from lora_export.layers import adapted_layers, attachments
 from lora_export.layers.attachments import adapted_weight, is_attached, pairs_of_experts
 from lora_export.layers.frozen_experts import ExpertsWeight
 from support import experts
+from support.experts import experts_adapter, gates_of, some_experts_of
 from support.small_layers import count_calls
+
+IDS = torch.tensor([[3, 9, 27, 17, 51], [5, 15, 45, 7, 21]])
 
 
 @pytest.fixture(autouse=True)
