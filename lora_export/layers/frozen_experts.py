@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from lora_export.layers.torch_internals import grouped_products, tree_map, without_subclass_rules
 
 # What may be read of W in place of W + ΔW
-FACTS = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim")} | {
+READ_OF_THE_BASE = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim")} | {
     Tensor.data_ptr,
     Tensor.size,
 }
@@ -57,7 +57,7 @@ class ExpertsWeight(Tensor):
         """`func` of W x + B (A x) where it is known, of W + ΔW elsewhere."""
         kwargs = kwargs or {}
         with without_subclass_rules():
-            if func in FACTS:
+            if func in READ_OF_THE_BASE:
                 return func(*args, **kwargs)
             if func is Tensor.transpose and not kwargs and {axis % 3 for axis in args[1:]} == {1, 2}:
                 one = cast(ExpertsWeight, args[0])

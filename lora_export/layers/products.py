@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_export.layers.torch_internals import has_onednn_linear, onednn_linear
 
 LEAST_MULTIPLICATIONS = 1 << 19  # of a product: below, a call of oneDNN takes longer than what it saves
-ROWS_AT_ONCE = 64  # oneDNN keeps code for each number of rows that it has met, a third of a MiB
+PADDED_TO = 64  # oneDNN keeps code for each number of rows that it has met, a third of a MiB
 
 
 def _is_onednn_faster() -> bool:
@@ -49,5 +49,5 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.numel() * weight.shape[0] < LEAST_MULTIPLICATIONS:
         return F.linear(x, weight, bias)
-    more = -len(x) % ROWS_AT_ONCE
+    more = -len(x) % PADDED_TO
     return onednn_linear(F.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)] if more else onednn_linear(x, weight, bias)
