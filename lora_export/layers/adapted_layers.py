@@ -28,12 +28,14 @@ from lora_export.layers.attachments import (
     dora_factor,
     is_recording,
     low_rank_factors,
+    pairs_of_experts,
     per_output,
     record_branch,
     trained_rows,
     weight_sum,
     where_on,
 )
+from lora_export.layers.frozen_experts import ExpertsWeight
 from lora_export.layers.frozen_linear import (
     FourBitLayer,
     add_frozen_pair,
@@ -287,7 +289,9 @@ def _weight_in_forward(owner: nn.Module, attribute: str) -> Tensor | None:
     if summed is None:
         return adapted_weight(owner, attribute)
     if key not in summed:
-        summed[key] = adapted_weight(owner, attribute)
+        whole = functools.cache(functools.partial(adapted_weight, owner, attribute))
+        pairs = pairs_of_experts(owner, attribute)
+        summed[key] = whole() if pairs is None else ExpertsWeight.of(pairs, cast(Callable[[], Tensor], whole))
     return summed[key]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.frozen_experts import ExpertPairs
 from lora_export.layers.frozen_linear import float_weight
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, layout_of, oriented, tensor_name
 from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
@@ -28,6 +29,7 @@ from lora_export.plan import Layout, StoredRegion
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
 BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches
+LEAST_OF_AN_EXPERT = 1 << 16  # weights: with fewer, a product for each expert takes longer than one sum for all
 TRAINED_ROWS, ROW_INDICES = "lora_rows", "lora_row_indices"  # of a table: a parameter, and a buffer of their indices
 
 
@@ -208,19 +210,46 @@ def _blocks_of_rows(owner: nn.Module, branches: Sequence[Branch]) -> list[list[B
 def _sum_of_blocks(owner: nn.Module, total: Tensor, branches: Sequence[Branch], scale: float) -> Tensor:
     """W + scale * B A, in the shape of W: A and B of all blocks of rows in two stacks."""
     first = _region(branches[0])
-    rows = first.cut_shape[0]
-    ordered = sorted(branches, key=lambda branch: _region(branch).rows.start)
-    numbers = [_region(branch).rows.start // rows for branch in ordered]
-    a, b = (
-        torch.stack(side).to(total.dtype)
-        for side in zip(*(low_rank_factors(owner, one) for one in ordered), strict=True)
-    )
+    numbers, a, b = _stacked(owner, branches, total.dtype)
     left, right = (a.mT, b.mT) if branches[0].layout.is_transposed else (b, a)
-    blocks = total.view(-1, rows, first.shape[1])
+    blocks = total.view(-1, first.cut_shape[0], first.shape[1])
     if numbers == list(range(len(blocks))):
         return torch.baddbmm(blocks, left, right, alpha=scale).view(total.shape)
     index = torch.tensor(numbers, device=total.device)
     return blocks.index_add(0, index, torch.bmm(left, right), alpha=scale).view(total.shape)
+
+
+def _stacked(owner: nn.Module, branches: Sequence[Branch], dtype: torch.dtype) -> tuple[list[int], Tensor, Tensor]:
+    """The numbers of blocks of rows, in order, with the stacks of their A and B."""
+    ordered = sorted(branches, key=lambda branch: _region(branch).rows.start)
+    numbers = [_region(branch).rows.start // _region(branch).cut_shape[0] for branch in ordered]
+    factors = [low_rank_factors(owner, branch) for branch in ordered]
+    a, b = (torch.stack(side).to(dtype) for side in zip(*factors, strict=True))
+    return numbers, a, b
+
+
+def pairs_of_experts(owner: nn.Module, attribute: str) -> ExpertPairs | None:
+    """The pairs of a frozen weight (experts, out, in) in training, where each expert has one, and all have one scale.
+
+    None on a GPU and in half precision, where another product of experts is faster.
+    """
+    attachment, weight = attachment_of(owner), own_parameters(owner)[attribute]
+    branches = [branch for branch in attachment.branches if branch.weight == attribute]
+    if weight is None or not branches or not attachment.factor or attachment.is_on or is_recording():
+        return None
+    if weight.requires_grad or is_in_shares(weight) or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return None
+    regions = [branch.region for branch in branches]
+    whole = weight.ndim == 3 and all(one is not None and one.cut_shape == weight.shape[1:] for one in regions)
+    if not whole or branches[0].layout.is_transposed or weight[0].numel() < LEAST_OF_AN_EXPERT:
+        return None
+    if len(_blocks_of_rows(owner, branches)) != 1 or any(branch.frozen for branch in branches):
+        return None
+    numbers, a, b = _stacked(owner, branches, weight.dtype)
+    is_each = numbers == list(range(len(weight))) and a.requires_grad
+    return ExpertPairs(weight, a, b, attachment.factor * branches[0].scale) if is_each else None
 
 
 def trained_rows(owner: nn.Module) -> tuple[Tensor, Tensor]:

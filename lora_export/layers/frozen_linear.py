@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_export.errors import count
+from lora_export.layers.products import product
 from lora_export.layers.torch_internals import (
     exchange_class,
     own_parameters,
@@ -209,7 +210,7 @@ class _FrozenLinear(torch.autograd.Function):
         of_pair = rows if kept is None else kept.reshape(rows.shape)
         inner = of_pair @ a.T  # (rows, rank)
         state = state_of_4bit(weight)
-        y = F.linear(rows, values_of(weight, state, x.dtype).to(x.dtype), bias).addmm_(inner, b.T, alpha=scale)
+        y = product(rows, values_of(weight, state, x.dtype).to(x.dtype), bias).addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(of_pair, inner, weight, a, b)
         ctx.scale, ctx.shape, ctx.state, ctx.is_one = scale, x.shape, state, kept is None
         return in_shape(y, x)
@@ -224,7 +225,7 @@ class _FrozenLinear(torch.autograd.Function):
         found_x = found_kept = found_a = None
         if of_x:
             assert through_b is not None
-            found_x = g @ values_of(weight, ctx.state, g.dtype).to(g.dtype)
+            found_x = product(g, values_of(weight, ctx.state, g.dtype).to(g.dtype).T)
             found_x = (found_x.addmm_(through_b, a, alpha=ctx.scale) if ctx.is_one else found_x).view(ctx.shape)
         if of_kept:
             assert through_b is not None

@@ -60,6 +60,17 @@ def reshaped_alone(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return reshaped
 
 
+def has_onednn_linear() -> bool:
+    """Whether this PyTorch has what `onednn_linear` calls."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` in fp32 on the CPU, computed by oneDNN. It has no gradient."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
 def private(module: str, *names: str) -> Any:
     """An attribute of a module of another library. Raises EnvironmentLacking where this release has none."""
     found = importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""How the steps of a training are computed: their dtype, torch.compile, and where their memory goes."""
+"""How the steps of a training are computed: dtype, library, torch.compile, and where their memory goes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_export.errors import EnvironmentLacking
 from lora_export.layers.frozen_linear import scales_of_4bit
 from lora_export.layers.module_tensors import own_share
+from lora_export.layers.products import fastest_products as fastest_products
 from lora_export.layers.torch_internals import compiler_errors
 from lora_export.models.tracing import innermost_cause
 from lora_export.options.spelling import named

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_export.errors import InputRefused
+from lora_export.layers.products import product
 from lora_export.options.train import Precision, TrainOptions
 from lora_export.training.batches import (
     Batch,
@@ -105,7 +105,7 @@ class _Total(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         for start in range(0, len(states), size):
             part = slice(start, start + size)
-            scores, own = F.linear(states[part], weight, bias).float(), labels[part, None]
+            scores, own = product(states[part], weight, bias).float(), labels[part, None]
             scores.sub_(scores.amax(-1, keepdim=True))
             of_labels = scores.gather(-1, own)
             sums = scores.exp_().sum(-1, keepdim=True)
@@ -113,7 +113,7 @@ class _Total(torch.autograd.Function):
             if gradient is not None:
                 chances = scores.div_(sums)
                 chances.scatter_add_(-1, own, chances.new_full(own.shape, -1.0))
-                torch.mm(chances.to(weight.dtype), weight, out=gradient[part])
+                gradient[part] = product(chances.to(weight.dtype), weight.T)
         ctx.save_for_backward(gradient)
         return total
 

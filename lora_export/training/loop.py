@@ -37,7 +37,14 @@ from lora_export.training.checkpoint import (
     norms_with_statistics,
     trained_tensors,
 )
-from lora_export.training.compiling import PeakMemory, SavedActivations, autocast, compiled, memory_use
+from lora_export.training.compiling import (
+    PeakMemory,
+    SavedActivations,
+    autocast,
+    compiled,
+    fastest_products,
+    memory_use,
+)
 from lora_export.training.evaluation import HeadLoss, evaluate, head_loss
 from lora_export.training.order import ShuffledOrder, learning_rate_factor, parts_of
 from lora_export.training.processes import (
@@ -93,7 +100,7 @@ def fit(
     head = head_loss(module, data, accelerator.device, settings.precision)
     run = _Run(module, data, settings, accelerator, optimizer, held_out, checkpoints, history, head, log)
     devices = [accelerator.device] if device == "cuda" else []
-    with _restored_random_numbers(devices), _train_mode(module, settings), _explained_memory():
+    with _restored_random_numbers(devices), _train_mode(module, settings), _explained_memory(), fastest_products():
         try:
             run.begin(resume=resume)
             run.steps(on_step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 
 import numpy as np
@@ -19,9 +18,9 @@ from lora_export import formats, layers, plan
 from lora_export.errors import InputRefused
 from lora_export.layers.adapted_layers import expert_of
 from lora_export.layers.attachments import attachment_of, is_attached, low_rank_factors, part_of
-from lora_export.lora import Adapter, LoraPair, expert_name
+from lora_export.lora import Adapter, LoraPair
 from support import experts
-from support.experts import MODELS
+from support.experts import MODELS, experts_adapter, gates_of, some_experts_of
 from support.slow import slow
 from support.small_layers import (
     PAIR,
@@ -467,18 +466,6 @@ def test_only_the_experts_that_get_a_token_are_recorded():
     assert len(attachment_of(owner).branches) == 2 * experts.COUNT
 
 
-def experts_adapter(model):
-    """Pairs for every expert of both parameters, in fp32 and as stored."""
-    rng = torch.Generator().manual_seed(2)
-    pairs = {}
-    for spec in layers.specs(model):
-        for expert in range(spec.shape[0]) if len(spec.shape) == 3 else ():
-            out, in_ = spec.shape[1:]
-            a, b = (torch.randn(size, generator=rng).numpy() for size in ((2, in_), (out, 2)))
-            pairs[expert_name(spec.name, expert)] = LoraPair(a=a, b=b, scale=0.5, as_stored=True)
-    return Adapter("ad", "peft", pairs)
-
-
 def nodes_of(output):
     """The names of the nodes of autograd below a tensor."""
     found, open_nodes = set(), [output.grad_fn]
@@ -510,22 +497,6 @@ def test_autocast_does_not_round_the_sums_of_experts():
     assert torch.equal(summed, owner.gate_up_proj)
     program = torch.export.export(module, (IDS,), {"use_cache": False}, strict=False)
     assert not any("autocast" in str(node.target).lower() for node in program.graph.nodes)
-
-
-def gates_of(model):
-    """Pairs for the gates, which are half of the rows, of some experts."""
-    (pairs, whole), wanted = ({}, experts_adapter(model).pairs), (2, 0)
-    for name, pair in whole.items():
-        path, _, expert = name.removesuffix("]").rpartition("[")
-        if path.endswith("gate_up_proj") and int(expert) in wanted:
-            half = len(pair.b) // 2
-            pairs[f"{path}[{expert}, 0:{half}]"] = dataclasses.replace(pair, b=pair.b[:half])
-    return Adapter("gates", "peft", pairs)
-
-
-def some_experts_of(model):
-    adapter = experts_adapter(model)
-    return dataclasses.replace(adapter, name="some", pairs=dict(list(adapter.pairs.items())[1::2]))
 
 
 @pytest.mark.parametrize(

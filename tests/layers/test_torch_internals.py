@@ -55,6 +55,7 @@ FUSIONS = "transformers.exporters.onnxruntime_fusions"
 NAMES = [
     ("torch", "_grouped_mm"),
     ("torch", "_C", "DisableTorchFunctionSubclass"),
+    ("torch", "ops", "mkldnn", "_linear_pointwise"),
     ("torch", "_C", "PyTorchFileReader"),
     ("torch", "_C", "_jit_get_all_schemas"),
     ("torch._dynamo.exc", "TorchDynamoException"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel
+
+from lora_export import layers
+from lora_export.lora import Adapter, LoraPair, expert_name
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -171,3 +175,31 @@ def of_single_experts(adapter: Path, folder: Path, kept: Collection[str] = ()) -
 
     targets = ["q_proj", *(f"{moe}.{name}" for name in kept)]
     return rewritten(adapter, folder, apart, target_modules=targets, target_parameters=None)
+
+
+def experts_adapter(model: torch.nn.Module) -> Adapter:
+    """Pairs for every expert of both parameters, in fp32 and as stored."""
+    rng = torch.Generator().manual_seed(2)
+    pairs = {}
+    for spec in layers.specs(model):
+        for expert in range(spec.shape[0]) if len(spec.shape) == 3 else ():
+            out, in_ = spec.shape[1:]
+            a, b = (torch.randn(size, generator=rng).numpy() for size in ((2, in_), (out, 2)))
+            pairs[expert_name(spec.name, expert)] = LoraPair(a=a, b=b, scale=0.5, as_stored=True)
+    return Adapter("ad", "peft", pairs)
+
+
+def gates_of(model: torch.nn.Module) -> Adapter:
+    """Pairs for the gates, which are half of the rows, of some experts."""
+    (pairs, whole), wanted = ({}, experts_adapter(model).pairs), (2, 0)
+    for name, pair in whole.items():
+        path, _, expert = name.removesuffix("]").rpartition("[")
+        if path.endswith("gate_up_proj") and int(expert) in wanted:
+            half = len(pair.b) // 2
+            pairs[f"{path}[{expert}, 0:{half}]"] = dataclasses.replace(pair, b=pair.b[:half])
+    return Adapter("gates", "peft", pairs)
+
+
+def some_experts_of(model: torch.nn.Module) -> Adapter:
+    adapter = experts_adapter(model)
+    return dataclasses.replace(adapter, name="some", pairs=dict(list(adapter.pairs.items())[1::2]))

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from lora_export import layers, plan
 from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.layers import products
+from lora_export.layers.torch_internals import has_onednn_linear
 from lora_export.options.train import TrainingSettings
 from lora_export.training import loop
 from lora_export.training.batches import ArrayData, Batch, Data, OwnLoss, ReadyBatches
 from lora_export.training.checkpoint import Checkpoints, StepRecord, TrainingHistory
 from lora_export.training.evaluation import evaluate
+from support.small_layers import count_calls
 
 
 class Net(nn.Module):
@@ -112,6 +115,26 @@ def test_equal_seeds_give_equal_bits() -> None:
     assert history.losses == again.losses
     assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
     assert fitted(other, epochs=3, seed=1).losses != history.losses
+
+
+@pytest.mark.skipif(not has_onednn_linear(), reason="this PyTorch has no oneDNN")
+def test_products_by_onednn_train_to_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch, products, "onednn_linear")
+    torch.manual_seed(0)
+    data = ArrayData({"input": torch.randn(192, 64)}, torch.arange(192) % 4)
+    losses = {}
+    for is_faster in (True, False):
+        monkeypatch.setattr(products, "IS_ONEDNN_FASTER", is_faster)
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 4))
+        adapter = layers.create_adapter(module, targets=["0"], rank=4, alpha=8, seed=0)
+        layers.attach(module, plan.make([adapter], layers.specs(module), identity_ok=True), trainable=True)
+        calls.clear()
+        losses[is_faster] = fitted(module, data, epochs=4, batch_size=96).losses
+        assert len(calls) == is_faster * 4 * 2  # W x: the pair is small, and x has no gradient
+        module(data.inputs["input"])
+        assert len(calls) == is_faster * 4 * 2  # none after the training
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5) and losses[True][0] != losses[True][-1]
 
 
 def test_training_leaves_the_callers_random_state_alone() -> None:
