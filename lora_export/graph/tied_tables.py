@@ -17,8 +17,8 @@ from lora_export.graph.site import Site
 from lora_export.lora import Adapter
 from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step, TensorSpec
+from lora_export.sums import ROWS_AT_ONCE
 
-ROWS_AT_ONCE = 4096
 MOST_ROUNDING = 0.5  # of a table: 4 bits move it by a tenth, and two tables of equal norms are 1.4 apart
 
 
