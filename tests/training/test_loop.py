@@ -285,6 +285,8 @@ def test_the_end_of_a_training_is_a_checkpoint(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "a.training", {"any": 1})
     options = {"held_out": noise(), "keep_best": True, "epochs": 2, "save_every": 100}
     history = fitted(module, **options, checkpoints=checkpoints)
+    first, last = (record.held_out_loss for record in history.evaluations)
+    assert evaluate(module, noise()).loss == pytest.approx(first) and first < last  # the end of the training is worse
     steps: list[int] = []
     continued = fitted(
         again, **options, checkpoints=checkpoints, resume=True, on_step=lambda record, *_: steps.append(record.step)
