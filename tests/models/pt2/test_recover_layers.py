@@ -55,10 +55,10 @@ class Tied(nn.Module):
         super().__init__()
         self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
         self.head.weight = self.words.weight
-        self.turned = Conv1D(4, 4)
+        self.turned, self.padded = Conv1D(4, 4), nn.Embedding(7, 4, padding_idx=1)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.turned(self.words(ids)))
+        return self.head(self.turned(self.words(ids) + self.padded(ids)))
 
 
 def test_an_embedding_tied_to_the_head_takes_no_adapter(tmp_path: Path) -> None:
@@ -68,6 +68,7 @@ def test_an_embedding_tied_to_the_head_takes_no_adapter(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(module(ids=ids), eager(ids))
     assert {spec.name: spec.layout for spec in layers.specs(module)}["turned.weight"] is Layout.IN_OUT
+    assert module.get_submodule("padded").padding_idx == 1
     pairs = {
         "head": LoraPair(a=np.ones((1, 4)), b=np.ones((7, 1)), scale=1.0),
         "words": LoraPair(a=np.ones((1, 7)), b=np.ones((4, 1)), scale=1.0, embedding=True),
