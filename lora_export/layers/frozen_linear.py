@@ -118,7 +118,6 @@ class _FourBitProduct(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.state = state_of_4bit(weight)
         ctx.save_for_backward(weight)
-        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         y = F.linear(rows, values_of(weight, ctx.state, dtype), None if bias is None else bias.to(dtype))
         return in_shape(y, x)
@@ -126,13 +125,14 @@ class _FourBitProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The gradients in the dtype of the product. Autograd casts each to that of its input."""
         (weight,) = ctx.saved_tensors
         of_x, _, of_bias = ctx.needs_input_grad
         found_x = found_bias = None
         if of_x:
-            found_x = (gradient @ values_of(weight, ctx.state, gradient.dtype)).to(ctx.dtypes[0])
+            found_x = gradient @ values_of(weight, ctx.state, gradient.dtype)
         if of_bias:
-            found_bias = gradient.flatten(0, -2).sum(0).to(ctx.dtypes[1])
+            found_bias = gradient.flatten(0, -2).sum(0)
         return found_x, None, found_bias
 
 

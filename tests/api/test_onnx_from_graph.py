@@ -602,7 +602,11 @@ def test_the_users_inputs_are_one_more_case(place: Path, tmp_path: Path, capsys:
         (["x.py:make", "-a", "{place}/fr", "--base", "{place}"], 2, "--base is for an .onnx"),
         (["{place}/base.onnx", "-a", "{place}/odd"], 3, "the base has no weight for no.such"),
         (["{place}/base.onnx", "-a", "{place}/fr", "--base", "{place}/none"], 3, "none"),
-        (["{place}/base.onnx", "--lora", "inputs", "--target", "quary"], 3, "`quary` matches no linear layer"),
+        (
+            *(["{place}/base.onnx", "--lora", "inputs", "--target", "quary,-"], 3),
+            "`quary` matches no linear layer; the nearest: query; "
+            "`-` matches no linear layer; the nearest: classifier, dense, key\n",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_told_and_leaves_nothing(

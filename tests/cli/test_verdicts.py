@@ -40,6 +40,19 @@ def test_a_file_without_a_proof_is_said_to_have_none(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "not verified (--no-verify)\n" * 2
 
 
+def test_the_files_that_are_not_listed_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / name for name in "abcde"]
+    for path in paths:
+        path.touch()
+    verdicts.show_files(paths)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"wrote {tmp_path / 'c'} (0 bytes)",
+        "and 2 more files beside it (-v)",
+    ]
+    verdicts.show_files(paths[:3])
+    assert "more file" not in capsys.readouterr().out
+
+
 def test_a_verdict_is_printed_with_its_diagnosis(capsys: pytest.CaptureFixture[str]) -> None:
     verdicts.show_proof(a_proof(DIFFERENT, diagnosis=DIAGNOSIS))
     text = capsys.readouterr().out

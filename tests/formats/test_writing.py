@@ -136,7 +136,10 @@ ONE, WHOLE_LOKR = low_rank(3, 2, 1), {"w1": numbers(2, 2), "w2": numbers(2, 2)}
         ("kohya", {"a": low_rank(3, 2, 3, scale=NO_THIRD)}, {}, "a: its scale .* is no number divided by its rank"),
         ("kohya", {"denoiser/a": ONE}, {"replaced": {"h.weight": numbers(2, 2)}}, r"h\.weight: a whole tensor"),
         ("comfyui", {"denoiser/a_b": ONE}, {"flattened": True}, "in which `_` stands for the dots: state the model"),
-        ("diffusers", {"a": WholePair({"change": np.ones((2, 2))}, 1.0)}, {}, "a: WholePair is no low-rank pair"),
+        (
+            *("diffusers", {"a": WholePair({"change": np.ones((2, 2))}, 1.0), "e": low_rank(3, 2, 1, embedding=True)}),
+            *({}, r"(?s)a: WholePair is no low-rank pair.*  e: no pair of a linear layer or a convolution"),
+        ),
         ("diffusers", {"a": ONE}, {"biases": {"a": np.ones(3, np.float32)}}, "a: a change of a bias"),
         ("diffusers", {"a": ONE, "b": low_rank(3, 2, 1, magnitude=np.ones(3))}, {}, "DoRA on some layers of a model"),
         ("diffusers", {T5: ONE}, {}, "T5: it is text_encoder_2 in Flux's pipelines and text_encoder_3 in Stable"),

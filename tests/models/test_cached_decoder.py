@@ -21,6 +21,7 @@ from lora_export.models.cached_decoder import (
     counts_by_mask,
     name_cache,
     refuse_other_than_decoder,
+    takes_one_token,
     takes_positions,
 )
 from lora_export.models.fused_operators import fuse_operators
@@ -92,6 +93,14 @@ def test_graph_with_a_recurrent_state_takes_one_token_at_once(tmp_path: Path) ->
         runner = with_cache(OnnxRunner(file))
         assert isinstance(runner, CacheRunner) and runner.tokens_at_once == 1
         np.testing.assert_allclose(runner.run({"input_ids": ids})["logits"], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("tokens", "mask"), [(1, "past + 1"), ("sequence", 1)])
+def test_the_axis_of_tokens_alone_decides_whether_a_graph_takes_one(tokens: Any, mask: Any) -> None:
+    sizes = {"input_ids": tokens, "attention_mask": mask}
+    inputs = [ir.Value(name=name, shape=ir.Shape(["batch", size])) for name, size in sizes.items()]
+    program = ir.Model(ir.Graph(inputs, [], nodes=[], opset_imports={"": 20}), ir_version=10)
+    assert takes_one_token(program) == (tokens == 1)
 
 
 def test_what_is_no_decoder_of_texts_is_refused() -> None:

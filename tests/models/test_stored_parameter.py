@@ -16,8 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lora_export.errors import InputRefused
 from lora_export.models import stored_parameter
 from lora_export.models.load import load_model, module_with_weights
-from lora_export.models.stored_parameter import StoredParameter, packed, read_stored, state_of
+from lora_export.models.stored_parameter import StoredParameter, StreamedFolder, packed, read_stored, state_of
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
+from lora_export.weights.checkpoint import open_checkpoint
 
 VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 X = torch.tensor([[1.0, 0.0, 2.0]])
@@ -184,6 +185,17 @@ def test_streamed_model_is_the_whole_one(kind: str, dtype: torch.dtype, tmp_path
     expected, found = ModuleRunner(whole.module).run(IDS), ModuleRunner(read.module).run(IDS)
     assert found["logits"].dtype == np.float32
     assert (found["logits"] == expected["logits"]).all()
+
+
+def test_weights_behind_a_missing_one_are_filled(tmp_path: Path) -> None:
+    """Beside the missing one are weights that a layer does not use, which are None."""
+    weights = nn.MultiheadAttention(4, 1).state_dict()
+    del weights["in_proj_weight"]
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    folder, module = StreamedFolder(open_checkpoint(tmp_path)), nn.MultiheadAttention(4, 1)
+    module.load_state_dict(folder.empty, strict=False, assign=True)
+    assert folder.fill(module, frozenset({"in_proj_weight"}))
+    assert all(torch.equal(module.get_parameter(name).detach(), tensor + 1) for name, tensor in weights.items())
 
 
 def test_small_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

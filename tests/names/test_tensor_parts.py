@@ -129,6 +129,12 @@ def test_a_split_of_unknown_or_other_sizes_is_refused(known, why):
         converted(SPLIT, {"a": [AssembledTensor.stored("a", (6, 2))]}, {}, lambda name, _: known.get(name))
 
 
+def test_several_tensors_are_not_split():
+    stored = [AssembledTensor.stored(f"a{n}", (6, 2)) for n in range(2)]
+    with pytest.raises(NotExpressible, match="works on one tensor, and 2 were found"):
+        converted(SPLIT, {"a": stored}, {}, {"q": 3, "k": 1}.get)
+
+
 def test_tensors_of_different_widths_are_not_joined():
     rule = RenameRule(["a", "b"], ["c"], [{"name": "Concatenate", "dim": 0}])
     collected = {"a": [AssembledTensor.stored("a", (2, 3))], "b": [AssembledTensor.stored("b", (2, 4))]}

@@ -56,6 +56,12 @@ def test_a_zero_bias_at_a_packed_projection_is_left_out():
     assert "PEFT up to 0.21 does not use the bias of B at the packed projection" in misfit
 
 
+def test_the_change_of_a_vector_has_the_prefix_of_the_pairs():
+    own = holding(pairs={"fc": pair()}, added={"norm.weight": np.ones(2, np.float32)})
+    made = plan.make([own], [matrix("model.fc.weight"), vector("model.norm.weight")])
+    assert [step.weight for step in made.steps] == ["model.fc.weight", "model.norm.weight"]
+
+
 def test_an_in_out_weight_is_matched_by_its_out_in_view():
     (step,) = plan.make([adapter(fc=pair())], [matrix("fc.weight", 3, 2, layout=Layout.IN_OUT)]).steps
     assert sums.stored_delta(step, slice(None)).tolist() == np.transpose(BA).tolist()

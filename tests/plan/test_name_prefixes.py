@@ -57,6 +57,8 @@ def test_the_message_proposes_the_option_that_fits():
     with pytest.raises(MatchError) as refused:
         plan.make([holding(pairs={TEXT: pair()})], BASE)
     assert 'With prefixes={"model.": "model.language_model."} the adapter\'s names fit the base.' in str(refused.value)
+    with pytest.raises(MatchError, match=r"With prefixes=.* the adapter's names fit"):  # one of two adapters fits
+        plan.make([adapter("other", lm_head=pair()), holding(pairs={TEXT: pair()})], BASE)
     (fitting,) = with_prefixes([own], {"model.": "model.language_model."})
     assert len(plan.make([fitting], BASE).steps) == 2
 

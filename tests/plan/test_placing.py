@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -95,6 +97,15 @@ def test_a_stack_is_not_expressible_as_one_pair():
     stack = converted(rule, {"e": [AssembledTensor.stored(f"e{n}", (2, 3)) for n in range(2)]}, {})["s"]
     with pytest.raises(NotExpressible, match="stacks tensors"):
         places_in_sources(stack, lambda _: (2, 3))
+
+
+@pytest.mark.parametrize(("case", "is_whole"), [("rope", True), ("chunk", False)])
+def test_only_a_reordered_whole_stays_the_pair_of_a_bare_parameter(case, is_whole):
+    shape, results = results_of(case)
+    tensor = next(iter(results.values()))
+    (place,) = places_in_sources(tensor, lambda _: shape)
+    assert (place.region is None) is is_whole
+    assert place.of_pair(replace(a_pair(*tensor.shape), as_stored=True)).as_stored is is_whole
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -90,6 +90,9 @@ def test_a_base_of_a_newer_transformers_is_named_in_the_error():
     with pytest.raises(MatchError, match=r"saved by transformers 99\.1\.0\. This package has the names of"):
         plan.make([adapter(nowhere=pair())], base(OLD), rules=newer)
     assert plan.make([holding(pairs=numbered(OLD))], base(OLD), rules=newer).spellings == ("same",)
+    major, minor, *_ = VIT.version.split(".")
+    next_minor = replace(VIT, config={"transformers_version": f"{major}.{int(minor) + 1}.0"})
+    assert "a newer one may rename more weights" in unknown_names(next_minor)
 
 
 @pytest.mark.parametrize("version", ["", "nightly", "4.30.0", "5.24.1", None, []])

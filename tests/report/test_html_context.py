@@ -208,6 +208,8 @@ def test_the_first_numbers_are_the_extremes_of_all_weights() -> None:
     ]
     tiles = {meaning: number for number, meaning in audit_context(SUM, WRONG)["tiles"]}
     assert tiles["of the limit was used, at most"] == "× 12" and tiles["of a change was retained, at least"] == "50 %"
+    unmeasured = dataclasses.replace(SUM, relative_change=None)
+    assert audit_context(SUM, unmeasured)["tiles"][1:] == audit_context(SUM, KEPT)["tiles"][1:]
     assert audit_context(KEPT)["tiles"] == [("1 of 1", "tensors are as they should be")]
 
 

@@ -98,7 +98,8 @@ def test_data_starts_at_a_multiple_of_eight_bytes(path):
 
 def test_a_file_without_tensors_is_read(path):
     safetensors_file.write(path, {})
-    assert not safetensors_file.open_file(path).entries
+    file = safetensors_file.open_file(path)
+    assert not file.entries and file.data_start == file.size
 
 
 def test_metadata_that_is_null_is_none(path):

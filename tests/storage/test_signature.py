@@ -218,6 +218,9 @@ def test_a_signed_output_is_replaced_and_its_signature_copied_nowhere(place: Pat
     le.merge(place / "out", place / "second", place / "next")
     assert (place / "out" / "model.sig").is_file() and not (place / "next" / "model.sig").exists()
     assert le.verify(place / "next", base=place / "out", adapters=place / "second", strict=True)
+    le.merge(place / "out", place / "second", place / "both", sign=place / "own.pem")
+    of_both = Expectations(signature=place / "own.pub")  # the first adapter is a part of the base
+    assert le.verify(place / "both", base=place / "out", adapters=place / "second", expected=of_both)
 
 
 def test_the_commands_hold_a_gate_to_the_signature(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

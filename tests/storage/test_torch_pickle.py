@@ -42,6 +42,7 @@ def test_tensors_have_their_values_and_types(tmp_path: Path, dtype: torch.dtype,
     assert (a.dtype, a.astype(np.float64).tolist()) == (np.dtype(DTYPES[dtype]), VALUES)
     assert b.tolist() == np.transpose(VALUES).tolist()
     assert {name: entry.shape for name, entry in file.entries.items()} == {"a": (2, 3), "b": (3, 2)}
+    assert {name: entry.nbytes for name, entry in file.entries.items()} == {"a": a.nbytes, "b": 24}
 
 
 def test_a_file_that_was_written_to_is_not_unchanged(tmp_path: Path) -> None:

@@ -214,6 +214,10 @@ def test_progress_is_reported_at_every_step() -> None:
     assert [record.step for record in history.steps] == list(range(1, 9))
     assert [record.epoch for record in history.steps] == [1] * 4 + [2] * 4
     assert {record.tokens for record in history.steps} == {16}  # examples, since they are no tokens
+    x, labels = some_data(2).batch(range(2))
+    for scale in (1.0, torch.tensor(1.0)):
+        data = ReadyBatches([Batch({"scale": scale, **x}, labels)], OwnLoss(nn.functional.cross_entropy))
+        assert [record.tokens for record in fitted(adapted(), data, epochs=1, batch_size=1).steps] == [1]
 
 
 def test_values_are_predicted_with_squared_error() -> None:
@@ -304,6 +308,8 @@ def test_the_end_of_a_training_is_a_checkpoint(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "a.training", {"any": 1})
     options = {"held_out": noise(), "keep_best": True, "epochs": 2, "save_every": 100}
     history = fitted(module, **options, checkpoints=checkpoints)
+    first, last = (record.held_out_loss for record in history.evaluations)
+    assert evaluate(module, noise()).loss == pytest.approx(first) and first < last  # the end of the training is worse
     steps: list[int] = []
     continued = fitted(
         again, **options, checkpoints=checkpoints, resume=True, on_step=lambda record, *_: steps.append(record.step)

@@ -69,6 +69,21 @@ def test_a_head_that_is_tied_to_the_words_stays_in_floats() -> None:
     assert "words.weight" in model.graph.initializers and "m.weight" not in model.graph.initializers
 
 
+@pytest.mark.parametrize(
+    ("node", "weight"),
+    [
+        ("y = Gemm <alpha = 2.0> (x, m.weight)", W.T),
+        ("y = Gemm <transB = 1, beta = 2.0> (x, m.weight, m.bias)", W),
+        ("y = Gemm <transA = 1> (x, m.weight)", W.T),
+    ],
+)
+def test_a_layer_that_does_more_than_its_product_stays_in_floats(node: str, weight: Any) -> None:
+    model = a_layer(node, weight)
+    assert find_sites(model).by_name["m.weight"]
+    with pytest.raises(InputRefused, match="finds no layer to quantise"):
+        quantise_graph(model, "int4")
+
+
 def test_inputs_for_adapters_are_not_quantised() -> None:
     model = a_layer("y = MatMul(x, m.weight)", W.T)
     model.graph.inputs.append(model.graph.initializers["m.weight"])

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers, plan
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.load import from_module, load_model
 from lora_export.models.pt2 import program
+from lora_export.plan import Layout
 from lora_export.runtime.torch_runners import Fp64Runner
 from support.factories import Pictures, Spotter
 from support.hostile_programs import refused
@@ -53,9 +55,10 @@ class Tied(nn.Module):
         super().__init__()
         self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
         self.head.weight = self.words.weight
+        self.turned, self.padded = Conv1D(4, 4), nn.Embedding(7, 4, padding_idx=1)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.words(ids))
+        return self.head(self.turned(self.words(ids) + self.padded(ids)))
 
 
 def test_an_embedding_tied_to_the_head_takes_no_adapter(tmp_path: Path) -> None:
@@ -64,6 +67,8 @@ def test_an_embedding_tied_to_the_head_takes_no_adapter(tmp_path: Path) -> None:
     module = program.load_program(export(eager, {"ids": ids}, tmp_path / "tied.pt2"))
     with torch.no_grad():
         assert torch.equal(module(ids=ids), eager(ids))
+    assert {spec.name: spec.layout for spec in layers.specs(module)}["turned.weight"] is Layout.IN_OUT
+    assert module.get_submodule("padded").padding_idx == 1
     pairs = {
         "head": LoraPair(a=np.ones((1, 4)), b=np.ones((7, 1)), scale=1.0),
         "words": LoraPair(a=np.ones((1, 7)), b=np.ones((4, 1)), scale=1.0, embedding=True),

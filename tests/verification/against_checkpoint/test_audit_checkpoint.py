@@ -21,9 +21,10 @@ from safetensors.numpy import load_file, save_file
 import lora_export
 from lora_export.lora import TokenRows
 from lora_export.plan import Step
+from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import safetensors_file
 from lora_export.verification.against_checkpoint import audit_checkpoint, stored_tensor
-from lora_export.verification.against_checkpoint.audit_checkpoint import judge_rounded
+from lora_export.verification.against_checkpoint.audit_checkpoint import judge_rest, judge_rounded
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome
 from support import peak
@@ -479,6 +480,15 @@ def test_replaced_rows_leave_the_others_to_the_base(tmp_path: Path) -> None:
     assert judged(tmp_path, BASE, step).off == 3
     values[0, 0] = 99
     assert judged(tmp_path, values, step).off == 1
+
+
+@EITHER
+def test_entries_behind_a_part_that_changes_are_those_of_the_base(tmp_path: Path) -> None:
+    values = np.float32(BASE)
+    values[0], values[2, 2] = 0, 10
+    base, candidate = stored(tmp_path / "base.safetensors", BASE), stored(tmp_path / "merged.safetensors", values)
+    found = judge_rest("fc.weight", [StoredRegion("fc.weight", (3, 3), slice(0, 1))], base, candidate)
+    assert (found.outcome, found.off, found.elements) == (Outcome.DIFFERENT, 1, 6)
 
 
 @EITHER

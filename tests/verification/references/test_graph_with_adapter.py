@@ -233,3 +233,7 @@ def test_whole_tensor_is_independent_of_strength() -> None:
     alone = graph()
     _, steps = planned(alone, an_adapter({}, replaced={"up.bias": new}))
     assert at_strength(steps, 0.0).steps == ()
+    whole = {"up.weight": np.ones((32, 4), np.float32), "up.bias": new}
+    _, steps = planned(graph(), an_adapter({"up": random_pair((4, 32))}, replaced=whole, biases={"up": new}))
+    assert [(bool(step.terms), step.shift is None) for step in steps.steps] == [(True, True), (False, False)]
+    assert [(step.terms, step.shift) for step in at_strength(steps, 0.0).steps] == [((), None)] * 2

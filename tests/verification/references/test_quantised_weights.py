@@ -158,6 +158,14 @@ def test_original_model_is_not_changed(wide: Model, graph: ir.Model, tmp_path: P
     assert all(np.array_equal(tensors[name].numpy(), weight.values) for name, weight in weights.items())
 
 
+def test_weights_behind_one_that_the_model_lacks_are_found(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    path = saved(quantised(graph.clone()), tmp_path)
+    first, *others = quantised_weights.find(path, wide)
+    module = copy.deepcopy(wide.module)
+    delattr(module, first.partition(".")[0])
+    assert others and list(quantised_weights.find(path, replace(wide, module=module))) == others
+
+
 def test_weights_of_another_model_are_different(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     strange = graph.clone()
     value = next(value for value in strange.graph.initializers.values() if "down.weight" in (value.name or ""))
