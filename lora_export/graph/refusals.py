@@ -160,6 +160,11 @@ def base_as_remedy(sites: Sites) -> Iterator[None]:
 def refuse_quantised(step: Step, sites: Sites) -> None:
     """Raise InputRefused where the weight is quantised: W + ΔW would have to be quantised again."""
     kinds = {site.quantised.kind for site in sites.by_name[step.spec.stored_name] if site.quantised is not None}
+    if kinds and step.has_own_values:
+        raise InputRefused(
+            f"{step.weight} is quantised ({', '.join(sorted(kinds))}), and the adapter has values of its own for it. "
+            f"{command('merge', requantize=True)} writes it in floats; or merge into the float model, and quantise that"
+        )
     if kinds:
         raise InputRefused(
             f"{step.weight} is quantised ({', '.join(sorted(kinds))}), and quantised weights are not quantised again "

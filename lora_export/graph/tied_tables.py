@@ -1,13 +1,14 @@
-"""Heads of a graph that have the table of the input embeddings, as in a tied model.
+"""Readers in a graph that have the table of the input embeddings, as in a tied model.
 
-PEFT trains rows of the input embeddings for all names that are tied to them. The model's config states the ties. A
-graph alone does not: it stores the table once for both readers, or twice.
+PEFT trains rows of the input embeddings for all names that are tied to them. The config of a checkpoint states the
+ties. A graph alone does not: it stores the table once for all readers, or again for each. There equal tables are tied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,21 +16,41 @@ from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.site import Site
 from lora_export.lora import Adapter
-from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step, TensorSpec
+from lora_export.plan.types import are_same_change
 from lora_export.sums import ROWS_AT_ONCE
+
+if TYPE_CHECKING:
+    from lora_export.weights.checkpoint import Checkpoint
 
 MOST_ROUNDING = 0.5  # of a table: 4 bits move it by a tenth, and two tables of equal norms are 1.4 apart
 
 
-def with_rows_of_tied_heads(plan: Plan, sites: Sites) -> Plan:
-    """The plan of a graph alone, whose rows of an embedding are rows of each head with the same table, too.
+def with_tied_rows(plan: Plan, sites: Sites, checkpoint: Checkpoint | None) -> Plan:
+    """The plan of an existing graph, whose rows of an embedding are rows of each reader with the same table, too.
 
-    A head with rows or a table of its own in the plan keeps these. Reads the tables where there are such rows. Raises
-    InputRefused where such a head has no name, is quantised, or changes in another way.
+    A reader with rows or a table of its own in the plan keeps these. `checkpoint` is what the graph was exported from:
+    where its config ties nothing, the plan stays. Reads the tables where there are such rows. Raises InputRefused where
+    such a reader has no name, may have the table rounded, or changes in another way.
     """
-    tied = [other for step in plan.steps if step.token_rows is not None for other in _tied_steps(step, plan, sites)]
-    return replace(plan, steps=(*plan.steps, *tied)) if tied else plan
+    if checkpoint is not None:
+        from lora_export.weights.tied_tensors import TIED  # few graphs are given with their checkpoint
+
+        if checkpoint.config.get(TIED) is False:
+            return plan
+    tied: dict[str, Step] = {}
+    for step in plan.steps:
+        for other in _tied_steps(step, plan, sites) if step.token_rows is not None else ():
+            if other.weight in tied and not are_same_change(tied[other.weight], other):
+                raise InputRefused(f"{other.weight} has the values of two tables, of which adapters replace other rows")
+            tied[other.weight] = other
+    return replace(plan, steps=(*plan.steps, *tied.values())) if tied else plan
+
+
+def tie_notes(before: Plan, after: Plan) -> list[str]:
+    """What `with_tied_rows` took for tied."""
+    added = [step.weight for step in after.steps if step.weight not in before.by_weight]
+    return [f"{', '.join(added)}: equal to the input embeddings, so taken for tied to them"] if added else []
 
 
 def _tied_steps(step: Step, plan: Plan, sites: Sites) -> Iterator[Step]:
@@ -40,20 +61,20 @@ def _tied_steps(step: Step, plan: Plan, sites: Sites) -> Iterator[Step]:
         if _have_one_table(table, site):
             raise InputRefused(
                 f"{site.location} has the table of {step.weight}, of which the adapter replaces rows, and no certain "
-                f"name. {named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, finds it"
+                "name. Merge the adapter into the checkpoint, and export that"
             )
     for spec in sites.specs:
-        heads = [site for site in sites.by_name.get(spec.name, ()) if site.is_linear]
+        readers = [site for site in sites.by_name.get(spec.name, ()) if site.layout is not Layout.OTHER]
         own = plan.by_weight.get(spec.name)
         if spec.name == step.weight or (own is not None and own.has_own_values):
             continue
-        if any(_have_one_table(table, head) for head in heads):
+        if any(_have_one_table(table, reader) for reader in readers):
             if own is not None:
                 raise InputRefused(
                     f"{spec.name} has the table of {step.weight}, of which the adapter replaces rows, and changes in "
-                    f"another way, too. Merge the adapter into the checkpoint ({named('tied')}), and export that"
+                    "another way, too. Merge the adapter into the checkpoint, and export that"
                 )
-            yield _of_head(step, spec)
+            yield _of_reader(step, spec)
 
 
 def without_unread_rows(adapter: Adapter, names: Collection[str]) -> Adapter:
@@ -70,8 +91,8 @@ def without_unread_rows(adapter: Adapter, names: Collection[str]) -> Adapter:
     return adapter if own.keys() == adapter.token_rows.keys() else replace(adapter, token_rows=own)
 
 
-def _of_head(step: Step, spec: TensorSpec) -> Step:
-    """The step of the embedding on a head, whose table is (width, words) where its layer is stored (in, out)."""
+def _of_reader(step: Step, spec: TensorSpec) -> Step:
+    """The step of the embedding on another reader. Its table is (width, words) where its layer is stored (in, out)."""
     step = replace(step, spec=spec)
     if spec.layout is not Layout.IN_OUT or step.token_rows is None:
         return step
@@ -80,13 +101,13 @@ def _of_head(step: Step, spec: TensorSpec) -> Step:
 
 
 def _have_one_table(table: Site, head: Site) -> bool:
-    """Whether two readers read equal values. Raises InputRefused where one of them reads these values rounded."""
+    """Whether two readers read equal values. Raises InputRefused where one of them may read these values rounded."""
     if head.value is table.value:
         return True
     if len(head.shape) != 2 or (head.shape[::-1] if head.layout is Layout.IN_OUT else head.shape) != table.shape:
         return False
-    is_rounded = head.quantised is not None or table.quantised is not None
     first, second, distance, norm = table.array, head.matrix, 0.0, 0.0
+    is_rounded = head.quantised is not None or table.quantised is not None or first.dtype != second.dtype
     for row in range(0, len(first), ROWS_AT_ONCE):
         one, other = (each[row : row + ROWS_AT_ONCE].astype(np.float32) for each in (first, second))
         if not is_rounded and not np.array_equal(one, other):
@@ -94,7 +115,7 @@ def _have_one_table(table: Site, head: Site) -> bool:
         distance, norm = distance + np.square(one - other).sum(), norm + np.square(one).sum()
     if is_rounded and distance <= MOST_ROUNDING**2 * norm:
         raise InputRefused(
-            f"{head.location} is quantised, and its table may be that of the input embeddings, of which the adapter "
-            "replaces rows. Merge the adapter into the checkpoint, and export and quantise that"
+            f"the table of {head.location} may be that of the input embeddings, of which the adapter replaces rows: it "
+            "is as close as rounding makes it. Merge the adapter into the checkpoint, and export that"
         )
     return not is_rounded

@@ -289,9 +289,13 @@ def _weight_in_forward(owner: nn.Module, attribute: str) -> Tensor | None:
     if summed is None:
         return adapted_weight(owner, attribute)
     if key not in summed:
-        whole = functools.cache(functools.partial(adapted_weight, owner, attribute))
-        pairs = pairs_of_experts(owner, attribute)
-        summed[key] = whole() if pairs is None else ExpertsWeight.of(pairs, cast(Callable[[], Tensor], whole))
+        pairs, whole = pairs_of_experts(owner, attribute), functools.partial(adapted_weight, owner, attribute)
+        if pairs is None:
+            summed[key] = whole()
+        else:  # whose first other use may be one without gradients
+            summed[key] = ExpertsWeight.of(
+                pairs, functools.cache(cast(Callable[[], Tensor], torch.enable_grad()(whole)))
+            )
     return summed[key]
 
 

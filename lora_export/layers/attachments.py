@@ -21,7 +21,7 @@ from lora_export.errors import InputRefused
 from lora_export.layers.frozen_experts import ExpertPairs
 from lora_export.layers.frozen_linear import float_weight
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, layout_of, oriented, tensor_name
-from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
+from lora_export.layers.torch_internals import computes_by_groups, own_buffers, own_modules, own_parameters
 from lora_export.lora import EVERY_ROW
 from lora_export.pairs.exact_transforms import exact_change
 from lora_export.pairs.transforms import WeightTransform
@@ -236,6 +236,8 @@ def pairs_of_experts(owner: nn.Module, attribute: str) -> ExpertPairs | None:
     attachment, weight = attachment_of(owner), own_parameters(owner)[attribute]
     branches = [branch for branch in attachment.branches if branch.weight == attribute]
     if weight is None or not branches or not attachment.factor or attachment.is_on or is_recording():
+        return None
+    if not computes_by_groups(owner):  # code of others may do with a weight what its subclass does not see
         return None
     if weight.requires_grad or is_in_shares(weight) or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None

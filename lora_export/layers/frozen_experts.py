@@ -75,7 +75,9 @@ def _is_product_of_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     if len(args) != 2 or not isinstance(args[1], ExpertsWeight) or isinstance(args[0], ExpertsWeight):
         return False
     given = {name for name, value in kwargs.items() if value is not None}
-    return args[1].is_turned and args[0].ndim == 2 and given == {"offs"}
+    if not args[1].is_turned or args[0].ndim != 2 or given != {"offs"}:
+        return False
+    return kwargs["offs"].dtype is torch.int32 and len(kwargs["offs"]) == len(args[1])  # PyTorch refuses others
 
 
 class _ExpertsProduct(torch.autograd.Function):

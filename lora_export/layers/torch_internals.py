@@ -71,6 +71,12 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def computes_by_groups(experts: nn.Module) -> bool:
+    """Whether transformers computes a module of experts by PyTorch's product of groups of rows."""
+    has_ways = hasattr(experts, "is_concatenated")  # as transformers marks experts with several implementations
+    return has_ways and getattr(getattr(experts, "config", None), "_experts_implementation", "") == "grouped_mm"
+
+
 def private(module: str, *names: str) -> Any:
     """An attribute of a module of another library. Raises EnvironmentLacking where this release has none."""
     found = importlib.import_module(module)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
+from safetensors.numpy import save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused, MatchError
@@ -16,9 +19,10 @@ from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file import writing
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.graph.tied_tables import with_rows_of_tied_heads
+from lora_export.graph.tied_tables import tie_notes, with_tied_rows
 from lora_export.lora import LoraPair, TokenRows
 from lora_export.storage import block_copy
+from lora_export.weights.checkpoint import open_checkpoint
 from support.graphs import a_graph, an_adapter, planned, run, stored
 from support.handmade import add_tensors, peft_adapter
 
@@ -54,7 +58,7 @@ def two_tables(head: np.ndarray = TABLE, name: str = "head.weight") -> str:
 def planned_rows(graph: str, **fields: object):
     model = a_graph(graph, modules=MODULES if "embed" not in graph else None)
     sites, steps = planned(model, an_adapter(fields.pop("pairs", {}), token_rows={"embed.weight": ROWS}, **fields))
-    return model, sites, with_rows_of_tied_heads(steps, sites)
+    return model, sites, with_tied_rows(steps, sites, None)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_a_head_keeps_rows_of_its_own() -> None:
     adapter = an_adapter({}, token_rows={"embed.weight": ROWS, "head.weight": own})
     model = a_graph(one_table(), modules=MODULES)
     sites, steps = planned(model, adapter)
-    fold_graph(model, sites, with_rows_of_tied_heads(steps, sites))
+    fold_graph(model, sites, with_tied_rows(steps, sites, None))
     head = TABLE.copy()
     head[0] = 5
     assert np.array_equal(run(model, ids=IDS)["y"], EXPECTED @ head.T)
@@ -104,7 +108,7 @@ def test_a_quantised_head_that_may_have_this_table_is_refused(sign: int, refused
         {{ [e] x = Gather(embed.weight, ids)
           [d] w = DequantizeLinear(head.weight, s)
           [m] y = MatMul(x, w) }}"""
-    with pytest.raises(InputRefused, match=r"MatMul `m` is quantised, .* replaces rows") if refused else nullcontext():
+    with pytest.raises(InputRefused, match=r"the table of MatMul `m` may be") if refused else nullcontext():
         _, _, steps = planned_rows(graph)
         assert [step.weight for step in steps.steps] == ["embed.weight"]
 
@@ -131,3 +135,52 @@ def test_a_table_that_the_graph_has_under_another_name_is_refused(tmp_path: Path
     with pytest.raises(MatchError, match=r"The graph may have shared\.weight under another name\. Merge the adapter"):
         le.merge(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_config_that_ties_nothing_counts_more_than_equal_tables(tmp_path: Path) -> None:
+    """As after `head.weight = embed.weight.clone()`: PEFT changes the rows of the embedding alone."""
+    for ties, rows in ((False, ["embed.weight"]), (True, ["embed.weight", "head.weight"])):
+        save_file({"embed.weight": TABLE, "head.weight": TABLE}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": ties}))
+        model = a_graph(one_table(), modules=MODULES)
+        sites, steps = planned(model, an_adapter({}, token_rows={"embed.weight": ROWS}))
+        tied = with_tied_rows(steps, sites, open_checkpoint(tmp_path))
+        assert [step.weight for step in tied.steps] == rows
+        assert len(tie_notes(steps, tied)) == len(rows) - 1
+
+
+def test_a_head_in_another_precision_is_refused() -> None:
+    cast = "[c] w = Cast <to = 1> (head.weight)\n [m] y = MatMul(x, w)"
+    model = a_graph(two_tables().replace("[m] y = MatMul(x, head.weight)", cast))
+    head = ir.Tensor(np.ascontiguousarray(TABLE.T.astype(np.float16)), name="head.weight")
+    model.graph.initializers["head.weight"].const_value = head
+    sites, steps = planned(model, an_adapter({}, token_rows={"embed.weight": ROWS}))
+    with pytest.raises(InputRefused, match=r"the table of MatMul `m` may be that of the input embeddings"):
+        with_tied_rows(steps, sites, None)
+
+
+TWO_LOOKUPS = f"""
+    g (int64[N] ids) => (float[N,3] y) <float[4,3] embed.weight = {text(TABLE)}, float[4,3] dec.weight = {text(TABLE)}>
+    {{ [e] x = Gather(embed.weight, ids)
+      [d] z = Gather(dec.weight, ids)
+      [a] y = Add(x, z) }}"""
+
+
+def test_rows_are_those_of_another_lookup_with_this_table() -> None:
+    model, sites, steps = planned_rows(TWO_LOOKUPS)
+    fold_graph(model, sites, steps)
+    assert np.array_equal(run(model, ids=IDS)["y"], 2 * EXPECTED)
+
+
+def test_other_rows_of_two_tables_that_a_head_has_are_refused() -> None:
+    graph = TWO_LOOKUPS.replace("=> (float[N,3] y)", "=> (float[N,4] o)").replace("> \n", "")
+    graph = graph.replace(
+        f"float[4,3] dec.weight = {text(TABLE)}>",
+        f"float[4,3] dec.weight = {text(TABLE)}, float[3,4] head.weight = {text(TABLE.T)}>",
+    )
+    graph = graph.replace("[a] y = Add(x, z) }", "[a] y = Add(x, z)\n [m] o = MatMul(y, head.weight) }")
+    other = TokenRows(np.array([0]), np.float32([[5, 5, 5]]))
+    model = a_graph(graph)
+    sites, steps = planned(model, an_adapter({}, token_rows={"embed.weight": ROWS, "dec.weight": other}))
+    with pytest.raises(InputRefused, match=r"head\.weight has the values of two tables"):
+        with_tied_rows(steps, sites, None)

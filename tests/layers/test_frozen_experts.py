@@ -15,6 +15,7 @@ from lora_export import layers, plan
 from lora_export.layers import adapted_layers, attachments
 from lora_export.layers.attachments import adapted_weight, is_attached, pairs_of_experts
 from lora_export.layers.frozen_experts import ExpertsWeight
+from lora_export.layers.torch_internals import grouped_products
 from support import experts
 from support.experts import experts_adapter, gates_of, some_experts_of
 from support.small_layers import count_calls
@@ -95,6 +96,29 @@ def test_anywhere_else_the_weight_is_the_sum() -> None:
         assert type(found) is torch.Tensor and torch.equal(found, wanted)
 
 
+def test_a_first_use_without_gradients_cuts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = experts_of(trained(experts.tiny_model("mixtral")))
+    token = adapted_layers._SUMMED.set({})
+    try:
+        weight = owner.down_proj
+        assert type(weight) is ExpertsWeight
+        with torch.no_grad():
+            weight.abs()
+        assert (2 * weight).requires_grad
+    finally:
+        adapted_layers._SUMMED.reset(token)
+
+
+@pytest.mark.parametrize("ends", [torch.tensor([2, 3]), torch.tensor([3], dtype=torch.int32)], ids=["int64", "few"])
+def test_ends_that_pytorch_refuses_are_refused(ends: torch.Tensor) -> None:
+    owner = experts_of(trained(experts.tiny_model("mixtral")))
+    pairs, total = pairs_of_experts(owner, "down_proj"), adapted_weight(owner, "down_proj")
+    assert pairs is not None and total is not None
+    turned = ExpertsWeight.of(pairs, lambda: total).transpose(-2, -1)
+    with pytest.raises(RuntimeError):
+        grouped_products()(torch.randn(3, total.shape[2]), turned, offs=ends)
+
+
 @pytest.mark.parametrize("adapters", [[gates_of], [some_experts_of], [experts_adapter, some_experts_of]])
 def test_pairs_of_some_experts_or_parts_are_summed(adapters: list[Any]) -> None:
     model = experts.tiny_model("mixtral")
@@ -115,6 +139,9 @@ def test_only_steps_of_training_in_fp32_take_it(context: Any, monkeypatch: pytes
             assert (pairs_of_experts(owner, "down_proj") is not None) is is_taken
     with layers.scale_adapters(module, 0.0):
         assert pairs_of_experts(owner, "down_proj") is None
+    module.set_experts_implementation("eager")
+    assert pairs_of_experts(owner, "down_proj") is None
+    module.set_experts_implementation("grouped_mm")
     monkeypatch.setattr(attachments, "LEAST_OF_AN_EXPERT", 1 << 16)
     assert pairs_of_experts(owner, "down_proj") is None
     monkeypatch.setattr(attachments, "LEAST_OF_AN_EXPERT", 16)

@@ -50,6 +50,22 @@ def test_products_are_those_of_fp64(is_view: bool, by_onednn: bool, monkeypatch:
     assert len(calls) == 2 * by_onednn
 
 
+@pytest.mark.parametrize("kind", ["strided", "expanded", "for all outputs"])
+def test_a_bias_of_any_strides_is_added(kind: str, by_onednn: bool) -> None:
+    x, weight = large(100, 96), large(64, 96)
+    bias = {"strided": large(64, 3)[:, 1], "expanded": large(1).expand(64), "for all outputs": large(1)}[kind]
+    assert_near(product(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
+
+
+def test_few_numbers_of_rows_reach_onednn(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps code for each of them."""
+    seen = set()
+    monkeypatch.setattr(products, "onednn_linear", lambda x, *_: seen.add(len(x)) or x)
+    for rows in range(100, 4000, 7):
+        product(large(1, 256).expand(rows, 256), large(64, 256))
+    assert len(seen) <= 45 * by_onednn and all(rows < 4400 for rows in seen)
+
+
 def test_steps_beside_a_frozen_weight_are_those_of_fp64(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_calls(monkeypatch, products, "onednn_linear")
     shapes = {"x": (300, 128), "weight": (192, 128), "bias": (192,), "a": (16, 128), "b": (192, 16)}
