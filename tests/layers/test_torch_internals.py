@@ -61,6 +61,7 @@ NAMES = [
     ("torch._dynamo.exc", "TorchDynamoException"),
     ("torch.utils._python_dispatch", "TorchDispatchMode"),
     ("torch.utils._pytree", "tree_map"),
+    ("transformers", "PreTrainedConfig", "_experts_implementation"),
     ("transformers", "PreTrainedModel", "_is_stateful"),
     ("transformers.conversion_mapping", "_MODEL_TO_CONVERSION_PATTERN"),  # which PEFT reads: a note is about it
     ("transformers.models.qwen3_vl.modeling_qwen3_vl", "Qwen3VLTextModel", "_deepstack_process"),
