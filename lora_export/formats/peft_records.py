@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
-from lora_export.formats.adapter_files import TensorSource, refuse_problems
+from lora_export.formats.adapter_files import TensorSource, by_headers, refuse_problems
 from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, Keys, targeted_name
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, TokenRows, expert_name, is_weight_of, split_part
@@ -220,12 +220,14 @@ def _repeated_rows(
         own = dict.fromkeys(embeddings, indices)
     tables = sorted(own, key=lambda tensor: tensor not in embeddings)
     position = {tensor: number for number, tensor in enumerate(tables)}
-    return {
-        tensor: table
-        for tensor in keys
-        for table in reversed(tables[: position.get(tensor)])  # the first one that is equal counts
-        if own.get(tensor, own[table]) == own[table] and np.array_equal(file.read(keys[tensor]), file.read(keys[table]))
-    }
+    with by_headers(alone=False):  # rows are few, and their values decide
+        return {
+            tensor: table
+            for tensor in keys
+            for table in reversed(tables[: position.get(tensor)])  # the first one that is equal counts
+            if own.get(tensor, own[table]) == own[table]
+            and np.array_equal(file.read(keys[tensor]), file.read(keys[table]))
+        }
 
 
 def tables_saved_again(rows: Mapping[str, TokenRows], replaced: Mapping[str, NDArray[Any]]) -> dict[str, str]:
