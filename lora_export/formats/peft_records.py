@@ -170,6 +170,7 @@ def as_peft_computes(adapter: Adapter) -> Adapter:
 # --- The rows of trained tokens in a PEFT adapter ---
 
 
+@by_headers(alone=False)  # rows are few, and tied tables are equal or not by their values
 def read_token_rows(file: TensorSource, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, TokenRows]:
     """The rows of trained tokens, by tensor. Only the config records which they are. Raises InputRefused."""
     indices = config.get("trainable_token_indices") or {}
@@ -220,14 +221,12 @@ def _repeated_rows(
         own = dict.fromkeys(embeddings, indices)
     tables = sorted(own, key=lambda tensor: tensor not in embeddings)
     position = {tensor: number for number, tensor in enumerate(tables)}
-    with by_headers(alone=False):  # rows are few, and their values decide
-        return {
-            tensor: table
-            for tensor in keys
-            for table in reversed(tables[: position.get(tensor)])  # the first one that is equal counts
-            if own.get(tensor, own[table]) == own[table]
-            and np.array_equal(file.read(keys[tensor]), file.read(keys[table]))
-        }
+    return {
+        tensor: table
+        for tensor in keys
+        for table in reversed(tables[: position.get(tensor)])  # the first one that is equal counts
+        if own.get(tensor, own[table]) == own[table] and np.array_equal(file.read(keys[tensor]), file.read(keys[table]))
+    }
 
 
 def tables_saved_again(rows: Mapping[str, TokenRows], replaced: Mapping[str, NDArray[Any]]) -> dict[str, str]:
