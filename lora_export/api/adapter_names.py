@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import plan
-from lora_export.errors import InputRefused, listed
+from lora_export.errors import InputRefused, MatchError, listed
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, component_name, expert_name, split_part
 from lora_export.names.diffusion_layouts import KNOWN_CLASSES, OtherLayout, other_layouts
 from lora_export.names.families import joined_outputs
@@ -85,7 +85,8 @@ def with_shapes_of_base(adapter: Adapter, base: Path, layout: Mapping[str, str] 
 def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
     """The adapter, whose pairs with kernels of 1 have the kernels of its base's weights: linear layers have none.
 
-    An adapter without such pairs needs no base, and several models are not searched. Raises as `plan.make`.
+    An adapter without such pairs needs no base, and several models are not searched. What does not fit the base stays
+    as it is.
     """
     with_ones = [
         pair for pair in adapter.pairs.values() if len(known_shape(pair)) > 2 and {*known_shape(pair)[2:]} == {1}
@@ -94,7 +95,13 @@ def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
         return adapter
     checkpoint = open_checkpoint(base, variant=variant_like(base))
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True, "rules": checkpoint.rules}
-    steps = plan.make([adapter], checkpoint.specs, **how).low_rank
+    pairs_alone = replace(adapter, replaced={}, biases={}, added={}, token_rows={}, targets=())
+    try:
+        steps = plan.make([pairs_alone], checkpoint.specs, **how).low_rank
+    except MatchError as error:
+        others = {misfit.key for misfit in error.misfits}
+        fitting = {name: pair for name, pair in adapter.pairs.items() if adapter.spelled(name) not in others}
+        steps = plan.make([replace(pairs_alone, pairs=fitting)], checkpoint.specs, **how).low_rank
     laid = {term.module: term.pair for step in steps for term in step.terms}
     return replace(adapter, pairs={name: laid.get(name, pair) for name, pair in adapter.pairs.items()})
 

@@ -113,7 +113,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
         loaded = named_for(loaded, names or "transformers4", base)
         loaded = loaded if to == "peft" else without_repeated_tables(loaded, base)
     elif base is not None and (loaded.flattened or has_other_experts(loaded, base)):
-        loaded = with_dots_of(loaded, base)
+        loaded = with_kernels_of(with_dots_of(loaded, base), base)
     elif to == "peft":
         loaded = loaded if base is None else with_kernels_of(loaded, base)
         loaded = replace(loaded, notes=(*loaded.notes, *notes_on_experts(loaded, base)))

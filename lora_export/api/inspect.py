@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
-from lora_export.api.load import refuse_unused_statements
+from lora_export.api.load import with_notes_on_statements
 from lora_export.artifacts.artifact import WrittenRecord, has_broken_archive, open_artifact
 from lora_export.artifacts.executorch_file import ProgramMethod, read_methods
 from lora_export.callbacks import ignore
@@ -120,6 +120,8 @@ def inspect(options: InspectOptions) -> Inspection:
     `expected` is compared with an adapter, or with the adapters and the base that a file records. Raises Different
     where they are others, and Undecided where the file records no such value.
 
+    Statements of `reading` without an effect are notes: defaults of all commands may contain them.
+
     Raises InputRefused where the path is missing, damaged or of an unknown kind, or where `check` finds a difference.
     """
     found = _inspect(path := locate(options.path, ignore, options.download), options)
@@ -145,10 +147,13 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
     is_model = artifact.kind.is_checkpoint and not options.reading.stored_adapter and task_adapters.recognises(path)
     if formats.recognised(own := formats.located(path)) and not is_model:
         adapter = formats.load(path, options=options.reading, activated=True)
-        refuse_unused_statements([adapter], options.reading)
+        (adapter,) = with_notes_on_statements([adapter], options.reading)
         return Inspection(own, adapter=chosen_component(adapter, options.reading.component))
     if unused := [named(name) for name in options.reading.chosen() if name != "allow_pickle"]:
-        raise WrongUsage(f"{' and '.join(unused)}: for adapters, and {path} is none that has to be read so")
+        are = "is" if len(unused) == 1 else "are"
+        kind = "a checkpoint" if artifact.kind.is_checkpoint else "another file"
+        kind = "a graph" if artifact.kind.is_graph else kind
+        options.on_message(f"note: {' and '.join(unused)} {are} about adapters, and {path} is {kind}")
     if artifact.kind is ArtifactKind.ADAPTER:
         from lora_export.formats import onnx_adapter
 

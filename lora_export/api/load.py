@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_export import formats
@@ -60,30 +61,38 @@ def load_adapters(
 
     `reading` is about those that are paths; its component is about all. Unless the adapters are for several models of
     a diffusion pipeline (`of_models`), each may change one model only. One that acts on some tokens only is refused,
-    unless the caller can have it (`activated`). Raises InputRefused where one cannot be read, and as `with_prefixes`;
-    WrongUsage for a statement about none of them.
+    unless the caller can have it (`activated`). Raises InputRefused where one cannot be read, and as `with_prefixes`.
+    A statement about none of them is a note of the first: it may be a default of all commands.
     """
     loaded = [
         source if isinstance(source, Adapter) else _load_adapter(source, reading, activated=activated)
         for source in _as_list(sources)
     ]
     formats.refuse_activated(() if activated else loaded)
-    refuse_unused_statements(loaded, reading)
+    loaded = with_notes_on_statements(loaded, reading)
     loaded = [chosen_component(adapter, reading.component) for adapter in loaded]
     loaded = loaded if of_models else [only_component(adapter) for adapter in loaded]
     return with_prefixes(loaded, prefixes or {})
 
 
-def refuse_unused_statements(adapters: Sequence[Adapter], reading: ReadOptions) -> None:
-    """Raise WrongUsage for a statement about another kind of adapter than these, InputRefused about another layer."""
+def with_notes_on_statements(adapters: Sequence[Adapter], reading: ReadOptions) -> list[Adapter]:
+    """The adapters; the first one with notes on statements about another kind of adapter than these.
+
+    Raises InputRefused for a statement about a layer that none has.
+    """
     of_loralib = [adapter for adapter in adapters if adapter.format == "loralib"]
     with_experts = [adapter for adapter in adapters if adapter.experts]
-    reading.check_usage(loralib="some" if of_loralib else "none", experts="some" if with_experts else "none")
     fused = [f".{module}" for adapter in of_loralib for module in adapter.pairs]
-    for layer in reading.enable_lora:
+    for layer in reading.enable_lora if of_loralib else ():
         if not any(module.endswith(f".{layer}") for module in fused):
             names = ", ".join(adapter.name for adapter in of_loralib)
             raise InputRefused(f"{named('enable_lora', layer)}: {names} has no layer whose name ends so")
+    kinds = {"loralib": "some" if of_loralib else "none", "experts": "some" if with_experts else "none"}
+    notes = reading.without_effect(**kinds)
+    return [
+        replace(adapter, notes=(*adapter.notes, *notes)) if notes and not number else adapter
+        for number, adapter in enumerate(adapters)
+    ]
 
 
 def _load_adapter(source: str | Path, options: ReadOptions, *, activated: bool) -> Adapter:

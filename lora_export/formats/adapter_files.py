@@ -65,12 +65,13 @@ _by_headers: ContextVar[bool] = ContextVar("by_headers", default=False)
 
 
 @contextlib.contextmanager
-def by_headers() -> Iterator[None]:
+def by_headers(*, alone: bool = True) -> Iterator[None]:
     """Read adapters without their large tensors meanwhile: those have the right shape, and every value is 1.
 
-    For what names and shapes decide, such as a plan. Such an adapter has no hash.
+    For what names and shapes decide, such as a plan. Such an adapter has no hash. `alone=False` reads the values that
+    decide too.
     """
-    before = _by_headers.set(True)
+    before = _by_headers.set(alone)
     try:
         yield
     finally:
@@ -83,7 +84,7 @@ class HeaderAlone(TensorFile):
     def read(self, name: str) -> NDArray[Any]:
         """The tensor; a large one of floats takes no memory, and has the value 1 everywhere."""
         entry = self.entries[name]
-        if entry.nbytes < LEAST_LEFT_OUT or entry.dtype.kind in "iub":
+        if entry.nbytes < LEAST_LEFT_OUT or entry.dtype.kind in "iub" or not _by_headers.get():
             return super().read(name)
         return np.broadcast_to(np.ones((), entry.dtype), entry.shape)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
-from lora_export.formats.adapter_files import TensorSource, refuse_problems
+from lora_export.formats.adapter_files import TensorSource, by_headers, refuse_problems
 from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, Keys, targeted_name
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, TokenRows, expert_name, is_weight_of, split_part
@@ -170,6 +170,7 @@ def as_peft_computes(adapter: Adapter) -> Adapter:
 # --- The rows of trained tokens in a PEFT adapter ---
 
 
+@by_headers(alone=False)  # rows are few, and tied tables are equal or not by their values
 def read_token_rows(file: TensorSource, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, TokenRows]:
     """The rows of trained tokens, by tensor. Only the config records which they are. Raises InputRefused."""
     indices = config.get("trainable_token_indices") or {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSource, AdapterSources, Combination, Weighted
 from lora_export.options.common import LAYOUT, Download, Output, written
@@ -145,7 +146,7 @@ class ResizeOptions(Truncated, Output):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(Download):
-    """What `inspect` takes."""
+    """What `inspect` takes. `on_message` is no option of the command line."""
 
     path: str | Path = field(kw_only=False, metadata=declares(Positional("PATH", kind="path")))
     checkpoint: str | Path | None = option(
@@ -156,6 +157,7 @@ class InspectOptions(Download):
     check: bool = option(False, "Read every file of a merged folder, and compare it with the manifest.")
     expected: Expectations = nested(Expectations)
     reading: ReadOptions = nested(ReadOptions)
+    on_message: OnMessage = field(default=ignore, repr=False, compare=False)
 
 
 RUNTIMES = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "preflight" / "runtimes").glob("*.toml")))

@@ -250,14 +250,18 @@ class Options:
 
     def check_usage(self, **facts: str) -> None:
         """Raise WrongUsage for options that do not go together with others, or with facts such as `base="graph"`."""
+        if problems := self.without_effect(**facts):
+            raise WrongUsage(*problems)
+
+    def without_effect(self, **facts: str) -> list[str]:
+        """Why each option has no place beside others, or beside these facts."""
         chosen, problems = self.chosen(), []
         for declared in options_of(type(self)):
             for only in declared.option.only if declared.name in chosen else ():
                 found = facts.get(only.other, getattr(self, only.other, None))
                 if found not in only.values:
                     problems.append(f"{named(declared.name)} {only.problem(found)}")
-        if problems:
-            raise WrongUsage(*problems)
+        return problems
 
 
 def spelled(text: str) -> str:

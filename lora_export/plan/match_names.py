@@ -78,10 +78,11 @@ class BaseTensors(dict[str, TensorSpec]):
         return next(iter(difflib.get_close_matches(pattern, self._by_pattern, n=1, cutoff=0.5)), None)
 
 
-def apart_or_both(*, can_untie: bool) -> str:
-    """The ways out where tied tensors would change together: two, unless the model's config cannot untie them."""
-    apart = f"{named('tied', 'untie')} gives each a tensor of its own, as the adapter was trained; "
-    return f"{apart if can_untie else ''}{named('tied', 'both')} changes both"
+def apart_or_both(*, can_untie: bool, can_be_both: bool = True) -> str:
+    """The ways out where tied tensors would change together: two, unless the config or the changes exclude one."""
+    apart = f"{named('tied', 'untie')} gives each a tensor of its own, as the adapter was trained"
+    both = f"{named('tied', 'both')} changes both"
+    return "; ".join([apart] * can_untie + [both] * can_be_both) or "No merge changes them apart"
 
 
 @dataclass(frozen=True)

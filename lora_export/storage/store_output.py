@@ -66,7 +66,14 @@ class Begun:
             del target.bucket.put_here[key]  # of an output that was here before
         self.finished: dict[str, Any] = stated.get("finished", {}) if info else {}
         self.is_resumed = info is not None and info.size > 0  # an empty one is of a run that ended
-        self._write("create" if info is None else info.version)
+        if info is None or info.e_tag:
+            self._write("create" if info is None else info.version)
+        if "e_tag" not in self._version:  # nothing tells whose object it is
+            if info is None:
+                self._object.unlink()
+            raise OutputFailed(
+                f"{target}: the store gives no ETags, so two runs could write one output. Write to a disk, and copy it"
+            )
         if info:
             on_message(f"{target}: {len(self.finished)} files are whole, from a run that was stopped")
         threading.Thread(target=self._renew, daemon=True).start()

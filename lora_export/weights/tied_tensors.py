@@ -111,15 +111,25 @@ def tied_as_remedy(base: Checkpoint, handling: Tied | str, adapters: Sequence[Ad
                 f"{found} is tied to {names[found]}. {owner} replaces rows of one, and adds to the other: no merge "
                 "does both"
             ) from None
-        raise error.with_remedy(
-            f"{found} is tied to {names[found]}. {apart_or_both(can_untie=can_untie(rules))}"
-        ) from None
+        can_be_both = not any(_has_other_rows(one, found, names[found]) for one in adapters)
+        ways_out = apart_or_both(can_untie=can_untie(rules), can_be_both=can_be_both)
+        raise error.with_remedy(f"{found} is tied to {names[found]}. {ways_out}") from None
 
 
 def _adds_to_rows(adapter: Adapter, tied: str, source: str) -> bool:
     """Whether an adapter has a pair for a tied tensor, and rows of the source, which PEFT trains for both."""
     has_rows = any(is_weight_of(source, name.removesuffix(".weight")) for name in adapter.token_rows)
     return has_rows and any(is_weight_of(tied, module) for module in adapter.pairs)
+
+
+def _has_other_rows(adapter: Adapter, tied: str, source: str) -> bool:
+    """Whether an adapter has rows of both tied tensors, and they differ."""
+    rows = [
+        rows
+        for name, rows in adapter.token_rows.items()
+        if any(is_weight_of(tensor, name.removesuffix(".weight")) for tensor in (tied, source))
+    ]
+    return not all(rows[0].equals(others) for others in rows)
 
 
 def _is_about(misfit: Misfit, tensor: str) -> bool:

@@ -213,9 +213,11 @@ def test_renamed_modules_get_either_generation_of_names(tmp_path: Path, architec
             assert all(np.array_equal(back.pairs[name].delta(), pair.delta()) for name, pair in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["language model", "with kernels", "with kernels and dots", "unet", "file"])
+@pytest.mark.parametrize(
+    "kind", ["language model", "with kernels", "with kernels and dots", "unet", "unet with kernels", "file"]
+)
 def test_peft_loads_what_gets_dots_and_kernels_of_the_base(kind, tmp_path):
-    if kind not in ("unet", "file"):
+    if kind not in ("unet", "unet with kernels", "file"):
         sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
         model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
     else:
@@ -238,6 +240,16 @@ def test_peft_loads_what_gets_dots_and_kernels_of_the_base(kind, tmp_path):
     after = arrays_of(merged)
     assert {name: np.abs(after[f"{name}.weight"] - before[f"{name}.weight"] - change(pair, 0.5)).max()
             for name, pair in pairs.items()} == pytest.approx(dict.fromkeys(pairs, 0), abs=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", [(), (1, 1)])
+def test_pairs_that_do_not_fit_the_base_keep_their_kernels(kernel, tmp_path):
+    base = base_file(tmp_path / "base.safetensors", {"linear.weight": np.ones((6, 4))})
+    shapes = {"linear": (1, 1), "other": kernel}
+    pairs = {name: (np.ones((2, 4, *kernel)), np.ones((6, 2, *kernel))) for name, kernel in shapes.items()}
+    given = peft_adapter(tmp_path / "given", pairs, {"other.bias": np.ones(6, np.float32)}, layout="")
+    found = lora_export.load_adapter(lora_export.convert(given, tmp_path / "out", to="peft", base=base).output)
+    assert {name: pair.shape for name, pair in found.pairs.items()} == {"linear": (6, 4), "other": (6, 4, *kernel)}
 
 
 # --- Adapters of diffusion models under other names: diffusers', and those of the models' authors. ---

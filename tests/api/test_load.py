@@ -70,14 +70,12 @@ def test_weights_need_adapters(tmp_path: Path) -> None:
         ({"enable_lora": {"fc": (True, False)}}, "enable_lora= is for adapters of loralib, and none here is one"),
     ],
 )
-def test_statements_about_other_kinds_of_adapters_are_refused(
-    tmp_path: Path, reading: dict[str, Any], why: str
-) -> None:
+def test_statements_about_other_kinds_of_adapters_are_notes(tmp_path: Path, reading: dict[str, Any], why: str) -> None:
+    """They may be defaults of all commands."""
     path, stated = an_adapter(tmp_path / "adapter"), ReadOptions(**reading)
-    for function in (
-        lambda: load.load_adapters(path, reading=stated),
-        lambda: load.load_adapters([], reading=stated),
-        lambda: le.inspect(path, reading=stated),
-    ):
-        with pytest.raises(WrongUsage, match=why):
-            function()
+    notes = le.load_adapter(path).notes
+    first, second = load.load_adapters([path, path], reading=stated)
+    assert (first.notes, second.notes) == ((*notes, why), notes)
+    inspected = le.inspect(path, reading=stated).adapter
+    assert inspected is not None and inspected.notes == first.notes
+    assert load.load_adapters([], reading=stated) == []

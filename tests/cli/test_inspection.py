@@ -191,12 +191,16 @@ def test_base_that_does_not_fit_is_refused(
     assert message in err and not out
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "base.safetensors"])
-def test_statements_about_adapters_are_refused_beside_others(tmp_path: Path, capsys: Capture, name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("model.onnx", "graph"), ("base.safetensors", "checkpoint")])
+def test_statements_about_adapters_are_noted_beside_others(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
     save_graph(product_graph(WEIGHT, GEMM, name="a.weight"), tmp_path, "model.onnx")
     base_checkpoint(tmp_path, {"a.weight": WEIGHT})
-    assert cli.run(["inspect", str(tmp_path / name), "--lora-rank", "4", "--component", "unet"]) == 2
-    assert f"--lora-rank and --component: for adapters, and {tmp_path / name} is none" in capsys.readouterr().err
+    monkeypatch.setenv("LORA_EXPORT_INSPECT_FORMAT", "kohya")
+    for words, stated in (([], "--format is"), (["--lora-rank", "4"], "--format and --lora-rank are")):
+        assert cli.run(["inspect", str(tmp_path / name), *words]) == 0
+        assert f"note: {stated} about adapters, and {tmp_path / name} is a {kind}\n" in capsys.readouterr().err
 
 
 # --- other files ---

@@ -24,6 +24,7 @@ from lora_export import formats
 from lora_export.formats import WriteOptions
 from lora_export.formats import peft as reader
 from lora_export.formats import peft as writer
+from lora_export.formats.adapter_files import by_headers
 from lora_export.options.reading import ReadOptions
 from support.handmade import peft_adapter
 from support.peft_folders import A_KEY, B_KEY, refusal, simple, with_tensors
@@ -309,6 +310,23 @@ def test_token_rows_are_read_with_their_indices(tmp_path, indices, tensors):
         assert rows.values.tolist() == merged[name][expected].tolist()
     key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     assert adapter.spelled("model.embed_tokens.weight") == key
+
+
+@pytest.mark.parametrize("indices", [{"emb": 128, "head": 128}, {"emb": 128}], ids=["both", "one"])
+def test_rows_of_two_tables_are_compared_where_headers_are_read(tmp_path, indices):
+    rows = np.arange(128 * 128, dtype=np.float32).reshape(128, 128)  # as large as what headers leave out
+    indices = {name: [*range(count)] for name, count in indices.items()}
+    for name, head in (("tied", rows), ("apart", rows + 1)):
+        adapter = with_tensors(
+            tmp_path / name, {ROWS: rows, ROWS.replace("emb", "head"): head}, trainable_token_indices=indices
+        )
+        with by_headers():
+            if name == "apart" and "head" not in indices:
+                assert "head.weight: the config does not record which rows these are" in refusal(adapter)
+            else:
+                found = formats.load(adapter).token_rows
+                assert len(found) == (1 if name == "tied" else 2)
+                assert np.array_equal(found["emb.weight"].values, rows)
 
 
 # --- Writing ---

@@ -13,6 +13,7 @@ import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.storage import object_store
+from lora_export.storage.atomic_output import stage_folder
 from lora_export.storage.object_store import UPLOADED_PART, Bucket, Fence, ObjectChanged
 from lora_export.storage.store_path import StorePath, newly_opened, place
 
@@ -150,6 +151,21 @@ def test_an_object_without_a_version_is_read_and_replaced(stored: Stored, scheme
     bucket.fences["a"] = Fence(lambda: None, lambda key: None)
     bucket.put("a", b"after", bucket.mode_of("a"))
     assert stored.get("a") == b"after"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("before", [None, b"{}"], ids=["nothing", "begun"])
+def test_a_store_without_versions_takes_no_output(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch, streamed: bool, before: bytes | None
+) -> None:
+    bucket = (stored / "out").bucket
+    if before is not None:
+        stored.put("out/.m.begun", before)
+    monkeypatch.setattr(bucket, "_store", Untagged(bucket._store))
+    refused = pytest.raises(OutputFailed, match="out/m: the store gives no ETags")
+    with refused, stage_folder(stored / "out/m", inputs=[], streamed=streamed) as stage:
+        (stage / "b").write_bytes(b"content")
+    assert list(stored.objects()) == ([] if before is None else ["out/.m.begun"])
 
 
 @pytest.mark.parametrize("stored", ["s3", "gs"], indirect=True)

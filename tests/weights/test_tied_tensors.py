@@ -81,6 +81,25 @@ def test_untied_rows_of_tokens_are_what_peft_computes(architecture, indices, tmp
     assert verdict.outcome == ("undecided" if "shared" in indices else "same")  # the untied parts of BART use their own
 
 
+@pytest.mark.parametrize(
+    ("architecture", "target", "table", "way_out"),
+    [
+        (
+            "LlamaForCausalLM",
+            "q_proj",
+            TABLE,
+            'tied="untie" gives each a tensor of its own, as the adapter was trained',
+        ),
+        ("T5ForConditionalGeneration", "q", "shared", "No merge changes them apart"),
+    ],
+)
+def test_rows_that_differ_are_not_offered_as_one_change(architecture, target, table, way_out, tmp_path):
+    model = tied_model(tmp_path / "base", architecture)
+    adapter = model.adapter(tmp_path / "adapter", target, trainable_token_indices={table: [0, 5], HEAD: [1, 2]})
+    with pytest.raises(InputRefused, match=rf"is tied to .*\.weight\. {way_out}$"):
+        le.merge(model.base, adapter, tmp_path / "out")
+
+
 @pytest.mark.parametrize("saved", [False, True], ids=["rows", "tables"])
 @pytest.mark.parametrize(
     ("architecture", "target", "indices"),
