@@ -17,7 +17,7 @@ from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.shared_weights import sharing
 from lora_export.graph.refusals import base_as_remedy, checkpoint_as_remedy
-from lora_export.graph.tied_tables import tie_notes, with_tied_rows
+from lora_export.graph.tied_tables import tie_notes, with_rows_of_equal_tables
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
 from lora_export.storage import input_files
@@ -38,7 +38,7 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
     helped = base_as_remedy(sites) if checkpoint is None else contextlib.nullcontext()
     with checkpoint_as_remedy(request.adapters, sites), helped:
         steps = plan.make(request.adapters, sites.specs, strengths=request.weights)
-    alone, steps = steps, with_tied_rows(steps, sites, checkpoint)
+    alone, steps = steps, with_rows_of_equal_tables(steps, sites, checkpoint)
     steps = combined_pairs(steps, request.combined)
     refuse_before_graph_merge(steps, graph, sites, requantise=request.requantize)
     quantised = _notes_on_quantised(steps, graph, sites) if request.requantize else ()

@@ -30,7 +30,7 @@ from lora_export.graph.insert.adapter_slots import head_values, insert_slots
 from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save_graph
 from lora_export.graph.refusals import base_as_remedy, checkpoint_as_remedy, refuse_full_rank, refuse_lost_biases
-from lora_export.graph.tied_tables import tie_notes, with_tied_rows, without_unread_rows
+from lora_export.graph.tied_tables import tie_notes, with_rows_of_equal_tables, without_unread_rows
 from lora_export.plan import Plan, TensorSpec
 from lora_export.plan.own_heads import Head, own_heads
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -90,7 +90,7 @@ def locate_steps(
         others = {spec.name for spec in elsewhere}
         steps = replace(steps, steps=tuple(step for step in steps.steps if step.spec.stored_name not in others))
     if steps and is_existing:
-        alone, steps = steps, with_tied_rows(steps, sites, checkpoint)
+        alone, steps = steps, with_rows_of_equal_tables(steps, sites, checkpoint)
         note_each(options.on_message, tie_notes(alone, steps))
     if steps:
         refuse_lost_biases(steps, sites)

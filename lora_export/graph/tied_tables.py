@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST_ROUNDING = 0.5  # of a table: 4 bits move it by a tenth, and two tables of equal norms are 1.4 apart
 
 
-def with_tied_rows(plan: Plan, sites: Sites, checkpoint: Checkpoint | None) -> Plan:
+def with_rows_of_equal_tables(plan: Plan, sites: Sites, checkpoint: Checkpoint | None) -> Plan:
     """The plan of an existing graph, whose rows of an embedding are rows of each reader with the same table, too.
 
     A reader with rows or a table of its own in the plan keeps these. `checkpoint` is what the graph was exported from:
@@ -48,7 +48,7 @@ def with_tied_rows(plan: Plan, sites: Sites, checkpoint: Checkpoint | None) -> P
 
 
 def tie_notes(before: Plan, after: Plan) -> list[str]:
-    """What `with_tied_rows` took for tied."""
+    """What `with_rows_of_equal_tables` took for tied."""
     added = [step.weight for step in after.steps if step.weight not in before.by_weight]
     return [f"{', '.join(added)}: equal to the input embeddings, so taken for tied to them"] if added else []
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from lora_export.layers.torch_internals import has_onednn_linear, onednn_linear
 
 LEAST_MULTIPLICATIONS = 1 << 19  # of a product: below, a call of oneDNN takes longer than what it saves
-LEAST_ROWS, PARTS = 64, 16  # rows are padded: oneDNN keeps code for each number of rows, half a MiB for each matrix
+LEAST_PADDED, PADDED_PARTS = (
+    64,
+    16,
+)  # rows are padded: oneDNN keeps code for each number of rows, half a MiB for each matrix
 
 
 def _is_onednn_faster() -> bool:
@@ -50,5 +53,5 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.numel() * weight.shape[0] < LEAST_MULTIPLICATIONS or (bias is not None and bias.shape != weight.shape[:1]):
         return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its strides
-    more = -len(x) % max(LEAST_ROWS, 1 << ((len(x) - 1) // PARTS).bit_length())
+    more = -len(x) % max(LEAST_PADDED, 1 << ((len(x) - 1) // PADDED_PARTS).bit_length())
     return onednn_linear(F.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)] if more else onednn_linear(x, weight, bias)

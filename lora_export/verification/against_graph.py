@@ -30,7 +30,7 @@ from lora_export import plan
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.graph.site import Site
-from lora_export.graph.tied_tables import with_tied_rows
+from lora_export.graph.tied_tables import with_rows_of_equal_tables
 from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
 from lora_export.options.proof import Running
@@ -153,7 +153,7 @@ class GraphReferences(References):
         model = self.base.model.clone()
         sites = find_sites(model, self.base.checkpoint)
         steps = plan.make(self.adapters, sites.specs, strengths=self.strengths)
-        steps = with_tied_rows(steps, sites, self.base.checkpoint)
+        steps = with_rows_of_equal_tables(steps, sites, self.base.checkpoint)
         refuse_parts(steps)
         return model, sites, steps
 

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused, MatchError, WrongUsage
-from lora_export.lora import Adapter, TokenRows
 from lora_export.storage import block_copy
 from support.api import A, B, Recorder, an_adapter, base_weights
 from support.handmade import graph_file
@@ -62,12 +61,6 @@ def test_a_graph_is_merged_into_a_graph(place: Path) -> None:
     result = merged(place, "base.onnx")
     assert result.report is not None and result.report.results[0].weight == "dense.weight"
     assert (place / "out.onnx").is_file()
-
-
-def test_trained_tokens_are_refused_by_any_graph(place: Path) -> None:
-    rows = Adapter("fr", "test", {}, token_rows={"shared.weight": TokenRows(np.array([1]), np.ones((1, 8)))})
-    with pytest.raises(InputRefused, match=r"fr replaces rows of shared\.weight: trained tokens go into a checkpoint"):
-        le.merge(place / "base.onnx", rows, place / "out.onnx")
 
 
 def test_an_adapter_in_memory_is_merged(place: Path) -> None:

@@ -74,7 +74,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[TiedModel, Path]:
 
 def test_rows_that_the_head_lacks_are_different(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, folder = llama
-    monkeypatch.setattr(merge_graph, "with_tied_rows", lambda steps, *_: steps)
+    monkeypatch.setattr(merge_graph, "with_rows_of_equal_tables", lambda steps, *_: steps)
     le.merge(folder / "base.onnx", folder / "adapter", tmp_path / "m.onnx")
     assert le.verify(tmp_path / "m.onnx", model.base, adapters=folder / "adapter").verdict.outcome == "different"
 

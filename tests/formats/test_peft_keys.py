@@ -82,15 +82,16 @@ def test_a_saved_module_inside_of_a_saved_module_is_refused(tmp_path):
     assert "block.head is saved inside of another saved module, and PEFT keeps two copies of it. Train" in text
 
 
-def test_a_saved_module_may_have_a_name_of_loras(tmp_path):
+@pytest.mark.parametrize("saved", ["lora_head", "head"])  # PEFT saves what ends so
+def test_a_saved_module_may_have_a_name_of_loras(tmp_path, saved):
     tensors = {f"base_model.model.{key}": [[1]] for key in ("lora_head.weight", "my_lora_x.weight")}
-    adapter = formats.load(with_tensors(tmp_path, tensors, modules_to_save=["lora_head"]))
+    adapter = formats.load(with_tensors(tmp_path, tensors, modules_to_save=[saved]))
     assert whole_tensors(adapter) == {"lora_head.weight": [[1]], "my_lora_x.weight": [[1]]}
 
 
 @pytest.mark.parametrize("key", ["lora_head.weight", "fc.lora_diag", "fc.lora_up.weight", "fc.lora_velora_embed"])
 def test_a_name_of_loras_that_the_config_does_not_declare_is_refused(tmp_path, key):
-    folder = with_tensors(tmp_path, {f"base_model.model.{key}": [[1]]}, modules_to_save=["head"])
+    folder = with_tensors(tmp_path, {f"base_model.model.{key}": [[1]]}, modules_to_save=["body"])
     assert refusal(folder).endswith(f"unknown kinds of tensors: base_model.model.{key}")
 
 

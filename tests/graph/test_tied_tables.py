@@ -19,7 +19,7 @@ from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file import writing
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.graph.tied_tables import tie_notes, with_tied_rows
+from lora_export.graph.tied_tables import tie_notes, with_rows_of_equal_tables
 from lora_export.lora import LoraPair, TokenRows
 from lora_export.storage import block_copy
 from lora_export.weights.checkpoint import open_checkpoint
@@ -58,7 +58,7 @@ def two_tables(head: np.ndarray = TABLE, name: str = "head.weight") -> str:
 def planned_rows(graph: str, **fields: object):
     model = a_graph(graph, modules=MODULES if "embed" not in graph else None)
     sites, steps = planned(model, an_adapter(fields.pop("pairs", {}), token_rows={"embed.weight": ROWS}, **fields))
-    return model, sites, with_tied_rows(steps, sites, None)
+    return model, sites, with_rows_of_equal_tables(steps, sites, None)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_head_keeps_rows_of_its_own() -> None:
     adapter = an_adapter({}, token_rows={"embed.weight": ROWS, "head.weight": own})
     model = a_graph(one_table(), modules=MODULES)
     sites, steps = planned(model, adapter)
-    fold_graph(model, sites, with_tied_rows(steps, sites, None))
+    fold_graph(model, sites, with_rows_of_equal_tables(steps, sites, None))
     head = TABLE.copy()
     head[0] = 5
     assert np.array_equal(run(model, ids=IDS)["y"], EXPECTED @ head.T)
@@ -144,7 +144,7 @@ def test_a_config_that_ties_nothing_counts_more_than_equal_tables(tmp_path: Path
         (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": ties}))
         model = a_graph(one_table(), modules=MODULES)
         sites, steps = planned(model, an_adapter({}, token_rows={"embed.weight": ROWS}))
-        tied = with_tied_rows(steps, sites, open_checkpoint(tmp_path))
+        tied = with_rows_of_equal_tables(steps, sites, open_checkpoint(tmp_path))
         assert [step.weight for step in tied.steps] == rows
         assert len(tie_notes(steps, tied)) == len(rows) - 1
 
@@ -156,7 +156,7 @@ def test_a_head_in_another_precision_is_refused() -> None:
     model.graph.initializers["head.weight"].const_value = head
     sites, steps = planned(model, an_adapter({}, token_rows={"embed.weight": ROWS}))
     with pytest.raises(InputRefused, match=r"the table of MatMul `m` may be that of the input embeddings"):
-        with_tied_rows(steps, sites, None)
+        with_rows_of_equal_tables(steps, sites, None)
 
 
 TWO_LOOKUPS = f"""
@@ -183,4 +183,4 @@ def test_other_rows_of_two_tables_that_a_head_has_are_refused() -> None:
     model = a_graph(graph)
     sites, steps = planned(model, an_adapter({}, token_rows={"embed.weight": ROWS, "dec.weight": other}))
     with pytest.raises(InputRefused, match=r"head\.weight has the values of two tables"):
-        with_tied_rows(steps, sites, None)
+        with_rows_of_equal_tables(steps, sites, None)
