@@ -18,10 +18,8 @@ from torch import Tensor
 from lora_export.layers.torch_internals import has_onednn_linear, onednn_linear
 
 LEAST_MULTIPLICATIONS = 1 << 19  # of a product: below, a call of oneDNN takes longer than what it saves
-LEAST_PADDED, PADDED_PARTS = (
-    64,
-    16,
-)  # rows are padded: oneDNN keeps code for each number of rows, half a MiB for each matrix
+# Rows are padded: oneDNN keeps code for each number of rows that it has met, half a MiB for each matrix.
+LEAST_PADDED, PADDED_PARTS = 64, 16
 
 
 def _is_onednn_faster() -> bool:
