@@ -166,7 +166,7 @@ def _run(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter
     from lora_export.api.adapted_model import adapted_model
     from lora_export.runtime.registered.runner import RegisteredRunner
     from lora_export.runtime.torch_runners import ModuleRunner
-    from lora_export.verification.inputs.model_inputs import inputs_of_proof
+    from lora_export.verification.inputs.model_inputs import case_inputs
     from lora_export.verification.references.attached_module import attach_adapters
 
     base, own_inputs = request.checkpoint, request.inputs
@@ -179,9 +179,8 @@ def _run(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter
             theirs = RegisteredRunner(request.runner, candidate, timeout=request.seconds)
             until_the_end.enter_context(contextlib.closing(theirs))
         model = adapted.model.taking(theirs.axes) if theirs is not None and theirs.axes else adapted.model
-        cases = inputs_of_proof(
-            model, theirs or runner, seed=request.input_seed or 0, user_inputs=own_inputs, adapters=adapted.adapters
-        ).cases
+        seed = request.input_seed or 0
+        cases = case_inputs(model, theirs or runner, seed=seed, user_inputs=own_inputs, adapters=adapted.adapters)
         off = {name: runner.run(arrays) for name, arrays in cases.items()}
         attach_adapters(adapted.model.module, adapted.adapters, adapted.strengths)
         exact = {name: runner.run(arrays) for name, arrays in cases.items()}

@@ -2,6 +2,7 @@
 
     proof.py              what a proof is, and the flow of every proof: run, judge, diagnose
     against_pytorch.py    references: a PyTorch model with its adapters attached
+    prepared_pytorch.py   that model, run for one candidate
     against_graph.py      references: the graph that the candidate was made from
     proof_session.py      what proofs of several adapters on one base share
     row_proofs.py         proofs of graphs whose rows choose their adapters

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from lora_export import layers
 from lora_export.graph.cache_names import IDS
@@ -24,16 +23,16 @@ from lora_export.runtime.endpoint.runner import IN_BINARY, EndpointRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity
-from lora_export.verification.against_pytorch import PreparedPyTorch, PyTorchReferences
+from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.diagnose.root_cause import UNEXPLAINED, Cause, describe_strength, known_factors
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.module_copies import shared_copy, widened
-from lora_export.verification.pair_controls import PairControls
+from lora_export.verification.prepared_pytorch import PreparedPyTorch
 from lora_export.verification.references import Diagnosed, FurtherPeer, ReferenceOutputs
 from lora_export.verification.references.attached_module import attach_adapters
-from lora_export.verification.references.deployed_module import dtype_name
+from lora_export.verification.references.further_peers import peer_in_form
 
 TITLE = "what the server answers as"
 AS_BASE = "the server answers as the base model: the adapter's name is accepted, and its weights are not used"
@@ -63,68 +62,53 @@ class EndpointReferences(PyTorchReferences):
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedEndpoint:
         made = super().prepare(candidate, inputs)
-        return PreparedEndpoint(**{each.name: getattr(made, each.name) for each in fields(made) if each.init})
+        own = {each.name: getattr(made, each.name) for each in fields(made) if each.init}
+        return PreparedEndpoint(**own, others=self.others)
 
     def about(self) -> dict[str, Any]:
         others = {"others": adapter_records(self.others, [1.0] * len(self.others))} if self.others else {}
         return {**super().about(), **others}
 
 
-@dataclass(frozen=True)
-class TenantControls(PairControls):
-    """Those of the pairs, and the other tenants that cannot be distinguished from the adapter."""
-
-    alike: tuple[str, ...] = ()
-
-    @property
-    def doubts(self) -> list[str]:
-        return [
-            *super().doubts,
-            *(
-                f"the other tenant {name} gives the same values within the limits: a server that answers as it "
-                "would pass"
-                for name in self.alike
-            ),
-        ]
-
-
 @dataclass(eq=False)
 class PreparedEndpoint(PreparedPyTorch):
     """The references for one server."""
 
-    references: EndpointReferences
-    candidate: EndpointRunner
+    others: Sequence[Adapter] = ()  # of other tenants
     changed: Mapping[str, bool] = field(default_factory=dict, init=False)  # as in `CandidateOutputs`
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         self.changed = outputs.changed
-        expected, decimals = super().run(outputs, step), self.candidate.decimals
-        notes = [*self.candidate.notes, *expected.notes]
+        assert isinstance(self.weights.candidate, EndpointRunner)
+        expected, decimals = super().run(outputs, step), self.weights.candidate.decimals
         if decimals >= IN_BINARY:
-            return replace(expected, notes=tuple(notes))
+            return expected
         deployed = {case: _rounded(arrays, decimals) for case, arrays in expected.deployed.items()}
-        notes.append(f"the server gives its numbers with {decimals} decimals: PyTorch's were rounded so, too")
-        return replace(expected, deployed=deployed, notes=tuple(notes))
+        note = f"the server gives its numbers with {decimals} decimals: PyTorch's were rounded so, too"
+        return replace(expected, deployed=deployed, findings=expected.findings + parity.Findings((note,)))
 
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
-        if self.dtype is torch.float32 and cache_argument(type(self.deployed.module)):
+        if self.weights.dtype == "float32" and cache_argument(type(self.deployed.module)):
             step("PyTorch, its cache in float16")
             module = shared_copy(self.deployed.module)
             setattr(module, HALF_CACHE, True)
-            yield self._peer(module, HALF_CACHE_NOTE)
+            yield peer_in_form(module, HALF_CACHE_NOTE, self.inputs.cases, self.device)
         yield from super().further_peers(step)
 
-    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
-        found = super().control_pairs(cases, expected)
+    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> parity.Findings:
         alike = (name for name, outputs in self.tenants.items() if _answers_as(cases, outputs, expected.dtype))
-        return TenantControls(**{each.name: getattr(found, each.name) for each in fields(found)}, alike=tuple(alike))
+        doubts = (
+            f"the other tenant {name} gives the same values within the limits: a server that answers as it would pass"
+            for name in alike
+        )
+        return super().control_pairs(cases, expected) + parity.Findings(doubts=tuple(doubts))
 
     @cached_property
     def tenants(self) -> Mapping[str, Mapping[str, Arrays]]:
         """Other tenant -> case -> outputs in fp64."""
         found = {}
-        for other in self.references.others:
-            module = attach_adapters(shared_copy(self.judged.module), [other], None)
+        for other in self.others:
+            module = attach_adapters(shared_copy(self.weights.base.module), [other], None)
             with widened(module):
                 runner = Fp64Runner(module)
                 found[other.name] = {case: runner.run(arrays) for case, arrays in self.inputs.cases.items()}
@@ -146,28 +130,30 @@ class PreparedEndpoint(PreparedPyTorch):
         others |= {f"the server answers as the other tenant {name}": runs for name, runs in self.tenants.items()}
         for text, outputs in (*others.items(), *self._with_beginning(case), *self._other_strengths(case)):
             left = _distance(case, outputs[case.name]) / _distance(case, case.reference)
-            if left <= UNEXPLAINED or _answers_as([case], outputs, dtype_name(self.dtype)):
+            if left <= UNEXPLAINED or _answers_as([case], outputs, self.weights.dtype):
                 return str(Cause("", text, left))
         tenants = f", nor {' nor '.join(self.tenants)}" if self.tenants else ""
         return NOTHING_FITS.format(tenants=tenants)
 
     def _with_beginning(self, case: parity.Case) -> Iterator[tuple[str, Mapping[str, parity.Outputs]]]:
         """What PyTorch computes with the token of a beginning before each text, which the tokens sent did not have."""
-        config: Any = self.judged.module.config
+        config: Any = self.weights.base.module.config
         ids = self.inputs.cases[case.name][IDS]
         if isinstance(token := config.get_text_config().bos_token_id, int):
             begun = np.concatenate([np.full_like(ids[:, :1], token), ids], axis=1)
-            with widened(self.attached.module):
-                outputs = Fp64Runner(self.attached.module).run({IDS: begun})
+            module = self.weights.attached.module
+            with widened(module):
+                outputs = Fp64Runner(module).run({IDS: begun})
             # Log-probabilities have one more for the token; a vector is one of the text as a whole.
             own = {name: array[:, array.shape[1] - case.reference[name].shape[1] :] for name, array in outputs.items()}
             yield WITH_BEGINNING, {case.name: own}
 
     def _other_strengths(self, case: parity.Case) -> Iterator[tuple[str, Mapping[str, parity.Outputs]]]:
         """The strength of the adapter that comes closest to the server's answers, and what PyTorch computes with it."""
-        terms = [term for step in (self.changes.steps if self.changes else ()) for term in step.terms]
+        changes = self.weights.changes
+        terms = [term for step in (changes.steps if changes else ()) for term in step.terms]
         if terms:
-            with widened(self.attached.module):
+            with widened(self.weights.attached.module):
                 factor = self._fitted(case, terms[0])
                 outputs = {case.name: self._with_factor(case, factor)}
             several = len({term.adapter for term in terms}) > 1
@@ -191,7 +177,7 @@ class PreparedEndpoint(PreparedPyTorch):
         return closest
 
     def _with_factor(self, case: parity.Case, factor: float) -> Arrays:
-        module, by_pairs = self.attached.module, self.attached.has_pairs
+        module, by_pairs = self.weights.attached.module, self.weights.attached.has_pairs
         with layers.scale_adapters(module, factor, keep_replaced=by_pairs, in_fp64=True):
             return Fp64Runner(module).run(self.inputs.cases[case.name])
 

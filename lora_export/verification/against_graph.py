@@ -69,7 +69,7 @@ from lora_export.verification.references.base_graph import (
     run_in_fp64,
 )
 from lora_export.verification.references.compare_pairs import compare_pairs
-from lora_export.verification.references.compare_tensors import ComparedWeights, compare_initializers, tensors_of_graph
+from lora_export.verification.references.compare_tensors import compare_initializers, tensors_of_graph
 from lora_export.verification.references.graph_with_adapter import (
     RecordedConstant,
     at_strength,
@@ -157,23 +157,23 @@ class GraphReferences(References):
         refuse_parts(steps)
         return model, sites, steps
 
-    def _compared(self, candidate: Runner) -> ComparedWeights:
+    def _compared(self, candidate: Runner) -> parity.Findings:
         """The candidate's weights, and its A and B, beside those that it should have."""
         graph = graph_of(candidate)
         if graph is None or not isinstance(graph.source, Path):
-            return ComparedWeights()
+            return parity.Findings()
         model = self.base.model.clone()
         model, sites, steps = self.planned() if self.adapters else (model, find_sites(model), None)
         written = load_graph(graph.source)
         try:
             tensors_in, dtype = (lambda _: tensors_of_graph(written)), self.base.dtype
-            faults, notes = compare_pairs(candidate, tensors_in, sites.specs, steps, dtype)
+            pairs = compare_pairs(candidate, tensors_in, sites.specs, steps, dtype)
             if self.requantised and steps is not None:
-                faults += RequantisedGraph(written).faults(sites, steps)
+                pairs += parity.Findings(faults=tuple(RequantisedGraph(written).faults(sites, steps)))
             found = compare_initializers(written, model, sites, steps, merged=self.mode == "merged")
         finally:
             drop_tensors(written)  # they hold its files open, and elsewhere than on Linux such a file cannot be moved
-        return replace(found, faults=[*found.faults, *faults], notes=[*found.notes, *notes])
+        return found + pairs
 
     def about(self) -> dict[str, Any]:
         model = {"source": str(self.base.path), "sha256": self.base.sha256}
@@ -191,7 +191,7 @@ class PreparedGraphReferences(PreparedReferences):
 
     references: GraphReferences
     inputs: Inputs
-    weights: ComparedWeights
+    weights: parity.Findings  # on those that the candidate stores
     merged: Path | None = None  # the candidate's file, where adapters were merged into its quantised weights
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
@@ -210,10 +210,7 @@ class PreparedGraphReferences(PreparedReferences):
             sensitivity,
             dtype=self.references.base.dtype,
             peer=PEER,
-            notes=(*notes, *outputs.notes, *self.inputs.notes, *self.weights.notes),
-            not_judged=outputs.not_judged,
-            doubts=tuple(self.weights.doubts),
-            faults=tuple(self.weights.faults),
+            findings=parity.Findings(tuple(notes)) + outputs.findings + self.inputs.findings + self.weights,
         )
 
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
@@ -226,12 +223,13 @@ class PreparedGraphReferences(PreparedReferences):
         del model
         yield FurtherPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
 
-    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
+    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> parity.Findings:
         """Run the base graph with W + ΔW in fp64, without single pairs, and judge what it returns."""
         base = self.references.base
         model, sites, steps = self.references.planned()
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
-        return control_graph_pairs(model, sites, steps, self.inputs.cases, cases, judge, timeout=base.timeout)
+        own = self.inputs.cases
+        return control_graph_pairs(model, sites, steps, own, cases, judge, timeout=base.timeout).findings
 
     def _run_peer(self, outputs: CandidateOutputs) -> tuple[OutputsByCase, tuple[parity.Sensitivity, ...], list[str]]:
         """Run the base graph with the adapters in another form, in its own types. Returns notes, too."""

@@ -10,13 +10,16 @@ import functools
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import LoraExportError, RuntimeRefused, first_line
+from lora_export.runtime.kv_cache import graph_of
+from lora_export.runtime.memory import release_memory
 from lora_export.runtime.runner import Arrays, Placement, Runner, RunsTogether
+from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.verification import parity
 from lora_export.verification.compare_outputs import aligned, candidate_errors, differ, same_bits
 from lora_export.verification.inputs import Inputs
@@ -40,9 +43,9 @@ class CandidateOutputs:
     notes: tuple[str, ...] = ()
 
     @property
-    def not_judged(self) -> tuple[str, ...]:
-        """The refused cases, and what was not tried for that reason."""
-        return self.refusals if self.changed else (*self.refusals, INPUTS_NOT_CHANGED)
+    def findings(self) -> parity.Findings:
+        """What the runs show; not judged are the refused cases, and what was not tried for that reason."""
+        return parity.Findings(self.notes, self.refusals if self.changed else (*self.refusals, INPUTS_NOT_CHANGED))
 
 
 def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> CandidateOutputs:
@@ -69,6 +72,20 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> Candi
         return CandidateOutputs(by_case, changed=changed)
     note = f"the candidate returns other bits when it runs {first} again"
     return CandidateOutputs(by_case, changed=changed, repeated=repeated, notes=(note,))
+
+
+def close_graphs(candidate: Runner) -> None:
+    """Give back the memory of a candidate's sessions of onnxruntime. Its next run opens them again."""
+    graph = candidate if isinstance(candidate, SeveralGraphs) else graph_of(candidate)
+    if graph is not None:
+        graph.close()
+        release_memory()
+
+
+def findings_on_runner(candidate: Runner) -> parity.Findings:
+    """How a candidate runs, and what it cannot give."""
+    lacking = (f"the candidate gives no {what}" for what in getattr(candidate, "cannot_give", ()))
+    return parity.Findings((*getattr(candidate, "notes", ()), *lacking))
 
 
 def run_ahead(runner: Runner, inputs: Sequence[Arrays]) -> Callable[[Arrays], Arrays]:
@@ -121,16 +138,9 @@ def sensitivity_of(
     return tuple(parity.Sensitivity(name, expected[name], changed) for name, changed in outputs.changed.items())
 
 
-class ProviderDefaults(NamedTuple):
-    """What a candidate returns with its provider's own settings, where the proof runs with more exact ones."""
-
-    not_judged: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
 def run_with_provider_defaults(
     candidate: Runner, cases: Sequence[parity.Case], inputs: Inputs, *, dtype: str, names_known: bool
-) -> ProviderDefaults:
+) -> parity.Findings:
     """Run the cases with the provider's own settings; nothing where the proof runs with these.
 
     Outputs within the limits of `dtype` are a note. Others are not judged: a program that leaves the settings as they
@@ -138,14 +148,14 @@ def run_with_provider_defaults(
     """
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is None or not placement.options:
-        return ProviderDefaults()
+        return parity.Findings()
     settings = ", ".join(f"{name}={value}" for name, value in placement.options.items())
     begin = f"{placement.requested_provider}'s own settings in place of {settings}, as judged"
     try:
         shipped: Runner = candidate.with_provider_defaults()  # type: ignore[attr-defined]
         outputs = {case.name: shipped.run(inputs.cases[case.name]) for case in cases}
     except LoraExportError as refusal:
-        return ProviderDefaults(not_judged=(f"{begin}: it did not run: {first_line(refusal)}",))
+        return parity.Findings(not_judged=(f"{begin}: it did not run: {first_line(refusal)}",))
     own = [
         replace(case, candidate=aligned(outputs[case.name], case.reference, names_known=names_known)) for case in cases
     ]
@@ -155,8 +165,8 @@ def run_with_provider_defaults(
         errors.append(f"the error of {output} is {error:.3g} ({judged[output][0]:.3g} as judged){of_effect}")
     measured = f"{begin}: {'; '.join(errors)}"
     if parity.judge(own, dtype=dtype).outcome is parity.Outcome.SAME:
-        return ProviderDefaults(notes=(f"{measured}. These outputs are within the limits, too",))
-    return ProviderDefaults(not_judged=(measured,))
+        return parity.Findings(notes=(f"{measured}. These outputs are within the limits, too",))
+    return parity.Findings(not_judged=(measured,))
 
 
 LARGEST_IN_MEMORY = 1 << 26  # bytes of one output

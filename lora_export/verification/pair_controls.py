@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -33,41 +33,36 @@ class PairControls:
         return frozenset(self.names) - {*self.without_effect, *self.missed, *self.shares}
 
     @property
-    def doubts(self) -> list[str]:
-        """One message on the pairs that change nothing: a fault in them cannot show."""
-        if not self.without_effect:
-            return []
-        return [
-            f"no output depends on {self._counted(self.without_effect)}: {first_of(self.without_effect, SHOWN_PAIRS)}. "
-            f"A fault in them could not show. Give inputs on which one does ({named('inputs')})"
-        ]
+    def findings(self) -> parity.Findings:
+        """What a verdict reports of the pairs.
 
-    @property
-    def faults(self) -> list[str]:
-        """A message for each pair that the candidate lacks, or has twice."""
-        return [
+        Faults are pairs that the candidate lacks, or has twice. A fault in pairs that change nothing could not show.
+        """
+        notes = ("the pairs of one layer were switched off together: the model is large",) if self.by_layer else ()
+        faults = (
             f"{name}: the candidate lacks {parity.percent(share)} of what this pair changes"
             if share > 0
             else f"{name}: the candidate has {1 - share:.2g} times what this pair changes"
             for name, share in self.shares.items()
             if abs(share) > parity.LARGEST_SHARE
-        ]
+        )
+        return parity.Findings(notes, tuple(self._hidden()), tuple(self._unseen()), tuple(faults))
 
-    @property
-    def not_judged(self) -> list[str]:
-        """One message on the pairs whose effect is hidden by rounding."""
-        if not self.missed:
-            return []
-        one = "those of one layer" if self.by_layer else "one of them"
-        return [
-            f"{self._counted(self.missed)}, whose effect is much smaller than rounding: "
-            f"{first_of(self.missed, SHOWN_PAIRS)}. A candidate without {one} would pass"
-        ]
+    def _unseen(self) -> Iterator[str]:
+        if self.without_effect:
+            yield (
+                f"no output depends on {self._counted(self.without_effect)}: "
+                f"{first_of(self.without_effect, SHOWN_PAIRS)}. "
+                f"A fault in them could not show. Give inputs on which one does ({named('inputs')})"
+            )
 
-    @property
-    def notes(self) -> list[str]:
-        """How the pairs were switched off, where it was not each by itself."""
-        return ["the pairs of one layer were switched off together: the model is large"] if self.by_layer else []
+    def _hidden(self) -> Iterator[str]:
+        if self.missed:
+            one = "those of one layer" if self.by_layer else "one of them"
+            yield (
+                f"{self._counted(self.missed)}, whose effect is much smaller than rounding: "
+                f"{first_of(self.missed, SHOWN_PAIRS)}. A candidate without {one} would pass"
+            )
 
     def _counted(self, found: Sequence[str]) -> str:
         if self.by_layer:

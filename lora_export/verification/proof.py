@@ -41,7 +41,6 @@ from lora_export.verification.compare_outputs import (
 )
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs
-from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import FurtherPeer, ReferenceOutputs, References
 
 
@@ -138,14 +137,14 @@ def prove(
         verdict, cases = _by_further_peers(verdict, cases, prepared.further_peers(step), judge)
     if references.adapters and verdict.outcome is not parity.Outcome.DIFFERENT:
         step("single pairs")
-        controls = prepared.control_pairs([case for case in cases if case.candidate], expected)
-        verdict = _with_pair_controls(verdict, controls)
+        found = prepared.control_pairs([case for case in cases if case.candidate], expected)
+        verdict = parity.with_findings(verdict, found, "pairs")
     verdict = _with_remedy(verdict, references.remedy)
     if all(comparison.figures for comparison in verdict.comparisons):
         step("the provider's own settings")
         names_known = expected.names_known
         found = run_with_provider_defaults(candidate, cases, inputs, dtype=expected.dtype, names_known=names_known)
-        verdict = replace(_noted(verdict, found.notes), not_judged=(*verdict.not_judged, *found.not_judged))
+        verdict = parity.with_findings(verdict, found, "settings")
     diagnosis = None
     has_outputs = any(case.candidate for case in cases)
     if has_outputs and (trace or verdict.outcome is parity.Outcome.DIFFERENT):
@@ -203,10 +202,7 @@ def _judge(
         sensitivity=expected.sensitivity,
         atol=atol,
         rtol=rtol,
-        notes=[*expected.notes, *notes],
-        not_judged=expected.not_judged,
-        doubts=expected.doubts,
-        faults=expected.faults,
+        findings=expected.findings + parity.Findings(notes),
     )
 
 
@@ -233,13 +229,6 @@ def _by_further_peers(
 
 def _noted(verdict: parity.Verdict, notes: Sequence[str]) -> parity.Verdict:
     return replace(verdict, notes=(*verdict.notes, *notes))
-
-
-def _with_pair_controls(verdict: parity.Verdict, controls: PairControls) -> parity.Verdict:
-    faults = (parity.Reason(parity.Outcome.DIFFERENT, "pairs", fault) for fault in controls.faults)
-    doubts = (parity.Reason(parity.Outcome.UNDECIDED, "pairs", doubt) for doubt in controls.doubts)
-    verdict = replace(verdict, not_judged=(*verdict.not_judged, *controls.not_judged))
-    return parity.with_reasons(_noted(verdict, controls.notes), *faults, *doubts)
 
 
 def _with_remedy(verdict: parity.Verdict, remedy: str) -> parity.Verdict:
@@ -335,8 +324,8 @@ def prove_by_origin(proof: Proof, candidate: OnnxRunner, origin: Path, as_run: C
         if bits_that_differ(own, before):
             return proof
     cases, undecided = tuple(_beside_origin(case, own, before) for case in proof.cases), proof.verdict
-    notes = [note, NOT_BY_FP64, *undecided.notes]
-    verdict = parity.judge(cases, dtype=undecided.dtype, sensitivity=undecided.sensitivity, notes=notes)
+    found = parity.Findings((note, NOT_BY_FP64, *undecided.notes))
+    verdict = parity.judge(cases, dtype=undecided.dtype, sensitivity=undecided.sensitivity, findings=found)
     return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=cases)
 
 

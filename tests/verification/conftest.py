@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_export.verification import against_pytorch
+from lora_export.verification import prepared_pytorch
 
 
 @pytest.fixture
@@ -13,4 +13,4 @@ def undiagnosed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     One case of some files undoes this, and asserts which module is named.
     """
-    monkeypatch.setattr(against_pytorch, "diagnose_module", lambda *_, **__: (None, []))
+    monkeypatch.setattr(prepared_pytorch, "diagnose_module", lambda *_, **__: (None, []))

@@ -16,7 +16,6 @@ from lora_export.errors import RuntimeRefused
 from lora_export.runtime.runner import Arrays, Placement
 from lora_export.verification import candidate_outputs
 from lora_export.verification.candidate_outputs import (
-    ProviderDefaults,
     changed_outputs,
     kept,
     run_candidate,
@@ -24,7 +23,7 @@ from lora_export.verification.candidate_outputs import (
     sensitivity_of,
 )
 from lora_export.verification.inputs import Inputs
-from lora_export.verification.parity import Case, Sensitivity
+from lora_export.verification.parity import Case, Findings, Sensitivity
 from support.parity_cases import EFFECT, ERROR, make
 
 X, Z, OTHER = np.float32([1, 2]), np.float32([3, 4]), np.float32([5, 6])
@@ -147,7 +146,7 @@ def placement(**options: str) -> Placement:
     return Placement("CUDAExecutionProvider", {}, options, "1.31")
 
 
-def with_shipped(shipped: Callable[[Arrays, int], Arrays], case: Case) -> ProviderDefaults:
+def with_shipped(shipped: Callable[[Arrays, int], Arrays], case: Case) -> Findings:
     runner = FakeRunner(lambda *_: {}, placement=placement(use_tf32="0"), shipped=FakeRunner(shipped))
     inputs = Inputs({"first": {"x": X}})
     return run_with_provider_defaults(runner, [case], inputs, dtype="float32", names_known=True)
@@ -184,7 +183,7 @@ def test_a_refusal_with_the_providers_own_settings_is_not_judged() -> None:
 def test_settings_that_are_the_providers_own_need_no_second_run() -> None:
     for runner in (sums(), FakeRunner(lambda *_: {}, placement=placement())):
         found = run_with_provider_defaults(runner, [make()], INPUTS, dtype="float32", names_known=True)
-        assert found == ProviderDefaults()
+        assert found == Findings()
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
-from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.parity import Outcome, Verdict
+from lora_export.verification.parity import Findings, Outcome, Verdict
 from lora_export.verification.proof import Proof, prove
 from support.peft_models import fill
 from support.proofs import attached_copy
@@ -94,7 +93,7 @@ def test_queries_and_keys_of_a_layer_that_are_missing_are_different(llama: tuple
 
 def test_gates_alone_miss_most_of_them(llama: tuple[Model, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "lora_export.verification.against_pytorch.PreparedPyTorch.control_pairs", lambda *_: PairControls()
+        "lora_export.verification.prepared_pytorch.PreparedPyTorch.control_pairs", lambda *_: Findings()
     )
     missed = [module for module in PAIRS if judged(*llama, without(llama[1], module)).same]
     assert len(missed) >= len(PAIRS) // 2, "this file would test nothing that the gates do not see"

@@ -14,7 +14,7 @@ from lora_export.formats.contract import Contract
 from lora_export.provenance import CONTRACT_KEY
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
-from lora_export.verification.parity import Case, Outcome, Sensitivity, Verdict, judge
+from lora_export.verification.parity import Case, Findings, Outcome, Sensitivity, Verdict, judge
 from lora_export.verification.proof import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED, Proof, prove_by_origin
 from support.graphs import a_graph
 
@@ -47,7 +47,7 @@ def a_case(output: str = "y") -> Case:
 
 
 def undecided(case: Case) -> Verdict:
-    return judge([case], sensitivity=[Sensitivity("x", True, True)], notes=["a note"])
+    return judge([case], sensitivity=[Sensitivity("x", True, True)], findings=Findings(notes=("a note",)))
 
 
 def judged(folder: Path, candidate: str, origin: str = ORIGIN, **fields: Any) -> Any:

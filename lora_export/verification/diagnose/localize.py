@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_export.errors import EscapedLines, InputRefused, LoraExportError, escaped_lines, first_line
 from lora_export.graph.cache_names import IDS, LOGITS
 from lora_export.isolation.limits import GIB
 from lora_export.models.pt2.program import Program
-from lora_export.plan import Plan
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.memory import available_memory
-from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.runner import Arrays
 from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
@@ -36,9 +35,9 @@ from lora_export.verification.diagnose.first_difference import (
 )
 from lora_export.verification.diagnose.module_calls import ModuleCall, observing_calls
 from lora_export.verification.diagnose.traced_candidate import DiagnosisCase, TracedCandidate, outputs_renamed, trace
-from lora_export.verification.module_copies import converted_copy, fp64_bytes, is_large, to_double
+from lora_export.verification.module_copies import converted_copy, fp64_bytes, to_double
 from lora_export.verification.references import Diagnosed
-from lora_export.verification.references.attached_module import AttachedModule
+from lora_export.verification.references.shared_weights import SharedWeights
 
 MAX_HELD_NUMBERS = 1 << 25  # inputs and outputs of modules that each run holds at a time
 
@@ -182,11 +181,8 @@ CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 
 
 def diagnose_module(
-    candidate: Runner,
-    attached: AttachedModule,
+    weights: SharedWeights,
     deployed: Callable[[], ModuleRunner],
-    base: nn.Module,
-    changes: Plan | None,
     case: parity.Case,
     inputs: Arrays,
     *,
@@ -194,8 +190,9 @@ def diagnose_module(
 ) -> Diagnosed:
     """Compare the modules of a candidate with PyTorch's in one case. Returns notes, too; raises nothing.
 
-    `base` is the module without adapters; `deployed` returns the runner of PyTorch as deployed.
+    `deployed` returns the runner of PyTorch as deployed.
     """
+    candidate, attached, base = weights.candidate, weights.attached, weights.base.module
     watched = [base, *([candidate.module] if isinstance(candidate, ModuleRunner) else [])]
     unseen = [name for module in watched if isinstance(module, Program) for name in module.unobserved_weights]
     if unseen:
@@ -203,21 +200,20 @@ def diagnose_module(
             f"modules were not compared: {unseen[0]} and {len(unseen) - 1} more weights of the .pt2 are multiplied "
             "by operators that belong to no layer"
         ]
-    is_large_model = is_large(attached.module)
-    copies = 0 if is_large_model else 2 if attached.rounding else 1
+    copies = 0 if weights.is_large else 2 if attached.rounding else 1
     needed = copies * fp64_bytes(attached.module)
     if (available := available_memory()) is not None and needed > available:
         gib = f"{needed / GIB:.1f} GiB of memory, and {available / GIB:.1f} GiB are available"
         return None, [f"modules were not compared: this needs {gib}"]
     try:
         peer, wide = deployed(), attached  # the weights of a large model are widened where they are used
-        if not is_large_model:
+        if not weights.is_large:
             wide = replace(wide, module=converted_copy(wide.module, to_double))
         unrounded = Fp64Runner(wide.module)
         reference = Fp64Runner(wide.ready or wide.rounded_module()) if wide.rounding else unrounded
         keep_replaced = attached.has_pairs
         made = DiagnosisCase(
-            candidate, reference, unrounded, peer, base, changes, inputs, case, keep_replaced=keep_replaced
+            candidate, reference, unrounded, peer, base, weights.changes, inputs, case, keep_replaced=keep_replaced
         )
         return diagnose(made, every=every), []
     except CANNOT_FOLLOW as error:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.runtime.runner import Arrays
+from lora_export.verification.parity import Findings
 
 REDRAWS = 5  # draws of an input before it counts as one that cannot be varied
 
@@ -25,8 +26,7 @@ class Inputs:
     perturbed: Mapping[str, Arrays] = field(default_factory=dict)
     # Case -> bool [batch, sequence]: positions whose outputs are not judged, since a row's tokens begin later.
     unjudged: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()  # what these inputs cannot show: nothing is decided then
+    findings: Findings = field(default_factory=Findings)  # doubts are what these inputs cannot show
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:

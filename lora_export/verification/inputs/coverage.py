@@ -18,6 +18,7 @@ from lora_export.options.spelling import named
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.pair_controls import SHOWN_PAIRS
+from lora_export.verification.parity import Findings
 
 MOST_DRAWS = 32  # that are tried for pairs which no case reaches
 
@@ -26,7 +27,7 @@ class PairCoverage(NamedTuple):
     """The pairs of the adapters that were computed in no case: of an image tower, or of a rare expert."""
 
     unreached: tuple[str, ...]  # the adapter's names of their modules
-    doubts: list[str]  # one message on them
+    findings: Findings  # one doubt about them
 
 
 def coverage_of_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed: Collection[Branch]) -> PairCoverage:
@@ -46,7 +47,7 @@ def coverage_of_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed
         f"no input reaches {first_of(unreached, SHOWN_PAIRS)}: {len(unreached)} of the {len(every)} pairs of the "
         f"adapters were not computed. Give inputs that reach them ({named('inputs')})"
     )
-    return PairCoverage(unreached, [doubt] if unreached else [])
+    return PairCoverage(unreached, Findings(doubts=(doubt,) if unreached else ()))
 
 
 def seeds_that_reach(
@@ -96,21 +97,18 @@ class RowCoverage:
         self.seen[table] |= set(inputs[0].flatten().tolist())
 
     @property
-    def doubts(self) -> list[str]:
-        """One message for each table of whose rows none was looked up: a fault in them could not show."""
-        return [
+    def findings(self) -> Findings:
+        """One doubt for each table of whose rows none was looked up so far; not judged are those of which some were."""
+        doubts = (
             f"{table}: none of the {len(rows)} rows that the adapter brings was looked up. Give inputs that contain "
             f"them ({named('inputs')})"
             for table, rows in self.wanted.items()
             if not rows & self.seen[table]
-        ]
-
-    @property
-    def not_judged(self) -> list[str]:
-        """One message for each table of whose rows some were looked up, but not all."""
-        return [
+        )
+        not_judged = (
             f"{table}: {len(rows - self.seen[table])} of the {len(rows)} rows that the adapter brings. They were not "
             "looked up"
             for table, rows in self.wanted.items()
             if 0 < len(rows & self.seen[table]) < len(rows)
-        ]
+        )
+        return Findings(not_judged=tuple(not_judged), doubts=tuple(doubts))

@@ -30,27 +30,15 @@ from lora_export.storage.npz import read_arrays
 from lora_export.verification.compare_outputs import before_first_token
 from lora_export.verification.inputs import REDRAWS, Inputs
 from lora_export.verification.inputs.invocations import with_invocations
+from lora_export.verification.parity import Findings
 
 HALVES = frozenset({"float16", "bfloat16"})
 
 
 def inputs_of_proof(
-    model: Model,
-    candidate: Runner,
-    *,
-    seed: int = 0,
-    user_inputs: Path | None = None,
-    adapters: Sequence[Adapter] = (),
-    further_seeds: Sequence[int] = (),
+    model: Model, candidate: Runner, made: Mapping[str, Arrays], seed: int, user_inputs: Path | None
 ) -> Inputs:
-    """Three seeded cases of different shapes that the candidate accepts, the user's own, and each input drawn again.
-
-    Each of `further_seeds` makes one more case. Raises InputRefused where the arrays of `user_inputs` are not the
-    model's inputs.
-    """
-    made = case_inputs(
-        model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters, further_seeds=further_seeds
-    )
+    """The cases that `case_inputs` made, and one of them with each input drawn again."""
     cases = {name: as_declared(candidate, arrays) for name, arrays in made.items()}
     seeded = list(cases.values())[min(2, len(cases) - 1)]
     # Every value that a Hugging Face model takes can be drawn, and one text of the user's may have no padding.
@@ -66,11 +54,13 @@ def inputs_of_proof(
         varied,
         perturbed,
         unjudged={name: positions for name, positions in first_tokens.items() if positions is not None},
-        notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in single),
-        doubts=tuple(
-            f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
-            f"Give it other values with {named('inputs', 'FILE.npz')}, or in the example inputs of the factory"
-            for name in unknown
+        findings=Findings(
+            notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in single),
+            doubts=tuple(
+                f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
+                f"Give it other values with {named('inputs', 'FILE.npz')}, or in the example inputs of the factory"
+                for name in unknown
+            ),
         ),
     )
 

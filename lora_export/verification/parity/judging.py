@@ -68,7 +68,15 @@ from lora_export.verification.parity.gates import (
 )
 from lora_export.verification.parity.reasons import input_reasons, notes_on_scope, power_reasons, reasons_of
 from lora_export.verification.parity.special_values import without_fill, without_ties
-from lora_export.verification.parity.verdict import Comparison, Outcome, Reason, Sensitivity, Verdict, outcome_of
+from lora_export.verification.parity.verdict import (
+    Comparison,
+    Findings,
+    Outcome,
+    Reason,
+    Sensitivity,
+    Verdict,
+    outcome_of,
+)
 
 PADDED = "outputs before a row's first token were not judged: these positions attend to nothing"
 NOT_COUNTED = Histogram(0, (), 0)
@@ -82,18 +90,13 @@ def judge(
     sensitivity: Sequence[Sensitivity] = (),
     atol: float | None = None,
     rtol: float | None = None,
-    notes: Sequence[str] = (),
-    not_judged: Sequence[str] = (),
-    doubts: Sequence[str] = (),
-    faults: Sequence[str] = (),
+    findings: Findings | None = None,
     gates_only: bool = False,
 ) -> Verdict:
     """Apply every gate and control to every output of every case.
 
     `dtype` is the precision in which the model is deployed. An output of a coarser dtype is measured by its own.
-    `atol` and `rtol` are an additional requirement and never relax a gate. `notes` and `not_judged` become the
-    verdict's. `doubts` are parts of the model that the inputs do not exercise; each makes the verdict undecided.
-    `faults` are errors in the candidate's weights; each makes it different, however little of it reaches an output.
+    `atol` and `rtol` are an additional requirement and never relax a gate. `findings` become the verdict's.
     With `gates_only`, figures that no gate needs are left out, and so are the controls.
 
     Raises InputRefused for a dtype that is not in DEPLOYED_DTYPES, and for a tolerance that is negative or not finite.
@@ -102,6 +105,7 @@ def judge(
         raise InputRefused(
             f"parity in {dtype} cannot be judged by a float64 reference; deploy in {', '.join(DEPLOYED_DTYPES)}"
         )
+    found = findings or Findings()
     prepared = [without_fill(case.judged(), dtype) for case in cases]
     untied = [without_ties(each.case, dtype) for each in prepared]
     cases = [each.case for each in untied]
@@ -121,8 +125,8 @@ def judge(
         *small_feature_reasons(cases, comparisons, dtype),
         *power_reasons(cases, comparisons, adapted=adapted),
         *input_reasons(sensitivity, peer),
-        *(Reason(Outcome.UNDECIDED, "inputs", doubt) for doubt in doubts),
-        *(Reason(Outcome.DIFFERENT, "weights", fault) for fault in faults),
+        *(Reason(Outcome.UNDECIDED, "inputs", doubt) for doubt in found.doubts),
+        *(Reason(Outcome.DIFFERENT, "weights", fault) for fault in found.faults),
     )
     return Verdict(
         outcome=outcome_of(reasons),
@@ -131,12 +135,12 @@ def judge(
         sensitivity=tuple(sensitivity),
         dtype=dtype,
         notes=(
-            *notes,
+            *found.notes,
             *([PADDED] if any(case.positions for case in cases) else []),
             *(note for each in (*prepared, *untied) for note in each.notes),
             *notes_on_scope(comparisons, sensitivity, peer, adapted=adapted),
         ),
-        not_judged=tuple(not_judged),
+        not_judged=found.not_judged,
         peer=peer,
     )
 

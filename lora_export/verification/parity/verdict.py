@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -64,6 +64,19 @@ class Reason:
     def __str__(self) -> str:
         where = " in ".join(part for part in (self.output, self.case and f"case {self.case}") if part)
         return one_line(f"{where}: {self.text}" if where else self.text)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found beside the figures, in sentences. A sum has those of both, in this order."""
+
+    notes: tuple[str, ...] = ()  # how the runs were made, and what to know about them
+    not_judged: tuple[str, ...] = ()  # parts of the candidate in which a fault could be
+    doubts: tuple[str, ...] = ()  # parts of the model that the inputs do not exercise: each makes a verdict undecided
+    faults: tuple[str, ...] = ()  # each makes a verdict different, however little of it reaches an output
+
+    def __add__(self, other: Findings) -> Findings:
+        return Findings(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -297,6 +310,14 @@ def _in_role(role: str, reason: Reason) -> Reason:
     if reason.case:
         return replace(reason, case=f"{role}, {reason.case}")
     return replace(reason, text=f"{role}: {reason.text}")
+
+
+def with_findings(verdict: Verdict, found: Findings, gate: str) -> Verdict:
+    """The verdict, and what was found after it; `gate` names the reasons that it makes."""
+    faults = (Reason(Outcome.DIFFERENT, gate, fault) for fault in found.faults)
+    doubts = (Reason(Outcome.UNDECIDED, gate, doubt) for doubt in found.doubts)
+    notes, not_judged = (*verdict.notes, *found.notes), (*verdict.not_judged, *found.not_judged)
+    return with_reasons(replace(verdict, notes=notes, not_judged=not_judged), *faults, *doubts)
 
 
 def with_reasons(verdict: Verdict, *more: Reason) -> Verdict:

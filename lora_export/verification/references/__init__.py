@@ -21,7 +21,6 @@ from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs
-from lora_export.verification.pair_controls import PairControls
 
 Diagnosed = tuple[Diagnosis | None, list[str]]  # and notes
 
@@ -92,7 +91,7 @@ class PreparedReferences(Protocol):
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
         """Run the deployed model in other forms whose error is as legitimate as its own. They run one by one."""
 
-    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
+    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> parity.Findings:
         """Switch off single pairs of the adapters, which `run` has run."""
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:  # noqa: ARG002
@@ -114,11 +113,8 @@ class ReferenceOutputs:
     peer: str = parity.PYTORCH  # the name of what computed `deployed`
     names_known: bool = True  # False: only the order of the outputs identifies them
     is_quantised: bool = False  # the candidate has quantised weights, which fp64 may be unable to decide
-    notes: tuple[str, ...] = ()
-    not_judged: tuple[str, ...] = ()
+    findings: parity.Findings = field(default_factory=parity.Findings)
     unreached: tuple[str, ...] = ()  # pairs that no input reaches, by the adapter's names of their modules
-    doubts: tuple[str, ...] = ()  # each makes the verdict undecided
-    faults: tuple[str, ...] = ()  # each makes the verdict different
     # Case -> output -> positions, bool [batch, sequence], that cannot be judged
     unjudged: Mapping[str, Mapping[str, NDArray[np.bool_]]] = field(default_factory=dict)
 

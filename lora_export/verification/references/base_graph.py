@@ -21,6 +21,7 @@ from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow
 from lora_export.storage.hashes import file_sha256
 from lora_export.verification.inputs import Inputs, graph_inputs
 from lora_export.verification.inputs.graph_inputs import NO_CONFIG, GraphSizes, InputGenerator, NoGeneratedInputs
+from lora_export.verification.parity import Findings
 from lora_export.verification.references.graph_fp64 import compute_weights_late, widen
 from lora_export.weights.checkpoint import Checkpoint
 
@@ -73,7 +74,8 @@ class BaseGraph:
         except NoGeneratedInputs as refusal:
             if not users:
                 raise
-            return Inputs(users, notes=(f"{self.user_inputs} is the only case: {refusal.problem}",))
+            note = f"{self.user_inputs} is the only case: {refusal.problem}"
+            return Inputs(users, findings=Findings(notes=(note,)))
         return replace(generated, cases={**generated.cases, **users})
 
     def _generated_inputs(self) -> Inputs:

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_export.errors import InputRefused, OutputFailed
-from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import state_of
 from lora_export.runtime.runner import Arrays
 from lora_export.storage import atomic_output, json_files, safetensors_file
 from lora_export.storage.hashes import file_sha256
+from lora_export.verification.references.shared_weights import SharedWeights
 from lora_export.version import __version__
 
 Warn = Callable[[str], None]
@@ -119,36 +119,31 @@ class CacheEntry:
 
 
 def cache_key(
-    model: Model,
-    adapters: Sequence[Adapter],
-    strengths: Sequence[float] | None,
-    inputs: Mapping[str, Arrays],
-    deployed: Mapping[str, Arrays],
-    rounded: Mapping[str, str],
-    rounded_module: nn.Module,
+    weights: SharedWeights, inputs: Mapping[str, Arrays], deployed: nn.Module, outputs: Mapping[str, Arrays]
 ) -> CacheKey | None:
-    """The hashes of everything that the reference's outputs depend on; None for an adapter that came from no file.
+    """The hashes of everything that the reference's outputs depend on.
 
-    `deployed` are the outputs of PyTorch as deployed, by case. They depend on all that the reference's depend on, also
-    on what no list would be sure to name: the arguments of a user's factory, the attributes of its modules.
-    `rounded` are the weights that the reference rounds, each with its dtype. Where two values are equally near, the
-    reference takes the candidate's choice, so the rounded weights of `rounded_module` are hashed too.
+    None for an adapter that came from no file, and where weights are rounded to the numbers of quantised ones.
+
+    `outputs` are those of PyTorch as `deployed`, by case. They depend on all that the reference's depend on, also on
+    what no list would be sure to name: the arguments of a user's factory, the attributes of its modules. Where two
+    values are equally near, the reference rounds to the candidate's choice: the rounded weights are hashed, too.
     """
-    if not all(adapter.sha256 for adapter in adapters):
+    adapters, rounding = weights.adapters, weights.attached.rounding
+    if any(map(callable, rounding.values())) or not all(adapter.sha256 for adapter in adapters):
         return None
-    digest = hashlib.sha256(hash_of_state(model).encode())
-    chosen = [
-        [adapter.sha256, float(w)] for adapter, w in zip(adapters, strengths or [1.0] * len(adapters), strict=True)
-    ]
+    digest = hashlib.sha256(hash_of_state(weights.base).encode())
+    strengths = weights.strengths or [1.0] * len(adapters)
+    chosen = [[adapter.sha256, float(w)] for adapter, w in zip(adapters, strengths, strict=True)]
     digest.update(json.dumps(chosen).encode())
-    tensors = state_of(rounded_module)
-    for name in sorted(rounded):
+    tensors = state_of(deployed)
+    for name in sorted(rounding):
         weight = tensors[name].detach().cpu().contiguous().reshape(-1)
-        _update(digest, f"{name}\0{rounded[name]}", weight.view(torch.uint8).numpy())
-    for runs in (inputs, deployed):
+        _update(digest, f"{name}\0{rounding[name]}", weight.view(torch.uint8).numpy())
+    for runs in (inputs, outputs):
         for case, arrays in runs.items():
             add_arrays(digest, arrays, f"{case}\0")
-    return CacheKey(digest.hexdigest(), code_of(model.module))
+    return CacheKey(digest.hexdigest(), code_of(weights.base.module))
 
 
 def hash_of_state(model: Model) -> str:

@@ -38,11 +38,10 @@ from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import aligned
 from lora_export.verification.inputs.model_inputs import HALVES
-from lora_export.verification.parity import Array
+from lora_export.verification.parity import Array, Findings
 from lora_export.verification.references import quantised_weights
 from lora_export.verification.references.compare_tensors import (
     CandidateTensor,
-    ComparedWeights,
     compare_expected,
     tensors_of_graph,
 )
@@ -129,8 +128,26 @@ def rounding_of(
 
 # --- half precision: as a graph declares it, as its weights show, and where that was not stated ---
 
+TORCH_HALVES = frozenset({torch.float16, torch.bfloat16})
 HALF_TYPES = frozenset({"tensor(float16)", "tensor(bfloat16)"})
 EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
+
+
+def candidate_dtype(candidate: Runner) -> torch.dtype:
+    """The half precision of a candidate that PyTorch runs; float32 of every other candidate."""
+    return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in TORCH_HALVES else torch.float32
+
+
+def coarser_dtype(candidate: Runner, module: nn.Module) -> torch.dtype:
+    """The coarser of the candidate's dtype and the module's: a half precision of either, or float32."""
+    own = candidate_dtype(candidate)
+    halves = (tensor.dtype for tensor in module.parameters() if tensor.dtype in TORCH_HALVES)
+    return own if own in TORCH_HALVES else next(halves, own)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name as NumPy has it, such as `float16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_half_inside(candidate: Runner) -> bool:
@@ -182,19 +199,19 @@ UNMERGED = ".base_layer."  # in PEFT's names of the weights beside its adapters
 
 def compare_weights(
     candidate: Runner, model: Model, changes: Plan | None, elsewhere: Iterable[str] = (), skip: Collection[str] = ()
-) -> ComparedWeights:
+) -> Findings:
     """Compare each tensor of the candidate with that of the model, or with its sum with what adapters add to it.
 
     `elsewhere` are tensors of the model that are judged in another way, and `skip` those of them that the candidate has
     as floats. Nothing is compared where the candidate gives no weights. Reads one tensor of each at a time, in blocks.
     """
     tensors = [tensor for tensor in candidate_tensors(candidate) if tensor.name not in skip]
-    return compare_tensors(tensors, model.module, changes, elsewhere) if tensors else ComparedWeights()
+    return compare_tensors(tensors, model.module, changes, elsewhere) if tensors else Findings()
 
 
 def compare_tensors(
     tensors: Iterable[CandidateTensor], module: nn.Module, changes: Plan | None, elsewhere: Iterable[str] = ()
-) -> ComparedWeights:
+) -> Findings:
     """See `compare_weights`."""
     return compare_expected(tensors, _expected(module, changes), elsewhere)
 

@@ -29,7 +29,7 @@ from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.several_graphs import SeveralGraphs
-from lora_export.verification.parity import Array, Wide
+from lora_export.verification.parity import Array, Findings, Wide
 from lora_export.verification.references.compare_tensors import AGREES, CandidateTensor
 from lora_export.verification.references.expected_weight import rounded_to
 
@@ -56,7 +56,7 @@ class StoredPairs(NamedTuple):
 
 def compare_pairs(
     candidate: Runner, tensors_in: TensorsOf, specs: Sequence[TensorSpec], changes: Plan | None, dtype: str
-) -> tuple[list[str], list[str]]:
+) -> Findings:
     """What is wrong with the pairs that a candidate stores, and notes on how many were compared.
 
     `specs` are the tensors of the model, or of the graph that the candidate was made from; `tensors_in` reads those of
@@ -78,8 +78,8 @@ def compare_pairs(
             what = _compared(found, step, dtype)
             compared += what is not None
             faults += [f"{step.weight if step else weights[found.module]}: {what}"] if what else []
-    notes = [f"A and B beside {compared} weights were compared with the adapter's"] if compared else []
-    return faults, notes
+    notes = (f"A and B beside {compared} weights were compared with the adapter's",) if compared else ()
+    return Findings(notes, faults=tuple(faults))
 
 
 def _parts(candidate: Runner) -> Sequence[Runner]:

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan, Step, TensorSpec
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.verification import parity
-from lora_export.verification.parity import Array, Wide
+from lora_export.verification.parity import Array, Findings, Wide
 from lora_export.verification.references.expected_weight import ExpectedWeight
 
 AGREES = 0.75  # of a sample: more is the same tensor, of which a part may be wrong
@@ -48,15 +48,6 @@ class CandidateTensor(NamedTuple):
     source: NameSource | None  # None where the candidate is a module of the model's own class: its names are certain
     shape: tuple[int, ...]
     load: Callable[[], Array]
-
-
-@dataclass
-class ComparedWeights:
-    """What the comparison found."""
-
-    faults: list[str] = field(default_factory=list)  # each makes the verdict different
-    doubts: list[str] = field(default_factory=list)  # each makes it undecided
-    notes: list[str] = field(default_factory=list)
 
 
 def tensors_of_graph(graph: ir.Model) -> Iterator[CandidateTensor]:
@@ -93,7 +84,7 @@ def compare_expected(
     expected: Iterable[tuple[int, ExpectedWeight]],
     elsewhere: Iterable[str] = (),
     owner: str = "the model",
-) -> ComparedWeights:
+) -> Findings:
     """Compare tensors with those expected, each with the identity of its memory. `owner` is what these belong to."""
     # The products are small. Between them, further threads of a BLAS would wait at full load.
     with threadpool_limits(1, user_api="blas"):
@@ -115,17 +106,17 @@ class _Comparison:
             self.by_sizes.setdefault(_sizes(weight.spec.shape), []).append(name)
         self.compared = {self.memory[name] for name in elsewhere if name in self.memory}
         self.spellings = Spellings(self.expected)
-        self.found = ComparedWeights()
+        self.faults: list[str] = []
+        self.doubts: list[str] = []
 
-    def run(self, tensors: Iterable[CandidateTensor]) -> ComparedWeights:
+    def run(self, tensors: Iterable[CandidateTensor]) -> Findings:
         left = [tensor for tensor in tensors if not self._is_found_by_name(tensor)]
         for tensor in left:
             if math.prod(tensor.shape) >= LEAST_CONTENT and len(tensor.shape) > 1:
                 self._find_by_content(tensor)
-        self._note()
-        if more := self.found.faults[parity.SHOWN :]:
-            self.found.faults[parity.SHOWN :] = [f"numbers of {len(more)} more tensors are wrong"]
-        return self.found
+        if more := self.faults[parity.SHOWN :]:
+            self.faults[parity.SHOWN :] = [f"numbers of {len(more)} more tensors are wrong"]
+        return Findings(notes=(self._note(),), doubts=tuple(self.doubts), faults=tuple(self.faults))
 
     def _is_found_by_name(self, tensor: CandidateTensor) -> bool:
         name = self.spellings.of(tensor.name)
@@ -141,13 +132,13 @@ class _Comparison:
             self._compare(weight, best)
             return True
         if best.ndim > 1 and (reason := _changed_as_a_whole(weight, best)):
-            self.found.faults.append(f"{name}: {reason}")
+            self.faults.append(f"{name}: {reason}")
         elif (
             best.ndim > 1
             and tensor.source is NameSource.INITIALIZER
             and not any(_is_rescaled(ratios) for view in views for ratios in weight.ratios(view))
         ):
-            self.found.doubts.append(
+            self.doubts.append(
                 f"{name}: the candidate has other numbers in the tensor of this name. Where no output differs, give "
                 f"inputs that reach it ({named('inputs')})"
             )
@@ -201,11 +192,12 @@ class _Comparison:
             )
             own = f"{self.owner}'s"
             which = f"neither {own} nor those with its adapters" if weight.steps else f"not {own}"
-            self.found.faults.append(
+            self.faults.append(
                 f"{name}: {wrong.numbers:,} of {math.prod(weight.spec.shape):,} numbers are {which}, {where}"
             )
 
-    def _note(self) -> None:
+    def _note(self) -> str:
+        """How many of the tensors were compared."""
         sizes: dict[int, int] = {}
         for name, weight in self.expected.items():
             sizes.setdefault(self.memory[name], math.prod(weight.spec.shape))
@@ -219,7 +211,7 @@ class _Comparison:
             shown = ", ".join(missing[: parity.SHOWN])
             more = f" and {len(missing) - parity.SHOWN} more" if len(missing) > parity.SHOWN else ""
             text += f". The others are there neither by name nor by content: outputs alone judge {shown}{more}"
-        self.found.notes.append(text)
+        return text
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -254,7 +246,7 @@ def _is_rescaled(ratios: Wide) -> bool:
 
 def compare_initializers(
     candidate: ir.Model, base: ir.Model, sites: Sites, changes: Plan | None, *, merged: bool
-) -> ComparedWeights:
+) -> Findings:
     """Compare each float tensor of a candidate with that of its base, or with its sum with what adapters add to it.
 
     `base` is changed and of no further use. Without `merged`, pairs are beside the weights. Reads one tensor of each at

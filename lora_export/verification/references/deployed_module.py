@@ -6,7 +6,7 @@ Its runs show what the inputs reach, and how large its own error can be.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,10 @@ from torch import nn
 from lora_export import layers
 from lora_export.errors import InputRefused, Undecided
 from lora_export.layers.attachments import Branch
-from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
 from lora_export.options.spelling import named
-from lora_export.plan import Layout, Plan
+from lora_export.plan import Layout
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
@@ -33,12 +32,20 @@ from lora_export.verification.module_copies import (
     to_packed_single,
     to_single,
 )
-from lora_export.verification.parity import DECIDES
+from lora_export.verification.parity import DECIDES, Findings
 from lora_export.verification.references import quantisation_error
 from lora_export.verification.references.attached_module import AttachedModule
+from lora_export.verification.references.candidate_weights import TORCH_HALVES, candidate_dtype, dtype_name
 from lora_export.verification.references.quantised_weights import DequantisedWeight
+from lora_export.verification.references.shared_weights import SharedWeights
 
-TORCH_HALVES = frozenset({torch.float16, torch.bfloat16})
+
+def deployed_runner(weights: SharedWeights, device: str) -> ModuleRunner:
+    """PyTorch as it would be deployed beside a candidate. Raises InputRefused as `in_candidate_dtype`."""
+    module = deployed_module(weights.attached, weights.quantised, device)
+    module = in_candidate_dtype(module, weights.candidate, weights.model)
+    has_fp32_outputs = weights.is_half_inside and weights.dtype != "float32"
+    return ModuleRunner(module, device, has_fp32_outputs=has_fp32_outputs)
 
 
 def deployed_module(attached: AttachedModule, quantised: Mapping[str, DequantisedWeight], device: str) -> nn.Module:
@@ -69,31 +76,6 @@ def deployed_module(attached: AttachedModule, quantised: Mapping[str, Dequantise
 def on_device(module: nn.Module, device: str) -> nn.Module:
     """The module where it computes on the CPU; a copy on another device."""
     return module if device == "cpu" else converted_copy(module, lambda tensor: tensor.to(device))
-
-
-def merged_module(module: nn.Module, changes: Plan) -> nn.Module:
-    """A copy with the adapters merged: W + s·BA in fp64, rounded to fp32 once. Shares no arithmetic with a merge."""
-    made = shared_copy(module)
-    changed = {step.weight: "float32" for step in changes.steps if step.terms}
-    layers.materialise(made, changed, {}, in_fp64=True)
-    return converted_copy(made, to_single)
-
-
-def candidate_dtype(candidate: Runner) -> torch.dtype:
-    """The half precision of a candidate that PyTorch runs; float32 of every other candidate."""
-    return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in TORCH_HALVES else torch.float32
-
-
-def coarser_dtype(candidate: Runner, module: nn.Module) -> torch.dtype:
-    """The coarser of the candidate's dtype and the module's: a half precision of either, or float32."""
-    own = candidate_dtype(candidate)
-    halves = (tensor.dtype for tensor in module.parameters() if tensor.dtype in TORCH_HALVES)
-    return own if own in TORCH_HALVES else next(halves, own)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name as NumPy has it, such as `float16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def in_candidate_dtype(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
@@ -162,34 +144,21 @@ def _rounded_to_int8(values: torch.Tensor, block_size: int) -> torch.Tensor:
 
 # --- runs ---
 
-MERGED_MODULE = (
-    "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
-)
-
 
 class ObservedRun(NamedTuple):
-    """The outputs of PyTorch, and what these inputs could not show."""
+    """The outputs of PyTorch as deployed, and what these inputs could not show."""
 
     outputs: dict[str, Arrays]  # by case
-    doubts: tuple[str, ...]  # rows that no input reaches
-    not_judged: tuple[str, ...]
     computed: frozenset[Branch]  # the pairs that were computed; none where PyTorch ran with merged weights
-    quantisation: quantisation_error.Findings  # what the quantised weights cost in these runs
+    findings: Findings  # on rows that no input reaches, and on what the quantised weights cost in these runs
 
 
-def run_observed(
-    deployed: ModuleRunner,
-    cases: Mapping[str, Arrays],
-    model: Model,
-    adapters: Sequence[Adapter],
-    quantised: Mapping[str, DequantisedWeight],
-) -> ObservedRun:
+def run_observed(deployed: ModuleRunner, cases: Mapping[str, Arrays], weights: SharedWeights) -> ObservedRun:
     """Run all cases, and observe which pairs and rows of the adapters they reach, and what the quantisation costs."""
-    rows = RowCoverage(deployed.module, model, adapters)
-    errors = {name: weight.error for name, weight in quantised.items() if weight.error is not None}
+    rows = RowCoverage(deployed.module, weights.model, weights.adapters)
+    errors = {name: weight.error for name, weight in weights.quantised.items() if weight.error is not None}
     with layers.recorded_branches() as computed, quantisation_error.output_errors(deployed.module, errors) as layer:
         run = run_ahead(deployed, list(cases.values()))
         outputs = {name: run(arrays) for name, arrays in cases.items()}
-    doubts, not_judged = rows.doubts, rows.not_judged  # read here: runs on other inputs would add to them
-    found = quantisation_error.findings_on(errors, layer)
-    return ObservedRun(outputs, tuple(doubts), tuple(not_judged), frozenset(computed), found)
+    # Read here: runs on other inputs would add to the rows.
+    return ObservedRun(outputs, frozenset(computed), rows.findings + quantisation_error.findings_on(errors, layer))

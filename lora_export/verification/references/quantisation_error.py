@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -203,17 +203,10 @@ def _measure(
 # --- what the verdict reports -------------------------------------------------------------------
 
 
-class Findings(NamedTuple):
-    """What a verdict reports about quantised weights: faults are `different`, doubts `undecided`."""
-
-    faults: list[str]
-    doubts: list[str]
-    not_judged: list[str]
-
-
-def findings_on(errors: Mapping[str, QuantisationError], outputs: OutputErrors) -> Findings:
+def findings_on(errors: Mapping[str, QuantisationError], outputs: OutputErrors) -> parity.Findings:
     """Decide which weights are no rounding of the right ones, and which could not be decided."""
-    findings = Findings([], [], [])
+    faults: list[str] = []
+    doubts: list[str] = []
     unjudged = []
     for name, error in errors.items():
         if error.has_few:
@@ -221,7 +214,7 @@ def findings_on(errors: Mapping[str, QuantisationError], outputs: OutputErrors) 
                 f"{name}: {error} are not the nearest to the right weight that their scales allow, and all others are. "
                 f"The worst is {error.excess:.2g} steps further away than the nearest"
             )
-            (findings.faults if error.excess > NEIGHBOUR else findings.doubts).append(text)
+            (faults if error.excess > NEIGHBOUR else doubts).append(text)
         elif error.is_corrected:
             times = outputs.relative(name)
             what = "the layer's outputs are" if times is not None else "the weight is"
@@ -233,26 +226,31 @@ def findings_on(errors: Mapping[str, QuantisationError], outputs: OutputErrors) 
             if times <= SMALL_OUTPUT_ERROR:
                 unjudged.append(name)
             else:
-                (findings.faults if times > LARGE_OUTPUT_ERROR else findings.doubts).append(text)
+                (faults if times > LARGE_OUTPUT_ERROR else doubts).append(text)
         if error.blank_blocks:
-            findings.faults.append(
+            faults.append(
                 f"{name}: all numbers are the same in each of {error.blank_blocks:,} blocks of {MEASURED_BLOCK}, and "
                 "those of the right weight are not"
             )
         elif error.coarse_blocks and error.coarseness <= COARSE:
-            findings.doubts.append(
+            doubts.append(
                 f"{name}: the scales do not fit the right weight in {error.coarse_blocks:,} blocks of "
                 f"{MEASURED_BLOCK}: they are more than {COARSE:g} times as coarse as the number of bits needs"
             )
         if error.coarseness > COARSE:
-            findings.doubts.append(
+            doubts.append(
                 f"{name}: the scales do not fit the right weight. The rounded weight is {error.coarseness:.3g} times "
                 "as far away as its number of bits needs"
             )
-    if unjudged:
-        more = f" and {len(unjudged) - parity.SHOWN} more" if len(unjudged) > parity.SHOWN else ""
-        findings.not_judged.append(
-            f"each integer of {', '.join(unjudged[: parity.SHOWN])}{more}. Many are not the nearest to the "
-            "right weight, and the layers' outputs are as near as with the nearest. GPTQ leaves such integers"
-        )
-    return findings
+    return parity.Findings(not_judged=_not_judged(unjudged), doubts=tuple(doubts), faults=tuple(faults))
+
+
+def _not_judged(weights: Sequence[str]) -> tuple[str, ...]:
+    """One message on weights whose integers a quantiser seems to have chosen on purpose."""
+    if not weights:
+        return ()
+    more = f" and {len(weights) - parity.SHOWN} more" if len(weights) > parity.SHOWN else ""
+    return (
+        f"each integer of {', '.join(weights[: parity.SHOWN])}{more}. Many are not the nearest to the "
+        "right weight, and the layers' outputs are as near as with the nearest. GPTQ leaves such integers",
+    )

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from lora_export.models import model
-from lora_export.verification import against_pytorch
+from lora_export.verification import prepared_pytorch
 
 
 @pytest.fixture(autouse=True)
 def _one_case_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(model, "CHECKED_SIZES", model.CHECKED_SIZES[1:2])
-    monkeypatch.setattr(against_pytorch.PreparedPyTorch, "further_peers", lambda *_: ())
+    monkeypatch.setattr(prepared_pytorch.PreparedPyTorch, "further_peers", lambda *_: ())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

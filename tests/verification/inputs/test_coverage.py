@@ -65,7 +65,7 @@ def test_expert_without_rows_is_undecided_and_named(monkeypatch: pytest.MonkeyPa
     assert verdict.outcome is parity.Outcome.UNDECIDED
     assert "no input reaches experts.0: 1 of the 3 pairs of the adapters were not computed" in str(verdict)
     assert "no output depends on" not in str(verdict), "one message for a pair is enough"
-    monkeypatch.setattr(PairCoverage, "doubts", [])
+    monkeypatch.setattr(PairCoverage, "findings", parity.Findings())
     assert prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict.same
 
 
@@ -116,9 +116,9 @@ def test_long_lists_of_pairs_are_cut() -> None:
     module = nn.ModuleList(nn.Linear(8, 8) for _ in range(9))
     layers.attach(module, plan.make([an_adapter(*map(str, range(9)))], layers.specs(module)))
     computed = {attachment_of(module[0]).branches[0]}
-    (doubt,) = coverage_of_pairs(module, {}, computed).doubts
+    (doubt,) = coverage_of_pairs(module, {}, computed).findings.doubts
     assert "no input reaches 1, 2, 3, 4, 5 and 3 more: 8 of the 9 pairs" in doubt
-    assert coverage_of_pairs(base.module, {}, ()).doubts == []
+    assert coverage_of_pairs(base.module, {}, ()).findings == parity.Findings()
 
 
 class Words(nn.Module):
@@ -145,5 +145,5 @@ def test_rows_that_were_not_looked_up_are_reported(ids: list[int], doubts: list[
     adapter = Adapter(name="rows", format="test", pairs={}, token_rows={"words.weight": rows}, sha256="00")
     looked_up = RowCoverage(model.module, model, [adapter])
     model.module(torch.tensor([ids]))
-    assert [doubt.partition(". ")[0] for doubt in looked_up.doubts] == doubts
-    assert looked_up.not_judged == not_judged
+    assert [doubt.partition(". ")[0] for doubt in looked_up.findings.doubts] == doubts
+    assert list(looked_up.findings.not_judged) == not_judged

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lora_export.errors import InputRefused
 from lora_export.verification import parity
-from lora_export.verification.parity import Outcome, judge
+from lora_export.verification.parity import Findings, Outcome, judge
 from lora_export.verification.parity.figures import Gate
 from support.parity_cases import EFFECT, ERROR, OWN, TRIED, failed_gates, make, with_output
 
@@ -85,7 +85,7 @@ def test_single_element_is_measured_by_pytorchs_errors_in_all_cases() -> None:
 
 
 def test_doubt_makes_the_verdict_undecided() -> None:
-    verdict = judge([make()], sensitivity=TRIED, doubts=["no row was looked up"])
+    verdict = judge([make()], sensitivity=TRIED, findings=Findings(doubts=("no row was looked up",)))
     assert verdict.outcome is Outcome.UNDECIDED and "no row was looked up" in str(verdict)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_export.verification import parity
-from lora_export.verification.parity import Outcome, Sensitivity, judge
+from lora_export.verification.parity import Findings, Outcome, Sensitivity, judge
 from support.parity_cases import COUNT, ERROR, OWN, TRIED, everywhere, make, with_output
 
 
@@ -58,7 +58,7 @@ def test_headline_has_no_error_where_another_gate_failed() -> None:
 
 
 def test_combined_verdict_is_same_where_all_are() -> None:
-    right, wrong = judge([make()]), judge([make(error=1e-3 * ERROR)], notes=["slow"])
+    right, wrong = judge([make()]), judge([make(error=1e-3 * ERROR)], findings=Findings(notes=("slow",)))
     assert parity.joint_verdict({"base": right, "en": right}).same
     both = parity.joint_verdict({"base": right, "en": wrong})
     assert both.outcome is Outcome.DIFFERENT
@@ -67,7 +67,7 @@ def test_combined_verdict_is_same_where_all_are() -> None:
 
 
 def test_strict_verdict_is_undecided_where_a_part_was_not_judged() -> None:
-    verdict = judge([make()], sensitivity=TRIED, not_judged=["a rare expert"])
+    verdict = judge([make()], sensitivity=TRIED, findings=Findings(not_judged=("a rare expert",)))
     assert verdict.same and verdict.not_judged == ("a rare expert",)
     assert verdict.summary.splitlines()[1:] == ["not judged: a rare expert"]
     strict = verdict.strictly()
@@ -75,12 +75,12 @@ def test_strict_verdict_is_undecided_where_a_part_was_not_judged() -> None:
     assert strict.summary.splitlines()[1] == "  - not judged: a rare expert. strict=False accepts that"
     assert str(strict).count("a rare expert") == 1, "once, and not below the reasons again"
     assert judge([make()], sensitivity=TRIED).strictly().same
-    wrong = judge([make(error=1e-3 * ERROR)], not_judged=["a rare expert"]).strictly()
+    wrong = judge([make(error=1e-3 * ERROR)], findings=Findings(not_judged=("a rare expert",))).strictly()
     assert wrong.outcome is Outcome.DIFFERENT
 
 
 def test_combined_verdict_names_the_role_of_what_was_not_judged() -> None:
-    verdicts = {"base": judge([make()]), "en": judge([make()], not_judged=["a rare expert"])}
+    verdicts = {"base": judge([make()]), "en": judge([make()], findings=Findings(not_judged=("a rare expert",)))}
     assert parity.joint_verdict(verdicts).not_judged == ("en: a rare expert",)
 
 

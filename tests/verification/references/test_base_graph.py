@@ -77,7 +77,7 @@ def test_user_inputs_are_the_only_case_where_none_is_generated(
     path, own = tmp_path / "a. Give b.onnx", tmp_path / "own.npz"
     np.savez(own, x=np.ones((2, 2), np.float32), **arrays)
     inputs = base_graph(text, path, user_inputs=own).inputs
-    (note,) = inputs.notes
+    (note,) = inputs.findings.notes
     assert list(inputs.cases) == ["own.npz"] and not inputs.varied
     assert note.startswith(f"{own} is the only case: {problem.format(path=path)}") and "inputs=" not in note
 

@@ -23,9 +23,9 @@ from lora_export.graph.values import initializer_tensors
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification.against_graph import GraphReferences
-from lora_export.verification.parity import Outcome
+from lora_export.verification.parity import Findings, Outcome
 from lora_export.verification.proof import prove
-from lora_export.verification.references.compare_tensors import ComparedWeights, tensors_of_graph
+from lora_export.verification.references.compare_tensors import tensors_of_graph
 from lora_export.weights.checkpoint import open_checkpoint
 from support.handmade import base_file, graph_file
 
@@ -75,7 +75,7 @@ def candidate(base: Path, form: str, defect: Callable[[NDArray[Any]], None] | No
     return path
 
 
-def compared(base: Path, path: Path, form: str) -> ComparedWeights:
+def compared(base: Path, path: Path, form: str) -> Findings:
     checkpoint = open_checkpoint(base.with_suffix(".safetensors"))
     references = GraphReferences.open(base, form, [ADAPTER], checkpoint=checkpoint)
     runner = OnnxRunner(path)

@@ -117,7 +117,8 @@ def adapters_of(mode: str) -> list[Adapter]:
 
 def found_in(runner: Runner, model: Model, mode: str) -> tuple[list[str], list[str]]:
     specs = layers.specs(model.module)
-    return compare_pairs(runner, candidate_tensors, specs, plan.make(adapters_of(mode), specs), "float32")
+    found = compare_pairs(runner, candidate_tensors, specs, plan.make(adapters_of(mode), specs), "float32")
+    return list(found.faults), list(found.notes)
 
 
 MODES = pytest.mark.parametrize("mode", ["nodes", "several", "inputs", "rows"])
@@ -170,12 +171,11 @@ def test_pairs_rounded_to_bf16_are_found_in_a_candidate_in_fp16(routed: Model, b
     faults = {}
     for dtype in ("float32", "float16"):
         for adapter in (ONE, dataclasses.replace(ONE, pairs={**ONE.pairs, "rare": of_bf16(ONE.pairs["rare"])})):
-            faults[dtype, adapter is ONE], _ = compare_pairs(
-                runner, candidate_tensors, specs, plan.make([adapter], specs), dtype
-            )
+            found = compare_pairs(runner, candidate_tensors, specs, plan.make([adapter], specs), dtype)
+            faults[dtype, adapter is ONE] = found.faults
     ((fault,), *others) = (faults.pop(("float16", True)), *faults.values())
     assert fault.startswith("rare.weight: A beside it was rounded to bf16: ") and "of 48 numbers" in fault
-    assert others == [[], [], []]
+    assert others == [(), (), ()]
 
 
 def of_bf16(pair: LoraPair) -> LoraPair:
@@ -233,7 +233,8 @@ class Tensors:
 def compared(arrays: Mapping[str, NDArray[Any]], model: Model, dtype: str = "float32") -> tuple[list[str], list[str]]:
     candidate: Any = Tensors(arrays)
     specs = layers.specs(model.module)
-    return compare_pairs(candidate, iter, specs, plan.make([ONE], specs), dtype)
+    found = compare_pairs(candidate, iter, specs, plan.make([ONE], specs), dtype)
+    return list(found.faults), list(found.notes)
 
 
 PAIR = ONE.pairs["rare"]

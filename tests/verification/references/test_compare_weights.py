@@ -31,7 +31,7 @@ from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
 from lora_export.verification.references.candidate_weights import compare_tensors
-from lora_export.verification.references.compare_tensors import CandidateTensor, ComparedWeights
+from lora_export.verification.references.compare_tensors import CandidateTensor
 
 Tensors = dict[str, NDArray[Any]]
 Change = Callable[[Tensors], None]
@@ -109,7 +109,7 @@ def merged(kind: str, dtype: Any = np.float32) -> Tensors:
 
 def compared(
     tensors: Mapping[str, NDArray[Any]], kind: str = "none", source: NameSource | None = OWN
-) -> ComparedWeights:
+) -> parity.Findings:
     """`tensors` whose names begin with `?` have lost them."""
     given = [
         CandidateTensor("" if name.startswith("?") else name, source, array.shape, lambda array=array: array)
@@ -118,7 +118,7 @@ def compared(
     return compare_tensors(given, MODULE, planned(kind))
 
 
-def share(found: ComparedWeights) -> str:
+def share(found: parity.Findings) -> str:
     """How many of the model's tensors were compared."""
     (note,) = found.notes
     return note.partition(" tensors")[0]

@@ -28,7 +28,7 @@ from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner, UseRow
 from lora_export.verification import pair_controls
 from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs, judge_missing_part
+from lora_export.verification.parity import Case, EffectShare, Findings, MissingPart, Outputs, judge_missing_part
 from lora_export.verification.references import single_pairs
 from lora_export.verification.references.single_pairs import RecordedBlocks, control_pairs
 
@@ -241,7 +241,7 @@ def test_each_pair_is_off_by_itself_in_the_smallest_case() -> None:
     # x = [1, 1]: W + s·BA multiplies it by 1 + 2 s, by 2 in layer 0 and by 3 in layer 1.
     assert judge.calls == [("short", 3.0), ("short", 4.0)]
     assert found == PairControls(("layers.0", "layers.1"))
-    assert not [*found.doubts, *found.faults, *found.not_judged, *found.notes]
+    assert found.findings == Findings()
     with torch.no_grad():
         assert module(torch.ones(1, 2, dtype=torch.float64)).tolist() == [[6, 6]], "all pairs are on again"
 
@@ -251,20 +251,20 @@ def test_undetected_pair_is_tried_in_all_cases_and_listed() -> None:
     found = controlled(chain(adapter(_0=0.5, _1=1.0)), judge)
     assert judge.calls == [("short", 3.0), ("short", 4.0), ("long", 3.0)]
     assert found.missed == ("layers.0",) and not found.shares
-    assert found.not_judged == [
+    assert found.findings.not_judged == (
         "1 of the 2 pairs of the adapters, whose effect is much smaller than rounding: layers.0. A candidate without "
-        "one of them would pass"
-    ]
+        "one of them would pass",
+    )
 
 
 def test_pair_on_which_no_output_depends_is_a_doubt() -> None:
     found = controlled(chain(adapter(_0=0.5, _2=1.0)), Judge(limit=0.1))
     assert found.without_effect == ("layers.2",) and not found.missed
-    assert found.doubts == [
+    assert found.findings.doubts == (
         "no output depends on 1 of the 2 pairs of the adapters: layers.2. A fault in them could not show. Give inputs "
-        "on which one does (inputs=)"
-    ]
-    assert not controlled(chain(adapter(_0=0.5, _2=1.0)), Judge(limit=0.1), skip=["layers.2"]).doubts
+        "on which one does (inputs=)",
+    )
+    assert not controlled(chain(adapter(_0=0.5, _2=1.0)), Judge(limit=0.1), skip=["layers.2"]).findings.doubts
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_pair_on_which_no_output_depends_is_a_doubt() -> None:
 def test_candidate_that_lacks_a_pair_below_rounding_is_named(missing: float, fault: str | None) -> None:
     share = EffectShare(candidate=50 * missing, peer=0.0, effect=50.0, variance=0.01, rows=50)
     found = controlled(chain(adapter(_0=0.5)), Judge(limit=99, share=share))
-    assert found.faults == ([fault] if fault else []) and not found.missed
+    assert found.findings.faults == ((fault,) if fault else ()) and not found.missed
 
 
 def test_pair_of_zeros_is_left_out() -> None:
@@ -305,8 +305,10 @@ def test_pairs_of_a_layer_are_off_together_where_the_model_is_large(monkeypatch:
     monkeypatch.setattr(pair_controls, "LARGEST_EFFORT", 4)
     found = controlled(module, Judge(limit=1e9))
     assert found.names == ("blocks.0", "blocks.1") and found.by_layer
-    assert found.notes == ["the pairs of one layer were switched off together: the model is large"]
-    assert found.not_judged[0].startswith("the pairs of 2 of the 2 layers, whose effect is much smaller than rounding")
+    assert found.findings.notes == ("the pairs of one layer were switched off together: the model is large",)
+    assert found.findings.not_judged[0].startswith(
+        "the pairs of 2 of the 2 layers, whose effect is much smaller than rounding"
+    )
 
 
 def test_rounded_reference_without_a_pair_differs_by_the_effect_alone() -> None:
@@ -517,8 +519,8 @@ def test_batches_find_the_faults_that_single_runs_find(
     assert counted.together == 1
     monkeypatch.setattr(single_pairs, "LARGEST_BATCH", 1)
     alone = control_pairs(module, {"rows": ROWS}, [case], judge)
-    assert counted.together == 1 and alone.faults == together.faults
+    assert counted.together == 1 and alone.findings.faults == together.findings.faults
     assert (alone.names, alone.missed, alone.without_effect) == (together.names, together.missed, ())
     assert together.shares == pytest.approx(alone.shares, rel=1e-9)
-    of_layer = [text for text in together.faults if text.startswith("layers.1: ")]
+    of_layer = [text for text in together.findings.faults if text.startswith("layers.1: ")]
     assert [found in text for text in of_layer] == [True] * bool(found)

@@ -13,12 +13,11 @@ from lora_export import layers, plan
 from lora_export.lora import Adapter
 from lora_export.models import model
 from lora_export.runtime.torch_runners import ModuleRunner
-from lora_export.verification import against_pytorch
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
-from lora_export.verification.references import moved_numbers
-from lora_export.verification.references.moved_numbers import MOVED_FUNCTIONS, MovedFunctions, moved_module
+from lora_export.verification.references import further_peers
+from lora_export.verification.references.further_peers import MOVED_FUNCTIONS, MovedFunctions, moved_module
 from support.proofs import an_adapter
 
 
@@ -120,12 +119,12 @@ def test_a_time_steps_angle_may_be_that_of_another_library(monkeypatch: pytest.M
     assert all(proof.verdict.same for proof in proofs), list(map(str, proofs))
     assert any(MOVED_FUNCTIONS in proof.verdict.notes for proof in proofs)
     assert judged(period=2.0001).verdict.outcome is Outcome.DIFFERENT
-    monkeypatch.setattr(moved_numbers, "LIBRARY_FUNCTIONS", frozenset())
+    monkeypatch.setattr(further_peers, "LIBRARY_FUNCTIONS", frozenset())
     assert Outcome.DIFFERENT in [judged(step=step).verdict.outcome for step in (math.inf, -math.inf)]
 
 
 def test_a_run_that_chose_other_rows_allows_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert judged(AtRows).verdict.same
     assert judged(AtRows, factor=1.001).verdict.outcome is Outcome.DIFFERENT
-    monkeypatch.setattr(against_pytorch, "FARTHEST_MOVED", math.inf)
+    monkeypatch.setattr(further_peers, "FARTHEST_MOVED", math.inf)
     assert judged(AtRows, factor=1.001).verdict.outcome is not Outcome.DIFFERENT

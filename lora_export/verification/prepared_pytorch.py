@@ -1,0 +1,130 @@
+"""A PyTorch model with its adapters attached, run for one candidate: as it would be deployed, then in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification import parity
+from lora_export.verification.candidate_outputs import (
+    CandidateOutputs,
+    OnProofStep,
+    OutputsByCase,
+    close_graphs,
+    findings_on_runner,
+    sensitivity_of,
+)
+from lora_export.verification.compare_outputs import (
+    UnjudgedPositions,
+    notes_on_padding,
+    outputs_beyond_rounding,
+    padding_beyond_rounding,
+)
+from lora_export.verification.diagnose.localize import diagnose_module
+from lora_export.verification.inputs import Inputs
+from lora_export.verification.inputs.coverage import coverage_of_pairs
+from lora_export.verification.inputs.model_inputs import doubts_on_sizes, notes_on_sizes
+from lora_export.verification.parity import Findings
+from lora_export.verification.proof_session import ProofSession
+from lora_export.verification.references import (
+    Diagnosed,
+    FurtherPeer,
+    PreparedReferences,
+    ReferenceOutputs,
+    note_on_fp64,
+)
+from lora_export.verification.references.cached_outputs import CacheEntry, cache_key
+from lora_export.verification.references.candidate_weights import note_on_half, returns_halves
+from lora_export.verification.references.deployed_module import deployed_runner, run_observed
+from lora_export.verification.references.fp64_outputs import Fp64References
+from lora_export.verification.references.further_peers import further_peers
+from lora_export.verification.references.shared_weights import SharedWeights
+
+
+@dataclass(eq=False)
+class PreparedPyTorch(PreparedReferences):
+    """The model with adapters attached, for one candidate. See `PyTorchReferences`."""
+
+    weights: SharedWeights
+    inputs: Inputs
+    seed: int
+    device: str
+    fixed: Mapping[str, int] | None
+    cache: Path | None
+    say: Callable[[str], None]
+    session: ProofSession | None
+    _fp64: Fp64References | None = field(default=None, init=False)  # once PyTorch ran
+
+    @cached_property
+    def deployed(self) -> ModuleRunner:
+        """PyTorch as it would be deployed."""
+        return deployed_runner(self.weights, self.device)
+
+    def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
+        weights, cases = self.weights, self.inputs.cases
+        candidate, model = weights.candidate, weights.model
+        if weights.is_large:
+            close_graphs(candidate)
+        step("PyTorch")
+        found = run_observed(self.deployed, cases, weights)
+        own, fixed = found.outputs, doubts_on_sizes(candidate, model, self.fixed)
+        sensitivity = sensitivity_of(outputs, self.deployed, self.inputs, own)
+        names_known = candidate.names_known and self.deployed.names_known
+        key = None if self.cache is None else cache_key(weights, cases, self.deployed.module, own)
+        if weights.is_large:  # its weights are made again where they are needed
+            del self.deployed
+        self._fp64 = Fp64References(weights, cases, CacheEntry(self.cache, key, self.say), self.session)
+        by_role, narrow_operators, _ = self._fp64.outputs(step)
+        weights.attached.ready = None
+        pairs = coverage_of_pairs(weights.attached.module, cases, found.computed or weights.attached.computed)
+        unjudged, beyond = self._beyond_rounding(own, by_role["reference"])
+        is_half = weights.is_half_inside or returns_halves(outputs.by_case, own, names_known=names_known)
+        observers = (
+            Findings((note_on_fp64(narrow_operators), *model.notes), model.not_judged),
+            Findings(tuple(notes_on_sizes(candidate, model)), doubts=tuple(fixed)),
+            findings_on_runner(candidate),
+            replace(self.inputs.findings, notes=()) if outputs.refusals else self.inputs.findings,
+            outputs.findings,
+            Findings((note_on_half(),) if is_half and weights.dtype == "float32" else ()),
+            *(beyond, weights.findings, found.findings, pairs.findings),
+        )
+        return ReferenceOutputs(
+            own,
+            by_role,
+            sensitivity,
+            dtype=weights.dtype,
+            names_known=names_known,
+            is_quantised=bool(weights.quantised),
+            findings=sum(observers, Findings()),
+            unreached=pairs.unreached,
+            unjudged=unjudged,
+        )
+
+    def _beyond_rounding(self, own: OutputsByCase, reference: OutputsByCase) -> tuple[UnjudgedPositions, Findings]:
+        """The positions where PyTorch's own error is more than rounding, and what a verdict reports about it."""
+        if self.weights.quantised:  # there PyTorch rounds to int8 as the graph does
+            return {}, Findings()
+        dtype = self.weights.dtype
+        unjudged: UnjudgedPositions = {}
+        if self.weights.model.is_huggingface:
+            unjudged = padding_beyond_rounding(own, reference, self.inputs.cases, dtype)
+        doubts = outputs_beyond_rounding(own, reference, unjudged, dtype)
+        return unjudged, Findings(tuple(notes_on_padding(unjudged)), doubts=tuple(doubts))
+
+    def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
+        cases = self.inputs.cases
+        return further_peers(self.weights, lambda: self.deployed, cases, self.device, self.seed, step)
+
+    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> Findings:
+        assert self._fp64 is not None
+        return self._fp64.control_pairs(cases, expected).findings
+
+    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
+        if self.weights.depend_on_tokens:
+            return None, ["modules were not compared: what a layer should give depends on its token"]
+        step("comparing modules")
+        inputs = self.inputs.cases[case.name]
+        return diagnose_module(self.weights, lambda: self.deployed, case, inputs, every=every)
