@@ -37,7 +37,6 @@ from lora_export.weights.gguf.base import GgufBase
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 from lora_export.weights.quantised import without_shared_parts
 from lora_export.weights.quantised.comfyui_files import LAYERS_IN_HEADER, without_layers
-from lora_export.weights.quantised.stored_parts import with_new_scales
 from lora_export.weights.quantised_layers import float_modules
 
 ORDER = (Outcome.SAME, Outcome.UNDECIDED, Outcome.DIFFERENT)
@@ -105,7 +104,6 @@ def _judged(
     files = loaded_files(candidate, merged)
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
-    kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
     stored = {name: merged.quantised[steps.output_name(name)] for name in origin.quantised if name not in promoted}
     grids = {
         name: grid
@@ -113,11 +111,11 @@ def _judged(
         if one.scheme != origin.quantised[name].scheme and (grid := origin.quantised[name].finer())
     }
     new = _recorded(candidate, "rescaled")
-    grids |= {name: with_new_scales(one) for name, one in stored.items() if one.scaling and one.name in new}
-    floats = float_modules(replace(origin, quantised=promoted, kept=kept, grids=grids), steps)
+    grids |= {name: one.with_new_scales for name, one in stored.items() if one.scaling and one.name in new}
     finer = [name for name, grid in grids.items() if not grid.is_rescaled]
+    floats = float_modules(origin, steps, promoted, finer)
     record = _other_record(candidate, steps, promoted, finer)
-    header = _other_header(origin, merged, promoted if kept else None)
+    header = _other_header(origin, merged, promoted if stored else None)
     calibrated, not_judged = _calibrated_layers(candidate, request, steps, origin)
     progress = in_bytes(request.on_progress, "judging", merged.nbytes)
     audit = against_checkpoint.audit(
@@ -129,7 +127,8 @@ def _judged(
         calibrated=calibrated,
         in_step=request.in_step,
     ).with_files(not_judged)
-    beside = compare_files(origin.path, candidate.path, adapters, dtypes, floats if kept and any(floats[::2]) else ())
+    stated = floats if stored and any(floats[::2]) else ()
+    beside = compare_files(request.checkpoint, candidate, adapters, dtypes, stated)
     for found in (beside, files.others, record, header):
         audit = audit.with_files(found)
     return Judged(steps, audit, list(files.judged))

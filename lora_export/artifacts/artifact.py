@@ -285,11 +285,16 @@ class Artifact:
         except InputRefused:  # loading it will refuse it with a better message
             return False
 
+    @cached_property
+    def module_folders(self) -> list[Path]:
+        """The folders of an embedding model's modules after its transformer."""
+        return module_folders(self.path)
+
     @property
     def module_files(self) -> list[str]:
         """The names of the files that make an embedding model of a folder."""
-        folders = module_folders(self.path)
-        own = [name for name, path in self.files.items() if any(path.is_relative_to(folder) for folder in folders)]
+        of_modules = self.module_folders
+        own = [name for name, path in self.files.items() if any(path.is_relative_to(folder) for folder in of_modules)]
         return [MODULES_FILE, TRANSFORMER_CONFIG, *own]
 
 

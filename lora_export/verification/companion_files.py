@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_export.artifacts.artifact import Artifact
 from lora_export.errors import EnvironmentLacking, InputRefused, first_of, one_line
 from lora_export.isolation.limits import MAX_JSON
 from lora_export.lora import Adapter
@@ -30,7 +31,6 @@ from lora_export.weights.quantised import (
     with_floats,
     without_quantisation,
 )
-from lora_export.weights.sentence_modules import module_folders
 from lora_export.weights.task_head import config_with_heads
 from lora_export.weights.weight_files import is_index
 
@@ -69,8 +69,8 @@ class ComparedFiles:
 
 
 def compare_files(
-    base: Path,
-    merged: Path,
+    base: Artifact,
+    merged: Artifact,
     adapters: Sequence[Adapter],
     stored: Collection[str] = (),
     floats: Sequence[Sequence[str]] = (),
@@ -81,7 +81,7 @@ def compare_files(
     the merged weights. Where these are quantised, `floats` are the modules that became floats, and those that were (see
     `quantised_layers.float_modules`). Raises InputRefused for a file that is no JSON.
     """
-    if not (base.is_dir() and merged.is_dir()):
+    if not (base.path.is_dir() and merged.path.is_dir()):
         return ComparedFiles()
     found, before, after = _Found(), _Folder(base), _Folder(merged)
     if floats:
@@ -92,14 +92,15 @@ def compare_files(
             if name == CONFIG:
                 found.differences += _wrong_dtype(expected, values, stored)
                 expected = _expected_config(expected, values, adapters, floats)
-            found.add_values(name, list(_compared(expected, values)), _same_in_transformers(base, merged, name))
+            are_defaults = _same_in_transformers(base.path, merged.path, name)
+            found.add_values(name, list(_compared(expected, values)), are_defaults)
     _compare_tokenizers(before, after, found)
     templates = [_chat_template(folder) for folder in (before, after)]
     if all(templates) and templates[0] != templates[1]:
         found.differences.append("the chat template is another than the base's")
     elif any(templates) and not all(templates):
         found.not_judged.append("the chat template, which only one folder has")
-    if not any(merged.glob("*.onnx")):  # an export for a runtime has files of its own
+    if not any(merged.path.glob("*.onnx")):  # an export for a runtime has files of its own
         _compare_other_files(before, after, found, floats)
     return ComparedFiles(tuple(map(one_line, found.differences)), tuple(map(one_line, found.not_judged)))
 
@@ -107,10 +108,10 @@ def compare_files(
 class _Folder:
     """A folder that is compared. Its names and each of its files of values are read once."""
 
-    def __init__(self, path: Path):
-        self.path, self.names = path, frozenset(_names(path))
+    def __init__(self, opened: Artifact):
+        self.path, self.names = opened.path, frozenset(_names(opened))
         self.tokenizer = {name for name in self.names if _is_of_tokenizer(name)}
-        self.json: Callable[[str], Values] = functools.cache(lambda name: json_files.read_json(path / name))
+        self.json: Callable[[str], Values] = functools.cache(lambda name: json_files.read_json(opened.path / name))
 
     def has(self, name: str) -> bool:
         return (self.path / name).exists()
@@ -220,15 +221,13 @@ def _compare_other_files(base: _Folder, merged: _Folder, found: _Found, floats: 
         found.not_judged.append(f"files that only one folder has: {first_of(only, SHOWN_FILES)}")
 
 
-def _names(folder: Path) -> Iterator[str]:
+def _names(folder: Artifact) -> Iterator[str]:
     """The files of a folder without hidden ones, and without weights but those of an embedding model's modules."""
-    modules = module_folders(folder)
-    for path in input_files.regular_files(folder):
-        relative = path.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in relative.parts)
-        is_weights = relative.name.endswith(WEIGHT_ENDINGS) or is_index(relative.name)
-        if not is_hidden and (path.parent in modules or not is_weights):
-            yield relative.as_posix()
+    for name, path in folder.files.items():
+        is_hidden = any(part.startswith(".") for part in name.split("/"))
+        is_weights = name.endswith(WEIGHT_ENDINGS) or is_index(path.name)
+        if not is_hidden and (path.parent in folder.module_folders or not is_weights):
+            yield name
 
 
 def _is_unread(name: str) -> bool:

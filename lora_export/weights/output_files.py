@@ -65,7 +65,8 @@ def output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, 
 def _float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str], list[str]]:
     from lora_export.weights.quantised_layers import float_modules  # few bases are quantised
 
-    return float_modules(base, plan)
+    finer = [name for name, grid in base.grids.items() if not grid.is_rescaled]
+    return float_modules(base, plan, base.quantised, finer)
 
 
 def _are_untied(plan: Plan, base: Checkpoint) -> bool:

@@ -105,12 +105,15 @@ def ways_out_beside_kept() -> str:
     )
 
 
-def float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str], list[str]]:
+def float_modules(
+    base: Checkpoint, plan: Plan, promoted: Iterable[str], finer: Iterable[str]
+) -> tuple[list[str], list[str], list[str]]:
     """The modules that the config of a merge has to name: as floats, as floats before it, and as those of 8 bits now.
 
     The first are those that become floats, and the linear layers that an adapter adds: a loader would quantise them.
     Where the merge renames all tensors, those that were floats before are among them. A module has the names of its
-    tensors in the files, and in the loaded model where transformers renames them.
+    tensors in the files, and in the loaded model where transformers renames them. `promoted` are the quantised weights
+    that become floats, `finer` those of 8 bits.
     """
     loaded = {} if base.rules is None else LoadedNames(base.rules, [spec.name for spec in base.specs]).by_stored
 
@@ -124,8 +127,7 @@ def float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str], l
     quantised = {*base.quantised, *(tensor.name for tensor in base.kept.values())}
     before = modules(name for name in are_matrices(base.specs) if name not in quantised)
     added = are_matrices(step.spec for step in plan.steps if step.added)
-    new = {*modules(base.quantised), *(name.rpartition(".")[0] for name in added)}
-    finer = [name for name, grid in base.grids.items() if not grid.is_rescaled]
+    new = {*modules(promoted), *(name.rpartition(".")[0] for name in added)}
     return sorted(new.union(before if plan.name_prefix else ())), before, modules(finer)
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.lora import Adapter
-from lora_export.verification.companion_files import ComparedFiles, compare_files
+from lora_export.verification import companion_files
+from lora_export.verification.companion_files import ComparedFiles
 from support.handmade import base_file
 from support.small_models import backtracking, words_tokenizer
 
@@ -41,6 +43,10 @@ FILES: dict[str, dict[str, Any]] = {
     "tokenizer.json": TOKENIZER,
     "tokenizer_config.json": {"bos_token": "<s>", "add_bos_token": True, "model_max_length": 9},
 }
+
+
+def compare_files(base: Path, merged: Path, *how: Any) -> ComparedFiles:
+    return companion_files.compare_files(open_artifact(base), open_artifact(merged), *how)
 
 
 def folder(path: Path, name: str = "", change: dict[str, Any] | None = None) -> Path:

@@ -64,6 +64,12 @@ class QuantisedTensor:
         """The shape whose rows are decoded: experts of (rows, columns) are one matrix."""
         return self.matrix or (math.prod(self.shape[:-1]), self.shape[-1])
 
+    @property
+    def with_new_scales(self) -> NewGrid:
+        """The grid of a weight whose scales are new, as it is stored."""
+        assert self.codes is not None and self.scaling is not None
+        return NewGrid(self.scheme, self.codes, (), new_parts(self.scaling, self.scaling.read), is_rescaled=True)
+
     def with_parts(self, *names: str) -> QuantisedTensor:
         """The weight with more stored tensors that belong to it."""
         return replace(self, parts=(*self.parts, *names))
@@ -99,13 +105,6 @@ class QuantisedTensor:
                 block_copy.read(path, fd, piece, start + part.start + own * part.step)
                 filled += part.size
         return self.decode(rows, packed)
-
-
-def with_new_scales(tensor: QuantisedTensor) -> NewGrid:
-    """The grid of a weight whose scales are new, as it is stored."""
-    assert tensor.codes is not None and tensor.scaling is not None
-    parts = new_parts(tensor.scaling, tensor.scaling.read)
-    return NewGrid(tensor.scheme, tensor.codes, (), parts, is_rescaled=True)
 
 
 @functools.lru_cache(LOADED_AT_ONCE)
