@@ -41,7 +41,7 @@ from lora_export.runtime.memory import require_memory
 from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.atomic_output import refuse_lack_of_space
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.parity import Outcome
+from lora_export.verification.parity import Findings, Outcome
 from lora_export.weights.gguf.floats import bytes_as_floats, write_as_floats
 from lora_export.weights.merge import merge_checkpoint
 
@@ -64,8 +64,7 @@ class RunOutputs(NamedTuple):
     loaded: Runs | None
     refusal: str
     padding: Mapping[str, NDArray[np.bool_]]  # case -> positions that are no tokens, [batch, sequence]: not compared
-    notes: Sequence[str] = ()
-    not_judged: Sequence[str] = ()
+    findings: Findings = Findings()
 
     @property
     def figures(self) -> dict[str, float]:
@@ -127,8 +126,7 @@ def judge_quantised(candidate: Artifact, request: VerifyRequest) -> Audit:
         f"as stored, the outputs are {figures['of_rounding']:.3g} of the adapter's effect away from those of the exact "
         "merge"
     ]
-    not_judged = [*audit.not_judged, *outputs.not_judged]
-    notes = [*audit.notes, *outputs.notes]
+    audit = audit.with_files(outputs.findings)
     if outputs.loaded is not None:
         sentences.append(
             f"as {request.runner or 'transformers'} runs it, they are {figures['of_library']:.3g} of it away from "
@@ -137,14 +135,12 @@ def judge_quantised(candidate: Artifact, request: VerifyRequest) -> Audit:
     elif candidate.kind is ArtifactKind.GGUF:  # it is made for llama.cpp: another reader of it is no part of the proof
         sentences.append(f"what transformers makes of the file is not compared: {outputs.refusal}")
     else:
-        not_judged.append(f"what transformers computes: {outputs.refusal}")
+        audit = audit.with_files(Findings(not_judged=(f"what transformers computes: {outputs.refusal}",)))
     doubts = _doubts(figures)
     return replace(
         audit,
         outcome=Outcome.UNDECIDED if doubts else audit.outcome,
         figures=(*sentences, *doubts),
-        notes=tuple(notes),
-        not_judged=tuple(not_judged),
         about={**audit.about, "model": str(request.checkpoint.path), "quantisation_error": figures},
     )
 
@@ -226,7 +222,7 @@ def _with_runner(outputs: RunOutputs, runner: RegisteredRunner, cases: Runs) -> 
             raise RuntimeRefused(f"the runner {runner.name} returns {returned or 'nothing'}, and the model {wanted}")
     not_given = [*(f"{name}, which the runner leaves out" for name in lacking)]
     not_given += [f"the candidate gives no {what}" for what in runner.cannot_give]
-    return outputs._replace(loaded=loaded, notes=tuple(runner.notes), not_judged=tuple(not_given))
+    return outputs._replace(loaded=loaded, findings=Findings(tuple(runner.notes), tuple(not_given)))
 
 
 def _form(values: NDArray[Any]) -> tuple[tuple[int, ...], bool]:

@@ -27,9 +27,9 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit, CalibratedLayer, audit_gguf
-from lora_export.verification.companion_files import ComparedFiles, compare_files
+from lora_export.verification.companion_files import compare_files
 from lora_export.verification.judged_files import loaded_files
-from lora_export.verification.parity import Outcome
+from lora_export.verification.parity import Findings, Outcome
 from lora_export.version import __version__
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
@@ -126,17 +126,16 @@ def _judged(
         progress=progress,
         calibrated=calibrated,
         in_step=request.in_step,
-    ).with_files(not_judged)
+    )
     stated = floats if stored and any(floats[::2]) else ()
     beside = compare_files(request.checkpoint, candidate, adapters, dtypes, stated)
-    for found in (beside, files.others, record, header):
-        audit = audit.with_files(found)
-    return Judged(steps, audit, list(files.judged))
+    found = not_judged + beside + files.others + record + header
+    return Judged(steps, audit.with_files(found), list(files.judged))
 
 
 def _calibrated_layers(
     candidate: Artifact, request: VerifyRequest, steps: Plan, base: Checkpoint | GgufBase
-) -> tuple[dict[str, CalibratedLayer], ComparedFiles]:
+) -> tuple[dict[str, CalibratedLayer], Findings]:
     """The layers that the record names as calibrated, with inputs where the calibration is given; what is not judged.
 
     Raises InputRefused for another calibration than that of the record.
@@ -158,17 +157,17 @@ def _calibrated_layers(
             f"which of the two values around W + s·BA the numbers of {count(len(unknown), 'calibrated layer')} are. "
             f"Give their inputs: {named('calibration', 'TEXTS')}"
         )
-        return layers, ComparedFiles(not_judged=(part,))
-    return layers, ComparedFiles()
+        return layers, Findings(not_judged=(part,))
+    return layers, Findings()
 
 
-def _other_record(candidate: Artifact, steps: Plan, floats: Iterable[str], finer: Iterable[str]) -> ComparedFiles:
+def _other_record(candidate: Artifact, steps: Plan, floats: Iterable[str], finer: Iterable[str]) -> Findings:
     """Where the record of a merge that stayed quantised names other promoted weights than are floats, or 8 bits."""
     if "quantised" not in candidate.record.settings:
-        return ComparedFiles()
+        return Findings()
     found = {"promoted": (floats, "are floats"), "finer": (finer, "have 8 bits")}
-    return ComparedFiles(
-        tuple(
+    return Findings(
+        faults=tuple(
             f"the record names {len(_recorded(candidate, key))} {key} weights, and other ones {what}"
             for key, (names, what) in found.items()
             if _recorded(candidate, key) != sorted(map(steps.output_name, names))
@@ -183,7 +182,7 @@ def _recorded(candidate: Artifact, key: str) -> list[Any]:
     return names if isinstance(names, list) else []
 
 
-def _other_header(base: Checkpoint, merged: Checkpoint, promoted: Iterable[str] | None) -> ComparedFiles:
+def _other_header(base: Checkpoint, merged: Checkpoint, promoted: Iterable[str] | None) -> Findings:
     """Where the headers of files without a config state their 8-bit layers otherwise than the base's do."""
     floats = None if promoted is None else [name.removesuffix(".weight") for name in promoted]
     expected = [without_layers(shard.metadata, floats) for shard in base.shards.values()]
@@ -192,7 +191,7 @@ def _other_header(base: Checkpoint, merged: Checkpoint, promoted: Iterable[str] 
         [json.loads(each[LAYERS_IN_HEADER]) for each in every if LAYERS_IN_HEADER in each]
         for every in (expected, found)
     )
-    return ComparedFiles() if one == other else ComparedFiles((f"{LAYERS_IN_HEADER} of the header is not the base's",))
+    return Findings() if one == other else Findings(faults=(f"{LAYERS_IN_HEADER} of the header is not the base's",))
 
 
 def audit_pipeline(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter]) -> Audit:

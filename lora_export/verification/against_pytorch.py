@@ -88,12 +88,7 @@ class PyTorchReferences(References):
     def inputs(self, candidate: Runner) -> Inputs:
         seed, own = self.seed, self.user_inputs
         made = case_inputs(
-            self.model,
-            candidate,
-            seed=seed,
-            user_inputs=own,
-            adapters=self.adapters,
-            further_seeds=self.further_seeds,
+            self.model, candidate, seed=seed, user_inputs=own, adapters=self.adapters, further_seeds=self.further_seeds
         )
         return inputs_of_proof(self.model, candidate, made, seed, own)
 

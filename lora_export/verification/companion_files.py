@@ -23,6 +23,7 @@ from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.storage.safetensors_file import is_safetensors
+from lora_export.verification.parity import Findings
 from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS
 from lora_export.weights.quantised import (
     QUANTIZATION,
@@ -59,30 +60,23 @@ SHOWN_FILES = 8
 Values = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class ComparedFiles:
-    """Sentences: what differs, and what was not judged because only one folder has it."""
-
-    differences: tuple[str, ...] = ()
-    not_judged: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
 def compare_files(
     base: Artifact,
     merged: Artifact,
     adapters: Sequence[Adapter],
     stored: Collection[str] = (),
     floats: Sequence[Sequence[str]] = (),
-) -> ComparedFiles:
+) -> Findings:
     """Compare the files beside the weights of two Hugging Face folders; nothing where one of them is no folder.
+
+    Faults are what differs. What only one folder has is not judged.
 
     Every file of either folder is judged, listed as not judged, or one that no loader reads. `stored` are the dtypes of
     the merged weights. Where these are quantised, `floats` are the modules that became floats, and those that were (see
     `quantised_layers.float_modules`). Raises InputRefused for a file that is no JSON.
     """
     if not (base.path.is_dir() and merged.path.is_dir()):
-        return ComparedFiles()
+        return Findings()
     found, before, after = _Found(), _Folder(base), _Folder(merged)
     if floats:
         found.differences += _unstated_floats(before, after, floats)
@@ -102,7 +96,8 @@ def compare_files(
         found.not_judged.append("the chat template, which only one folder has")
     if not any(merged.path.glob("*.onnx")):  # an export for a runtime has files of its own
         _compare_other_files(before, after, found, floats)
-    return ComparedFiles(tuple(map(one_line, found.differences)), tuple(map(one_line, found.not_judged)))
+    not_judged, faults = (tuple(map(one_line, lines)) for lines in (found.not_judged, found.differences))
+    return Findings(not_judged=not_judged, faults=faults)
 
 
 class _Folder:

@@ -23,8 +23,8 @@ from lora_export.verification.companion_files import (
     TOKENIZER_READERS,
     VOCABULARIES,
     WEIGHT_ENDINGS,
-    ComparedFiles,
 )
+from lora_export.verification.parity import Findings
 from lora_export.weights.checkpoint import CONFIG, Checkpoint
 
 # Names under which loaders look for weights in a model's folder, or for an adapter to attach.
@@ -48,7 +48,7 @@ class LoadedFiles:
     """The files of a candidate that were judged, by their names, and what was found of the others."""
 
     judged: Mapping[str, Path]
-    others: ComparedFiles = field(default_factory=ComparedFiles)
+    others: Findings = field(default_factory=Findings)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -86,9 +86,8 @@ def loaded_files(candidate: Artifact, opened: Checkpoint | None = None) -> Loade
     not_judged = [f"other weights in the folder: {first_of(weights, SHOWN_FILES)}"] if weights else []
     texts = [name for name in others if name.endswith((*WEIGHT_ENDINGS, *TEXTS)) and name not in weights]
     notes = [f"not compared: {first_of(texts, SHOWN_FILES)}"] if texts else []
-    return LoadedFiles(
-        judged, ComparedFiles(*(tuple(map(one_line, lines)) for lines in (differences, not_judged, notes)))
-    )
+    found = (tuple(map(one_line, lines)) for lines in (notes, not_judged, (), differences))
+    return LoadedFiles(judged, Findings(*found))
 
 
 def _is_leftover(name: str, kind: ArtifactKind) -> bool:

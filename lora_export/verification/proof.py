@@ -30,7 +30,6 @@ from lora_export.verification.candidate_outputs import (
     run_candidate,
     run_with_provider_defaults,
 )
-from lora_export.verification.companion_files import ComparedFiles
 from lora_export.verification.compare_outputs import (
     aligned,
     bits_that_differ,
@@ -70,18 +69,10 @@ class Proof:
         """The proof whose verdict is undecided where a part of the candidate was not judged."""
         return replace(self, verdict=self.verdict.strictly())
 
-    def with_files(self, found: ComparedFiles) -> Proof:
+    def with_files(self, found: parity.Findings) -> Proof:
         """The proof, and what was found of the files beside the weights; one difference in them makes it different."""
-        differences = (parity.Reason(parity.Outcome.DIFFERENT, "files", line) for line in found.differences)
-        reasons = (*differences, *self.verdict.reasons)
-        verdict = replace(
-            self.verdict,
-            outcome=parity.outcome_of(reasons),
-            reasons=reasons,
-            not_judged=(*self.verdict.not_judged, *found.not_judged),
-            notes=(*self.verdict.notes, *found.notes),
-        )
-        return replace(self, verdict=verdict)
+        files = parity.with_findings(replace(self.verdict, reasons=()), found, "files")  # whose reasons come first
+        return replace(self, verdict=parity.with_reasons(files, *self.verdict.reasons))
 
     @property
     def exit_code(self) -> int:

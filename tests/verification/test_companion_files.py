@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.lora import Adapter
 from lora_export.verification import companion_files
-from lora_export.verification.companion_files import ComparedFiles
+from lora_export.verification.parity import Findings
 from support.handmade import base_file
 from support.small_models import backtracking, words_tokenizer
 
@@ -45,7 +45,7 @@ FILES: dict[str, dict[str, Any]] = {
 }
 
 
-def compare_files(base: Path, merged: Path, *how: Any) -> ComparedFiles:
+def compare_files(base: Path, merged: Path, *how: Any) -> Findings:
     return companion_files.compare_files(open_artifact(base), open_artifact(merged), *how)
 
 
@@ -100,7 +100,7 @@ def test_value_that_both_have_and_that_is_another_differs(
     tmp_path: Path, name: str, change: dict[str, Any], sentence: str
 ) -> None:
     found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", name, change), [])
-    assert len(found.differences) == 1 and sentence in found.differences[0] and not found.not_judged
+    assert len(found.faults) == 1 and sentence in found.faults[0] and not found.not_judged
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,13 @@ def test_value_that_both_have_and_that_is_another_differs(
 )
 def test_what_another_writer_or_a_merge_changes_is_expected(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
     found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", name, change), [])
-    assert not found.differences and not found.not_judged
+    assert not found.faults and not found.not_judged
 
 
 def test_value_that_one_folder_lacks_is_named_and_not_judged(tmp_path: Path) -> None:
     change = {"pad_token_id": "absent", "new_value": 3}
     found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", "config.json", change), [])
-    assert found.differences == ()
+    assert found.faults == ()
     assert found.not_judged == ("values in config.json that only one folder has: new_value, pad_token_id",)
 
 
@@ -128,7 +128,7 @@ def test_values_that_another_transformers_spells_differently_are_the_same(tmp_pa
     """transformers 4 had `rope_theta`, and 5 has `rope_parameters`."""
     change = {"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged", "config.json", change)
-    assert compare_files(base, merged, []) == ComparedFiles()
+    assert compare_files(base, merged, []) == Findings()
     other = folder(
         tmp_path / "other", "config.json", {**change, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     )
@@ -150,7 +150,7 @@ def test_a_dtype_that_is_neither_the_bases_nor_the_weights_differs(
     base, merged = (
         folder(tmp_path / name, "config.json", {"dtype": own}) for name, own in (("base", "float32"), ("merged", dtype))
     )
-    found = compare_files(base, merged, [], {stored}).differences
+    found = compare_files(base, merged, [], {stored}).faults
     assert bool(found) is differs
     assert not differs or found == (
         "config.json: dtype is 'float16', the base has 'float32', and the weights are float32",
@@ -194,9 +194,9 @@ def test_a_tokenizer_is_judged_by_what_it_does(
     changed(merged, name, change)
     found = compare_files(minilm, merged, [])
     if sentence is None:
-        assert found == ComparedFiles()
+        assert found == Findings()
     else:
-        assert found.not_judged == () and any(sentence in line for line in found.differences)
+        assert found.not_judged == () and any(sentence in line for line in found.faults)
 
 
 def test_flags_of_added_tokens_change_ids(minilm: Path, tmp_path: Path) -> None:
@@ -204,19 +204,19 @@ def test_flags_of_added_tokens_change_ids(minilm: Path, tmp_path: Path) -> None:
     shutil.copytree(minilm, merged)
     tokens = json.loads((merged / "tokenizer.json").read_text())["added_tokens"]
     changed(merged, "tokenizer.json", {"added_tokens": [token | {"single_word": True} for token in tokens]})
-    assert "texts differ" in compare_files(minilm, merged, []).differences[0]
+    assert "texts differ" in compare_files(minilm, merged, []).faults[0]
 
 
 def test_a_tokenizer_that_cannot_be_run_is_compared_by_its_files(minilm: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     shutil.copytree(minilm, merged)
     changed(merged, "tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}})
-    assert any(line.startswith("tokenizer.json: vocab") for line in compare_files(minilm, merged, []).differences)
+    assert any(line.startswith("tokenizer.json: vocab") for line in compare_files(minilm, merged, []).faults)
 
 
 def test_a_tokenizer_that_panics_is_compared_by_its_files(tmp_path: Path) -> None:
     base, merged = words_tokenizer(tmp_path / "base"), backtracking(words_tokenizer(tmp_path / "merged"))
-    assert any(line.startswith("tokenizer.json: pre_tok") for line in compare_files(base, merged, []).differences)
+    assert any(line.startswith("tokenizer.json: pre_tok") for line in compare_files(base, merged, []).faults)
 
 
 OTHER_FILES = {
@@ -237,12 +237,12 @@ def test_every_file_that_a_loader_reads_is_judged_or_named(tmp_path: Path, name:
     for place in (base, merged):
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(OTHER_FILES[name])
-    assert compare_files(base, merged, []) == ComparedFiles()
+    assert compare_files(base, merged, []) == Findings()
     for old, new in (('"a"', '"b"'), ("3", "4"), ("true", "false"), ("q:", "p:"), ("a = 1", "a = 2")):
         (merged / name).write_text((merged / name).read_text().replace(old, new))
     if name.endswith(".jinja"):
         (merged / name).write_text("b")
-    (found,) = compare_files(base, merged, []).differences
+    (found,) = compare_files(base, merged, []).faults
     assert found.startswith(name)
     (merged / name).unlink()
     assert compare_files(base, merged, []).not_judged == (f"files that only one folder has: {name}",)
@@ -259,9 +259,9 @@ def test_weights_of_an_embedding_models_modules_are_compared(tmp_path: Path) -> 
         (place / "modules.json").write_text(json.dumps(modules))
         (place / "1_Dense").mkdir()
         base_file(place / "1_Dense/model.safetensors", {"linear.weight": W}, metadata=metadata)
-    assert compare_files(base, merged, []) == ComparedFiles()
+    assert compare_files(base, merged, []) == Findings()
     base_file(merged / "1_Dense/model.safetensors", {"linear.weight": W + 1})
-    assert compare_files(base, merged, []).differences == ("1_Dense/model.safetensors is not the base's",)
+    assert compare_files(base, merged, []).faults == ("1_Dense/model.safetensors is not the base's",)
     (merged / "1_Dense/model.safetensors").rename(merged / "1_Dense/pytorch_model.bin")
     assert len(compare_files(base, merged, []).not_judged) == 1
 
@@ -270,18 +270,18 @@ def test_documents_are_not_compared(tmp_path: Path) -> None:
     base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged")
     for name in ("README.md", "LICENSE", "plot.png", ".gitattributes", "lora_export.json"):
         (base / name).write_text("a")
-    assert compare_files(base, merged, []) == ComparedFiles()
+    assert compare_files(base, merged, []) == Findings()
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "tokenizer.model"])
 def test_vocabularies_are_compared_by_their_bytes(tmp_path: Path, name: str) -> None:
     base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged")
     (base / name).write_bytes(b"a\nb\n")
-    assert compare_files(base, merged, []).differences == (), "a loader of the merged folder takes tokenizer.json"
+    assert compare_files(base, merged, []).faults == (), "a loader of the merged folder takes tokenizer.json"
     (merged / name).write_bytes(b"a\nb\n")
-    assert compare_files(base, merged, []).differences == ()
+    assert compare_files(base, merged, []).faults == ()
     (merged / name).write_bytes(b"b\na\n")
-    assert compare_files(base, merged, []).differences == (f"{name} is not the base's",)
+    assert compare_files(base, merged, []).faults == (f"{name} is not the base's",)
     (base / name).unlink()
     assert compare_files(base, merged, []).not_judged == (f"{name}, which the base does not have",)
 
@@ -291,9 +291,9 @@ def test_chat_template_may_move_to_a_file_of_its_own(tmp_path: Path) -> None:
     merged = folder(tmp_path / "merged")
     assert compare_files(base, merged, []).not_judged == ("the chat template, which only one folder has",)
     (merged / "chat_template.jinja").write_text("{{ messages }}\n")
-    assert compare_files(base, merged, []).differences == ()
+    assert compare_files(base, merged, []).faults == ()
     (merged / "chat_template.jinja").write_text("{{ messages[:-1] }}")
-    assert compare_files(base, merged, []).differences == ("the chat template is another than the base's",)
+    assert compare_files(base, merged, []).faults == ("the chat template is another than the base's",)
 
 
 def test_head_of_an_adapter_changes_the_architecture(tmp_path: Path) -> None:
@@ -301,19 +301,19 @@ def test_head_of_an_adapter_changes_the_architecture(tmp_path: Path) -> None:
     adapter = Adapter(name="a", format="test", pairs={}, replaced=head, sha256="0a", metadata={"task_type": "SEQ_CLS"})
     change = {"architectures": ["LlamaForSequenceClassification"]}
     base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged", "config.json", change)
-    assert compare_files(base, merged, []).differences
-    assert compare_files(base, merged, [adapter]).differences == ()
+    assert compare_files(base, merged, []).faults
+    assert compare_files(base, merged, [adapter]).faults == ()
 
 
 def test_many_differences_are_counted_and_printable(tmp_path: Path) -> None:
     vocab = {f"{number}\n": number + 1 for number in range(100)}
     base = folder(tmp_path / "base", "tokenizer.json", {"model": {"vocab": dict.fromkeys(vocab, 0)}})
     merged = folder(tmp_path / "merged", "tokenizer.json", {"model": {"vocab": vocab}})
-    found = compare_files(base, merged, []).differences
+    found = compare_files(base, merged, []).faults
     assert len(found) == 9 and found[-1] == "tokenizer.json: and 92 more values"
     assert all("\n" not in line for line in found)
 
 
 def test_files_without_a_folder_have_no_companions(tmp_path: Path) -> None:
     (tmp_path / "merged.safetensors").touch()
-    assert compare_files(folder(tmp_path / "base"), tmp_path / "merged.safetensors", []).differences == ()
+    assert compare_files(folder(tmp_path / "base"), tmp_path / "merged.safetensors", []).faults == ()

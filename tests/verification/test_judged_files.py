@@ -48,10 +48,10 @@ def audit(merged: Path) -> list[str | Path]:
 
 @pytest.mark.parametrize("name", LEFTOVERS)
 def test_other_weights_that_a_loader_may_take_are_different(merged: Path, name: str) -> None:
-    assert loaded_files(open_artifact(merged)).others.differences == ()
+    assert loaded_files(open_artifact(merged)).others.faults == ()
     (merged / name).write_bytes(b"{}")
     line = f"{name} is not what was judged, and a loader may take it. Remove it"
-    assert loaded_files(open_artifact(merged)).others.differences == (line,)
+    assert loaded_files(open_artifact(merged)).others.faults == (line,)
 
 
 def test_a_leftover_makes_the_verdict_different(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,10 +85,10 @@ def test_a_merged_decoder_beside_the_graphs_of_an_encoder_decoder_is_different(t
         (tmp_path / name).touch()
     found = loaded_files(open_artifact(tmp_path))
     assert set(found.judged) == {*GRAPH_FILES, "config.json", "tokenizer.json"}
-    assert found.others.differences == ()
+    assert found.others.faults == ()
     assert found.others.not_judged == ("other weights in the folder: model.safetensors, quantised.onnx",)
     (tmp_path / "decoder_model_merged.onnx").write_bytes(b"")
-    (line,) = loaded_files(open_artifact(tmp_path)).others.differences
+    (line,) = loaded_files(open_artifact(tmp_path)).others.faults
     assert line.startswith("decoder_model_merged.onnx is not what was judged, and a loader takes it before")
 
 

@@ -43,8 +43,7 @@ from lora_export.verification.against_checkpoint.judge_changed import judge_chan
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor, have_equal_bytes
-from lora_export.verification.companion_files import ComparedFiles
-from lora_export.verification.parity import Outcome
+from lora_export.verification.parity import Findings, Outcome
 from lora_export.weights.gguf.base import GgufBase
 
 PIECE = 1 << 22  # bytes that are compared at once
@@ -91,7 +90,7 @@ def audit_gguf(
         for name in merged.tensors
         if name not in base.tensors
     ]
-    return audit_of(weights).with_files(ComparedFiles(differences=tuple(_other_fields(base, merged))))
+    return audit_of(weights).with_files(Findings(faults=tuple(_other_fields(base, merged))))
 
 
 def _other_fields(base: GgufBase, merged: GgufBase) -> Iterator[str]:

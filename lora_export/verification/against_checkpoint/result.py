@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from lora_export.errors import brief, count, escaped_lines, one_line
 from lora_export.notebook import html_table
 from lora_export.plan import Step
-from lora_export.verification.companion_files import ComparedFiles
-from lora_export.verification.parity import NOT_JUDGED, Outcome, WorstElement
+from lora_export.verification.parity import NOT_JUDGED, Findings, Outcome, WorstElement
 
 SHOWN_WEIGHTS = 8  # weights that are printed; the object holds all of them
 
@@ -97,13 +96,13 @@ class Audit:
     def __bool__(self) -> bool:
         return self.outcome is Outcome.SAME
 
-    def with_files(self, files: ComparedFiles) -> Audit:
+    def with_files(self, files: Findings) -> Audit:
         """The audit and what was found of the files beside the weights; one difference in them makes it different."""
-        outcome = Outcome.DIFFERENT if files.differences else self.outcome
+        outcome = Outcome.DIFFERENT if files.faults else self.outcome
         return replace(
             self,
             outcome=outcome,
-            files=(*self.files, *files.differences),
+            files=(*self.files, *files.faults),
             not_judged=(*self.not_judged, *files.not_judged),
             notes=(*self.notes, *files.notes),
         )

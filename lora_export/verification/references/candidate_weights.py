@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,22 +197,13 @@ def explain_half(refusal: str) -> str:
 UNMERGED = ".base_layer."  # in PEFT's names of the weights beside its adapters
 
 
-def compare_weights(
-    candidate: Runner, model: Model, changes: Plan | None, elsewhere: Iterable[str] = (), skip: Collection[str] = ()
-) -> Findings:
-    """Compare each tensor of the candidate with that of the model, or with its sum with what adapters add to it.
-
-    `elsewhere` are tensors of the model that are judged in another way, and `skip` those of them that the candidate has
-    as floats. Nothing is compared where the candidate gives no weights. Reads one tensor of each at a time, in blocks.
-    """
-    tensors = [tensor for tensor in candidate_tensors(candidate) if tensor.name not in skip]
-    return compare_tensors(tensors, model.module, changes, elsewhere) if tensors else Findings()
-
-
 def compare_tensors(
     tensors: Iterable[CandidateTensor], module: nn.Module, changes: Plan | None, elsewhere: Iterable[str] = ()
 ) -> Findings:
-    """See `compare_weights`."""
+    """Compare each tensor of a candidate with that of the model, or with its sum with what adapters add to it.
+
+    `elsewhere` are tensors of the model that are judged in another way. Reads one tensor of each at a time, in blocks.
+    """
     return compare_expected(tensors, _expected(module, changes), elsewhere)
 
 

@@ -25,7 +25,7 @@ from lora_export.verification.references.attached_module import AttachedModule, 
 from lora_export.verification.references.candidate_weights import (
     candidate_tensors,
     coarser_dtype,
-    compare_weights,
+    compare_tensors,
     dtype_name,
     is_half_inside,
     quantised_weights_of,
@@ -82,7 +82,8 @@ def shared_weights(
     quantised = quantised_weights_of(candidate, model, changes, origin, inputs, has_own_heads=has_own_heads)
     promoted = [name for name, weight in quantised.items() if weight.wrong is not None]
     found = Findings(tuple(quantised_weights.notes_on(quantised)))
-    found += compare_weights(candidate, model, changes, quantised, promoted)
+    if tensors := [tensor for tensor in candidate_tensors(candidate) if tensor.name not in promoted]:
+        found += compare_tensors(tensors, model.module, changes, quantised)
     dtype = dtype_name(coarser_dtype(candidate, model.module))
     found += compare_pairs(candidate, candidate_tensors, specs, changes, dtype)
     found += Findings(faults=tuple(quantised_weights.merge_faults(quantised)))
