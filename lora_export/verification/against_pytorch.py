@@ -1,6 +1,6 @@
 """PyTorch as the measure of a candidate: the model with its adapters attached, as deployed and in fp64.
 
-All runs share one set of weights (`shared_weights`). PyTorch runs as deployed first (`deployed_module`). Then the
+All runs share one set of weights (`proof_weights`). PyTorch runs as deployed first (`deployed_module`). Then the
 references run in fp64, one after the other (`fp64_outputs`): the weights of a small model are widened in place, those
 of a large one where they are used.
 """
@@ -31,7 +31,7 @@ from lora_export.verification.proof_session import ProofSession
 from lora_export.verification.references import References
 from lora_export.verification.references.attached_module import attach_adapters, with_labels
 from lora_export.verification.references.candidate_weights import explain_half
-from lora_export.verification.references.shared_weights import shared_weights
+from lora_export.verification.references.proof_weights import proof_weights
 
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for
 
@@ -101,8 +101,8 @@ class PyTorchReferences(References):
         return replace(self, further_seeds=seeds) if seeds else None
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedPyTorch:
-        """Compare the weights of both, and attach the adapters. Raises as `shared_weights`."""
-        weights = shared_weights(
+        """Compare the weights of both, and attach the adapters. Raises as `proof_weights`."""
+        weights = proof_weights(
             candidate,
             self.model,
             self.adapters,

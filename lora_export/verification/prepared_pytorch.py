@@ -41,14 +41,14 @@ from lora_export.verification.references.candidate_weights import note_on_half, 
 from lora_export.verification.references.deployed_module import deployed_runner, run_observed
 from lora_export.verification.references.fp64_outputs import Fp64References
 from lora_export.verification.references.further_peers import further_peers
-from lora_export.verification.references.shared_weights import SharedWeights
+from lora_export.verification.references.proof_weights import ProofWeights
 
 
 @dataclass(eq=False)
 class PreparedPyTorch(PreparedReferences):
     """The model with adapters attached, for one candidate. See `PyTorchReferences`."""
 
-    weights: SharedWeights
+    weights: ProofWeights
     inputs: Inputs
     seed: int
     device: str

@@ -37,7 +37,7 @@ from lora_export.verification.diagnose.module_calls import ModuleCall, observing
 from lora_export.verification.diagnose.traced_candidate import DiagnosisCase, TracedCandidate, outputs_renamed, trace
 from lora_export.verification.module_copies import converted_copy, fp64_bytes, to_double
 from lora_export.verification.references import Diagnosed
-from lora_export.verification.references.shared_weights import SharedWeights
+from lora_export.verification.references.proof_weights import ProofWeights
 
 MAX_HELD_NUMBERS = 1 << 25  # inputs and outputs of modules that each run holds at a time
 
@@ -181,7 +181,7 @@ CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 
 
 def diagnose_module(
-    weights: SharedWeights,
+    weights: ProofWeights,
     deployed: Callable[[], ModuleRunner],
     case: parity.Case,
     inputs: Arrays,

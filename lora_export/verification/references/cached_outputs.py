@@ -30,7 +30,7 @@ from lora_export.models.stored_parameter import state_of
 from lora_export.runtime.runner import Arrays
 from lora_export.storage import atomic_output, json_files, safetensors_file
 from lora_export.storage.hashes import file_sha256
-from lora_export.verification.references.shared_weights import SharedWeights
+from lora_export.verification.references.proof_weights import ProofWeights
 from lora_export.version import __version__
 
 Warn = Callable[[str], None]
@@ -119,7 +119,7 @@ class CacheEntry:
 
 
 def cache_key(
-    weights: SharedWeights, inputs: Mapping[str, Arrays], deployed: nn.Module, outputs: Mapping[str, Arrays]
+    weights: ProofWeights, inputs: Mapping[str, Arrays], deployed: nn.Module, outputs: Mapping[str, Arrays]
 ) -> CacheKey | None:
     """The hashes of everything that the reference's outputs depend on.
 

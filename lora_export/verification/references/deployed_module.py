@@ -36,11 +36,11 @@ from lora_export.verification.parity import DECIDES, Findings
 from lora_export.verification.references import quantisation_error
 from lora_export.verification.references.attached_module import AttachedModule
 from lora_export.verification.references.candidate_weights import TORCH_HALVES, candidate_dtype, dtype_name
+from lora_export.verification.references.proof_weights import ProofWeights
 from lora_export.verification.references.quantised_weights import DequantisedWeight
-from lora_export.verification.references.shared_weights import SharedWeights
 
 
-def deployed_runner(weights: SharedWeights, device: str) -> ModuleRunner:
+def deployed_runner(weights: ProofWeights, device: str) -> ModuleRunner:
     """PyTorch as it would be deployed beside a candidate. Raises InputRefused as `in_candidate_dtype`."""
     module = deployed_module(weights.attached, weights.quantised, device)
     module = in_candidate_dtype(module, weights.candidate, weights.model)
@@ -153,7 +153,7 @@ class ObservedRun(NamedTuple):
     findings: Findings  # on rows that no input reaches, and on what the quantised weights cost in these runs
 
 
-def run_observed(deployed: ModuleRunner, cases: Mapping[str, Arrays], weights: SharedWeights) -> ObservedRun:
+def run_observed(deployed: ModuleRunner, cases: Mapping[str, Arrays], weights: ProofWeights) -> ObservedRun:
     """Run all cases, and observe which pairs and rows of the adapters they reach, and what the quantisation costs."""
     rows = RowCoverage(deployed.module, weights.model, weights.adapters)
     errors = {name: weight.error for name, weight in weights.quantised.items() if weight.error is not None}

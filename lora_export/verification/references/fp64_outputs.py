@@ -20,7 +20,7 @@ from lora_export.verification.proof_session import ProofSession
 from lora_export.verification.references import STEPS, ReferenceOutputs
 from lora_export.verification.references.attached_module import RoleOutputs
 from lora_export.verification.references.cached_outputs import CachedOutputs, CacheEntry
-from lora_export.verification.references.shared_weights import SharedWeights
+from lora_export.verification.references.proof_weights import ProofWeights
 from lora_export.verification.references.single_pairs import control_pairs
 
 
@@ -28,7 +28,7 @@ from lora_export.verification.references.single_pairs import control_pairs
 class Fp64References:
     """The model with its adapters attached, in fp64, in every role that a proof compares with."""
 
-    weights: SharedWeights
+    weights: ProofWeights
     cases: Mapping[str, Arrays]
     cache: CacheEntry
     session: ProofSession | None = None

@@ -22,7 +22,7 @@ from lora_export.verification.candidate_outputs import OnProofStep
 from lora_export.verification.module_copies import converted_copy, shared_copy, to_single
 from lora_export.verification.references import FurtherPeer
 from lora_export.verification.references.deployed_module import on_device
-from lora_export.verification.references.shared_weights import SharedWeights
+from lora_export.verification.references.proof_weights import ProofWeights
 
 MERGED_MODULE = (
     "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
@@ -43,7 +43,7 @@ FARTHEST_MOVED = 10.0
 
 
 def further_peers(
-    weights: SharedWeights,
+    weights: ProofWeights,
     deployed: Callable[[], ModuleRunner],
     cases: Mapping[str, Arrays],
     device: str,

@@ -21,7 +21,7 @@ from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import cached_outputs
-from lora_export.verification.references.shared_weights import shared_weights
+from lora_export.verification.references.proof_weights import proof_weights
 from support import FACTORIES
 from support.proofs import an_adapter, bf16_merge, folded
 
@@ -169,7 +169,7 @@ def test_rounding_of_a_merge_is_part_of_the_key(scaled, tmp_path):
         module = bf16_merge(scaled, an_adapter()).module
         with torch.no_grad():
             module.dense.weight[0, 0] *= 1 + step
-        weights = shared_weights(other, scaled, [an_adapter()], None, {}, None, has_own_heads=False)
+        weights = proof_weights(other, scaled, [an_adapter()], None, {}, None, has_own_heads=False)
         key = cached_outputs.cache_key(weights, {}, module, {})
         digests.append(key.digest)
     assert digests[0] != digests[1]

@@ -35,7 +35,7 @@ from lora_export.verification.references.compare_pairs import compare_pairs
 
 
 @dataclass(frozen=True, eq=False)
-class SharedWeights:
+class ProofWeights:
     """The weights of a model with its adapters, as the runs for one candidate share them."""
 
     candidate: Runner
@@ -61,7 +61,7 @@ class SharedWeights:
         return any(adapter.invocation_tokens for adapter in self.adapters)
 
 
-def shared_weights(
+def proof_weights(
     candidate: Runner,
     model: Model,
     adapters: Sequence[Adapter],
@@ -70,7 +70,7 @@ def shared_weights(
     origin: Path | None,
     *,
     has_own_heads: bool,
-) -> SharedWeights:
+) -> ProofWeights:
     """Compare the weights of both, attach the adapters, and find what the candidate rounds or quantises.
 
     `origin` is the quantised graph that the candidate was made from. Raises MatchError where the adapters do not fit,
@@ -97,6 +97,6 @@ def shared_weights(
     has_pairs = any(adapter.pairs for adapter in adapters)
     attached = AttachedModule(module, rounding, preferred, has_pairs=has_pairs)
     is_half = is_half_inside(candidate)
-    return SharedWeights(
+    return ProofWeights(
         candidate, model, adapters, strengths, changes, quantised, base, attached, dtype, is_half, found
     )
