@@ -208,7 +208,8 @@ def test_what_is_no_output_of_the_model_is_refused(wrong: dict[str, Any]) -> Non
 
 def test_outputs_that_a_runner_leaves_out_are_not_judged() -> None:
     own = {"case": {"logits": LOGITS, "hidden": LOGITS}}
-    found = _with_runner(RunOutputs(own, own, own, None, "", {}), cast(Any, Returns(logits=LOGITS)), {"case": {}})
+    outputs = RunOutputs(own, own, own, None, "", {})
+    found = _with_runner(outputs, cast(Any, Returns(logits=LOGITS)), {"case": {}}).findings
     assert found.notes == ("run by mine",)
     assert found.not_judged == ("hidden, which the runner leaves out", "the candidate gives no states")
 
