@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +27,17 @@ from lora_export.layers.attachments import (
     attachment_of,
     branch_parameter,
     low_rank_factors,
+    record_branch,
 )
 from lora_export.layers.frozen_linear import float_shape
-from lora_export.layers.module_tensors import as_array, named_tensors, tensor_name, tensor_registry, wide_dtype
+from lora_export.layers.module_tensors import (
+    as_array,
+    is_in_shares,
+    named_tensors,
+    tensor_name,
+    tensor_registry,
+    wide_dtype,
+)
 from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
 from lora_export.lora import Adapter, LoraPair
 
@@ -67,6 +74,13 @@ def materialise(
         if any(branch.invocation for branch in attachment.branches):
             raise InputRefused("an activated LoRA acts on some tokens only, which no weights of a file do")
         attachment.factor *= factor
+        names = {attribute: tensor_name(paths[owner], attribute) for attribute in _changed_attributes(owner)}
+        if in_fp64 and _is_sum_of_rows(owner, [rounding.get(name) for name in names.values()]):
+            for attribute, name in names.items():
+                dtype = getattr(torch, str(rounding[name]))
+                rounded = _sum_in_rows(owner, attribute, dtype, preferred.get(name))
+                own_parameters(owner)[attribute] = nn.Parameter(rounded, requires_grad=False)
+            continue
         with _widened_layer(owner) if in_fp64 else contextlib.nullcontext():
             merged = _merged_tensors(owner, factor if scale_replaced else None)
         owner.__dict__[ATTACHMENT] = dataclasses.replace(attachment, replaced=())  # `detach` would remove them
@@ -115,6 +129,53 @@ def _merged_tensors(owner: nn.Module, replacement_factor: float | None) -> dict[
     return {attribute: value for attribute, value in merged.items() if value is not None}
 
 
+def _changed_attributes(owner: nn.Module) -> list[str]:
+    """The weights of a layer that branches change."""
+    return list(dict.fromkeys(branch.weight for branch in attachment_of(owner).branches))
+
+
+def _is_sum_of_rows(owner: nn.Module, roundings: Sequence[Rounding | None]) -> bool:
+    """Whether all that changes in a layer are matrices W + scale * B A, each rounded to a dtype.
+
+    A row of such a sum needs the same row of W and B, or column of A, alone.
+    """
+    attachment = attachment_of(owner)
+    is_more = attachment.replaced or attachment.rows is not None or "lora_shift" in own_buffers(owner)
+    if is_more or not roundings or not all(isinstance(each, str) for each in roundings):
+        return False
+    if any(branch.dora or branch.transform or branch.region for branch in attachment.branches):
+        return False
+    weights = [own_parameters(owner)[attribute] for attribute in _changed_attributes(owner)]
+    return all(
+        weight is not None and weight.ndim == 2 and weight.is_floating_point() and not is_in_shares(weight)
+        for weight in weights
+    )
+
+
+def _sum_in_rows(owner: nn.Module, attribute: str, dtype: torch.dtype, preferred: Tensor | None) -> Tensor:
+    """W + ΔW in fp64, rounded as `_rounded_sum` does. Of the sum, a few rows are there at once."""
+    weight, factor = own_parameters(owner)[attribute], attachment_of(owner).factor
+    assert weight is not None
+    read = getattr(weight, "stored", weight.detach)  # of a weight that is read when it is needed
+    base, terms = read(), []
+    for branch in attachment_of(owner).branches:
+        if branch.weight == attribute:
+            record_branch(branch)
+            a, b = (part.detach().double() for part in low_rank_factors(owner, branch))
+            terms.append(((a.mT, b.mT) if branch.layout.is_transposed else (b, a), factor * branch.scale))
+    rounded = torch.empty(base.shape, dtype=dtype, device=base.device)
+    count = max(1, ROUNDED_AT_ONCE // max(1, base.shape[1]))
+    for start in range(0, len(base), count):
+        rows = slice(start, start + count)
+        exact = base[rows].to(torch.float64, copy=True)
+        for (left, right), scale in terms:
+            exact.addmm_(left[rows], right, alpha=scale)
+        wanted = None if preferred is None else preferred[rows].reshape(-1)
+        nearest = _nearest(exact.view(-1), base[rows].reshape(-1), dtype, wanted)
+        rounded[rows] = nearest.view(exact.shape)
+    return rounded
+
+
 def _rounded_sum(
     value: Tensor, base: Tensor, rounding: Rounding, preferred: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -122,40 +183,58 @@ def _rounded_sum(
 
     W is `base`. A rounding function gets the whole sum.
     """
+    exact, wanted = value.reshape(-1), None if preferred is None else preferred.reshape(-1)
     if not isinstance(rounding, str):
         # A quantised value is an offset from a zero point: the largest sum has the error of all.
-        nearest = _rounded(value, rounding)
-        return _with_preferred(value, nearest, preferred, lambda _: (value.abs() + base.abs()).max()).to(dtype)
-    exact, rounded = value.reshape(-1), torch.empty(value.numel(), dtype=dtype, device=value.device)
-    wanted = None if preferred is None else preferred.reshape(-1)
-    base_values = functools.cache(lambda: base.reshape(-1))  # read where a preferred value differs
+        nearest = _rounded(value, rounding).reshape(-1)
+        found = _with_preferred(exact, nearest, wanted, lambda _: (value.abs() + base.abs()).max())
+        return found.to(dtype).view(value.shape)
+    rounded = torch.empty(value.numel(), dtype=dtype, device=value.device)
+    terms = None if wanted is None else base.reshape(-1)  # read for a preferred value alone
     for start in range(0, value.numel(), ROUNDED_AT_ONCE):
         block = slice(start, start + ROUNDED_AT_ONCE)
-        rounded[block] = _with_preferred(
+        rounded[block] = _nearest(
             exact[block],
-            exact[block].to(getattr(torch, rounding)),
+            None if terms is None else terms[block],
+            getattr(torch, rounding),
             None if wanted is None else wanted[block],
-            lambda at, block=block: exact[block][at].abs() + base_values()[block][at].abs(),  # type: ignore[misc]
         )
     return rounded.view(value.shape)
 
 
+def _nearest(exact: Tensor, base: Tensor | None, dtype: torch.dtype, preferred: Tensor | None) -> Tensor:
+    """Sums rounded to a dtype, or the preferred values. `base` are the values of W in them."""
+
+    def sizes(at: Tensor) -> Tensor:
+        assert base is not None
+        return exact[at].abs() + base[at].abs()
+
+    return _with_preferred(exact, exact.to(dtype), preferred, sizes)
+
+
 def _with_preferred(
-    exact: Tensor, nearest: Tensor, preferred: Tensor | None, sizes: Callable[[tuple[Tensor, ...]], Tensor]
+    exact: Tensor, nearest: Tensor, preferred: Tensor | None, sizes: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The nearest values, or the preferred ones that are as near as fp32 can tell.
+    """The nearest values (n,), or the preferred ones that are as near as fp32 can tell.
 
     `sizes` returns the size of the terms of the sums at some indices.
     """
     if preferred is None:
         return nearest
-    at = torch.nonzero(preferred.to(nearest.dtype) != nearest, as_tuple=True)
-    if len(at[0]):
+    at = _where_bits_differ(preferred.to(nearest.dtype), nearest)
+    if len(at):
         value, other, near = (each[at].to(exact.dtype) for each in (exact, preferred, nearest))
         is_as_near = (other - value).abs() <= (near - value).abs() + FP32_SUM_ERROR * sizes(at)
         chosen = torch.where(is_as_near, other, near).to(nearest.dtype)
-        return nearest.index_put(at, chosen)  # `nearest` may be the weight itself
+        return nearest.index_put((at,), chosen)  # `nearest` may be the weight itself
     return nearest
+
+
+def _where_bits_differ(one: Tensor, other: Tensor) -> Tensor:
+    """The indices at which two tensors (n,) of one dtype differ. Most blocks have none or few: NumPy is faster then."""
+    bits = getattr(torch, f"int{8 * one.element_size()}")
+    first, second = (tensor.contiguous().view(bits).cpu().numpy() for tensor in (one, other))
+    return torch.from_numpy(np.flatnonzero(first != second)).to(one.device)
 
 
 def _round_tensors(module: nn.Module, rounding: Mapping[str, Rounding]) -> None:
@@ -173,9 +252,9 @@ def _round_tensors(module: nn.Module, rounding: Mapping[str, Rounding]) -> None:
 
 
 def _is_stored_as(tensor: Tensor, rounding: Rounding) -> bool:
-    """Whether the file of a parameter that is read when it is needed has it in this dtype: it need not be read."""
-    stored = getattr(tensor, "stored_dtype", None)
-    return isinstance(rounding, str) and stored is not None and stored is getattr(torch, rounding)
+    """Whether the values have this dtype already. The file of a parameter that is read when needed is not read."""
+    own = getattr(tensor, "stored_dtype", tensor.dtype)
+    return isinstance(rounding, str) and own is getattr(torch, rounding)
 
 
 def _rounded(value: Tensor, rounding: Rounding) -> Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers
 from lora_export.layers import materialising
 from lora_export.lora import LoraPair
-from support.small_layers import PAIR, a_linear, a_model, an_adapter, equal, plan_for
+from support.small_layers import PAIR, a_linear, a_model, an_adapter, delta, equal, plan_for
 
 
 def test_sums_are_rounded_once_and_layers_are_plain() -> None:
@@ -44,16 +47,40 @@ def test_a_preferred_value_is_taken_only_within_fp32_error() -> None:
         assert model[0].weight.tolist() == [[preferred, preferred, 258.0]]
 
 
-def test_a_large_weight_is_rounded_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("make", "is_transposed", "fields", "names"),
+    [
+        (lambda: nn.Linear(5, 7, bias=False), False, {}, ("a",)),
+        (lambda: nn.Linear(5, 7, bias=False), False, {}, ("a", "b")),
+        (lambda: Conv1D(7, 5), True, {}, ("a", "b")),
+        (lambda: nn.Embedding(5, 7), True, {"embedding": True}, ("a",)),
+        (lambda: nn.Linear(5, 7, bias=False), False, {"magnitude": np.linspace(1, 2, 7, dtype=np.float32)}, ("a",)),
+    ],
+    ids=["linear", "two adapters", "conv1d", "embedding", "dora"],
+)
+def test_a_large_weight_is_rounded_part_by_part(
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], nn.Module],
+    is_transposed: bool,
+    fields: dict[str, Any],
+    names: tuple[str, ...],
+) -> None:
     torch.manual_seed(0)
-    holder = nn.Sequential(nn.Linear(5, 7, bias=False)).double()
-    pair = LoraPair(a=torch.randn(2, 5).double().numpy(), b=torch.randn(7, 2).double().numpy(), scale=0.5)
-    exact = holder[0].weight.detach() + 0.5 * torch.from_numpy(pair.b @ pair.a)
+    holder = nn.Sequential(make()).double().requires_grad_(False)
+    pairs = {
+        name: LoraPair(a=torch.randn(2, 5).numpy(), b=torch.randn(7, 2).numpy(), scale=0.5, **fields) for name in names
+    }
+    weight = holder[0].weight.numpy()
+    exact = (weight.T if is_transposed else weight) + sum(map(delta, pairs.values()))
+    if "magnitude" in fields:
+        exact *= (fields["magnitude"] / np.linalg.norm(exact, axis=1))[:, None]
+    exact = torch.from_numpy(exact.T.copy() if is_transposed else exact)
     in_fp32 = exact.float().bfloat16().double()
     preferred = in_fp32.clone()
     preferred[3, 1] *= 1.5  # too far away to be taken
-    monkeypatch.setattr(materialising, "ROUNDED_AT_ONCE", 3)
-    layers.attach(holder, plan_for(holder, an_adapter({"0": pair})))
+    monkeypatch.setattr(materialising, "ROUNDED_AT_ONCE", 11)
+    adapters = [an_adapter({"0": pair}, name=name) for name, pair in pairs.items()]
+    layers.attach(holder, plan_for(holder, *adapters))
     layers.materialise(holder, {"0.weight": "bfloat16"}, preferred={"0.weight": preferred}, in_fp64=True)
     assert holder[0].weight.dtype == torch.bfloat16
     assert equal(holder[0].weight.detach().double(), in_fp32)
