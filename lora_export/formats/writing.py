@@ -211,6 +211,8 @@ class OneFile:
         """Write the file. Raises InputRefused with everything that the format cannot express."""
         for table in ("replaced", "token_rows", "tied"):
             self.problems += [f"{name}: {BESIDES[table]}" for name in getattr(self.adapter, table)]
+        infinite = [key for key, value in self.tensors.items() if not np.isfinite(value).all()]
+        self.problems += [f"{key}: values that float32 cannot hold, times the scale" for key in infinite]
         refuse_inexpressible(self.adapter, self.target, self.problems)
         dtype = smallest_dtype(self.tensors.values())
         tensors = {key: value.astype(dtype) for key, value in self.tensors.items()} | self.alphas

@@ -144,6 +144,7 @@ ONE, WHOLE_LOKR = low_rank(3, 2, 1), {"w1": numbers(2, 2), "w2": numbers(2, 2)}
         ),
         ("kohya", {"a": low_rank(3, 2, 3, scale=NO_THIRD)}, {}, "a: its scale .* is no number divided by its rank"),
         ("kohya", {"denoiser/a": ONE}, {"replaced": {"h.weight": numbers(2, 2)}}, r"h\.weight: a whole tensor"),
+        ("openvino", {"a": low_rank(3, 2, 1, scale=3e38)}, {}, r"a\.lora_B\.weight: values that float32 cannot hold"),
         ("comfyui", {"denoiser/a_b": ONE}, {"flattened": True}, "in which `_` stands for the dots: state the model"),
         (
             *("diffusers", {"a": WholePair({"change": np.ones((2, 2))}, 1.0), "e": low_rank(3, 2, 1, embedding=True)}),
