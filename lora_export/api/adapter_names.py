@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError, listed
+from lora_export.formats.expert_layouts import projections_of
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, component_name, expert_name, split_part
 from lora_export.names.diffusion_layouts import KNOWN_CLASSES, OtherLayout, other_layouts
 from lora_export.names.families import joined_outputs
@@ -119,33 +120,34 @@ def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
 
 
 def has_other_experts(adapter: Adapter, base: Path) -> bool:
-    """Whether an adapter of mlx-lm names experts as its base, which numbers them, does not: w1 of Mixtral is gate_proj.
+    """Whether stacked experts have names that their base, which numbers them, lacks: mlx-lm calls w1 gate_proj.
 
     False for a base of which only the config can be read: its weights may be missing, pickled or quantised.
     """
-    known = _names_in(base) if adapter.format == "mlx" and adapter.experts else ()
+    experts = _first_experts(adapter)
+    known = _names_in(base) if experts else ()
     return any(
         f"{first}{last}.weight" not in known and any(name.startswith(first) for name in known)
-        for first, last in _first_experts(adapter)
+        for first, last in experts
     )
 
 
 def notes_on_experts(adapter: Adapter, base: Path | None) -> list[str]:
-    """The note on experts that have names of mlx-lm, unless the base has these names, too."""
-    if adapter.format != "mlx" or not adapter.experts:
-        return []
-    known = () if base is None else _names_in(base)
-    if all(f"{first}{last}.weight" in known for first, last in _first_experts(adapter)):
+    """The note on experts that have names of mlx-lm or SGLang, unless the base has these names, too."""
+    experts = _first_experts(adapter)
+    known = () if base is None or not experts else _names_in(base)
+    if all(f"{first}{last}.weight" in known for first, last in experts):
         return []
     return [
-        "the experts have mlx-lm's names, which some models lack (gate_proj is w1 of Mixtral). PEFT loads an adapter "
-        f"with other names without its experts, in silence. {named('base', 'CHECKPOINT')} gives the names of the model"
+        f"the experts have names ({experts[0][1]}) that some models lack: w1 of Mixtral is gate_proj elsewhere. PEFT "
+        "loads an adapter with other names without its experts, in silence. "
+        f"{named('base', 'CHECKPOINT')} gives the names of the model"
     ]
 
 
 def _first_experts(adapter: Adapter) -> list[tuple[str, str]]:
-    """The module of the first expert, and its projection, of each stack of experts."""
-    return [(f"{module}.0.", last) for module, _, last in (owner.rpartition(".") for owner in adapter.experts)]
+    """The module of the first expert, and its projection, of each stack whose experts `convert` writes one by one."""
+    return [(f"{module}.0.", last) for module, _, last in (owner.rpartition(".") for owner in projections_of(adapter))]
 
 
 def _names_in(base: Path) -> Collection[str]:

@@ -39,6 +39,7 @@ from lora_export.options.combining import AdapterSource
 from lora_export.options.declaring import takes
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import command, named
+from lora_export.plan.build import checked_strengths
 from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.artifact_kinds import ArtifactKind
@@ -153,9 +154,14 @@ def _with_config_beside(reading: ReadOptions, adapter: AdapterSource) -> ReadOpt
 
 
 def _scaled(adapter: Adapter, weight: float) -> Adapter:
-    """The adapter with its changes times `weight`. Raises InputRefused where it has whole tensors, which have none."""
+    """The adapter with its changes times `weight`.
+
+    Raises InputRefused where it has whole tensors, which have none, and for a weight that leaves no effect: an alpha of
+    0 is that of the rank to sd-scripts.
+    """
     if weight == 1:
         return adapter
+    checked_strengths([adapter], [weight])
     if adapter.replaced or adapter.token_rows:
         whole = ", ".join([*adapter.replaced, *adapter.token_rows])
         raise InputRefused(f"{named('weight')} is a factor on pairs, and {adapter.name} saves tensors whole: {whole}")

@@ -14,7 +14,7 @@ from lora_export.api.publish import ExportProofs
 from lora_export.api.shared_head import BaseTensor, without_shared_head
 from lora_export.artifacts.files import file_for_graph
 from lora_export.callbacks import Progress
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, count
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.onnx_file.shared_weights import SharedWeights, sharing
@@ -23,7 +23,7 @@ from lora_export.lora import Adapter
 from lora_export.notebook import html_table
 from lora_export.options.common import layer_endings
 from lora_export.options.export import SWAPPED, TEXT_GENERATION, OnnxOptions
-from lora_export.options.spelling import named
+from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.storage import atomic_output
@@ -187,3 +187,9 @@ def check_adapters(options: OnnxRequest) -> None:
     if options.lora in ("inputs", "slots"):
         for adapter in options.adapters:
             adapter_file(adapter, options)
+    if options.lora == "slots" and options.verify and len(options.adapters) > options.slots:
+        raise InputRefused(
+            f"{count(len(options.adapters), 'adapter')} for {count(options.slots, 'slot')}: the proof gives each one a "
+            f"slot. Use {named('slots', len(options.adapters))}, or make the files of further adapters with "
+            f"`{command('convert', 'ADAPTER', graph=options.output.name)}`"
+        )

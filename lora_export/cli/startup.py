@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import gc
 import importlib.util
+import mmap
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,10 @@ DEFERRED = frozenset(
 # full ones, each of which scans all modules again: 1.3 s of the 10 s of processor time of a small model's proof. A
 # small proof has 102 of the others, and an export with its proof 151.
 BETWEEN_FULL_COLLECTIONS = 200
+
+# What importing NumPy takes of the addresses of a process: 84 MiB with OpenBLAS, and some for other versions. A merge
+# takes more.
+NUMPY_BYTES = 96 << 20
 
 _process_is_ours = False
 _exit_code: int | None = None  # with which a process of ours ends, once it is known
@@ -86,7 +91,8 @@ def _end() -> None:
 def brisk() -> Iterator[None]:
     """Import packages and read headers in less time.
 
-    Objects made inside are never scanned for garbage: they are used until the process ends.
+    Objects made inside are never scanned for garbage: they are used until the process ends. An import of NumPy raises
+    MemoryError where it does not fit: OpenBLAS would end the process, with the code of a bug.
     """
     if not _process_is_ours:
         yield
@@ -127,7 +133,16 @@ class _Deferring:
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == "numpy":
+            _refuse_too_little_memory()
         spec = PathFinder.find_spec(name, path, target) if name in DEFERRED else None
         if spec is not None and spec.loader is not None:
             spec.loader = importlib.util.LazyLoader(spec.loader)
         return spec
+
+
+def _refuse_too_little_memory() -> None:
+    try:
+        mmap.mmap(-1, NUMPY_BYTES).close()
+    except OSError as error:
+        raise MemoryError(f"NumPy takes {NUMPY_BYTES:,} bytes of addresses") from error

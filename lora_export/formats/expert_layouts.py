@@ -199,6 +199,18 @@ def expert_stacks(adapter: Adapter, model_types: Collection[str]) -> ExpertStack
     return found
 
 
+def projections_of(adapter: Adapter) -> set[str]:
+    """The stacks of an adapter that PEFT has as a layer for each expert, which no stacked parameter holds.
+
+    down_proj beside gate_up_proj is a stacked parameter too. Beside gate_proj and up_proj it has a tensor for each.
+    """
+    return {
+        name
+        for name, axes in adapter.experts.items()
+        if axes is ExpertAxes.OUT_IN and f"{name.rpartition('.')[0]}.gate_up_proj" not in adapter.experts
+    }
+
+
 def unknown_axes(name: str) -> str:
     """The problem of an expert whose axes nothing tells."""
     return f"{name}: how the base stores its experts is not known. State it: {named('base', 'CHECKPOINT')}"

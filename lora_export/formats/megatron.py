@@ -37,6 +37,7 @@ DESCRIPTION = "a folder of torch.distributed.checkpoint with adapters of Megatro
 RUN_CONFIG = "run_config.yaml"
 MAX_EXPERTS = 4096  # each gets a pair, also where one A or B is for all
 _OF_ADAPTER = ".adapter."
+_OTHERS = re.compile(r"_extra_state|^(chained_\d+\.)?optimizer\.")  # what Megatron saves beside the model, by its names
 _SIDES = {"in": "a", "out": "b"}
 _EXPERTS = "experts"
 _KEY = re.compile(
@@ -56,7 +57,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     rank, alpha, files = _rank_and_alpha(path, options)
     has_own_rank = bool(files) and bool(_stated_peft(files[0]).get("normalize_moe_lora"))
     model = _MegatronModel.of(path, options, rank, alpha, has_own_rank=has_own_rank)
-    found = open_distributed_checkpoint(path, lambda key: _OF_ADAPTER in key and "_extra_state" not in key)
+    found = open_distributed_checkpoint(path, lambda key: _OF_ADAPTER in key and not _OTHERS.search(key))
     pairs, spelling = adapter_files.read_pairs(_by_layer(found), model.pairs, _KEY)
     return Adapter(
         name=name,

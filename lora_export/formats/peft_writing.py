@@ -20,10 +20,12 @@ from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions
 from lora_export.formats.adapter_files import base_config
 from lora_export.formats.expert_layouts import (
+    EXPERTS,
     REGISTRATION_ORDER,
     are_alike,
     expert_stacks,
     nested_parameters,
+    projections_of,
     stacked_factors,
     unknown_axes,
 )
@@ -142,12 +144,7 @@ def _split(
     adapter: Adapter, types: set[str], problems: list[str]
 ) -> tuple[dict[str, LoraPair], dict[str, list[LoraPair]]]:
     """The pairs of modules, and those of all experts of a stacked parameter, with PEFT's axes."""
-    # down_proj beside gate_up_proj is a stacked parameter too; beside gate_proj and up_proj it has a tensor for each.
-    projections = {
-        name
-        for name, axes in adapter.experts.items()
-        if axes is ExpertAxes.OUT_IN and f"{name.rpartition('.')[0]}.gate_up_proj" not in adapter.experts
-    }
+    projections = projections_of(adapter)
     plain: dict[str, LoraPair] = {}
     parameters: dict[str, dict[int, LoraPair]] = {}
     for name, pair in adapter.pairs.items():
@@ -221,8 +218,12 @@ def _different_ranks(adapter: Adapter, pairs: Mapping[str, LoraPair]) -> list[st
 
 
 def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[str], *, dora: bool) -> dict[str, Any]:
-    """The config, with what the most pairs have as its rank and alpha, and patterns for the others."""
-    rslora = bool(adapter.metadata.get("use_rslora"))
+    """The config, with what the most pairs have as its rank and alpha, and patterns for the others.
+
+    PEFT joins gate and up of an expert for transformers 5: it doubles rank and alpha, with rsLoRA √2 times the scale.
+    """
+    of_experts = any(f".{EXPERTS}." in name for name in pairs.keys() - {*parameters})
+    rslora = bool(adapter.metadata.get("use_rslora")) and not of_experts
     alphas = {name: alpha_of(pair.scale, math.sqrt(pair.rank) if rslora else pair.rank) for name, pair in pairs.items()}
     rank, rank_pattern = usual_and_patterns({name: pair.rank for name, pair in pairs.items()})
     alpha, alpha_pattern = usual_and_patterns(

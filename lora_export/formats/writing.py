@@ -93,9 +93,9 @@ def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
 def with_positive_scales(adapter: Adapter) -> Adapter:
     """The adapter with the sign of each pair's scale in its B: readers take no alpha below zero for right."""
     turned = {
-        name: replace(pair, b=-pair.b, scale=-pair.scale)
+        name: LoraPair(pair.a, -pair.b, -pair.scale, pair.magnitude, pair.embedding, pair.as_stored)
         for name, pair in adapter.pairs.items()
-        if type(pair) is LoraPair and pair.scale < 0
+        if not why_no_low_rank(pair) and pair.scale < 0
     }
     return replace(adapter, pairs={**adapter.pairs, **turned})
 
@@ -211,6 +211,8 @@ class OneFile:
         """Write the file. Raises InputRefused with everything that the format cannot express."""
         for table in ("replaced", "token_rows", "tied"):
             self.problems += [f"{name}: {BESIDES[table]}" for name in getattr(self.adapter, table)]
+        infinite = [key for key, value in self.tensors.items() if not np.isfinite(value).all()]
+        self.problems += [f"{key}: values that float32 cannot hold, times the scale" for key in infinite]
         refuse_inexpressible(self.adapter, self.target, self.problems)
         dtype = smallest_dtype(self.tensors.values())
         tensors = {key: value.astype(dtype) for key, value in self.tensors.items()} | self.alphas

@@ -19,6 +19,7 @@ from lora_export.graph.site import Site
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan, Step
+from lora_export.plan.match_tensors import ITS_ROWS
 
 
 def graph_remedy() -> str:
@@ -117,12 +118,14 @@ def refuse_full_rank(plan: Plan, *, but_kronecker: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def checkpoint_as_remedy(adapters: Sequence[Adapter], sites: Sites) -> Iterator[None]:
+def checkpoint_as_remedy(adapters: Sequence[Adapter]) -> Iterator[None]:
     """Add to a MatchError where to merge rows of a table that the graph has under no name, or under another one."""
     try:
         yield
     except MatchError as error:
-        lost = [name for adapter in adapters for name in adapter.token_rows if name not in sites.by_name]
+        missing = {(misfit.adapter, misfit.key) for misfit in error.misfits if ITS_ROWS in misfit.problem}
+        tables = ((adapter, name) for adapter in adapters for name in adapter.token_rows)
+        lost = [name for adapter, name in tables if (adapter.name, adapter.spelled(name)) in missing]
         if not lost or error.remedy:
             raise
         raise error.with_remedy(

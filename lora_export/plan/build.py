@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -51,7 +50,7 @@ from lora_export.plan.types import Layout, Plan, Step, TensorSpec
 if TYPE_CHECKING:
     from lora_export.names.architecture import ArchitectureRules
 
-SMALLEST_NONZERO = float(np.finfo(np.float32).smallest_subnormal)
+SMALLEST_NONZERO, LARGEST_STRENGTH = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 
 
 def make(
@@ -214,8 +213,8 @@ def checked_strengths(
         raise WrongUsage(f"{given}; give one {named('weights')} per adapter")
     _refuse_duplicates(adapters)
     for adapter, strength in zip(adapters, strengths, strict=True):
-        if not math.isfinite(strength):
-            raise InputRefused(f"the weight of {adapter.name} is {strength}; it must be a finite number")
+        if not abs(strength) <= LARGEST_STRENGTH:
+            raise InputRefused(f"the weight of {adapter.name} is {strength}; it must be a finite number in float32")
         if not identity_ok and (why := _why_no_effect(adapter, strength)):
             raise InputRefused(f"the adapter {adapter.name} has no effect: {why}. Nothing was written.")
     return strengths

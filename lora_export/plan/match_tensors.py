@@ -18,6 +18,7 @@ from lora_export.plan.stored_region import StoredRegion, overlapping
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec, Term
 
 NO_WEIGHT = "the base has no weight for"
+ITS_ROWS = "of which the adapter replaces rows"  # of a table that the base lacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +176,7 @@ def _vector_problem(name: str, change: NDArray[np.float32], base: BaseTensors) -
 
 def _rows_problem(name: str, rows: TokenRows, base: BaseTensors) -> str:
     if name not in base:
-        return base.stored_as(name) or f"the base has no {name}, of which the adapter replaces rows{base.nearest(name)}"
+        return base.stored_as(name) or f"the base has no {name}, {ITS_ROWS}{base.nearest(name)}"
     shape = base[name].shape
     if not base[name].is_float or len(shape) != 2 or shape[1:] != rows.values.shape[1:]:
         return f"{name} is {shape} {base[name].dtype}, the adapter replaces rows of {rows.values.shape[1]} floats"

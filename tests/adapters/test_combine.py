@@ -113,6 +113,7 @@ def test_tables_that_not_all_have_are_refused(second: Adapter) -> None:
         (TWO, [1.0], "2 adapters but 1 weight"),
         (TWO, [1.0, 0.0], "two has no effect: its weight is 0"),
         (TWO, [1.0, float("inf")], "must be a finite number"),
+        (TWO, [1.0, -1e39], r"is -1e\+39; it must be a finite number in float32"),
         (adapter("two", 0, "other"), [], None),
         (replace(TWO, sha256="one"), [], "two is the same adapter as one"),
         (replace(TWO, name="one"), [], "2 adapters are called one"),

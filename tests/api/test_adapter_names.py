@@ -97,26 +97,50 @@ def test_the_names_are_those_that_were_asked_for(tmp_path: Path) -> None:
 PEFT_DROPS = "PEFT loads an adapter with other names without its experts, in silence. base="
 
 
-@pytest.mark.parametrize(("name", "renamed"), [("mixtral", True), ("qwen3_moe", False)])
-def test_experts_of_mlx_get_names_that_peft_finds(tmp_path: Path, name: str, renamed: bool) -> None:
-    """mlx-lm calls w1 of Mixtral gate_proj, which is the name of no layer."""
+IN_SGLANG = {"to": "peft", "names": "sglang"}
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "renamed"),
+    [
+        ("mixtral", {"to": "mlx"}, True),
+        ("qwen3_moe", {"to": "mlx"}, False),
+        ("mixtral", IN_SGLANG, False),
+        ("qwen3_moe", IN_SGLANG, True),
+    ],
+)
+def test_stacked_experts_get_names_that_peft_finds(
+    tmp_path: Path, name: str, form: dict[str, Any], renamed: bool
+) -> None:
+    """mlx-lm calls w1 of Mixtral gate_proj, which is the name of no layer. SGLang calls all of them w1."""
     saved = experts.save(tmp_path / "models", name)
-    lora_export.convert(saved["adapter"], tmp_path / "mlx", to="mlx", base=saved["old"])
-    found = lora_export.convert(tmp_path / "mlx", tmp_path / "peft", to="peft", base=saved["old"])
+    lora_export.convert(saved["adapter"], tmp_path / "stacked", base=saved["old"], **form)
+    found = lora_export.convert(tmp_path / "stacked", tmp_path / "peft", to="peft", base=saved["old"])
     assert PEFT_DROPS not in str(found.notes) and peft_finds_experts(saved["old"], found.output)
     lora_export.merge(saved["old"], tmp_path / "peft", tmp_path / "out")
     found, expected = weights(tmp_path / "out"), weights(saved["merged_old"])
     assert all(np.allclose(found[key], expected[key], rtol=0, atol=2e-7) for key in expected)
     keys = load_file(tmp_path / "peft/adapter_model.safetensors").keys()
     assert any("mlp.experts.base_layer.lora_A" in key for key in keys) == renamed
-    without = lora_export.convert(tmp_path / "mlx", tmp_path / "without", to="peft")
+    without = lora_export.convert(tmp_path / "stacked", tmp_path / "without", to="peft")
     assert PEFT_DROPS in str(without.notes) and peft_finds_experts(saved["old"], without.output) != renamed
     own = load_file(tmp_path / "without/adapter_model.safetensors").keys()
     assert (own == keys) != renamed
     for base in (saved["new"], as_mlx(saved["old"], tmp_path / "as_mlx"), only_config(saved["old"], tmp_path / "bare")):
-        written = lora_export.convert(tmp_path / "mlx", tmp_path / f"of_{base.name}", to="peft", base=base)
+        written = lora_export.convert(tmp_path / "stacked", tmp_path / f"of_{base.name}", to="peft", base=base)
         assert load_file(written.output / "adapter_model.safetensors").keys() == own, base
         assert PEFT_DROPS in str(written.notes)
+
+
+def test_peft_joins_experts_of_rslora_at_their_scale(tmp_path: Path) -> None:
+    """It doubles rank and alpha of gate and up, which have to be joined: their scale by the root would change."""
+    saved = experts.save(tmp_path / "models", "qwen3_moe", use_rslora=True)
+    found = lora_export.convert(saved["adapter"], tmp_path / "out", to="peft", names="transformers4", base=saved["old"])
+    model = AutoModelForCausalLM.from_pretrained(saved["old"])
+    merged = peft.PeftModel.from_pretrained(model, found.output).merge_and_unload()
+    expected = AutoModelForCausalLM.from_pretrained(saved["merged_old"]).state_dict()
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
 
 
 def peft_finds_experts(base: Path, adapter: Path) -> bool:

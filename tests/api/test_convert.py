@@ -103,6 +103,9 @@ def test_a_weight_is_a_factor_on_pairs_and_biases(tmp_path: Path) -> None:
     whole = peft_adapter(tmp_path / "whole", {"fc": ([[1.0]], [[1.0]])}, {"head.weight": [[1.0]]})
     with pytest.raises(InputRefused, match=r"whole saves tensors whole: head\.weight"):
         le.convert(whole, tmp_path / "no", to="peft", weight=0.5)
+    for to in ("kohya", "peft"):
+        with pytest.raises(InputRefused, match="one has no effect: its weight is 0"):
+            le.convert(adapter, tmp_path / "no", to=to, weight=0)
 
 
 @pytest.mark.parametrize("to", ["peft", "mlx", "kohya", "comfyui", "diffusers", "openvino"])

@@ -80,6 +80,14 @@ def test_whole_tensors_cannot_be_swapped(lora: str, task: str | None) -> None:
     check_adapters(options(head, lora=lora, task=task, ignore_head=True))
 
 
+def test_more_adapters_than_slots_are_refused_before_the_export() -> None:
+    three = [adapter(name, fc=pair()) for name in ("one", "two", "three")]
+    for fitting in (options(*three, lora="slots", slots=3), options(*three, lora="slots", slots=2, verify=False)):
+        check_adapters(fitting)
+    with pytest.raises(InputRefused, match=r"3 adapters for 2 slots: .*slots=3.*convert"):
+        check_adapters(options(*three, lora="slots", slots=2))
+
+
 def test_rows_may_choose_heads_and_no_biases() -> None:
     replaced = {"head.weight": np.ones((2, 3), np.float32), "fc.weight": np.ones((2, 3), np.float32)}
     head = holding("fr", pairs={"fc": pair()}, replaced=replaced)

@@ -57,6 +57,26 @@ def test_afterwards_garbage_is_collected_and_imports_are_found_as_ever():
     assert told == [False, True, True, told_by("print(json.dumps(len(sys.meta_path)))")]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the size of the process, and limits it")
+def test_numpy_is_not_imported_where_openblas_would_end_the_process():
+    """It takes 32 MiB at once when it is loaded, after the libraries."""
+    code = """
+import resource
+from lora_export.cli import startup
+startup.take_process()
+limit = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (70 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+told = ""
+with startup.brisk():
+    try:
+        import numpy
+    except MemoryError as error:
+        told = str(error)
+print(json.dumps(told))
+"""
+    assert told_by(code) == f"NumPy takes {startup.NUMPY_BYTES:,} bytes of addresses"
+
+
 def test_full_collections_are_rare_and_others_as_ever():
     code = "from lora_export.cli import startup\nbefore = gc.get_threshold()\nstartup.take_process()"
     before, after = told_by(f"{code}\nprint(json.dumps([before, gc.get_threshold()]))")

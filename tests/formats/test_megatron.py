@@ -83,10 +83,14 @@ def expected(state: dict[str, torch.Tensor], layer: int) -> dict[str, np.ndarray
     return {f"model.layers.{layer}.{name}": value.numpy() for name, value in found.items()}
 
 
-@pytest.mark.parametrize("form", ["stacked", "numbered", "module.module."])
+@pytest.mark.parametrize("form", ["stacked", "with optimisers", "numbered", "module.module."])
 def test_the_layers_are_those_of_hugging_face(tmp_path: Path, form: str):
     state = adapters()
-    path, reading = saved(tmp_path, state if form == "stacked" else numbered(state, form if "." in form else ""))
+    whole = state if form in ("stacked", "with optimisers") else numbered(state, form if "." in form else "")
+    if form == "with optimisers":  # Megatron saves their state under the names of the model
+        outer = ("optimizer.state.exp_avg", "chained_1.optimizer.state.fp32_param")
+        whole = whole | {f"{each}.{name}": value + 1 for each in outer for name, value in state.items()}
+    path, reading = saved(tmp_path, whole)
     adapter = formats.load(path, options=reading)
     changes = {name: value for layer in range(LAYERS) for name, value in expected(state, layer).items()}
     assert adapter.format == "megatron" and adapter.pairs.keys() == changes.keys()

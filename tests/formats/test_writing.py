@@ -28,9 +28,11 @@ from lora_export.formats.writing import (
     beyond_pairs,
     refuse_inexpressible,
     smallest_dtype,
+    with_positive_scales,
     without_component,
 )
 from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.pairs.computed import FactoredPair
 from lora_export.pairs.structured import HadamardPair, KroneckerPair, WholePair
 from support.diffusion import arrays_of, change, fused_by_diffusers, linear_shapes, random_pairs, unet
 from support.one_files import drawn_adapters
@@ -59,6 +61,13 @@ def test_an_alpha_gives_its_scale_again(rank: int, alpha: float) -> None:
 @given(st.integers(1, 512), st.floats(1e-3, 1e3))
 def test_any_scale_has_an_alpha_that_float32_cannot_tell(rank: int, scale: float) -> None:
     assert np.float32(alpha_of(scale, rank) / rank) == pytest.approx(np.float32(scale), rel=2**-23)
+
+
+def test_a_computed_pair_gets_a_scale_above_zero() -> None:
+    settings = {"shape": (1, 4, 4), "factors": lambda stored, rows: (np.ones((1, 4), np.float32), stored["b"][rows])}
+    pair = FactoredPair({"b": np.array([[2], [3], [4], [5]], np.float32)}, -0.5, settings=settings)
+    (turned,) = with_positive_scales(adapter_of({"fc": pair})).pairs.values()
+    assert turned.scale == 0.5 and turned.delta().tolist() == [[-0.5 * own] * 4 for own in (2, 3, 4, 5)]
 
 
 def test_what_is_no_pair_is_named() -> None:
@@ -135,6 +144,7 @@ ONE, WHOLE_LOKR = low_rank(3, 2, 1), {"w1": numbers(2, 2), "w2": numbers(2, 2)}
         ),
         ("kohya", {"a": low_rank(3, 2, 3, scale=NO_THIRD)}, {}, "a: its scale .* is no number divided by its rank"),
         ("kohya", {"denoiser/a": ONE}, {"replaced": {"h.weight": numbers(2, 2)}}, r"h\.weight: a whole tensor"),
+        ("openvino", {"a": low_rank(3, 2, 1, scale=3e38)}, {}, r"a\.lora_B\.weight: values that float32 cannot hold"),
         ("comfyui", {"denoiser/a_b": ONE}, {"flattened": True}, "in which `_` stands for the dots: state the model"),
         (
             *("diffusers", {"a": WholePair({"change": np.ones((2, 2))}, 1.0), "e": low_rank(3, 2, 1, embedding=True)}),

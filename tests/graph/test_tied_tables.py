@@ -137,6 +137,16 @@ def test_a_table_that_the_graph_has_under_another_name_is_refused(tmp_path: Path
     assert not (tmp_path / "out.onnx").exists()
 
 
+def test_a_table_that_the_graph_has_is_not_blamed_for_another_misfit(tmp_path: Path) -> None:
+    pairs = dict.fromkeys(("model.head", "model.other"), ([[1.0] * 3], [[1.0]] * 4))
+    adapter = peft_adapter(tmp_path / "adapter", pairs, trainable_token_indices={"model.embed": [1, 3]})
+    add_tensors(adapter, {"base_model.model.model.embed.token_adapter.trainable_tokens_delta": ROWS.values})
+    save_graph(a_graph(two_tables()), tmp_path, "m.onnx")
+    with pytest.raises(MatchError, match=r"1 of 3 targets do not fit") as caught:
+        le.merge(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    assert "under another name" not in str(caught.value)
+
+
 def test_a_config_that_ties_nothing_counts_more_than_equal_tables(tmp_path: Path) -> None:
     """As after `head.weight = embed.weight.clone()`: PEFT changes the rows of the embedding alone."""
     for ties, rows in ((False, ["embed.weight"]), (True, ["embed.weight", "head.weight"])):
