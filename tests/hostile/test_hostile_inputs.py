@@ -488,28 +488,6 @@ def test_tensors_larger_than_their_files_take_no_memory(place: Path) -> None:
     assert code == 3 and "is not an adapter in a known format" in told
 
 
-@pytest.mark.parametrize("name", ["hyperparameters.yaml", "model_config.yaml"])
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a: !!python/object/apply:os.system ['touch payload-ran']",
-        "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40)).replace("*a0", "x"),
-        "[" * 100_000,
-        "x" * 2_000_000,
-        "lora_r: " + "9" * 5000,
-    ],
-    ids=["code", "laughs", "deep", "long", "number"],
-)
-def test_settings_in_yaml_make_nothing_but_a_refusal(
-    place: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(place)
-    pickled_formats(place)
-    (place / "litgpt" / name).write_text(text)
-    code, said, told = merge_file(place, "litgpt", "--allow-pickle")
-    assert (code, said, no_payload(place)) == (3, "", True) and len(told) < 1000, told
-
-
 @pytest.mark.fault(41)
 @pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "folder"])
 @pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json", "lit_model.pth.lora", "config.json"])
