@@ -85,55 +85,35 @@ def test_columns_may_be_in_any_group(tmp_path: Path) -> None:
     assert bits_of(weight.whole) == bits_of(numbers.round() * scales[:, groups.long()])
 
 
+OF_INTEGERS = [
+    ({"x.weight_shape": torch.tensor([ROWS, 999])}, "of 8 words are not 12 rows of 999 numbers of 4 or 8 bits"),
+    ({"x.weight_shape": torch.tensor([ROWS + 1, COLUMNS])}, "12 rows of 8 words are not 13 rows"),
+    ({"x.weight_shape": torch.tensor([ROWS, -1])}, "is no packed matrix"),
+    ({"x.weight_shape": torch.tensor([ROWS, 1 << 60])}, "is no packed matrix"),
+    ({"x.weight_shape": torch.tensor([ROWS])}, "1 elements, and x.weight needs 2"),
+    ({"x.weight_packed": torch.zeros(ROWS, 8)}, "its dtype is float32"),
+    ({"x.weight_packed": torch.zeros(2, ROWS, 8).int()}, "is no packed matrix"),
+    ({"x.weight_scale": torch.ones(ROWS - 1, 4)}, r"the shape \[11, 4\] does not fit a weight of \[12, 64\]"),
+    ({"x.weight_scale": torch.ones(ROWS, 5)}, "does not fit"),
+    ({"x.weight_scale": torch.ones(ROWS, 0)}, "does not fit"),
+    ({"x.weight_g_idx": torch.zeros(3, dtype=torch.int32)}, "3 elements, and x.weight needs 64"),
+    ({"x.weight_g_idx": torch.full((COLUMNS,), 4, dtype=torch.int32)}, "a column is in none of the 4 groups"),
+    ({"x.weight_zero_point": torch.zeros(1, 4, dtype=torch.int32)}, "4 elements, and x.weight needs 8"),
+    ({"x.weight_scale": torch.full((ROWS, 4), torch.inf)}, "48 scales are not finite numbers"),
+    ({"y.weight_scale": torch.ones(1)}, r"y\.weight_scale scales a matrix of int8 or 8-bit floats, which is"),
+]
+OF_NVFP4 = [
+    ({"x.weight_scale": torch.ones(ROWS, 3).to(torch.float8_e4m3fn)}, "are none of nvfp4, mxfp4, mxfp6, mxfp8"),
+    ({"x.weight_scale": torch.ones(ROWS - 1, 6).to(torch.float8_e4m3fn)}, "are none of nvfp4"),
+    ({"x.weight_scale": torch.ones(ROWS, 0).to(torch.float8_e4m3fn)}, "are none of nvfp4"),
+    ({"x.weight_scale": torch.ones(ROWS, 6)}, "its dtype is float32, and x.weight needs uint8 or float8_e4m3fn"),
+    ({"x.weight_global_scale": torch.ones(2)}, "2 elements, and x.weight needs 1"),
+    ({"x.weight_zero_point": torch.ones(ROWS, 6)}, "nvfp4 has no zero points"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "change", "message"),
-    [
-        (
-            "int",
-            {"x.weight_shape": torch.tensor([ROWS, 999])},
-            "of 8 words are not 12 rows of 999 numbers of 4 or 8 bits",
-        ),
-        ("int", {"x.weight_shape": torch.tensor([ROWS + 1, COLUMNS])}, "12 rows of 8 words are not 13 rows"),
-        ("int", {"x.weight_shape": torch.tensor([ROWS, -1])}, "is no packed matrix"),
-        ("int", {"x.weight_shape": torch.tensor([ROWS, 1 << 60])}, "is no packed matrix"),
-        ("int", {"x.weight_shape": torch.tensor([ROWS])}, "1 elements, and x.weight needs 2"),
-        ("int", {"x.weight_packed": torch.zeros(ROWS, 8)}, "its dtype is float32"),
-        ("int", {"x.weight_packed": torch.zeros(2, ROWS, 8).int()}, "is no packed matrix"),
-        (
-            "int",
-            {"x.weight_scale": torch.ones(ROWS - 1, 4)},
-            r"the shape \[11, 4\] does not fit a weight of \[12, 64\]",
-        ),
-        ("int", {"x.weight_scale": torch.ones(ROWS, 5)}, "does not fit"),
-        ("int", {"x.weight_scale": torch.ones(ROWS, 0)}, "does not fit"),
-        ("int", {"x.weight_g_idx": torch.zeros(3, dtype=torch.int32)}, "3 elements, and x.weight needs 64"),
-        (
-            "int",
-            {"x.weight_g_idx": torch.full((COLUMNS,), 4, dtype=torch.int32)},
-            "a column is in none of the 4 groups",
-        ),
-        ("int", {"x.weight_zero_point": torch.zeros(1, 4, dtype=torch.int32)}, "4 elements, and x.weight needs 8"),
-        ("int", {"x.weight_scale": torch.full((ROWS, 4), torch.inf)}, "48 scales are not finite numbers"),
-        (
-            "int",
-            {"y.weight_scale": torch.ones(1)},
-            r"y\.weight_scale scales a matrix of int8 or 8-bit floats, which is",
-        ),
-        (
-            "nvfp4",
-            {"x.weight_scale": torch.ones(ROWS, 3).to(torch.float8_e4m3fn)},
-            "are none of nvfp4, mxfp4, mxfp6, mxfp8",
-        ),
-        ("nvfp4", {"x.weight_scale": torch.ones(ROWS - 1, 6).to(torch.float8_e4m3fn)}, "are none of nvfp4"),
-        ("nvfp4", {"x.weight_scale": torch.ones(ROWS, 0).to(torch.float8_e4m3fn)}, "are none of nvfp4"),
-        (
-            "nvfp4",
-            {"x.weight_scale": torch.ones(ROWS, 6)},
-            "its dtype is float32, and x.weight needs uint8 or float8_e4m3fn",
-        ),
-        ("nvfp4", {"x.weight_global_scale": torch.ones(2)}, "2 elements, and x.weight needs 1"),
-        ("nvfp4", {"x.weight_zero_point": torch.ones(ROWS, 6)}, "nvfp4 has no zero points"),
-    ],
+    ("kind", "change", "message"), [*(("int", *row) for row in OF_INTEGERS), *(("nvfp4", *row) for row in OF_NVFP4)]
 )
 def test_parts_that_do_not_fit_are_refused(kind: str, change: Tensors, message: str, tmp_path: Path) -> None:
     stored = in_groups(kind)[0] if kind == "nvfp4" else compressed(4, "group")[0]
