@@ -287,3 +287,9 @@ def test_shapes_that_no_array_can_have_are_refused(tmp_path, shape):
     path = raw_tensor_file(tmp_path / "a.safetensors", header, bytes(size))
     with pytest.raises(InputRefused, match=f"{path}: a has the shape .*, which no array can have"):
         safetensors_file.open_file(path)
+
+
+@pytest.mark.fault(40)
+def test_names_with_control_characters_are_refused_in_one_line(path):
+    raw_tensor_file(path, {"x\nnote: all is well": entry([1], 0, 4, "F9")}, bytes(4))
+    assert "names with control characters" in refusal(path) and "\n" not in refusal(path)
