@@ -108,26 +108,6 @@ def test_layers_of_no_common_name_are_noted(place: Path) -> None:
     assert (renamed.modules, renamed.shared, renamed.notes) == (1, 1, ())
 
 
-@pytest.mark.parametrize(
-    ("combination", "error", "message"),
-    [
-        ("ties", WrongUsage, "needs density="),
-        ("mean", WrongUsage, "it must be cat, linear"),
-        ("linear", InputRefused, "ranks"),
-    ],
-)
-def test_a_refused_combination_leaves_nothing(
-    place: Path, combination: str, error: type[Exception], message: str
-) -> None:
-    peft_adapter(place / "two", {"fc": (np.eye(3)[:2], np.ones((4, 2)))})
-    before = sorted(place.iterdir())
-    with pytest.raises(error, match=message):
-        le.combine([place / "one", place / "two"], place / "both", combination=combination)
-    with pytest.raises(error, match=message):
-        merged(place, "one", "two", combination=combination)
-    assert sorted(place.iterdir()) == before
-
-
 def test_an_output_within_an_adapter_is_refused(place: Path) -> None:
     with pytest.raises(le.errors.OutputFailed):
         le.combine([place / "one", place / "two"], place / "one", overwrite=True)
@@ -273,10 +253,3 @@ def test_a_checkpoint_that_changes_meanwhile_is_refused(tuned: Path, monkeypatch
     with pytest.raises(InputRefused, match="changed while it was being read"):
         extract(tuned)
     assert not (tuned / "adapter").exists()
-
-
-def test_an_existing_output_needs_overwrite(tuned: Path) -> None:
-    extract(tuned)
-    with pytest.raises(OutputFailed):
-        extract(tuned)
-    assert extract(tuned, overwrite=True).layers

@@ -13,24 +13,12 @@ import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.reading import ReadOptions
 from support.api import an_adapter, base_weights
-from support.handmade import graph_file
 
 
 def test_an_adapter_is_recognised(tmp_path: Path) -> None:
     found = le.inspect(an_adapter(tmp_path / "adapter"))
     assert found.adapter is not None and list(found.adapter.pairs) == ["dense"]
     assert (found.checkpoint, found.graph, found.onnx_adapter) == (None, None, None)
-
-
-def test_a_checkpoint_has_names_and_shapes(tmp_path: Path) -> None:
-    found = le.inspect(base_weights(tmp_path / "base.safetensors"))
-    assert found.checkpoint is not None and found.adapter is None
-    assert {spec.name: spec.shape for spec in found.checkpoint.specs} == {"dense.weight": (8, 8), "dense.bias": (8,)}
-
-
-def test_a_graph_has_its_weights_by_name(tmp_path: Path) -> None:
-    found = le.inspect(graph_file(tmp_path / "m.onnx", {"up.weight": np.eye(4, dtype=np.float32)}))
-    assert found.graph is not None and list(found.graph.by_name) == ["up.weight"]
 
 
 def test_a_damaged_merge_is_found(tmp_path: Path) -> None:

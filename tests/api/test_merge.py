@@ -57,12 +57,6 @@ def test_space_is_reserved_for_the_whole_file(place: Path, base: str, monkeypatc
     assert reserved == [(output / "model.safetensors" if output.is_dir() else output).stat().st_size]
 
 
-def test_a_graph_is_merged_into_a_graph(place: Path) -> None:
-    result = merged(place, "base.onnx")
-    assert result.report is not None and result.report.results[0].weight == "dense.weight"
-    assert (place / "out.onnx").is_file()
-
-
 def test_an_adapter_in_memory_is_merged(place: Path) -> None:
     adapter = le.load_adapter(place / "adapter", name="loaded")
     result = le.merge(place / "base.safetensors", adapter, place / "out.safetensors")

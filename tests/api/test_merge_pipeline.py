@@ -208,8 +208,3 @@ def test_a_part_without_effect_is_left_out_with_a_note() -> None:
 def test_an_adapter_without_any_effect_is_refused() -> None:
     with pytest.raises(InputRefused, match=r"the adapter mine has no effect: every B"):
         parts_by_model(PIPELINE, [adapter_of({"denoiser/a": UNTRAINED})], [])
-
-
-def test_a_model_that_the_pipeline_lacks_is_refused() -> None:
-    with pytest.raises(InputRefused, match=r"sd has no text_encoder_2\. Its models are unet, text_encoder"):
-        parts_by_model(PIPELINE, [adapter_of({"text_encoder_2/a": low_rank(3, 2, 1)})], [])

@@ -77,14 +77,6 @@ def test_a_module_in_memory_is_exported(tmp_path: Path) -> None:
     np.testing.assert_allclose(hidden(result.output), expected(module), atol=1e-5)
 
 
-def test_an_existing_graph_takes_an_adapter(tmp_path: Path) -> None:
-    le.export_onnx(MODEL, tmp_path / "base.onnx")
-    adapter = an_adapter(tmp_path / "adapter")
-    result = le.export_onnx(tmp_path / "base.onnx", tmp_path / "m.onnx", adapters=adapter, lora="nodes")
-    assert result.proof is not None and result.proof.about["against"] == "the base graph"
-    np.testing.assert_allclose(hidden(result.output), expected(le.load_model(MODEL).module), atol=1e-5)
-
-
 class Words(nn.Module):
     """A table of words, tied to the head."""
 

@@ -27,6 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base_file(tmp_path / "tuned.safetensors", {"fc.weight": np.diag([3, 2, 1]), "norm.weight": [2]})
     diagonal = np.diag([3.0, 2.0, 1.0])  # shares of ‖·‖²: 9, 4 and 1 of 14
     peft_adapter(tmp_path / "big", {"fc": (np.eye(3), diagonal), "up": (np.eye(3), 2 * diagonal)})
+    peft_adapter(tmp_path / "wide", {"fc": (np.eye(3)[:2], np.ones((2, 2)))})
     (tmp_path / "text.txt").write_text("a text")
     return tmp_path
 
@@ -45,12 +46,15 @@ RESIZE = ("resize", "big", "-o", "small")
         ((*COMBINE, "x", "--density", "0.5"), 2, "--combine cat does not use it"),
         (("combine", "one", "-o", "x", "--method", "svd"), 3, "combines several adapters, and there is one"),
         (("combine", "one", "two=one", "-o", "x"), 3, "two is the same adapter as one"),
+        (("combine", "one", "wide", "-o", "x", "--method", "linear"), 3, "ranks"),
         (("combine", "-o", "x"), 2, "Missing argument"),
         (("fleet",), 2, "Missing argument 'plan|run|status'. Choose from: plan, run, status\n"),
         (("inspect", "text.txt"), 3, "text.txt is no adapter, checkpoint or graph in a known format"),
         (("combine", "one", "nowhere", "-o", "x"), 3, "nowhere"),
         ((*MERGE, "x.safetensors", "--combine-seed", "1"), 2, "does not use it"),
         ((*MERGE, "x.safetensors", "--combine", "mean"), 2, "mean"),
+        ((*MERGE, "x.safetensors", "--combine", "ties"), 2, "--combine ties needs --density"),
+        ((*MERGE[:3], "wide", "-o", "x.safetensors", "--combine", "linear"), 3, "ranks"),
         (EXTRACT, 2, "give --rank, or --energy"),
         ((*EXTRACT, "--rank", "2", "--layout", "x"), 2, "x is not NAME=out_in"),
         (("extract", "base.safetensors", "base.safetensors", "-o", "x", "--rank", "1"), 3, "nothing to extract"),
@@ -58,6 +62,7 @@ RESIZE = ("resize", "big", "-o", "small")
         (("extract", "base.safetensors", "nowhere", "-o", "x", "--rank", "1"), 3, "nowhere"),
         ((*EXTRACT[:3], "-o", "base.safetensors", "--rank", "1"), 7, "base"),
         (RESIZE, 2, "give --rank, or --energy"),
+        (("resize", "nowhere", "-o", "small", "--rank", "1"), 3, "nowhere"),
         ((*RESIZE, "--rank", "0"), 2, "Invalid value for '--rank': 0 is not in the range x>=1"),
         ((*RESIZE, "--energy", "1.1"), 2, "Invalid value for '--energy': 1.1 is not in the range 0<x<=1"),
         ((*RESIZE, "--rank", "2", "-o", "big"), 7, "big"),

@@ -252,16 +252,3 @@ def test_variables_that_change_results_are_in_file_and_verdict(
     assert code == 0 and variables.items() <= told["proof"]["about"].items()
     record = record_of(out)
     assert record["verdict"]["variables"] == variables
-
-
-@pytest.mark.slow
-def test_inspect_shows_an_adapter_a_checkpoint_and_a_graph(place: Path, tmp_path: Path, capsys: Capture) -> None:
-    code, told = answer(capsys, "inspect", place / "adapter")
-    assert code == 0
-    assert told["pairs"]["head"]["scale"] == 2.0
-    assert call("inspect", place / "base.safetensors") == 0
-    assert "head.weight  3 x 16 float32" in capsys.readouterr().out
-    assert call("onnx", MODEL, "-o", tmp_path / "base.onnx") == 0
-    capsys.readouterr()
-    assert call("inspect", tmp_path / "base.onnx", "--all") == 0
-    assert "encoder.layers.0.self_attn.in_proj_weight" in capsys.readouterr().out

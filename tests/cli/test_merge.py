@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import ml_dtypes
@@ -293,41 +291,7 @@ def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(place, capsy
     assert result(place / "out") == (W + 2 * BA).tolist()
 
 
-@pytest.mark.fault(30, 31)
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ("base", "the output {place}/base is the input {place}/base"),
-        ("base/merged", "the output {place}/base/merged is inside the input {place}/base"),
-        ("adapter/merged", "the output {place}/adapter/merged is inside the input {place}/adapter"),
-        ("base/no/such", "the output {place}/base/no/such is inside the input {place}/base"),
-    ],
-)
-def test_an_output_in_the_wrong_place_ends_with_7(place, capsys, output, message):
-    before = folder_contents(place)
-    assert run(place, "base", f"named={place / 'adapter'}", "--overwrite", "-o", place / output) == 7
-    assert capsys.readouterr().err == f"Error: {message.format(place=place)}\n"
-    assert folder_contents(place) == before
-
-
 # --- Signals and strange names ---
-
-
-@pytest.mark.fault(28)
-@pytest.mark.parametrize(
-    ("sent", "code", "word"), [(signal.SIGINT, 130, "Stopped"), (signal.SIGTERM, 143, "Terminated")]
-)
-def test_signals_that_ask_leave_nothing_behind(place, capsys, monkeypatch, sent, code, word):
-    def interrupted(*_: object, **__: object) -> None:
-        assert any(path.name.endswith(".partial") for path in place.iterdir())
-        os.kill(os.getpid(), sent)
-
-    monkeypatch.setattr("lora_export.weights.merge.CheckpointMerge.into", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["merge", str(place / "base"), str(place / "adapter"), "-o", str(place / "out")])
-    assert ended.value.code == code
-    assert capsys.readouterr().err.strip() == f"{word}; nothing was left behind."
-    assert {path.name for path in place.iterdir()} == {"base", "adapter"}
 
 
 def test_an_adapters_name_cannot_steer_the_terminal(place, capsys):

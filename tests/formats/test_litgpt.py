@@ -105,6 +105,7 @@ def test_a_table_is_read(tmp_path: Path) -> None:
         ("1: a", "is not a table of settings"),
         ("a: " + "[" * 100_000, "is not YAML"),
         ("a: 2001-99-99", "is not YAML"),
+        ("a: " + "9" * 5000, "is not YAML"),
         ("a: !!python/object/apply:os.system ['touch ran']", "is not YAML"),
         ("a" * (MAX_SETTINGS + 1), "has more than 1,000,000 bytes"),
     ],

@@ -110,29 +110,3 @@ def test_the_config_of_an_init_beside_a_plain_one_is_accepted(tmp_path, field):
 @pytest.mark.parametrize("config", [{"use_dora": False}, {"next_years_idea": None}, {"target_parameters": []}])
 def test_disabled_fields_are_not_refused(tmp_path, config):
     assert formats.load(simple(tmp_path, **config)).pairs.keys() == {"fc"}
-
-
-@pytest.mark.parametrize("field", ["r", "lora_alpha"])
-@pytest.mark.parametrize("value", [0, -8, "8", True, None, float("nan"), float("inf"), 10**400])
-@pytest.mark.fault(9, 10)
-def test_a_rank_or_alpha_that_is_not_positive_is_refused(tmp_path, field, value):
-    assert refusal(simple(tmp_path, **{field: value})) == (
-        f"ADAPTER/adapter_config.json: {field} is {value!r}; it must be a positive number"
-    )
-
-
-@pytest.mark.parametrize("field", ["r", "lora_alpha"])
-@pytest.mark.fault(9)
-def test_a_missing_rank_or_alpha_has_no_default(tmp_path, field):
-    simple(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    del config[field]
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert f"{field} is None" in refusal(tmp_path)
-
-
-@pytest.mark.fault(22)
-def test_a_config_that_names_a_key_twice_is_refused(tmp_path):
-    adapter = simple(tmp_path)
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "r": 16}')
-    assert refusal(adapter) == "ADAPTER/adapter_config.json names r more than once"

@@ -32,7 +32,16 @@ def make():
     model.fc.weight.data = torch.arange(6.0).reshape(2, 3)
     return model, torch.randn(2, 3)
 """
-KINDS = {"kernel log": "/proc/kmsg", "generated": "/proc/self/status", "endless": "/dev/zero", "sparse": "", "fifo": ""}
+KINDS = {
+    "kernel log": "/proc/kmsg",
+    "generated": "/proc/self/status",
+    "endless": "/dev/zero",
+    "input": "/dev/stdin",
+    "nothing": "nowhere",
+    "sparse": "",
+    "fifo": "",
+    "folder": "",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +77,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def strange(path: Path, kind: str) -> None:
-    if path.exists():
-        path.unlink()
-    if kind == "sparse":
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "sparse":
         path.touch()
         os.truncate(path, 4 << 40)
     elif kind == "fifo":
         os.mkfifo(path)
-    elif not os.access(KINDS[kind], os.R_OK):
+    elif kind != "nothing" and not os.access(KINDS[kind], os.R_OK):
         pytest.skip(f"{KINDS[kind]} cannot be read here")
     else:
         path.symlink_to(KINDS[kind])
@@ -101,33 +113,58 @@ COMMANDS = {
         ["verify", "base", "--base", "x.safetensors", "-a", "adapter"],
         ["verify", "x.safetensors", *PROOF],
     ],
-    "x.pt": [["verify", "x.pt", *PROOF], ["inspect", "x.pt"]],
+    "x.pt": [["verify", "x.pt", *PROOF], ["inspect", "x.pt"], ["onnx", "f.py:make", "-a", "x.pt", "-o", "o.onnx"]],
+    "x.py": [["verify", "g.onnx", "--model", "x.py:make"], ["onnx", "x.py:make", "-o", "o.onnx"]],
+    **{f"x.{kind}": [["train", "f.py:make", "--data", f"x.{kind}", "-o", "o"]] for kind in ("jsonl", "csv", "parquet")},
     "x.pt2": [["verify", "x.pt2", *PROOF], ["verify", "g.onnx", "--model", "x.pt2"], ["onnx", "x.pt2", "-o", "o.onnx"]],
     "x.onnx_adapter": [["inspect", "x.onnx_adapter"], ["verify", "g.onnx", *PROOF, "--onnx-adapter", "x.onnx_adapter"]],
     "x.npz": [
         ["verify", "g.onnx", *PROOF, "--inputs", "x.npz"],
         ["onnx", "f.py:make", "-o", "o.onnx", "--inputs", "x.npz"],
+        ["train", "f.py:make", "--data", "x.npz", "-o", "o"],
     ],
-    "b/config.json": [["inspect", "b"], ["onnx", "b", "-o", "o.onnx"], ["verify", "g.onnx", "--model", "b"]],
+    "b": [["merge", "b", "adapter", "-o", "o"]],
+    "a": [["merge", "base", "a", "-o", "o"]],
+    "b/config.json": [
+        ["inspect", "b"],
+        ["merge", "b", "adapter", "-o", "o"],
+        ["onnx", "b", "-o", "o.onnx"],
+        ["verify", "g.onnx", "--model", "b"],
+    ],
     "b/model.safetensors.index.json": [["inspect", "b"], ["merge", "b", "adapter", "-o", "o"]],
     "b/lora_export.json": [["inspect", "b", "--check"]],
-    "b/model.safetensors": [["inspect", "b"], ["verify", "b", *AUDIT]],
+    "b/model.safetensors": [["inspect", "b"], ["merge", "b", "adapter", "-o", "o"], ["verify", "b", *AUDIT]],
     "a/adapter_config.json": [["inspect", "a"], ["merge", "base", "a", "-o", "o"]],
     "a/adapter_model.safetensors": [["inspect", "a"], ["merge", "base", "a", "-o", "o"]],
     "gx/genai_config.json": [["merge", "gx/g.onnx", "adapter", "-o", "o.onnx"]],
 }
 MAY_BE_ABSENT = ("gx/genai_config.json", "b/lora_export.json")  # where there is no regular file
-# Beside `sparse`: one that is no regular file and one without a size, such that each name meets all of them.
+# Beside `sparse`: some that are no regular file and one without a size, such that each name meets all of them.
 QUICK = {
-    **dict.fromkeys(("inspect", "onnx"), ("sparse", "endless", "kernel log")),
-    **dict.fromkeys(("merge", "verify", "convert"), ("sparse", "fifo", "generated")),
+    **dict.fromkeys(("inspect", "onnx"), ("sparse", "endless", "kernel log", "fifo")),
+    **dict.fromkeys(("verify", "convert"), ("sparse", "fifo", "generated")),
+    "merge": ("sparse", "fifo", "generated", "input", "nothing", "folder"),
+    "train": ("fifo", "endless"),
 }
+OF_A_MERGE = ("input", "nothing", "folder")
+# Of rows, code and folders only what is no file: neither has a limit.
+UNLIMITED = ("x.jsonl", "x.csv", "x.parquet", "x.py", "a", "b")
+
+
+def is_refused(name: str, kind: str, command: str) -> bool:
+    if kind in OF_A_MERGE:
+        return (
+            command == "merge" and not name.startswith(("x.", "gx/")) and (name, kind) != ("b/config.json", "nothing")
+        )
+    return name not in (MAY_BE_ABSENT if kind in ("endless", "fifo") else UNLIMITED)
+
+
 CASES = [
     (name, kind, command) if name in MAY_BE_ABSENT or kind in QUICK[command[0]] else slow(name, kind, command)
     for name, commands in COMMANDS.items()
     for command in commands
     for kind in KINDS
-    if not (name in MAY_BE_ABSENT and kind in ("endless", "fifo"))
+    if is_refused(name, kind, command[0])
 ]
 
 
@@ -142,20 +179,22 @@ def test_no_input_is_read_without_end(
     assert call(*command) == 3
     error = capsys.readouterr().err
     assert Path(name).name in error or name.partition("/")[0] in error
+    assert kind in ("sparse", "nothing") or command[0] != "merge" or "/" not in name or "regular file" in error
     assert sorted(path for path in place.iterdir() if path.name != "__pycache__") == before
 
 
 @pytest.mark.parametrize("kind", ["kernel log", "sparse"])
-def test_a_chat_template_and_a_factory_are_files(place: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chat_template_is_a_file(place: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "base/chat_template.jinja").write_text("x")
     assert call("merge", "base", "adapter", "-o", "merged") == 0
     strange(place / "merged/chat_template.jinja", kind)
     assert call("verify", "merged", *AUDIT) == 3
     assert "chat_template.jinja" in capsys.readouterr().err
-    if kind != "sparse":
-        strange(place / "x.py", kind)
-        assert call("onnx", "x.py:make", "-o", "o.onnx") == 3
-        assert "x.py is not a regular file" in capsys.readouterr().err
+
+
+def test_a_config_that_is_a_link_to_nothing_is_none(place: Path) -> None:
+    strange(place / "b/config.json", "nothing")
+    assert call("merge", "b", "adapter", "-o", "o") == 0
 
 
 @pytest.mark.fault(27)

@@ -17,13 +17,6 @@ from lora_export.models.model import Model
 from support import FACTORIES
 
 
-def test_a_source_that_names_no_model_is_refused_with_the_possible_ones() -> None:
-    with pytest.raises(
-        InputRefused, match=r"'nowhere' is no model: give a Hugging Face folder that exists, .* or a \.pt2"
-    ):
-        load_model("nowhere")
-
-
 def test_a_model_and_its_float_inputs_are_converted_to_the_dtype() -> None:
     loaded = load_model(f"{FACTORIES}:worded", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.module.parameters()} == {torch.bfloat16}

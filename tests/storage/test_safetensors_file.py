@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
 from pathlib import Path
 
 import ml_dtypes
@@ -116,14 +115,6 @@ def test_metadata_that_is_null_is_none(path):
 # --- Damage ---
 
 
-@pytest.mark.parametrize("cut", [1, 16, 24])
-def test_a_truncated_file_is_refused_with_both_sizes(path, cut):
-    safetensors_file.write(path, {"x": np.zeros(8, np.float32)})
-    whole = path.stat().st_size
-    os.truncate(path, whole - cut)
-    assert refusal(path) == f"FILE is cut short: its header describes {whole} bytes, the file has {whole - cut}"
-
-
 def test_a_file_cut_within_its_header_is_refused(path):
     safetensors_file.write(path, {"x": np.zeros(8, np.float32)})
     os.truncate(path, 20)
@@ -139,14 +130,6 @@ def test_a_file_shorter_than_its_length_field_is_refused(path, size):
 def test_bytes_after_the_last_tensor_are_refused(path):
     raw_tensor_file(path, {"x": entry([1], 0, 4)}, b"\0" * 5)
     assert "is too long" in refusal(path)
-
-
-@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 1000])
-def test_a_false_header_size_is_refused_without_reading(path, length):
-    raw_tensor_file(path, {}, length=length)
-    begun = time.process_time()
-    assert f"its header should have {length} bytes" in refusal(path)
-    assert time.process_time() - begun < 1
 
 
 def test_a_header_beyond_the_formats_limit_is_refused_in_any_file(path):
@@ -204,18 +187,7 @@ def test_what_only_the_library_refuses_is_refused_in_its_words(path):
 # --- Files that are not regular ---
 
 
-def test_a_fifo_is_refused_without_waiting_for_a_writer(path):
-    os.mkfifo(path)
-    assert refusal(path) == "FILE is not a regular file"
-
-
-def test_folders_devices_and_dangling_links_are_refused(path):
-    path.mkdir()
-    assert refusal(path) == "FILE is not a regular file"
-    path.rmdir()
-    path.symlink_to("/dev/zero")
-    assert refusal(path) == "FILE is not a regular file"
-    path.unlink()
+def test_dangling_links_are_refused(path):
     path.symlink_to("nowhere")
     assert refusal(path) == "FILE: No such file or directory"
 
@@ -318,9 +290,6 @@ def test_shapes_that_no_array_can_have_are_refused(tmp_path, shape):
 
 
 @pytest.mark.fault(40)
-def test_names_with_control_characters_are_refused_in_one_line(tmp_path):
-    header = {"x\nnote: all is well": {"dtype": "F9", "shape": [1], "data_offsets": [0, 4]}}
-    path = raw_tensor_file(tmp_path / "a.safetensors", header, bytes(4))
-    with pytest.raises(InputRefused, match="names with control characters") as refused:
-        safetensors_file.open_file(path)
-    assert "\n" not in str(refused.value)
+def test_names_with_control_characters_are_refused_in_one_line(path):
+    raw_tensor_file(path, {"x\nnote: all is well": entry([1], 0, 4, "F9")}, bytes(4))
+    assert "names with control characters" in refusal(path) and "\n" not in refusal(path)

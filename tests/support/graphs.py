@@ -18,7 +18,7 @@ from lora_export import plan
 from lora_export.graph.exporter_names import FOLDED_FROM, NAME_SCOPES
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.lora import Adapter, LoraPair
-from lora_export.plan import Plan, TensorSpec
+from lora_export.plan import Plan
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -82,12 +82,6 @@ def tensor_bytes(value: ir.Value) -> bytes:
 def contents(model: ir.Model) -> dict[str, bytes]:
     """The bytes of every initializer, by name."""
     return {name: stored(model, name).tobytes() for name in model.graph.initializers}
-
-
-def linear_specs(model: ir.Model) -> list[TensorSpec]:
-    """The weights beside which a branch can be inserted."""
-    found = find_sites(model)
-    return [spec for spec in found.specs if not any(site.obstacle for site in found.by_name[spec.name])]
 
 
 def quantised(

@@ -57,22 +57,6 @@ def test_token_rows_replace_only_their_rows():
     assert statistics is None and output.tolist() == [[1, 1, 1], [7, 8, 9]]
 
 
-@pytest.mark.parametrize(
-    ("stored", "message"),
-    [
-        (65500, "name: 1 value would exceed 65504, the largest float16. Check the adapter's scale, or use dtype="),
-        (np.inf, "name: the base holds 1 value that is not finite. Nothing was written."),
-    ],
-)
-def test_values_that_are_not_finite_are_refused(stored, message):
-    step = Step(SPEC, (Term("mine", "fc", PAIR, 3.0),))
-    weight = np.ones((2, 3))
-    weight[1, 2] = stored
-    with np.errstate(over="ignore"), pytest.raises(InputRefused) as refused:
-        applied(step, weight, np.float16)
-    assert str(refused.value).startswith(message)
-
-
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_each_value_of_16_bits_is_refused_where_it_is_not_finite(dtype):
     values = np.arange(1 << 16, dtype=np.uint16).view(dtype)

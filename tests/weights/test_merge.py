@@ -727,12 +727,6 @@ def test_retention_of_dora_is_measured_on_the_rescaled_weight(tmp_path):
     assert result.noise == pytest.approx(math.sqrt((0.25 + 0.25) / (0.25 + 2.25)))
 
 
-def test_dora_is_refused_where_an_output_is_zero(tmp_path):
-    base_file(tmp_path / "base.safetensors", {"fc.weight": [[-2, -4, 0], [0, 0, 5]]})
-    with pytest.raises(InputRefused, match=r"^fc\.weight: 1 outputs of W \+ s·BA are zero"):
-        merged(tmp_path / "base.safetensors", dora_by_hand(tmp_path / "a"), tmp_path / "out")
-
-
 # --- In blocks, and by other ways of copying ---
 
 
@@ -949,15 +943,6 @@ def test_a_conversion_that_overflows_is_refused(tmp_path, kept, replaced, culpri
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (A, B)}, {"head.weight": np.array([replaced], np.float32)})
     with pytest.raises(InputRefused, match=rf"{culprit}: 1 value would exceed 65504"):
         merged(tmp_path / "base.safetensors", adapter, tmp_path / "out", dtype="float16")
-
-
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_changed_weight_that_is_not_finite_is_refused(tmp_path, adapter, poison):
-    weight = W.astype(float)
-    weight[1, 1] = weight[2, 2] = poison
-    base_file(tmp_path / "base.safetensors", {"fc.weight": weight})
-    with pytest.raises(InputRefused, match=r"fc\.weight: the base holds 2 values that are not finite"):
-        merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("error")

@@ -155,12 +155,6 @@ def test_what_no_scale_explains_is_not_explained(tmp_path: Path) -> None:
     assert explained(tmp_path, OTHER) == "", "it is the base itself: there is no difference to fit"
 
 
-def test_a_few_entries_are_damaged(tmp_path: Path) -> None:
-    values = OTHER + FIRST + SECOND
-    values[3, 4] += 1
-    assert explained(tmp_path, values, is_local=True) == "a few entries are damaged"
-
-
 def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
     values = OTHER + FIRST + SECOND
     values[:, 0] = np.inf

@@ -126,10 +126,6 @@ def test_only_effect_gate_detects_error_large_relative_to_weak_adapter(monkeypat
     assert judge([case]).same
 
 
-def test_change_below_rounding_of_reference_is_no_effect() -> None:
-    assert "the adapter changes no output" in str(judge([make(effect=2.0**-51 * EFFECT)]))
-
-
 def test_one_undecided_output_makes_the_verdict_undecided() -> None:
     weak = make(own=0.105 * OWN, error=0.2 * ERROR)
     case = make()
@@ -195,13 +191,6 @@ def test_tolerance_never_relaxes_a_gate() -> None:
     assert judge([make(error=1e-3 * ERROR)], atol=0.01).outcome is Outcome.DIFFERENT
 
 
-def test_tolerance_wider_than_the_effect_is_undecided() -> None:
-    verdict = judge([make()], sensitivity=TRIED, atol=1.001)
-    assert verdict.outcome is Outcome.UNDECIDED
-    assert [reason.gate for reason in verdict.reasons] == ["tolerance"]
-    assert "wider than the adapter's effect (1)" in str(verdict)
-
-
 def test_zero_tolerance_is_applied() -> None:
     assert judge([make(own=0, error=0)], atol=0).same
     assert judge([make()], atol=0).outcome is Outcome.DIFFERENT
@@ -238,20 +227,6 @@ def test_control_is_detected_by_one_element() -> None:
     """The control differs in one element: the rmse stays within the allowance, the maximum does not."""
     case = make(own=1e-2 * OWN, error=0, scaled=with_spike(1.1, np.ones(1024)))
     assert judge([case]).same
-
-
-def test_model_without_adapters_is_different_and_recognised() -> None:
-    case = make(error=-EFFECT)
-    verdict = judge([case])
-    assert verdict.outcome is Outcome.DIFFERENT
-    assert "The candidate matches the model without its adapters" in verdict.reasons[0].text
-    assert {reason.outcome for reason in verdict.reasons} == {Outcome.DIFFERENT}
-
-
-def test_scale_off_by_a_tenth_is_different_and_recognised() -> None:
-    verdict = judge([make(error=0.1 * EFFECT)])
-    assert verdict.outcome is Outcome.DIFFERENT
-    assert "The candidate matches the model with every adapter scale × 1.1" in verdict.reasons[0].text
 
 
 def test_control_without_adapter_is_values_times_1_01() -> None:

@@ -26,7 +26,9 @@ def test_an_error_is_told_beside_the_limit_and_pytorchs_own() -> None:
 
 
 def test_a_candidate_that_is_a_control_is_said_to_match_it() -> None:
-    without = reasons(error=-EFFECT)["error"].text
+    found = reasons(error=-EFFECT)
+    assert {reason.outcome for reason in found.values()} == {Outcome.DIFFERENT}
+    without = found["error"].text
     assert without.endswith(". The candidate matches the model without its adapters")
     scaled = reasons(error=0.1 * EFFECT)["error"].text
     assert scaled.endswith(". The candidate matches the model with every adapter scale × 1.1")
@@ -40,12 +42,6 @@ def test_one_wrong_element_is_named_with_both_values() -> None:
     assert re.match(
         r"the element at \[512\] is 1\.0001\S*, the reference has 1: off by 0\.0001, PyTorch is off by", text
     )
-
-
-def test_wrong_integers_are_counted() -> None:
-    verdict = judge([integers([1, 2, 9], [1, 2, 3], [1, 2, 3], [0, 0, 0])])
-    (text,) = [reason.text for reason in verdict.reasons if reason.gate == "exact"]
-    assert text.startswith("1 of 3 values are neither the reference's nor PyTorch's; the element at [2] is 9, the ref")
 
 
 def test_a_tolerance_that_is_exceeded_is_told_with_its_numbers() -> None:
@@ -112,8 +108,9 @@ def test_empty_case_or_output_is_undecided() -> None:
     assert judge([case, filled]).same
 
 
-def test_adapter_without_effect_is_undecided() -> None:
-    verdict = judge([make(effect=0 * EFFECT)], sensitivity=TRIED)
+@pytest.mark.parametrize("size", [0, 2.0**-51])  # below the rounding of the reference
+def test_adapter_without_effect_is_undecided(size: float) -> None:
+    verdict = judge([make(effect=size * EFFECT)], sensitivity=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED
     assert [reason.gate for reason in verdict.reasons] == ["effect"]
     assert "the adapter changes no output in any case" in str(verdict)

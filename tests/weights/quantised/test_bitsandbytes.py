@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional
@@ -16,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
 from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
-from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
+from lora_export.weights.quantised.stored_parts import StoredParts
+from support.quantised import OpenedWeight, Tensors, bits_of, opened
 
 # A block of 64 numbers begins in the middle of a row. With 96 columns bitsandbytes 0.50.2 itself is wrong on a CPU.
 SHAPE = (24, 100)
-Tensors = dict[str, torch.Tensor]
 
 
 def in_4_bits(kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, *, double: bool = True) -> tuple[Tensors, Any]:
@@ -40,17 +39,8 @@ def in_8_bits() -> tuple[Tensors, Any]:
     return stored, functional.int8_vectorwise_dequant(weight, scales)
 
 
-def found(stored: Tensors, path: Path, dtype: str = "float32") -> tuple[QuantisedTensor, Callable[[slice], Any]]:
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path)
-    file = safetensors_file.open_file(path)
-    (tensor,) = bitsandbytes_weights(StoredParts({path.name: file}), {}, dtype).values()
-    packed = np.frombuffer(file.read("x.weight").tobytes(), np.uint8)
-    row = packed.size // SHAPE[0]
-    return tensor, lambda rows: tensor.decode(rows, packed[rows.start * row : rows.stop * row])
-
-
-def bits(values: Any) -> bytes:
-    return bytes(torch.as_tensor(values).contiguous().view(torch.uint8).numpy().tobytes())
+def found(stored: Tensors, path: Path, dtype: str = "float32") -> OpenedWeight:
+    return opened(path, stored, bitsandbytes_weights, {}, dtype)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -58,20 +48,21 @@ def bits(values: Any) -> bytes:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_4_bits_are_the_library_s_bit_for_bit(kind: str, double: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     stored, expected = in_4_bits(kind, dtype, double=double)
-    tensor, rows = found(stored, tmp_path / "m.safetensors")
+    weight = found(stored, tmp_path / "m.safetensors")
+    tensor = weight.tensor
     assert (tensor.shape, tensor.scheme, str(tensor.dtype)) == (SHAPE, kind, str(dtype).removeprefix("torch."))
     assert set(tensor.parts) == stored.keys() - {"x.weight"}
     for own in (slice(0, 24), slice(0, 1), slice(5, 8), slice(23, 24)):
         # Only the sign of a zero may differ: at this shape the library makes -0 of one index of fp4. `x + 0` has none.
-        assert (rows(own) + 0).tobytes() == bits(expected[own] + 0)
+        assert bits_of(weight.rows(own) + 0) == bits_of(expected[own] + 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_is_the_library_s_bit_for_bit(dtype: str, tmp_path: Path) -> None:
     stored, expected = in_8_bits()
-    tensor, rows = found(stored, tmp_path / "m.safetensors", dtype)
-    assert (tensor.scheme, set(tensor.parts)) == ("int8", {"x.SCB", "x.weight_format"})
-    assert rows(slice(3, 20)).tobytes() == bits(expected[3:20].to(getattr(torch, dtype)))
+    weight = found(stored, tmp_path / "m.safetensors", dtype)
+    assert (weight.tensor.scheme, set(weight.tensor.parts)) == ("int8", {"x.SCB", "x.weight_format"})
+    assert bits_of(weight.rows(slice(3, 20))) == bits_of(expected[3:20].to(getattr(torch, dtype)))
 
 
 STATE = "x.weight.quant_state.bitsandbytes__nf4"
@@ -124,19 +115,19 @@ def test_scales_that_are_no_numbers_are_refused(double: bool, tmp_path: Path) ->
     name = "x.weight.nested_absmax" if double else "x.weight.absmax"
     damaged = stored[name].clone()
     damaged[0] = float("nan")
-    _, rows = found(stored | {name: damaged}, tmp_path / "m.safetensors")
+    weight = found(stored | {name: damaged}, tmp_path / "m.safetensors")
     with pytest.raises(InputRefused, match=f"{name}: 1 scales are not finite numbers"):
-        rows(slice(0, 1))
+        weight.rows(slice(0, 1))
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
 def test_packed_bytes_may_be_stored_as_floats(storage: torch.dtype, tmp_path: Path) -> None:
     """As `bnb_4bit_quant_storage` stores them, so that FSDP can shard them."""
     stored, expected = in_4_bits()
-    _, rows = found(
+    weight = found(
         stored | {"x.weight": stored["x.weight"].reshape(-1).view(storage)[:, None]}, tmp_path / "m.safetensors"
     )
-    assert rows(slice(2, 9)).tobytes() == bits(expected[2:9])
+    assert bits_of(weight.rows(slice(2, 9))) == bits_of(expected[2:9])
 
 
 def test_parts_may_lie_in_another_file(tmp_path: Path) -> None:
@@ -146,4 +137,4 @@ def test_parts_may_lie_in_another_file(tmp_path: Path) -> None:
     shards = {name: safetensors_file.open_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors")}
     tensor = bitsandbytes_weights(StoredParts(shards), {}, "float32")["x.weight"]
     packed = load_file(tmp_path / "a.safetensors")["x.weight"].numpy().reshape(-1)
-    assert tensor.decode(slice(0, 24), packed).tobytes() == bits(expected)
+    assert tensor.decode(slice(0, 24), packed).tobytes() == bits_of(expected)

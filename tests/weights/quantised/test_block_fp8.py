@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from lora_export.errors import InputRefused
-from lora_export.storage import safetensors_file
 from lora_export.weights.quantised.block_fp8 import block_fp8_weights
-from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
+from support.quantised import OpenedWeight, Tensors, bits_of, opened
 
 BLOCK = (4, 8)
 SHAPE = (10, 20)  # the last blocks are smaller, in both directions
 GRID = (3, 3)
 
 
-def stored(scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def stored(scale_dtype: torch.dtype = torch.float32) -> Tensors:
     torch.manual_seed(0)
     return {
         "x.weight": (torch.randn(SHAPE) * 100).to(torch.float8_e4m3fn),
@@ -29,30 +26,26 @@ def stored(scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     }
 
 
-def by_hand(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def by_hand(tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
     scales = tensors["x.weight_scale_inv"].float()
     whole = scales.repeat_interleave(BLOCK[0], 0)[: SHAPE[0]].repeat_interleave(BLOCK[1], 1)[:, : SHAPE[1]]
     return (tensors["x.weight"].float() * whole).to(dtype)
 
 
-def found(tensors: dict[str, torch.Tensor], path: Path, dtype: str = "bfloat16", **fields: object) -> QuantisedTensor:
-    save_file(tensors, path)
-    parts = StoredParts({path.name: safetensors_file.open_file(path)})
-    (tensor,) = block_fp8_weights(parts, {"weight_block_size": list(BLOCK)} | fields, dtype).values()
-    return tensor
+def found(tensors: Tensors, path: Path, dtype: str = "bfloat16", **fields: object) -> OpenedWeight:
+    return opened(path, tensors, block_fp8_weights, {"weight_block_size": list(BLOCK)} | fields, dtype)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_rows_are_the_product_in_fp32_rounded_once(dtype: str, scale_dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = stored(scale_dtype)
-    tensor = found(tensors, tmp_path / "m.safetensors", dtype)
+    weight = found(tensors, tmp_path / "m.safetensors", dtype)
+    tensor = weight.tensor
     assert (tensor.name, tensor.shape, tensor.parts) == ("x.weight", SHAPE, ("x.weight_scale_inv",))
     expected = by_hand(tensors, getattr(torch, dtype))
-    packed = tensors["x.weight"].view(torch.uint8).numpy()
     for rows in (slice(0, 10), slice(3, 5), slice(9, 10)):
-        own = tensor.decode(rows, packed[rows].reshape(-1))
-        assert own.tobytes() == expected[rows].view(torch.uint8).numpy().tobytes()
+        assert bits_of(weight.rows(rows)) == bits_of(expected[rows])
 
 
 @pytest.mark.parametrize(
@@ -69,17 +62,9 @@ def test_rows_are_the_product_in_fp32_rounded_once(dtype: str, scale_dtype: torc
 def test_other_blocks_are_read_as_transformers_reads_them(scales: torch.Tensor, dtype: str, tmp_path: Path) -> None:
     tensors = stored() | {"x.weight_scale_inv": scales}
     expected = Fp8Dequantize(None)._dequantize_one(tensors["x.weight"], scales, getattr(torch, dtype))
-    tensor = found(tensors, tmp_path / "m.safetensors", dtype, weight_block_size=None)
-    packed = tensors["x.weight"].view(torch.uint8).numpy()
+    weight = found(tensors, tmp_path / "m.safetensors", dtype, weight_block_size=None)
     for rows in (slice(0, 10), slice(3, 5)):
-        own = tensor.decode(rows, packed[rows].reshape(-1))
-        assert own.tobytes() == expected[rows].contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def test_exponent_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    tensors = stored() | {"x.weight_scale_inv": torch.full((10, 4), 255, dtype=torch.uint8)}
-    with pytest.raises(InputRefused, match="a scale of 255 is no number"):
-        found(tensors, tmp_path / "m.safetensors").decode(slice(0, 1), np.zeros(20, np.uint8))
+        assert bits_of(weight.rows(rows)) == bits_of(expected[rows])
 
 
 @pytest.mark.parametrize(
@@ -97,19 +82,25 @@ def test_exponent_that_is_no_number_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_scales_that_do_not_fit_are_refused(
-    change: dict[str, torch.Tensor], fields: dict[str, object], message: str, tmp_path: Path
+    change: Tensors, fields: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputRefused, match=message):
         found(stored() | change, tmp_path / "m.safetensors", **fields)
 
 
 def test_scales_of_activations_belong_to_the_weight(tmp_path: Path) -> None:
-    tensor = found(stored() | {"x.activation_scale": torch.ones(1)}, tmp_path / "m.safetensors")
-    assert tensor.parts == ("x.weight_scale_inv", "x.activation_scale")
+    weight = found(stored() | {"x.activation_scale": torch.ones(1)}, tmp_path / "m.safetensors")
+    assert weight.tensor.parts == ("x.weight_scale_inv", "x.activation_scale")
 
 
-def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
-    scales = torch.full(GRID, float("nan"))
-    tensor = found(stored() | {"x.weight_scale_inv": scales}, tmp_path / "m.safetensors")
-    with pytest.raises(InputRefused, match="9 scales are not finite numbers"):
-        tensor.decode(slice(0, 1), np.zeros(20, np.uint8))
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (torch.full(GRID, torch.nan), "9 scales are not finite numbers"),
+        (torch.full((10, 4), 255, dtype=torch.uint8), "a scale of 255 is no number"),
+    ],
+)
+def test_scales_that_are_no_numbers_are_refused(scales: torch.Tensor, message: str, tmp_path: Path) -> None:
+    weight = found(stored() | {"x.weight_scale_inv": scales}, tmp_path / "m.safetensors")
+    with pytest.raises(InputRefused, match=message):
+        weight.rows(slice(0, 1))

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 import lora_export
-from lora_export.errors import InputRefused
 from support.cli import answer, call
 from support.handmade import peft_adapter
 from support.peft_models import fill
@@ -145,9 +144,3 @@ def test_one_wrong_entry_of_an_expert_is_different(
     code, document = answer(capsys, "verify", out, "--base", place / "mxfp4", "-a", place / "adapter")
     assert code == 4
     assert [one["name"] for one in document["weights"] if one["outcome"] == "different"] == [name]
-
-
-def test_quantised_base_is_refused_with_both_ways_out(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"\(mxfp4\).*original float model.*merge\(dequantize=True\)"):
-        lora_export.merge(place / "mxfp4", [place / "adapter"], tmp_path / "m")
-    assert not list(tmp_path.iterdir())
