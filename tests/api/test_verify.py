@@ -96,6 +96,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("against", ["base", "model"])
+def test_the_current_folder_is_judged(folders: Path, monkeypatch: pytest.MonkeyPatch, against: str) -> None:
+    monkeypatch.chdir(folders / "merged")
+    assert le.verify(".", **{against: "../base"}, adapters="../adapter")
+
+
+@pytest.mark.parametrize("against", ["base", "model"])
 def test_config_that_another_changed_is_different_and_named(folders: Path, tmp_path: Path, against: str) -> None:
     merged = tmp_path / "merged"
     shutil.copytree(folders / "merged", merged)
