@@ -340,7 +340,8 @@ def test_verify_judges_one_id(place: Path, rows: Path, capsys: Capture) -> None:
     assert call(*words, *legal, "--adapter-id", "2") == 0
     assert call(*words, *legal, "--adapter-id", "1") == 4
     assert call(*words, "--adapter-id", "0") == 0
-    assert call(*words, *legal, "--adapter-id", "3") == 8
+    assert call(*words, *legal, "--adapter-id", "3") == 3
+    assert "has no adapter 3 (--adapter-id). Its ids are 0 (the base), 1 (fr), 2 (legal)\n" in capsys.readouterr().err
     assert call("verify", place / "base.onnx", "--model", MODEL, "--adapter-id", "0") == 3
     assert "has no input adapter_ids" in capsys.readouterr().err
 
