@@ -16,7 +16,7 @@ from lora_export.storage import input_files
 from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
 from lora_export.weights.weight_files import MODULES_FILE, PIPELINE_INDEX
 
-MODELS = ("a Hugging Face folder that exists", "`package.module:factory`", "`file.py:factory`")
+MODEL_FORMS = ("a Hugging Face folder that exists", "`package.module:factory`", "`file.py:factory`")
 # A member of each kind of archive, in the archive's one folder
 MEMBERS = {"archive_format": ArtifactKind.PROGRAM, "constants.pkl": ArtifactKind.SCRIPT}
 
@@ -67,6 +67,6 @@ def refuse_no_model(source: str | Path, file: str = "") -> None:
             f"`{its_own}` compares two GGUF files"
         )
     if not (Path(source).is_dir() or kind is ArtifactKind.PROGRAM or is_factory):
-        *others, last = (*MODELS, file) if file else MODELS
+        *others, last = (*MODEL_FORMS, file) if file else MODEL_FORMS
         similar = input_files.similar_name(Path(source))
         raise InputRefused(f"{str(source)!r} is no model: give {', '.join(others)} or {last}{similar}")
