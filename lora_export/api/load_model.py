@@ -109,10 +109,10 @@ def names_kind(source: ModelSource, kind: ArtifactKind) -> bool:
     return isinstance(source, str | Path) and artifact_kind(Path(source)) is kind
 
 
-def refuse_no_source(source: ModelSource) -> None:
-    """Raise InputRefused for what names neither a model nor a graph, before anything else is read."""
-    if isinstance(source, str | Path) and not names_kind(source, ArtifactKind.GRAPH):
-        refuse_no_model(source)
+def refuse_no_source(source: ModelSource, *, or_graph: bool = False) -> None:
+    """Raise InputRefused for what names no model, nor a graph where it may, before anything else is read."""
+    if isinstance(source, str | Path) and not (or_graph and names_kind(source, ArtifactKind.GRAPH)):
+        refuse_no_model(source, "an .onnx file" if or_graph else "")
 
 
 def refuse_pt2(model: ModelSource) -> None:

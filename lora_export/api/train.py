@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lora_export import formats, layers
+from lora_export.api.load import no_adapter_as_model
 from lora_export.api.load_model import model_paths, refuse_no_source, refuse_pt2
 from lora_export.api.training_data import TrainingData, encoded_data, read_training_data
 from lora_export.api.training_output import (
@@ -228,14 +229,15 @@ def _place_of_checkpoint(options: TrainOptions) -> Path:
 
 def _load_base(options: TrainOptions, learnt: TrainingData) -> tuple[Model, str]:
     """The model with a head for what is learnt, and a description of its weights of 4 bits, where it has some."""
-    loaded = load_model(
-        str(options.model),
-        head=learnt.head,
-        dtype=getattr(torch, options.base_dtype),
-        may_add=True,
-        streamed=options.shard_base,
-        base=TrainedBase(options.quantize_base, (*options.heads, *HEADS)),
-    )
+    with no_adapter_as_model(options.model, ()):
+        loaded = load_model(
+            str(options.model),
+            head=learnt.head,
+            dtype=getattr(torch, options.base_dtype),
+            may_add=True,
+            streamed=options.shard_base,
+            base=TrainedBase(options.quantize_base, (*options.heads, *HEADS)),
+        )
     layers.compute_in_input_dtype(loaded.module)
     quantised = layers.four_bit_layers(loaded.module)
     if quantised:

@@ -26,7 +26,8 @@ from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.artifacts.kind import artifact_kind
-from lora_export.errors import LoraExportError, WrongUsage, brief
+from lora_export.errors import InputRefused, LoraExportError, WrongUsage, brief
+from lora_export.formats import is_only_adapter
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource, is_address
 from lora_export.options.declaring import extended, takes
@@ -189,10 +190,12 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     """The verdict on what the candidate computes; without a model, on its weights.
 
     Raises WrongUsage for options that do not go together, Different or Undecided where the signature, the adapters or
-    the base are not those that were expected, and InputRefused where there is no candidate, or its files change
-    meanwhile.
+    the base are not those that were expected, and InputRefused where there is no candidate, it is an adapter, or its
+    files change meanwhile.
     """
     _check_usage(candidate, request)
+    if candidate.path.is_dir() and is_only_adapter(candidate.path):
+        raise InputRefused(f"{candidate.path} is an adapter. Give the file or folder that was made with it")
     if request.onnx_adapter is not None:
         input_files.must_exist(request.onnx_adapter, "adapter file")
     _refuse_unsigned(candidate, request)
@@ -329,7 +332,10 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
         )
     kinds = {candidate.kind, *([] if request.origin is None else [request.origin.kind])}
     if model is not None and request.base is not None and kinds != {ArtifactKind.GRAPH}:
-        raise WrongUsage(f"{named('base')} beside {named('model')} is the quantised .onnx that an .onnx was made from")
+        raise WrongUsage(
+            f"{named('base')} beside {named('model')} is the quantised .onnx that an .onnx was made from. Give one of "
+            f"the two: {named('model')} judges what CANDIDATE computes, {named('base')} its weights"
+        )
     if request.provider != "cpu" and (not is_graph or request.runner is not None):
         whose = "PyTorch files are judged on the CPU" if request.runner is None else "a runner chooses its own"
         raise WrongUsage(f"{named('provider', request.provider)} is for .onnx files under onnxruntime; {whose}")

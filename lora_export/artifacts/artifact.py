@@ -125,9 +125,9 @@ class Artifact:
         if self.address:
             return {}
         files = files_of_artifact(self.path, is_graph=self.kind is ArtifactKind.GRAPH)
-        weights = self.path.with_suffix(".bin")
-        has_weights = self.kind is ArtifactKind.OPENVINO and weights.is_file()
-        return {**files, weights.name: weights} if has_weights else files
+        if self.kind is ArtifactKind.OPENVINO and (weights := self.path.with_suffix(".bin")).is_file():
+            return {**files, weights.name: weights}
+        return files
 
     @property
     def graph_files(self) -> Mapping[str, Path]:

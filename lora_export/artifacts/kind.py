@@ -16,6 +16,7 @@ from lora_export.storage import input_files
 from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
 from lora_export.weights.weight_files import MODULES_FILE, PIPELINE_INDEX
 
+MODEL_FORMS = ("a Hugging Face folder that exists", "`package.module:factory`", "`file.py:factory`")
 # A member of each kind of archive, in the archive's one folder
 MEMBERS = {"archive_format": ArtifactKind.PROGRAM, "constants.pkl": ArtifactKind.SCRIPT}
 
@@ -51,10 +52,11 @@ def _kind_of_content(path: Path) -> ArtifactKind:
     return next((kind for member, kind in MEMBERS.items() if member in names), ArtifactKind.OTHER)
 
 
-def refuse_no_model(source: str | Path) -> None:
+def refuse_no_model(source: str | Path, file: str = "") -> None:
     """Raise InputRefused for what names no model of PyTorch. What it names may still be missing or damaged inside.
 
-    This is for before anything is read: what else a command reads may take long.
+    This is for before anything is read: what else a command reads may take long. `file` is what the command accepts
+    beside folders and factories.
     """
     location, _, attribute = str(source).rpartition(":")
     is_factory, kind = bool(location and attribute), artifact_kind(Path(source))
@@ -65,7 +67,6 @@ def refuse_no_model(source: str | Path) -> None:
             f"`{its_own}` compares two GGUF files"
         )
     if not (Path(source).is_dir() or kind is ArtifactKind.PROGRAM or is_factory):
-        raise InputRefused(
-            f"{str(source)!r} is no model: give a Hugging Face folder that exists, `package.module:factory`, "
-            f"`file.py:factory` or a .pt2 file{input_files.similar_name(Path(source))}"
-        )
+        *others, last = (*MODEL_FORMS, file) if file else MODEL_FORMS
+        similar = input_files.similar_name(Path(source))
+        raise InputRefused(f"{str(source)!r} is no model: give {', '.join(others)} or {last}{similar}")

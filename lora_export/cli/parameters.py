@@ -50,7 +50,9 @@ class Source(click.ParamType[str]):
 
 
 def _expanded(text: str) -> str:
-    """The path in the home folder; a file whose name begins with `~` stays what it is."""
+    """The path in the home folder; a file whose name begins with `~` stays what it is. Raises BadParameter for none."""
+    if not text:  # Path("") would be the current folder
+        raise click.BadParameter("the path is empty, as an unset variable of the shell is")
     if not text.startswith("~") or os.path.lexists(text):
         return text
     try:

@@ -76,7 +76,7 @@ def load_model(
             raise InputRefused(f"{source} has one precision, which its graph names: leave out {named('dtype')}")
         loaded = from_program(path)
     else:
-        refuse_no_model(source)
+        refuse_no_model(source, "a .pt2 file")
         location, _, name = source.rpartition(":")
         made = from_factory(source, find_function(location, name))
         loaded = replace(made, module=made.module.to(dtype))

@@ -93,7 +93,7 @@ def tracing(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-REGISTRIES = ("_parameters", "_buffers", "_modules")  # of an nn.Module, which are dictionaries
+REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks")  # of an nn.Module, which are dictionaries
 
 
 @contextlib.contextmanager
@@ -115,7 +115,8 @@ def same_state(module: nn.Module) -> Iterator[None]:
     """A model of transformers has the attributes and children afterwards that it has now; its tensors are not copied.
 
     Some models keep what they chose for one input for all later ones: after a short text, BigBird attends to all tokens
-    of a long one, too.
+    of a long one, too. SegFormer adds hooks at its first run, and an attribute for that. Without the attribute alone,
+    each run would add them again, and collect its hidden states twice.
     """
     parts = list(module.modules()) if is_hugging_face(module) else []
     before = [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]

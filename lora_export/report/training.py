@@ -40,10 +40,14 @@ def _cells(run: Mapping[str, Any]) -> tuple[str, ...]:
         f"{run['trained_parameters']:,}",
         f"{share:.3g} %",
         *(parts if run["losses"] else ("", "", "", "")),
-        "" if run["step_seconds"] is None else f"{1e3 * run['step_seconds']:.3g} ms",
+        "" if run["step_seconds"] is None else _milliseconds(1e3 * run["step_seconds"]),
         *("" if run[name] is None else f"{run[name]:.4g}" for name in ("final_loss", "best_loss")),
         measured,
     )
+
+
+def _milliseconds(figure: float) -> str:
+    return f"{figure:,.0f} ms" if figure >= 1000 else f"{figure:.3g} ms"
 
 
 def require_matplotlib() -> Any:

@@ -25,6 +25,7 @@ from lora_export.formats.contract import read_contract
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.isolation.limits import MIB, memory_for
 from lora_export.isolation.process import call_within
+from lora_export.options.spelling import named
 from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, read_longest
 from lora_export.runtime.environment_probes import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
@@ -149,6 +150,10 @@ class OnnxRunner(AdaptersByInput):
         if CONTRACT_KEY in self.metadata:
             contract = read_contract(self.metadata, self.path)
             onnx_adapter.refuse_misfits(file, contract, source=path, graph=self.path)
+        else:
+            inputs = (*self.session.get_inputs(), *self.session.get_overridable_initializers())
+            if not any(each.name in file.values for each in inputs):
+                raise InputRefused(f"{self.path} takes no adapter from a file: leave {named('onnx_adapter')} out")
         adapter = import_onnxruntime().LoraAdapter()
         try:
             adapter.Load(str(path))

@@ -32,6 +32,7 @@ from lora_export.runtime.registered import OPENVINO
 from lora_export.runtime.registered.executorch import open_executorch
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import TIMEOUT, CandidateRunner
+from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.runtime.three_graphs import runner_of
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
@@ -76,22 +77,28 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 def _graph(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     runner = OnnxRunner(candidate.path, how.options.provider, timeout=how.timeout)
     runner = runner if how.onnx_adapter is None else runner.with_adapter(how.onnx_adapter)
-    _refuse_id_of_slot(candidate, how, has_slots=runner.has_slots)
+    _refuse_unknown_id(candidate, how, runner)
     if how.options.adapter_id is None and runner.takes_rows:
         return runner
     return with_cache(runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id]))
 
 
-def _refuse_id_of_slot(candidate: Artifact, how: HowToOpen, *, has_slots: bool) -> None:
-    if has_slots and how.options.adapter_id is not None:
+def _refuse_unknown_id(candidate: Artifact, how: HowToOpen, runner: OnnxRunner | SeveralGraphs) -> None:
+    number, names = how.options.adapter_id, runner.adapters_by_row
+    if number is None:
+        return
+    if runner.has_slots:
         raise InputRefused(f"{candidate.path} holds no adapters: leave {named('adapter_id')} out, all are proven")
+    if names is not None and number > len(names):
+        known = ", ".join(f"{place} ({name})" for place, name in enumerate(["the base", *names]))
+        raise InputRefused(f"{candidate.path} has no adapter {number} ({named('adapter_id')}). Its ids are {known}")
 
 
 def _several_graphs(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     path, adapter = candidate.path, how.onnx_adapter
     files = graphs_in(path)
     runner = runner_of(files).open(path, how.options.provider, timeout=how.timeout)
-    _refuse_id_of_slot(candidate, how, has_slots=runner.has_slots)
+    _refuse_unknown_id(candidate, how, runner)
     if adapter is None:
         return runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id])
     name = adapter_of_file(adapter)

@@ -157,8 +157,8 @@ def norms_with_statistics(module: nn.Module) -> dict[str, bool]:
 
 
 def checkpoint_folder(output: Path) -> Path:
-    """Where the checkpoint of a training with this output is."""
-    return output.with_name(f"{output.name}.training")
+    """Where the checkpoint of a training with this output is. One without a name, such as `.`, is refused later."""
+    return output.with_name(f"{output.name}.training") if output.name else output / ".training"
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:

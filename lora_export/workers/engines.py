@@ -85,14 +85,28 @@ class _Processes:
         return concurrent.futures.ProcessPoolExecutor(self.at_once, context, _begin, (threads,))
 
     def submit(self, request: Request, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Any]:  # noqa: ARG002
-        try:
-            return self.pool.submit(self._perform, request)
-        except BrokenProcessPool:
-            self.pool = self._new_pool()
-            return self.pool.submit(self._perform, request)
+        with _interrupts_later():
+            try:
+                return self.pool.submit(self._perform, request)
+            except BrokenProcessPool:
+                self.pool = self._new_pool()
+                return self.pool.submit(self._perform, request)
 
     def died(self, error: BaseException) -> str:
         return "its process ended, by a signal or for lack of memory" if isinstance(error, BrokenProcessPool) else ""
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Let Ctrl-C wait, here and in processes that are started: it would end these with a traceback before `_begin`."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(threads: int) -> None:
@@ -100,6 +114,8 @@ def _begin(threads: int) -> None:
     for name in THREADS:
         os.environ.setdefault(name, str(threads))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process ends the others
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -34,7 +34,7 @@ def test_a_right_graph_is_the_same(place: Path, tmp_path: Path, capsys: pytest.C
         ({"base": "b", "input_seed": 0}, "with base= nothing is run"),
         ({"base": "b", "trace": True}, "with base= nothing is run"),
         ({"base": "b"}, "base= alone judges checkpoints"),
-        ({"model": MODEL, "base": "b.safetensors"}, "base= beside model= is the quantised .onnx"),
+        ({"model": MODEL, "base": "b.safetensors"}, "base= beside model= is .* Give one of the two: model="),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(place: Path, options: dict[str, object], message: str) -> None:
@@ -93,6 +93,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     peft_adapter(place / "adapter", {"encoder.layer.0.attention.self.query": pair})
     le.merge(place / "base", place / "adapter", place / "merged")
     return place
+
+
+@pytest.mark.parametrize("against", ["base", "model"])
+def test_the_current_folder_is_judged(folders: Path, monkeypatch: pytest.MonkeyPatch, against: str) -> None:
+    monkeypatch.chdir(folders / "merged")
+    assert le.verify(".", **{against: "../base"}, adapters="../adapter")
 
 
 @pytest.mark.parametrize("against", ["base", "model"])

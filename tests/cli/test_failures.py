@@ -25,7 +25,7 @@ from lora_export.cli.failures import Terminated
 from lora_export.models.load import load_model
 from support import FACTORIES, junit_schema
 from support.cli import Capture, answer, call
-from support.handmade import peft_adapter
+from support.handmade import base_file, peft_adapter
 
 MODEL = f"{FACTORIES}:wide"
 FORKS = """
@@ -289,17 +289,39 @@ def test_every_exit_code_of_an_error_has_a_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "accepted"),
     [
-        ("onnx", "nowhere", "-a", "nothing", "-o", "o.onnx"),
-        ("torchscript", "nowhere", "-a", "nothing", "-o", "o.pt"),
-        ("train", "nowhere", "--data", "nothing.jsonl", "-o", "ad"),
+        (("onnx", "nowhere", "-a", "nothing", "-o", "o.onnx"), ", `file.py:factory` or an .onnx file"),
+        (("torchscript", "g.onnx", "-a", "nothing", "-o", "o.pt"), " or `file.py:factory`"),
+        (("train", "g.onnx", "--data", "nothing.jsonl", "-o", "ad"), " or `file.py:factory`"),
     ],
 )
 def test_a_wrong_model_is_named_before_anything_is_read(
-    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    words: tuple[str, ...], accepted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(*words) == 3
-    assert "'nowhere' is no model: give a Hugging Face folder" in capsys.readouterr().err
+    models = f"give a Hugging Face folder that exists, `package.module:factory`{accepted}"
+    assert capsys.readouterr().err == f"Error: {words[1]!r} is no model: {models}\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "next_step"),
+    [
+        (("train", "ad", "--data", "texts.jsonl", "-o", "new"), "Name the model that it is for"),
+        (("verify", "ad", "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
+        (("verify", "ad", "--model", "base", "-a", "ad"), "Give the file or folder that was made with it"),
+    ],
+)
+def test_an_adapter_in_the_place_of_a_model_is_named(
+    words: tuple[str, ...], next_step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    peft_adapter(tmp_path / "ad", {"fc": ([[1.0, 2.0]], [[1.0], [1.0]])})
+    (tmp_path / "base").mkdir()
+    base_file(tmp_path / "base" / "model.safetensors", {"fc.weight": [[1.0, 2.0], [3.0, 4.0]]})
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n' * 4)
+    assert call(*words) == 3
+    assert capsys.readouterr().err.endswith(f"Error: ad is an adapter. {next_step}\n")

@@ -340,7 +340,8 @@ def test_verify_judges_one_id(place: Path, rows: Path, capsys: Capture) -> None:
     assert call(*words, *legal, "--adapter-id", "2") == 0
     assert call(*words, *legal, "--adapter-id", "1") == 4
     assert call(*words, "--adapter-id", "0") == 0
-    assert call(*words, *legal, "--adapter-id", "3") == 8
+    assert call(*words, *legal, "--adapter-id", "3") == 3
+    assert "has no adapter 3 (--adapter-id). Its ids are 0 (the base), 1 (fr), 2 (legal)\n" in capsys.readouterr().err
     assert call("verify", place / "base.onnx", "--model", MODEL, "--adapter-id", "0") == 3
     assert "has no input adapter_ids" in capsys.readouterr().err
 
@@ -424,8 +425,8 @@ def test_verify_refuses_an_adapter_for_another_base(place: Path, tmp_path: Path,
     assert call(*words, tmp_path / "noise") == 3
     shutil.copy(place / "fr.onnx_adapter", tmp_path / "copy")
     words = ("verify", place / "base.onnx", "--model", MODEL, "-a", place / "fr", "--onnx-adapter")
-    assert call(*words, tmp_path / "copy") == 8  # a graph without places for it
-    assert "Invalid input name" in capsys.readouterr().err
+    assert call(*words, tmp_path / "copy") == 3
+    assert "base.onnx takes no adapter from a file: leave --onnx-adapter out" in capsys.readouterr().err
 
 
 # --- DoRA and convolutions ---

@@ -90,6 +90,13 @@ def test_an_unknown_user_is_a_missing_path(home: Path, capsys: pytest.CaptureFix
     assert "there is nothing at ~nobody-of-this-name/x" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("empty", ["~/base.safetensors", "~/adapter", "out"])
+def test_an_empty_path_is_not_the_current_folder(home: Path, capsys: pytest.CaptureFixture[str], empty: str) -> None:
+    words = ["merge", "~/base.safetensors", "~/adapter", "-o", "out"]
+    assert call(*("" if word == empty else word for word in words)) == 2
+    assert "the path is empty, as an unset variable of the shell is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_path_is_of_a_type_that_expands(name: str) -> None:
     for parameter in command_named(name).params:

@@ -47,6 +47,13 @@ def test_json_has_the_figures_of_the_training(data: Path, capsys: Capture) -> No
     assert {(pair.rank, pair.scale) for pair in adapter.pairs.values()} == {(3, 2.0)}
 
 
+def test_an_output_without_a_name_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.chdir(data.parent)
+    assert call("train", MODEL, "--data", data, "-o", ".") == 7
+    assert capsys.readouterr().err.endswith("Error: . cannot be written to: name a file or folder in it\n")
+    assert list(data.parent.iterdir()) == [data]
+
+
 @pytest.mark.slow
 def test_several_ranks_print_a_table(data: Path, capsys: Capture) -> None:
     out = data.parent / "ad"

@@ -28,6 +28,7 @@ from lora_export.models.tracing import (
 )
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from support.graphs import run
+from support.small_models import small_model
 
 pytestmark = pytest.mark.exports
 
@@ -125,6 +126,16 @@ def test_runners_name_the_model_that_fails() -> None:
     for runner in (ModuleRunner(nn.Linear(4, 4)), Fp64Runner(nn.Linear(4, 4).double())):
         with pytest.raises(RuntimeRefused, match=r"^Linear itself fails on the inputs \(input\): .*mat1 and mat2"):
             runner.run(x)
+
+
+def test_hooks_that_a_model_adds_at_a_run_are_not_added_again(tmp_path: Path) -> None:
+    """A SegFormer's head gets the hidden states that hooks collect."""
+    model = load_model(str(small_model("segformer", tmp_path)))
+    inputs = {name: value.numpy() for name, value in model.example_inputs().items()}
+    for runner in (ModuleRunner(model.module), Fp64Runner(model.module)):
+        first, second = (runner.run(inputs) for _ in range(2))
+        assert all((first[name] == value).all() for name, value in second.items())
+    assert not [path for path, part in model.module.named_modules() if part._forward_hooks]
 
 
 class Rotation(nn.Module):

@@ -172,7 +172,10 @@ def test_files(root: Path, sites: Sequence[Site]) -> list[str]:
 
 
 def covering(site: Site, watched: Watched, most_seconds: float, without: set[str]) -> list[str]:
-    """The tests for a mutant, the most specific and fastest first, and no test with many parameters before the rest."""
+    """The tests for a mutant: those of the file that mirrors its module, then the others, the fastest first.
+
+    Among each, no test with many parameters comes before the rest.
+    """
 
     def rank(test: str) -> tuple[bool, float]:
         return not test.startswith(f"{mirrored(site.mutant.file)}::"), watched.seconds[test] + watched.reach[test] / 10
@@ -184,7 +187,7 @@ def covering(site: Site, watched: Watched, most_seconds: float, without: set[str
         function = test.partition("[")[0]
         rounds[test] = taken[function] // 2
         taken[function] += 1
-    line.sort(key=lambda test: (rounds[test], *rank(test)))
+    line.sort(key=lambda test: (rank(test)[0], rounds[test], rank(test)[1]))
     files = list(dict.fromkeys(test.partition("::")[0] for test in line))[:3]
     near = sorted(set(watched.seconds) - set(line), key=lambda test: watched.seconds[test])
     near = [test for test in near if test.partition("::")[0] in files]

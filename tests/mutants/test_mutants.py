@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from mutants.mutations import Finder, Site, all_sites, choose, mutated, sites
-from mutants.run import Run, forked, lost
+from mutants.run import MOST_TESTS, Run, covering, forked, lost
+from mutants.watching import Watched
 from support import TESTS
 
 PRICES = '''"""What things cost."""
@@ -177,6 +178,19 @@ def test_a_child_that_is_too_slow_or_crashes_has_no_exit_code() -> None:
     assert forked(lambda: 3, processor_seconds=10) == 3
     assert forked(spin, processor_seconds=0) is None
     assert forked(lambda: signal.raise_signal(signal.SIGKILL) or 0, processor_seconds=10) is None
+
+
+def test_all_parameters_of_the_own_tests_come_before_other_files(tmp_path: Path) -> None:
+    site = sites(SMALL, "lora_export/small.py")[0]
+    own = [f"tests/test_small.py::test_large[{number}]" for number in range(6)]
+    others = [f"tests/test_all.py::test_{number}[{size}]" for number in range(MOST_TESTS) for size in range(3)]
+    seen = [json.dumps({"test": test, "seconds": 0.001, "passed": True}) for test in (*others, *own)]
+    (tmp_path / "tests.jsonl").write_text("\n".join(seen))
+    (tmp_path / "hits").write_text("\n".join(f"{site.mutant.id} {test}" for test in (*others, *own)))
+    chosen = covering(site, Watched(tmp_path), most_seconds=10, without=set())
+    assert chosen[: len(own)] == own and len(chosen) == MOST_TESTS
+    functions = [test.partition("[")[0] for test in chosen[len(own) :]]
+    assert len(set(functions)) == len(functions) / 2  # two parameters of each, before a third
 
 
 def test_the_tests_of_a_package_kill_mutants_and_a_run_goes_on(

@@ -33,6 +33,8 @@ def test_a_row_has_a_cell_for_each_title() -> None:
     )  # fmt: skip
     assert base == ("base <b>", "", "0", "0 %", "", "", "", "", "", "", "", "0.7")
     assert len(lora) == len(TITLES)
+    (slow,) = comparison_rows([LORA | {"step_seconds": 1.0104}])
+    assert slow[8] == "1,010 ms"
 
 
 def test_the_page_escapes_names_and_shows_every_cell() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.util
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +21,7 @@ import pytest
 
 import lora_export as le
 from lora_export.errors import EnvironmentLacking
-from lora_export.workers.engines import _Ray, each_result, on_ray
+from lora_export.workers.engines import _Ray, each_result, on_ray, processes
 from support.fleets import faults_in, small_fleet
 
 ENGINES = [
@@ -84,6 +87,25 @@ def test_what_is_interrupted_leaves_whole_outputs_and_goes_on(
     (faults / "fr").unlink()
     ran = subprocess.run([*COMMAND, "--json"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0 and outputs() == ["de", "fr"], ran.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_at_the_start_of_a_worker_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn = multiprocessing.util.spawnv_passfds
+
+    def spawn_and_interrupt(*arguments: Any) -> int:
+        child: int = spawn(*arguments)
+        os.kill(child, signal.SIGINT)
+        return child
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn_and_interrupt)
+    for perform, request, expected in (
+        (signal.getsignal, signal.SIGINT, signal.SIG_IGN),
+        (partial(signal.pthread_sigmask, signal.SIG_BLOCK), (), set()),
+    ):
+        with processes(perform, 1) as engine:
+            assert engine.submit(request, 0, on_gpu=False).result(60) == expected  # type: ignore[arg-type]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_without_ray_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ class _Comparison:
         if missing:
             shown = ", ".join(missing[: parity.SHOWN])
             more = f" and {len(missing) - parity.SHOWN} more" if len(missing) > parity.SHOWN else ""
-            text += f". The others are there neither by name nor by content: outputs alone judge {shown}{more}"
+            text += f". The candidate has no tensor like the others: outputs alone judge {shown}{more}"
         return text
 
 

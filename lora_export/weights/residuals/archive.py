@@ -137,7 +137,9 @@ class Residual:
 
 @contextlib.contextmanager
 def open_residual(path: Path) -> Iterator[Residual]:
-    """Open a residual. Raises InputRefused for a file that is none, or of another format."""
+    """Open a residual. Raises InputRefused for a folder, a file that is none, and one of another format."""
+    if path.is_dir():
+        raise InputRefused(f"{path} is not a residual of a merge ({named('keep_residual')}): it is a folder")
     with input_files.open_regular(path) as file:
         try:
             archive = zipfile.ZipFile(file)

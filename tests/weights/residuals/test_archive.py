@@ -64,6 +64,8 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
         open_residual(tmp_path / "r"),
     ):
         pass
+    with pytest.raises(InputRefused, match=r"is not a residual of .*: it is a folder"), open_residual(tmp_path):
+        pass
     with zipfile.ZipFile(tmp_path / "z", "w") as archive:
         archive.writestr("other", b"")
     with pytest.raises(InputRefused, match=r"has no residual.json"), open_residual(tmp_path / "z"):
