@@ -12,17 +12,19 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_export.callbacks import OnProgress, Progress
 
+VERSIONS = "importlib.metadata"  # it imports the package email, and onnx asks it for its own version alone
 # Each is loaded when an attribute of it is first used, which a merge never does.
 DEFERRED = frozenset(
     {
@@ -32,8 +34,10 @@ DEFERRED = frozenset(
         *("onnx.compose", "onnx.gen_proto", "onnx.helper", "onnx.numpy_helper", "onnx.parser", "onnx.printer"),
         *("onnx.shape_inference", "onnx.utils", "onnx.version_converter"),
         *("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars"),  # the docstrings of NumPy's functions
-        *("csv", "socket"),  # of importlib.metadata, which onnx asks for its version
+        *("onnx_ir.passes", "onnx_ir.schemas"),
         "packaging.version",  # for comparisons of versions in onnx_ir, which no merge needs
+        *("bz2", "ipaddress", "lzma", "pickle", "tokenize"),  # of shutil, urllib.parse, NumPy and inspect
+        VERSIONS,
     }
 )
 
@@ -92,6 +96,17 @@ def brisk() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read once, when numpy is imported
+    with _deferring():
+        yield
+
+
+def brisk_imports() -> AbstractContextManager[None]:
+    """As `brisk`, for what the command line itself imports, before anybody has declared whose process it is."""
+    return _deferring() if _is_whole_program() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _deferring() -> Iterator[None]:
     finder = _Deferring()
     sys.meta_path.insert(0, finder)
     gc.disable()
@@ -121,7 +136,7 @@ def frozen_at_first(on_progress: OnProgress) -> OnProgress:
 
 
 class _Deferring:
-    """Finds the deferred modules with the standard library's LazyLoader: each is loaded when it is first used.
+    """Finds the deferred modules: each is loaded when it is first used.
 
     It has no base class: `importlib.abc` imports tempfile and what that needs.
     """
@@ -129,5 +144,52 @@ class _Deferring:
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name in DEFERRED else None
         if spec is not None and spec.loader is not None:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
+            spec.loader = _Deferred(spec.loader)  # type: ignore[assignment]
         return spec
+
+
+class _Deferred:
+    """Loads a module when it is asked for a name that it does not have.
+
+    The standard library's LazyLoader loads it when it is imported again, because Python then asks for its `__spec__`.
+    """
+
+    def __init__(self, loader: Any):
+        self.loader, self.lock, self.is_loading = loader, threading.RLock(), False
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self.loader.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Leave the module as it is, but for what the start asks it for."""
+        names = vars(module)
+
+        def load(name: str) -> Any:
+            with self.lock:  # another thread waits for the whole module
+                if names.get("__getattr__") is load:
+                    if self.is_loading or name == "__module__":  # the module's own imports; onnx_ir of all it has
+                        raise AttributeError(name)
+                    self.is_loading = True
+                    self.loader.exec_module(module)
+                    if names["__getattr__"] is load:
+                        del names["__getattr__"]
+            return getattr(module, name)
+
+        def version(package: str) -> str:
+            return _installed_version(package) or load("version")(package)
+
+        names["__getattr__"] = load
+        if module.__name__ == VERSIONS:
+            names["version"] = version
+
+
+def _installed_version(name: str) -> str:
+    """The version of a package by the folder of its metadata, whose name contains it. Empty where there is none."""
+    for folder in sys.path:
+        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+            for entry in entries:
+                start, _, version = entry.name.removesuffix(".dist-info").partition("-")
+                if start == name and entry.name.endswith(".dist-info"):
+                    return version
+    return ""
