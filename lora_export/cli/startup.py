@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_export.callbacks import OnProgress, Progress
 
+TYPES_OF_ARRAYS = {"numpy._typing", "numpy.typing"}  # NumPy and we import NDArray of them alone
 VERSIONS = "importlib.metadata"  # it imports the package email, and onnx asks it for its own version alone
 # Each is loaded when an attribute of it is first used, which a merge never does.
 DEFERRED = frozenset(
@@ -37,6 +38,7 @@ DEFERRED = frozenset(
         *("onnx_ir.passes", "onnx_ir.schemas"),
         "packaging.version",  # for comparisons of versions in onnx_ir, which no merge needs
         *("bz2", "ipaddress", "lzma", "pickle", "tokenize"),  # of shutil, urllib.parse, NumPy and inspect
+        *TYPES_OF_ARRAYS,
         VERSIONS,
     }
 )
@@ -171,7 +173,10 @@ class _Deferred:
                     if self.is_loading or name == "__module__":  # the module's own imports; onnx_ir of all it has
                         raise AttributeError(name)
                     self.is_loading = True
-                    self.loader.exec_module(module)
+                    try:
+                        self.loader.exec_module(module)
+                    finally:
+                        self.is_loading = False
                     if names["__getattr__"] is load:
                         del names["__getattr__"]
             return getattr(module, name)
@@ -182,6 +187,15 @@ class _Deferred:
         names["__getattr__"] = load
         if module.__name__ == VERSIONS:
             names["version"] = version
+        elif module.__name__ in TYPES_OF_ARRAYS:
+            names["NDArray"] = _AnyArray
+
+
+class _AnyArray:
+    """NumPy's NDArray in hints, which nothing evaluates in a merge."""
+
+    def __class_getitem__(cls, _: object) -> type[_AnyArray]:
+        return cls
 
 
 def _installed_version(name: str) -> str:
