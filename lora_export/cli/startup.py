@@ -37,14 +37,7 @@ DEFERRED = frozenset(
         *("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars"),  # the docstrings of NumPy's functions
         *("onnx_ir.passes", "onnx_ir.schemas"),
         "packaging.version",  # for comparisons of versions in onnx_ir, which no merge needs
-        *(
-            "bz2",
-            "ipaddress",
-            "lzma",
-            "pickle",
-            "tempfile",
-            "tokenize",
-        ),  # of other libraries
+        *("bz2", "ipaddress", "lzma", "pickle", "tempfile", "tokenize"),  # that others import
         *TYPES_OF_ARRAYS,
         VERSIONS,
     }
