@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lora_export.callbacks import OnProgress, Progress
 
 TYPES_OF_ARRAYS = {"numpy._typing", "numpy.typing"}  # NumPy and we import NDArray of them alone
-VERSIONS = "importlib.metadata"  # it imports the package email, and onnx asks it for its own version alone
+INSTALLED_VERSIONS = "importlib.metadata"  # it imports the package email, and onnx asks it for its own version alone
 # Each is loaded when an attribute of it is first used, which a merge never does.
 DEFERRED = frozenset(
     {
@@ -39,7 +39,7 @@ DEFERRED = frozenset(
         "packaging.version",  # for comparisons of versions in onnx_ir, which no merge needs
         *("bz2", "ipaddress", "lzma", "pickle", "tempfile", "tokenize"),  # that others import
         *TYPES_OF_ARRAYS,
-        VERSIONS,
+        INSTALLED_VERSIONS,
     }
 )
 
@@ -151,7 +151,7 @@ class _Deferring:
 
 
 class _Deferred:
-    """Loads a module when it is asked for a name that it does not have.
+    """Loads a module when a name is looked up in it that it does not have.
 
     The standard library's LazyLoader loads it when it is imported again, because Python then asks for its `__spec__`.
     """
@@ -164,7 +164,7 @@ class _Deferred:
         return created
 
     def exec_module(self, module: ModuleType) -> None:
-        """Leave the module as it is, but for what the start asks it for."""
+        """Leave the module without its names, but for those that the start needs."""
         names = vars(module)
 
         def load(name: str) -> Any:
@@ -185,7 +185,7 @@ class _Deferred:
             return _installed_version(package) or load("version")(package)
 
         names["__getattr__"] = load
-        if module.__name__ == VERSIONS:
+        if module.__name__ == INSTALLED_VERSIONS:
             names["version"] = version
         elif module.__name__ in TYPES_OF_ARRAYS:
             names["NDArray"] = _AnyArray

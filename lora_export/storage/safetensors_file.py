@@ -35,7 +35,7 @@ MAX_DIMENSIONS = 64  # of a NumPy array
 ALIGNMENT = 8  # bytes; the data of a file starts at a multiple
 PAGE = 4096  # bytes
 CACHE_LINE = 64  # bytes
-PIECE = 16 << 20  # bytes of memory for several tensors
+SHARED_MEMORY = 16 << 20  # bytes of memory for several tensors
 CACHED_HEADERS = 256  # of objects in stores: each costs a request
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -140,7 +140,7 @@ def side_by_side(tensors: Iterable[Entry]) -> Iterator[None]:
         nonlocal left, rest
         whole = count + -count % CACHE_LINE
         if whole > rest.size:
-            rest = _own_memory(max(whole, min(left, PIECE)))
+            rest = _own_memory(max(whole, min(left, SHARED_MEMORY)))
         left -= whole
         piece, rest = rest[:count], rest[whole:]
         return piece

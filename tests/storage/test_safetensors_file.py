@@ -63,9 +63,9 @@ def test_files_of_the_library_are_read(path):
     assert file.metadata == {"made by": "the library"}
 
 
-@pytest.mark.parametrize(("piece", "pieces"), [(safetensors_file.PIECE, 1), (128, 4)])
+@pytest.mark.parametrize(("piece", "pieces"), [(safetensors_file.SHARED_MEMORY, 1), (128, 4)])
 def test_tensors_side_by_side_share_memory_and_overlap_nowhere(path, monkeypatch, piece, pieces):
-    monkeypatch.setattr(safetensors_file, "PIECE", piece)
+    monkeypatch.setattr(safetensors_file, "SHARED_MEMORY", piece)
     safetensors_file.write(path, TENSORS)
     file = safetensors_file.open_file(path)
     with safetensors_file.side_by_side(file.entries.values()):
