@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import io
 import math
 import os
@@ -20,12 +19,17 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-import click
-
-from lora_export.cli import failures, startup
-from lora_export.cli.failures import Invocation, Terminated
-from lora_export.cli.parameters import command_line_spelling, other_tools
+from lora_export.cli import startup
 from lora_export.version import __version__
+
+with startup.brisk_imports():
+    import inspect
+
+    import click
+
+    from lora_export.cli import failures
+    from lora_export.cli.failures import Invocation, Terminated
+    from lora_export.cli.parameters import command_line_spelling, other_tools
 
 # Job -> command -> its help in one line, so that `lora-export --help` imports no command.
 JOBS = {
@@ -64,7 +68,8 @@ PATIENCE = 1.0  # seconds
 
 def command_named(name: str) -> click.Command:
     """Import the command of this name."""
-    module = importlib.import_module(f"lora_export.cli.{FILE_OF_COMMAND.get(name, name)}")
+    with startup.brisk_imports():
+        module = importlib.import_module(f"lora_export.cli.{FILE_OF_COMMAND.get(name, name)}")
     command: click.Command = getattr(module, f"{name}_command")
     return command
 

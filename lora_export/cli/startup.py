@@ -12,18 +12,21 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import importlib.util
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_export.callbacks import OnProgress, Progress
 
+TYPES_OF_ARRAYS = {"numpy._typing", "numpy.typing"}  # NumPy and we import NDArray of them alone
+INSTALLED_VERSIONS = "importlib.metadata"  # it imports the package email, and onnx asks it for its own version alone
 # Each is loaded when an attribute of it is first used, which a merge never does.
 DEFERRED = frozenset(
     {
@@ -33,8 +36,11 @@ DEFERRED = frozenset(
         *("onnx.compose", "onnx.gen_proto", "onnx.helper", "onnx.numpy_helper", "onnx.parser", "onnx.printer"),
         *("onnx.shape_inference", "onnx.utils", "onnx.version_converter"),
         *("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars"),  # the docstrings of NumPy's functions
-        *("csv", "socket"),  # of importlib.metadata, which onnx asks for its version
+        *("onnx_ir.passes", "onnx_ir.schemas"),
         "packaging.version",  # for comparisons of versions in onnx_ir, which no merge needs
+        *("bz2", "ipaddress", "lzma", "pickle", "tempfile", "tokenize"),  # that others import
+        *TYPES_OF_ARRAYS,
+        INSTALLED_VERSIONS,
     }
 )
 
@@ -98,6 +104,17 @@ def brisk() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read once, when numpy is imported
+    with _deferring():
+        yield
+
+
+def brisk_imports() -> AbstractContextManager[None]:
+    """As `brisk`, for what the command line itself imports, before anybody has declared whose process it is."""
+    return _deferring() if _is_whole_program() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _deferring() -> Iterator[None]:
     finder = _Deferring()
     sys.meta_path.insert(0, finder)
     gc.disable()
@@ -127,7 +144,7 @@ def frozen_at_first(on_progress: OnProgress) -> OnProgress:
 
 
 class _Deferring:
-    """Finds the deferred modules with the standard library's LazyLoader: each is loaded when it is first used.
+    """Finds the deferred modules: each is loaded when it is first used.
 
     It has no base class: `importlib.abc` imports tempfile and what that needs.
     """
@@ -137,7 +154,7 @@ class _Deferring:
             _refuse_too_little_memory()
         spec = PathFinder.find_spec(name, path, target) if name in DEFERRED else None
         if spec is not None and spec.loader is not None:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
+            spec.loader = _Deferred(spec.loader)  # type: ignore[assignment]
         return spec
 
 
@@ -146,3 +163,62 @@ def _refuse_too_little_memory() -> None:
         mmap.mmap(-1, NUMPY_BYTES).close()
     except OSError as error:
         raise MemoryError(f"NumPy takes {NUMPY_BYTES:,} bytes of addresses") from error
+
+
+class _Deferred:
+    """Loads a module when a name is looked up in it that it does not have.
+
+    The standard library's LazyLoader loads it when it is imported again, because Python then asks for its `__spec__`.
+    """
+
+    def __init__(self, loader: Any):
+        self.loader, self.lock, self.is_loading = loader, threading.RLock(), False
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self.loader.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Leave the module without its names, but for those that the start needs."""
+        names = vars(module)
+
+        def load(name: str) -> Any:
+            with self.lock:  # another thread waits for the whole module
+                if names.get("__getattr__") is load:
+                    if self.is_loading or name == "__module__":  # the module's own imports; onnx_ir of all it has
+                        raise AttributeError(name)
+                    self.is_loading = True
+                    try:
+                        self.loader.exec_module(module)
+                    finally:
+                        self.is_loading = False
+                    if names["__getattr__"] is load:
+                        del names["__getattr__"]
+            return getattr(module, name)
+
+        def version(package: str) -> str:
+            return _installed_version(package) or load("version")(package)
+
+        names["__getattr__"] = load
+        if module.__name__ == INSTALLED_VERSIONS:
+            names["version"] = version
+        elif module.__name__ in TYPES_OF_ARRAYS:
+            names["NDArray"] = _AnyArray
+
+
+class _AnyArray:
+    """NumPy's NDArray in hints, which nothing evaluates in a merge."""
+
+    def __class_getitem__(cls, _: object) -> type[_AnyArray]:
+        return cls
+
+
+def _installed_version(name: str) -> str:
+    """The version of a package by the folder of its metadata, whose name contains it. Empty where there is none."""
+    for folder in sys.path:
+        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+            for entry in entries:
+                start, _, version = entry.name.removesuffix(".dist-info").partition("-")
+                if start == name and entry.name.endswith(".dist-info"):
+                    return version
+    return ""

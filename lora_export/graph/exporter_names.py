@@ -27,6 +27,7 @@ INPUT_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"  # on an initiali
 PROMOTED_FROM = "lora_export.promoted_from"  # on floats in place of a quantised weight: the name of its integers
 NAME_KEYS = frozenset({FOLDED_FROM, INPUT_KIND, NAME_SCOPES})  # the next adapter needs these
 EXPORTER_KEYS = re.compile(r"pkg\.(torch|onnxscript|transformers)\b|namespace$")
+PLAIN_LIST = re.compile(r"\['[\w./@:-]*'(?:, '[\w./@:-]*')*\]")
 STACK_TRACE_MARK = 'File "'  # every Python stack trace contains it
 
 
@@ -166,6 +167,8 @@ def _by_parameter(sites: Iterable[Site]) -> Named:
 
 def _parse_strings(text: str) -> list[str]:
     """A Python list of strings that an exporter saved as text. Empty for any other text."""
+    if PLAIN_LIST.fullmatch(text):  # all that is known; Python's parser takes ten times as long
+        return text[2:-2].split("', '")
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

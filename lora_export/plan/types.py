@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -185,7 +186,7 @@ class Step:
         """Whether the base keeps its other rows."""
         return self.token_rows is not None and self.replace is None
 
-    @property
+    @functools.cached_property
     def stored_terms(self) -> tuple[Term, ...]:
         """The terms, with pairs of the weight as it is stored."""
         if not self.spec.layout.is_transposed:

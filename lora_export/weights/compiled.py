@@ -116,7 +116,8 @@ def _joined_a(step: Step) -> NDArray[np.float32]:
 
 def _joined_b(step: Step, rows: slice) -> NDArray[np.float32]:
     """These rows of the B of all terms with their scales, (rows, all ranks)."""
-    return np.concatenate([_scaled_b(term, rows) for term in step.stored_terms], axis=1)
+    first, *others = (_scaled_b(term, rows) for term in step.stored_terms)
+    return np.concatenate([first, *others], axis=1) if others else first
 
 
 def _scaled_b(term: Term, rows: slice) -> NDArray[np.float32]:

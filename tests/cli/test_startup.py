@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import ml_dtypes
 import numpy as np
@@ -49,6 +50,57 @@ import sympy.polys
 print(json.dumps([total, str(sympy.Symbol("x") * 2), type(sympy).__name__, sympy.polys.__name__]))
 """
     assert told_by(OURS + use) == ["tokens + 1", "2*x", "module", "sympy.polys"]
+
+
+PUT_OFF_BY_OURS = "[name for name in startup.DEFERRED if '__getattr__' in vars(sys.modules.get(name, gc))]"
+
+
+@pytest.mark.parametrize(
+    ("program", "put_off"), [("lora-export", ["bz2", "ipaddress", "lzma", "tokenize"]), ("script.py", [])]
+)
+def test_the_command_line_imports_less_in_a_process_of_its_own(program, put_off):
+    code = f"sys.modules['__main__'].__file__ = {program!r}\nfrom lora_export.cli import startup, command_named"
+    told = told_by(f"{code}\ncommand_named('merge')\nprint(json.dumps([{PUT_OFF_BY_OURS}, gc.isenabled()]))")
+    assert [sorted(told[0]), told[1]] == [put_off, True]
+
+
+def test_what_is_imported_twice_is_still_put_off():
+    told = told_by(f"{OURS}\nimport pickle, tokenize\nprint(json.dumps({PUT_OFF_BY_OURS}))")
+    assert "pickle" in told and told_by(f"{OURS}\nimport pickle\nprint(json.dumps(pickle.loads(pickle.dumps(5))))") == 5
+
+
+def test_a_version_is_found_without_the_package_email():
+    use = """
+import onnx, importlib.metadata as metadata
+versions, early = [onnx.__version__, metadata.version("onnx")], "email" in sys.modules
+print(json.dumps([versions, early, metadata.distribution("onnx").version, "email" in sys.modules]))
+"""
+    version = metadata.version("onnx")
+    assert told_by(OURS + use) == [[version, version], False, version, True]
+
+
+def test_a_missing_package_has_no_version():
+    use = """
+import importlib.metadata as metadata
+try: metadata.version("no-such-package")
+except metadata.PackageNotFoundError as error: print(json.dumps(error.name))
+"""
+    assert told_by(OURS + use) == "no-such-package"
+
+
+def test_threads_that_use_what_was_put_off_wait_for_it():
+    use = """
+import threading, pickle
+found, start = [], threading.Barrier(4)
+def use():
+    start.wait()
+    found.append(pickle.loads(pickle.dumps(5)))
+threads = [threading.Thread(target=use) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps(found))
+"""
+    assert told_by(OURS + use) == [5] * 4
 
 
 def test_afterwards_garbage_is_collected_and_imports_are_found_as_ever():
@@ -102,17 +154,22 @@ print(json.dumps(frozen))
 
 
 OF_OURS = """
-import atexit, os, sys
-class Freed:
-    def __del__(self, write=os.write): write(1, b"freed")
+import atexit, os, sys, types
 {before}
 from lora_export.cli import startup
 startup.take_process()
 atexit.register(print, "at the end", flush=True)
-kept = Freed()
+sys.modules["users"] = users = types.ModuleType("users")
+exec({users!r}, vars(users))
+del users
 {known}
 print("answer")
 sys.exit(3)
+"""
+USERS = """
+class Freed:
+    def __del__(self, write=__import__("os").write): write(1, b"freed")
+kept = Freed()
 """
 
 
@@ -132,7 +189,7 @@ USER_CODE = "from lora_export.user_code import find_function; find_function('os'
 )
 def test_a_process_of_ours_ends_without_freeing_its_objects(tmp_path, program, before, known, printed):
     path = tmp_path / program
-    path.write_text(OF_OURS.format(before=before, known=known))
+    path.write_text(OF_OURS.format(before=before, known=known, users=USERS))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     child = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, env=environment)
     assert (child.returncode, child.stdout, child.stderr) == (3, printed, "")
@@ -194,7 +251,7 @@ def test_a_merge_loads_nothing_that_it_does_not_use(name, tmp_path):
     out = base.with_stem("out")
     line = ["lora-export", "merge", str(base), str(tmp_path / "adapter"), "-o", str(out)]
     code = f"""
-sys.argv = {line}
+sys.argv, sys.modules["__main__"].__file__ = {line}, "lora-export"
 from lora_export.cli import main
 try:
     main()
@@ -202,7 +259,8 @@ except SystemExit as end:
     from lora_export.cli.startup import DEFERRED
     loaded = [name for name in sys.modules if name.startswith({UNUSED + UNUSED_FOR[name]})]
     met = DEFERRED & sys.modules.keys()
-    loaded += [name for name in met if type(sys.modules[name]).__name__ != "_LazyModule"]
+    waiting = [name for name in met if "__getattr__" in vars(sys.modules[name])]
+    loaded += [name for name in met if name not in waiting]
     assert met == DEFERRED or {base.suffix!r} != ".onnx"
     from lora_export.names.table import read_table
     assert not read_table.cache_info().misses  # no config, no class of transformers

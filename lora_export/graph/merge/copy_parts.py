@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +85,7 @@ def graph_file_parts(model: ir.Model, tensors: Sequence[MovedTensor]) -> list[Fi
 
     Raises RuntimeRefused where the file would be too long.
     """
-    location = secrets.token_hex(8)  # no graph can contain this name
+    location = protobuf_wire.unused_location()
     for number, tensor in enumerate(tensors):
         set_location(tensor.value, location, number, tensor.output.nbytes)
     pieces = protobuf_wire.split_at_tensors(message_of(model), location, [each.output.nbytes for each in tensors])

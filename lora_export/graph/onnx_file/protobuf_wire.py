@@ -12,6 +12,7 @@ byte positions, and because its memory grows with the file.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -44,6 +45,11 @@ class Extent(NamedTuple):
 
     start: int
     stop: int
+
+
+def unused_location() -> str:
+    """The name of a file that no graph can contain."""
+    return os.urandom(8).hex()
 
 
 def refuse_no_message(path: Path) -> None:

@@ -10,7 +10,6 @@ import functools
 import logging
 import os
 import re
-import secrets
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
@@ -69,7 +68,7 @@ def open_graph(path: Path) -> GraphFile:
     protobuf_wire.refuse_no_message(path)
     own_file = Path(os.path.realpath(path))
     own_stamp = _stamp(own_file)
-    location = secrets.token_hex(8)  # of data in the graph's own file; no graph can contain this name
+    location = protobuf_wire.unused_location()  # of data in the graph's own file
     message, model = _parse(path, location)
     for text in texts(model):
         if isinstance(text, bytes):  # protobuf returns bytes for text that is not UTF-8

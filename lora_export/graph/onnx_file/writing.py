@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.exporter_names import remove_exporter_notes
-from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES, split_at_tensors
+from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES, split_at_tensors, unused_location
 from lora_export.graph.onnx_file.reading import check_file, check_message, innermost_error, moved_to
 from lora_export.graph.onnx_file.shared_weights import SharedTensor, SharedWeights, share_weights
 from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
@@ -98,7 +97,7 @@ def _write_tensor(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
 @contextlib.contextmanager
 def _weights_apart(model: ir.Model) -> Iterator[tuple[str, list[ir.TensorProtocol]]]:
     """A location, and the large tensors and those of other files. The model's initializers name both meanwhile."""
-    location = secrets.token_hex(8)  # no graph can contain this name
+    location = unused_location()
     apart = [value for value in initializers(model) if _is_apart(value.const_value)]
     tensors = [tensor for value in apart if (tensor := value.const_value) is not None]
     try:
