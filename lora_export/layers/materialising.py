@@ -156,8 +156,7 @@ def _sum_in_rows(owner: nn.Module, attribute: str, dtype: torch.dtype, preferred
     """W + ΔW in fp64, rounded as `_rounded_sum` does. Of the sum, a few rows are there at once."""
     weight, factor = own_parameters(owner)[attribute], attachment_of(owner).factor
     assert weight is not None
-    read = getattr(weight, "stored", weight.detach)  # of a weight that is read when it is needed
-    base, terms = read(), []
+    base, wanted, terms = _read(weight), None if preferred is None else _read(preferred), []
     for branch in attachment_of(owner).branches:
         if branch.weight == attribute:
             record_branch(branch)
@@ -170,10 +169,16 @@ def _sum_in_rows(owner: nn.Module, attribute: str, dtype: torch.dtype, preferred
         exact = base[rows].to(torch.float64, copy=True)
         for (left, right), scale in terms:
             exact.addmm_(left[rows], right, alpha=scale)
-        wanted = None if preferred is None else preferred[rows].reshape(-1)
-        nearest = _nearest(exact.view(-1), base[rows].reshape(-1), dtype, wanted)
+        preferred = None if wanted is None else wanted[rows].reshape(-1)
+        nearest = _nearest(exact.view(-1), base[rows].reshape(-1), dtype, preferred)
         rounded[rows] = nearest.view(exact.shape)
     return rounded
+
+
+def _read(tensor: Tensor) -> Tensor:
+    """The values of a tensor; of one that is read from a file whenever it is used, those of now."""
+    values: Tensor = getattr(tensor, "stored", tensor.detach)()
+    return values
 
 
 def _rounded_sum(

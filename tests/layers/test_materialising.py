@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_export import layers
 from lora_export.layers import materialising
 from lora_export.lora import LoraPair
+from lora_export.models.stored_parameter import StoredParameter
 from support.small_layers import PAIR, a_linear, a_model, an_adapter, delta, equal, plan_for
 
 
@@ -81,9 +82,12 @@ def test_a_large_weight_is_rounded_part_by_part(
     monkeypatch.setattr(materialising, "ROUNDED_AT_ONCE", 11)
     adapters = [an_adapter({"0": pair}, name=name) for name, pair in pairs.items()]
     layers.attach(holder, plan_for(holder, *adapters))
-    layers.materialise(holder, {"0.weight": "bfloat16"}, preferred={"0.weight": preferred}, in_fp64=True)
+    reads = []
+    stored = StoredParameter(preferred.shape, lambda: reads.append(1) or preferred.float())
+    layers.materialise(holder, {"0.weight": "bfloat16"}, preferred={"0.weight": stored}, in_fp64=True)
     assert holder[0].weight.dtype == torch.bfloat16
     assert equal(holder[0].weight.detach().double(), in_fp32)
+    assert len(reads) == 1  # not once for each part
 
 
 def test_a_bare_layer_takes_preferred_values_too() -> None:
