@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -166,11 +167,12 @@ def _sum_in_rows(owner: nn.Module, attribute: str, dtype: torch.dtype, preferred
     count = max(1, ROUNDED_AT_ONCE // max(1, base.shape[1]))
     for start in range(0, len(base), count):
         rows = slice(start, start + count)
-        exact = base[rows].to(torch.float64, copy=True)
+        exact = base[rows].to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         for (left, right), scale in terms:
             exact.addmm_(left[rows], right, alpha=scale)
+        flat, own = exact.view(-1), base[rows].reshape(-1)
         preferred = None if wanted is None else wanted[rows].reshape(-1)
-        nearest = _nearest(exact.view(-1), base[rows].reshape(-1), dtype, preferred)
+        nearest = _with_preferred(flat, flat.to(dtype), preferred, functools.partial(_sizes_of_terms, flat, own))
         rounded[rows] = nearest.view(exact.shape)
     return rounded
 
@@ -195,26 +197,21 @@ def _rounded_sum(
         found = _with_preferred(exact, nearest, wanted, lambda _: (value.abs() + base.abs()).max())
         return found.to(dtype).view(value.shape)
     rounded = torch.empty(value.numel(), dtype=dtype, device=value.device)
-    terms = None if wanted is None else base.reshape(-1)  # read for a preferred value alone
+    base_values = functools.cache(lambda: _read(base).reshape(-1))  # read where a preferred value differs
     for start in range(0, value.numel(), ROUNDED_AT_ONCE):
         block = slice(start, start + ROUNDED_AT_ONCE)
-        rounded[block] = _nearest(
+        rounded[block] = _with_preferred(
             exact[block],
-            None if terms is None else terms[block],
-            getattr(torch, rounding),
+            exact[block].to(getattr(torch, rounding)),
             None if wanted is None else wanted[block],
+            lambda at, block=block: _sizes_of_terms(exact[block], base_values()[block], at),  # type: ignore[misc]
         )
     return rounded.view(value.shape)
 
 
-def _nearest(exact: Tensor, base: Tensor | None, dtype: torch.dtype, preferred: Tensor | None) -> Tensor:
-    """Sums rounded to a dtype, or the preferred values. `base` are the values of W in them."""
-
-    def sizes(at: Tensor) -> Tensor:
-        assert base is not None
-        return exact[at].abs() + base[at].abs()
-
-    return _with_preferred(exact, exact.to(dtype), preferred, sizes)
+def _sizes_of_terms(exact: Tensor, base: Tensor, at: Tensor) -> Tensor:
+    """The size of W and of the sum W + ΔW at some indices."""
+    return exact[at].abs() + base[at].abs()
 
 
 def _with_preferred(

@@ -48,16 +48,24 @@ def test_a_preferred_value_is_taken_only_within_fp32_error() -> None:
         assert model[0].weight.tolist() == [[preferred, preferred, 258.0]]
 
 
+def _stored_by_columns() -> nn.Linear:
+    """A layer whose weight is the transpose of another, as that of a decoder whose encoder shares it."""
+    layer = nn.Linear(5, 7, bias=False)
+    layer.weight = nn.Parameter(torch.randn(5, 7).T)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "is_transposed", "fields", "names"),
     [
         (lambda: nn.Linear(5, 7, bias=False), False, {}, ("a",)),
         (lambda: nn.Linear(5, 7, bias=False), False, {}, ("a", "b")),
+        (_stored_by_columns, False, {}, ("a",)),
         (lambda: Conv1D(7, 5), True, {}, ("a", "b")),
         (lambda: nn.Embedding(5, 7), True, {"embedding": True}, ("a",)),
         (lambda: nn.Linear(5, 7, bias=False), False, {"magnitude": np.linspace(1, 2, 7, dtype=np.float32)}, ("a",)),
     ],
-    ids=["linear", "two adapters", "conv1d", "embedding", "dora"],
+    ids=["linear", "two adapters", "stored by columns", "conv1d", "embedding", "dora"],
 )
 def test_a_large_weight_is_rounded_part_by_part(
     monkeypatch: pytest.MonkeyPatch,
