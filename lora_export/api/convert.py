@@ -161,7 +161,7 @@ def _scaled(adapter: Adapter, weight: float) -> Adapter:
     """
     if weight == 1:
         return adapter
-    checked_strengths([adapter], [weight])
+    checked_strengths([adapter], [weight], identity_ok=weight != 0)  # an adapter before training has no effect either
     if adapter.replaced or adapter.token_rows:
         whole = ", ".join([*adapter.replaced, *adapter.token_rows])
         raise InputRefused(f"{named('weight')} is a factor on pairs, and {adapter.name} saves tensors whole: {whole}")

@@ -115,7 +115,7 @@ def _way_on(graph: GraphFile) -> str:
     """How a graph that takes adapters gets one more."""
     if ROW_ADAPTERS_KEY in graph.model.metadata_props:
         return "Its rows choose among those in it. Give all of them, with the graph that it was made from"
-    one_more = command("convert", "ADAPTER", graph=graph.path.name)
+    one_more = command("convert", "ADAPTER", output="OTHER.onnx_adapter", graph=graph.path.name)
     return f"One more needs a file alone (`{one_more}`). For anything else start from the graph that it was made from"
 
 

@@ -190,6 +190,7 @@ def check_adapters(options: OnnxRequest) -> None:
     if options.lora == "slots" and options.verify and len(options.adapters) > options.slots:
         raise InputRefused(
             f"{count(len(options.adapters), 'adapter')} for {count(options.slots, 'slot')}: the proof gives each one a "
-            f"slot. Use {named('slots', len(options.adapters))}, or make the files of further adapters with "
-            f"`{command('convert', 'ADAPTER', graph=options.output.name)}`"
+            f"slot. Use {named('slots', len(options.adapters))}, or export with fewer adapters, and then make the "
+            f"files of the others with "
+            f"`{command('convert', 'ADAPTER', output='OTHER.onnx_adapter', graph=options.output.name)}`"
         )

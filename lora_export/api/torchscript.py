@@ -108,7 +108,8 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         refuse_files_beside(output, loaded, sources, overwrite=options.overwrite)
     with atomic_output.staged(options, output, sources, is_file=True, sign=options.sign, streamed=False) as folder:
         stage("loading the model")
-        base = load_model.resolve_model(model, loaded, inputs=options.inputs, export=True)
+        with load.no_adapter_as_model(model, adapters):
+            base = load_model.resolve_model(model, loaded, inputs=options.inputs, export=True)
         adapted = adapted_model(base, loaded, weights, options, on_message)
         module, steps, contract = _with_adapters(adapted, options)
         stage("tracing" if program.IS_TRACE else "exporting")

@@ -194,7 +194,7 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     files change meanwhile.
     """
     _check_usage(candidate, request)
-    if candidate.path.is_dir() and is_only_adapter(candidate.path):
+    if request.runner is None and candidate.path.is_dir() and is_only_adapter(candidate.path):
         raise InputRefused(f"{candidate.path} is an adapter. Give the file or folder that was made with it")
     if request.onnx_adapter is not None:
         input_files.must_exist(request.onnx_adapter, "adapter file")
@@ -332,9 +332,13 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
         )
     kinds = {candidate.kind, *([] if request.origin is None else [request.origin.kind])}
     if model is not None and request.base is not None and kinds != {ArtifactKind.GRAPH}:
+        way_out = f"Leave {named('base')} out"
+        if candidate.kind is not ArtifactKind.GRAPH:
+            way_out = (
+                f"Give one of the two: {named('model')} judges what CANDIDATE computes, {named('base')} its weights"
+            )
         raise WrongUsage(
-            f"{named('base')} beside {named('model')} is the quantised .onnx that an .onnx was made from. Give one of "
-            f"the two: {named('model')} judges what CANDIDATE computes, {named('base')} its weights"
+            f"{named('base')} beside {named('model')} is the quantised .onnx that an .onnx was made from. {way_out}"
         )
     if request.provider != "cpu" and (not is_graph or request.runner is not None):
         whose = "PyTorch files are judged on the CPU" if request.runner is None else "a runner chooses its own"

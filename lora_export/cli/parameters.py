@@ -42,6 +42,8 @@ class Source(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
         """The text, with the home folder where the path begins with `~`."""
         name, separator, path = value.partition("=")
+        if separator and not path and not os.path.lexists(value):
+            _expanded(path)  # refuses it
         return f"{name}={_expanded(path)}" if separator and path.startswith("~") else _expanded(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002

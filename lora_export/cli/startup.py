@@ -38,7 +38,7 @@ DEFERRED = frozenset(
         *("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars"),  # the docstrings of NumPy's functions
         *("onnx_ir.passes", "onnx_ir.schemas"),
         "packaging.version",  # for comparisons of versions in onnx_ir, which no merge needs
-        *("bz2", "ipaddress", "lzma", "pickle", "tempfile", "tokenize"),  # that others import
+        *("ipaddress", "pickle", "tempfile", "tokenize"),  # that others import
         *TYPES_OF_ARRAYS,
         INSTALLED_VERSIONS,
     }
@@ -49,8 +49,8 @@ DEFERRED = frozenset(
 # small proof has 102 of the others, and an export with its proof 151.
 BETWEEN_FULL_COLLECTIONS = 200
 
-# What importing NumPy takes of the addresses of a process: 84 MiB with OpenBLAS, and some for other versions. A merge
-# takes more.
+# What importing NumPy takes of the addresses of a process: 84 MiB with one thread of OpenBLAS, and some for other
+# versions. A merge takes more.
 NUMPY_BYTES = 96 << 20
 
 _process_is_ours = False
@@ -76,9 +76,9 @@ def end_with(code: int) -> None:
 
 def _is_whole_program() -> bool:
     """Whether Python runs `lora-export` or `python -m lora_export`, and no script that calls `main` and goes on."""
-    program = sys.modules["__main__"]
+    program = sys.modules.get("__main__")
     name = getattr(getattr(program, "__spec__", None), "name", None)
-    return name == "lora_export.__main__" or os.path.basename(getattr(program, "__file__", "")) == "lora-export"  # noqa: PTH119
+    return name == "lora_export.__main__" or os.path.basename(getattr(program, "__file__", None) or "") == "lora-export"  # noqa: PTH119
 
 
 def _end() -> None:
@@ -98,7 +98,7 @@ def brisk() -> Iterator[None]:
     """Import packages and read headers in less time.
 
     Objects made inside are never scanned for garbage: they are used until the process ends. An import of NumPy raises
-    MemoryError where it does not fit: OpenBLAS would end the process, with the code of a bug.
+    MemoryError where it does not fit with one thread: OpenBLAS would end the process, with the code of a bug.
     """
     if not _process_is_ours:
         yield
@@ -214,10 +214,15 @@ class _AnyArray:
 
 
 def _installed_version(name: str) -> str:
-    """The version of a package by the folder of its metadata, whose name contains it. Empty where there is none."""
+    """The version of a package by the folder of its metadata, whose name contains it. Empty where there is none.
+
+    Also empty where a package that is edited has metadata without a version in the name.
+    """
     for folder in sys.path:
         with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
             for entry in entries:
+                if entry.name == f"{name}.egg-info":
+                    return ""
                 start, _, version = entry.name.removesuffix(".dist-info").partition("-")
                 if start == name and entry.name.endswith(".dist-info"):
                     return version

@@ -64,7 +64,6 @@ from lora_export.lora import Adapter, LoraPair, expert_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files
 from lora_export.storage.artifact_kinds import is_distributed_checkpoint
-from lora_export.storage.safetensors_file import Entry, side_by_side
 
 DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"
 SUFFIX = ""  # a folder
@@ -121,8 +120,7 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
     config = checked_config(config, str(folder / ADAPTER_CONFIG)) if has_config else _stated_config(file, options)
     keys = keys_by_kind(file, config, options.stored_adapter)
     stored = _StoredPairs(file, keys, config, options)
-    with side_by_side(stored.held):
-        pairs = stored.pairs()
+    pairs = stored.pairs()
     rows = read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     tied = tied_heads(pairs, replaced, config)
@@ -182,12 +180,6 @@ class _StoredPairs:
     keys: Keys
     config: Mapping[str, Any]
     options: ReadOptions
-
-    @property
-    def held(self) -> list[Entry]:
-        """The tensors that the pairs hold as they are stored. Others are read, and then copied to fp32."""
-        entries = (self.file.entries[key] for side in (A, B) for key in self.keys[side].values())
-        return [entry for entry in entries if entry.dtype == np.float32]
 
     def pairs(self) -> dict[str, LoraPair]:
         """The pairs by module. Raises InputRefused with all that is wrong with them, with biases and whole tensors."""

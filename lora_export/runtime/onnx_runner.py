@@ -147,6 +147,8 @@ class OnnxRunner(AdaptersByInput):
         Raises InputRefused where the file is no adapter, or does not fit the graph's declared inputs.
         """
         file = onnx_adapter.read(path)
+        if self.has_slots:
+            raise InputRefused(f"{self.path} holds no adapters: leave {named('onnx_adapter')} out, all are proven")
         if CONTRACT_KEY in self.metadata:
             contract = read_contract(self.metadata, self.path)
             onnx_adapter.refuse_misfits(file, contract, source=path, graph=self.path)

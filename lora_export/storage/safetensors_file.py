@@ -15,8 +15,7 @@ import json
 import math
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from lora_export.storage.system_calls import file_status
 MAX_DIMENSIONS = 64  # of a NumPy array
 ALIGNMENT = 8  # bytes; the data of a file starts at a multiple
 PAGE = 4096  # bytes
-CACHE_LINE = 64  # bytes
-SHARED_MEMORY = 16 << 20  # bytes of memory for several tensors
 CACHED_HEADERS = 256  # of objects in stores: each costs a request
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -104,7 +101,7 @@ class TensorFile:
     def read(self, name: str) -> NDArray[Any]:
         """Read one tensor, as stored. Raises InputRefused where the file became shorter."""
         entry = self.entries[name]
-        data = _memory.get()(entry.nbytes)
+        data = np.empty(entry.nbytes, np.uint8)
         with _opened(self.path, is_last=entry.stop == self.size) as file:
             file.seek(entry.start)
             count = file.readinto(data.data)
@@ -119,37 +116,6 @@ class TensorFile:
         except OSError:
             return False
         return (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
-
-
-def _own_memory(count: int) -> NDArray[np.uint8]:
-    return np.empty(count, np.uint8)
-
-
-_memory: ContextVar[Callable[[int], NDArray[np.uint8]]] = ContextVar("memory", default=_own_memory)
-
-
-@contextlib.contextmanager
-def side_by_side(tensors: Iterable[Entry]) -> Iterator[None]:
-    """Read these tensors into pieces of memory that they share, each of which is held while one of them is used.
-
-    From 4 MiB on NumPy asks for huge pages. To make the small pages of 14 MB took 7 ms of processor time.
-    """
-    left, rest = sum(tensor.nbytes + -tensor.nbytes % CACHE_LINE for tensor in tensors), _own_memory(0)
-
-    def allocate(count: int) -> NDArray[np.uint8]:
-        nonlocal left, rest
-        whole = count + -count % CACHE_LINE
-        if whole > rest.size:
-            rest = _own_memory(max(whole, min(left, SHARED_MEMORY)))
-        left -= whole
-        piece, rest = rest[:count], rest[whole:]
-        return piece
-
-    before = _memory.set(allocate)
-    try:
-        yield
-    finally:
-        _memory.reset(before)
 
 
 def open_file(path: Path) -> TensorFile:

@@ -106,6 +106,8 @@ def test_a_weight_is_a_factor_on_pairs_and_biases(tmp_path: Path) -> None:
     for to in ("kohya", "peft"):
         with pytest.raises(InputRefused, match="one has no effect: its weight is 0"):
             le.convert(adapter, tmp_path / "no", to=to, weight=0)
+    untrained = peft_adapter(tmp_path / "untrained", {"fc": ([[1.0, 2.0]], [[0.0], [0.0]])})
+    assert le.convert(untrained, tmp_path / "twice", to="peft", weight=2).output.is_dir()
 
 
 @pytest.mark.parametrize("to", ["peft", "mlx", "kohya", "comfyui", "diffusers", "openvino"])

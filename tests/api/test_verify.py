@@ -34,12 +34,22 @@ def test_a_right_graph_is_the_same(place: Path, tmp_path: Path, capsys: pytest.C
         ({"base": "b", "input_seed": 0}, "with base= nothing is run"),
         ({"base": "b", "trace": True}, "with base= nothing is run"),
         ({"base": "b"}, "base= alone judges checkpoints"),
-        ({"model": MODEL, "base": "b.safetensors"}, "base= beside model= is .* Give one of the two: model="),
+        ({"model": MODEL, "base": "b.safetensors"}, r"base= beside model= is .* made from\. Leave base= out$"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(place: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(WrongUsage, match=message):
         le.verify(place / "m.onnx", **options)  # type: ignore[arg-type]
+
+
+def test_model_and_base_of_a_checkpoint_are_two_questions(place: Path) -> None:
+    with pytest.raises(WrongUsage, match=r"base= beside model= is .* Give one of the two: model="):
+        le.verify(place / "merged.safetensors", MODEL, base=place / "base.safetensors")
+
+
+def test_an_own_runner_may_run_an_adapter(place: Path) -> None:
+    with pytest.raises(InputRefused, match="no_such_module"):
+        le.verify(place / "adapter", MODEL, adapters=place / "adapter", runner="no_such_module:opened")
 
 
 def test_a_report_of_an_unknown_kind_is_refused_first(place: Path, tmp_path: Path) -> None:

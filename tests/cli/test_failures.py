@@ -310,6 +310,7 @@ def test_a_wrong_model_is_named_before_anything_is_read(
     ("words", "next_step"),
     [
         (("train", "ad", "--data", "texts.jsonl", "-o", "new"), "Name the model that it is for"),
+        (("torchscript", "ad", "-a", "ad", "-o", "new.pt"), "Name the model that it is for"),
         (("verify", "ad", "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
         (("verify", "ad", "--model", "base", "-a", "ad"), "Give the file or folder that was made with it"),
     ],

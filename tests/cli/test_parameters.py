@@ -90,10 +90,14 @@ def test_an_unknown_user_is_a_missing_path(home: Path, capsys: pytest.CaptureFix
     assert "there is nothing at ~nobody-of-this-name/x" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("empty", ["~/base.safetensors", "~/adapter", "out"])
-def test_an_empty_path_is_not_the_current_folder(home: Path, capsys: pytest.CaptureFixture[str], empty: str) -> None:
-    words = ["merge", "~/base.safetensors", "~/adapter", "-o", "out"]
-    assert call(*("" if word == empty else word for word in words)) == 2
+@pytest.mark.parametrize(
+    ("place", "given"), [("~/base.safetensors", ""), ("~/adapter", ""), ("~/adapter", "one="), ("out", "")]
+)
+def test_an_empty_path_is_not_the_current_folder(
+    home: Path, capsys: pytest.CaptureFixture[str], place: str, given: str
+) -> None:
+    words = ["merge", "~/base.safetensors", "~/adapter", "-o", "" if place == "out" else "out"]
+    assert call(*(given if word == place else word for word in words)) == 2
     assert "the path is empty, as an unset variable of the shell is" in capsys.readouterr().err
 
 

@@ -58,7 +58,6 @@ def test_pairs_and_scales_are_those_that_peft_uses(mlp, tmp_path, config):
     model = trained(mlp, **config)
     adapter = read_back(model, tmp_path)
     assert agrees(adapter, model)
-    assert len({id(side.base) for pair in adapter.pairs.values() for side in (pair.a, pair.b)}) == 1  # one allocation
     assert len({pair.scale for pair in adapter.pairs.values()}) > 1 or "rank_pattern" not in config
     assert not adapter.replaced and not adapter.biases and not adapter.notes
 

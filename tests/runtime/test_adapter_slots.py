@@ -26,6 +26,7 @@ from lora_export.graph.insert.adapter_inputs import contract_dora_factors, inser
 from lora_export.graph.insert.adapter_slots import insert_slots
 from lora_export.provenance import SLOTS_KEY
 from lora_export.runtime.adapter_slots import AdapterSlots
+from lora_export.runtime.onnx_runner import OnnxRunner
 from support.graphs import run
 from support.small_graphs import filled
 
@@ -231,6 +232,11 @@ def test_a_graph_that_its_record_does_not_fit_is_refused(fleet: Fleet, old: str)
 def test_a_session_of_one_adapter_refuses_a_graph_of_slots(fleet: Fleet) -> None:
     with pytest.raises(InputRefused, match=r"has slots, which lora_export\.AdapterSlots fills"):
         le.Session(fleet.graph)
+
+
+def test_one_file_for_a_graph_of_slots_is_refused(fleet: Fleet) -> None:
+    with pytest.raises(InputRefused, match=r"holds no adapters: leave onnx_adapter= out, all are proven"):
+        OnnxRunner(fleet.graph).with_adapter(fleet.adapters / "a.onnx_adapter")
 
 
 class Threads:

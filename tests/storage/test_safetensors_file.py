@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import struct
@@ -60,19 +59,6 @@ def test_files_of_the_library_are_read(path):
     assert file.entries.keys() == TENSORS.keys()
     assert all(same(file.read(name), tensor) for name, tensor in TENSORS.items())
     assert file.metadata == {"made by": "the library"}
-
-
-@pytest.mark.parametrize(("piece", "pieces"), [(safetensors_file.SHARED_MEMORY, 1), (128, 4)])
-def test_tensors_side_by_side_share_memory_and_overlap_nowhere(path, monkeypatch, piece, pieces):
-    monkeypatch.setattr(safetensors_file, "SHARED_MEMORY", piece)
-    safetensors_file.write(path, TENSORS)
-    file = safetensors_file.open_file(path)
-    with safetensors_file.side_by_side(file.entries.values()):
-        read = {name: file.read(name) for name in file.entries}
-    assert all(same(read[name], tensor) for name, tensor in TENSORS.items())
-    assert len({id(each.base) for each in read.values() if each.size}) == pieces
-    alone = file.read("matrix")
-    assert not any(np.shares_memory(one, other) for one, other in itertools.combinations([alone, *read.values()], 2))
 
 
 def test_the_library_reads_written_files(path):
