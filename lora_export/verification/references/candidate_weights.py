@@ -114,16 +114,25 @@ def rounding_of(
         merged = {name: weight for name, weight in quantised.items() if weight.merge is not None}
         values = {name: torch.from_numpy(weight.values) for name, weight in merged.items()}
         return {name: weight.nearest for name, weight in merged.items()}, values
-    stored = candidate.stored_dtypes
-    halves = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
-    # A checkpoint may lack the model's prefix, or have one that the module lacks.
-    rounding: dict[str, layers.Rounding] = {
-        spec.name: dtype
-        for spec in layers.specs(module)
-        for name, dtype in halves.items()
-        if spec.name == name or spec.name.endswith(f".{name}") or name.endswith(f".{spec.name}")
-    }
+    stored = _with_tied_names(candidate.module, candidate.stored_dtypes)
+    dtypes = {spec.name: _dtype_in_file(spec.name, stored) for spec in layers.specs(module)}
+    rounding: dict[str, layers.Rounding] = {name: dtype for name, dtype in dtypes.items() if dtype in HALVES}
     return rounding, state_of(candidate.module)
+
+
+def _with_tied_names(module: nn.Module, stored: Mapping[str, str]) -> dict[str, str]:
+    """The dtypes of stored tensors, under all names of a tied tensor. A file may have one of them."""
+    tensors = [(name, id(tensor)) for name, _, _, tensor in named_tensors(module)]
+    found = {memory: dtype for name, memory in tensors if (dtype := _dtype_in_file(name, stored))}
+    return {name: found[memory] for name, memory in tensors if memory in found} | dict(stored)
+
+
+def _dtype_in_file(name: str, stored: Mapping[str, str]) -> str:
+    """The dtype of a module's tensor in a file. Empty where the file has no tensor of this name."""
+    if name in stored:
+        return stored[name]
+    # A checkpoint may lack the model's prefix, or have one that the module lacks.
+    return next((dtype for own, dtype in stored.items() if name.endswith(f".{own}") or own.endswith(f".{name}")), "")
 
 
 # --- half precision: as a graph declares it, as its weights show, and where that was not stated ---
