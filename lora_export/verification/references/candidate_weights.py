@@ -23,7 +23,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.graph.site import NameSource
 from lora_export.graph.values import stored_dtype
-from lora_export.layers.module_tensors import named_tensors
+from lora_export.layers.module_tensors import named_tensors, tensor_name
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
 from lora_export.models.stored_parameter import StoredParameter, state_of
@@ -38,7 +38,7 @@ from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import aligned
 from lora_export.verification.inputs.model_inputs import HALVES
-from lora_export.verification.parity import Array, Findings
+from lora_export.verification.parity import Array, Findings, Wide
 from lora_export.verification.references import quantised_weights
 from lora_export.verification.references.compare_tensors import (
     CandidateTensor,
@@ -46,6 +46,7 @@ from lora_export.verification.references.compare_tensors import (
     tensors_of_graph,
 )
 from lora_export.verification.references.expected_weight import ExpectedWeight
+from lora_export.verification.references.folded_norms import BatchNorm
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 
 
@@ -203,6 +204,7 @@ def explain_half(refusal: str) -> str:
 
 # --- all weights, compared with the model's ---
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 UNMERGED = ".base_layer."  # in PEFT's names of the weights beside its adapters
 
 
@@ -213,7 +215,7 @@ def compare_tensors(
 
     `elsewhere` are tensors of the model that are judged in another way. Reads one tensor of each at a time, in blocks.
     """
-    return compare_expected(tensors, _expected(module, changes), elsewhere)
+    return compare_expected(tensors, _expected(module, changes), elsewhere, norms=_batch_norms(module))
 
 
 def candidate_tensors(candidate: Runner) -> Iterator[CandidateTensor]:
@@ -256,3 +258,18 @@ def _expected(module: nn.Module, changes: Plan | None) -> Iterator[tuple[int, Ex
         if changes is not None and name in changes.by_weight:
             steps = (changes.by_weight[name],)
         yield id(tensor), ExpectedWeight(spec, functools.partial(_values, own), steps)
+
+
+def _batch_norms(module: nn.Module) -> Iterator[BatchNorm]:
+    """The batch norms of a module that can be undone: a factor of 0 leaves nothing of a weight."""
+    for path, norm in module.named_modules():
+        if isinstance(norm, BATCH_NORMS) and norm.running_var is not None and norm.running_mean is not None:
+            deviation = np.sqrt(_wide(norm.running_var) + norm.eps)
+            factor = (np.ones_like(deviation) if norm.weight is None else _wide(norm.weight)) / deviation
+            shift = np.zeros_like(deviation) if norm.bias is None else _wide(norm.bias)
+            if np.isfinite(factor).all() and factor.all():
+                yield BatchNorm(tensor_name(path, "running_var"), factor, _wide(norm.running_mean), shift)
+
+
+def _wide(tensor: torch.Tensor) -> Wide:
+    return _values(tensor).astype(np.float64)
