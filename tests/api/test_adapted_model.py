@@ -21,6 +21,8 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.load import from_module
 from lora_export.options.combining import Applied, Combination
+from support.slow import slow
+from support.tied import tied_model
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1]])
 
@@ -111,6 +113,17 @@ def test_a_torchscript_file_with_tied_changes_is_proven(tied: str, tmp_path: Pat
     torch.testing.assert_close(found, by_hand(tied, SECOND), rtol=1e-5, atol=1e-5)
     other = {"untie": "both", "both": "untie"}[tied]
     assert le.verify(tmp_path / "m.pt", source, adapters=[SECOND], tied=other).verdict.outcome == "different"
+
+
+@pytest.mark.parametrize("dtype", ["float16", slow("bfloat16")])
+@pytest.mark.parametrize("module", ["lm_head", slow("embed_tokens")])
+def test_a_tied_table_in_half_precision_is_rounded_under_each_name(module: str, dtype: str, tmp_path: Path) -> None:
+    """The file of a merge has one of the two names."""
+    model = tied_model(tmp_path / "base")
+    one = model.adapter(tmp_path / "adapter", module, "q_proj")
+    le.merge(model.base, one, tmp_path / "out", tied="both", dtype=dtype)
+    assert le.verify(tmp_path / "out", model.base, adapters=one, tied="both").verdict.same
+    assert le.verify(tmp_path / "out", model.base, adapters=one, tied="untie").verdict.outcome == "different"
 
 
 class Mixing(nn.Module):

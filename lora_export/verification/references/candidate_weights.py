@@ -23,7 +23,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.graph.site import NameSource
 from lora_export.graph.values import stored_dtype
-from lora_export.layers.module_tensors import named_tensors
+from lora_export.layers.module_tensors import named_tensors, tensor_name
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
 from lora_export.models.stored_parameter import StoredParameter, state_of
@@ -38,7 +38,7 @@ from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import aligned
 from lora_export.verification.inputs.model_inputs import HALVES
-from lora_export.verification.parity import Array, Findings
+from lora_export.verification.parity import Array, Findings, Wide
 from lora_export.verification.references import quantised_weights
 from lora_export.verification.references.compare_tensors import (
     CandidateTensor,
@@ -46,6 +46,7 @@ from lora_export.verification.references.compare_tensors import (
     tensors_of_graph,
 )
 from lora_export.verification.references.expected_weight import ExpectedWeight
+from lora_export.verification.references.folded_norms import BatchNorm
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 
 
@@ -114,16 +115,25 @@ def rounding_of(
         merged = {name: weight for name, weight in quantised.items() if weight.merge is not None}
         values = {name: torch.from_numpy(weight.values) for name, weight in merged.items()}
         return {name: weight.nearest for name, weight in merged.items()}, values
-    stored = candidate.stored_dtypes
-    halves = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
-    # A checkpoint may lack the model's prefix, or have one that the module lacks.
-    rounding: dict[str, layers.Rounding] = {
-        spec.name: dtype
-        for spec in layers.specs(module)
-        for name, dtype in halves.items()
-        if spec.name == name or spec.name.endswith(f".{name}") or name.endswith(f".{spec.name}")
-    }
+    stored = _with_tied_names(candidate.module, candidate.stored_dtypes)
+    dtypes = {spec.name: _dtype_in_file(spec.name, stored) for spec in layers.specs(module)}
+    rounding: dict[str, layers.Rounding] = {name: dtype for name, dtype in dtypes.items() if dtype in HALVES}
     return rounding, state_of(candidate.module)
+
+
+def _with_tied_names(module: nn.Module, stored: Mapping[str, str]) -> dict[str, str]:
+    """The dtypes of stored tensors, under all names of a tied tensor. A file may have one of them."""
+    tensors = [(name, id(tensor)) for name, _, _, tensor in named_tensors(module)]
+    found = {memory: dtype for name, memory in tensors if (dtype := _dtype_in_file(name, stored))}
+    return {name: found[memory] for name, memory in tensors if memory in found} | dict(stored)
+
+
+def _dtype_in_file(name: str, stored: Mapping[str, str]) -> str:
+    """The dtype of a module's tensor in a file. Empty where the file has no tensor of this name."""
+    if name in stored:
+        return stored[name]
+    # A checkpoint may lack the model's prefix, or have one that the module lacks.
+    return next((dtype for own, dtype in stored.items() if name.endswith(f".{own}") or own.endswith(f".{name}")), "")
 
 
 # --- half precision: as a graph declares it, as its weights show, and where that was not stated ---
@@ -194,6 +204,7 @@ def explain_half(refusal: str) -> str:
 
 # --- all weights, compared with the model's ---
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 UNMERGED = ".base_layer."  # in PEFT's names of the weights beside its adapters
 
 
@@ -204,7 +215,7 @@ def compare_tensors(
 
     `elsewhere` are tensors of the model that are judged in another way. Reads one tensor of each at a time, in blocks.
     """
-    return compare_expected(tensors, _expected(module, changes), elsewhere)
+    return compare_expected(tensors, _expected(module, changes), elsewhere, norms=_batch_norms(module))
 
 
 def candidate_tensors(candidate: Runner) -> Iterator[CandidateTensor]:
@@ -247,3 +258,18 @@ def _expected(module: nn.Module, changes: Plan | None) -> Iterator[tuple[int, Ex
         if changes is not None and name in changes.by_weight:
             steps = (changes.by_weight[name],)
         yield id(tensor), ExpectedWeight(spec, functools.partial(_values, own), steps)
+
+
+def _batch_norms(module: nn.Module) -> Iterator[BatchNorm]:
+    """The batch norms of a module that can be undone: a factor of 0 leaves nothing of a weight."""
+    for path, norm in module.named_modules():
+        if isinstance(norm, BATCH_NORMS) and norm.running_var is not None and norm.running_mean is not None:
+            deviation = np.sqrt(_wide(norm.running_var) + norm.eps)
+            factor = (np.ones_like(deviation) if norm.weight is None else _wide(norm.weight)) / deviation
+            shift = np.zeros_like(deviation) if norm.bias is None else _wide(norm.bias)
+            if np.isfinite(factor).all() and factor.all():
+                yield BatchNorm(tensor_name(path, "running_var"), factor, _wide(norm.running_mean), shift)
+
+
+def _wide(tensor: torch.Tensor) -> Wide:
+    return _values(tensor).astype(np.float64)

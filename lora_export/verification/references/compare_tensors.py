@@ -2,8 +2,9 @@
 
 Outputs show little of a row of a vocabulary, or of an expert, that the inputs hardly reach. A candidate whose file has
 its weights shows it. Its tensors are found by the model's names for them and, where a graph has lost or never had
-these, by their content: as they are, transposed, or beside each other in one matrix. A tensor that is in neither way
-one of the model's is not compared: an exporter may have folded it with others. Outputs alone judge it then.
+these, by their content: as they are, transposed, or beside each other in one matrix. A batch norm that an exporter
+folded into a named weight is undone first. A tensor that is in no such way one of the model's is not compared: an
+exporter may have folded it with others. Outputs alone judge it then.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from lora_export.plan import FLOATS, Plan, Step, TensorSpec
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.verification import parity
 from lora_export.verification.parity import Array, Findings, Wide
-from lora_export.verification.references.expected_weight import ExpectedWeight
+from lora_export.verification.references.expected_weight import ExpectedWeight, rounded_to
+from lora_export.verification.references.folded_norms import BatchNorm
 
 AGREES = 0.75  # of a sample: more is the same tensor, of which a part may be wrong
 RELATED = 0.1  # of a sample: less is another tensor, or one that was changed as a whole
@@ -84,19 +86,30 @@ def compare_expected(
     expected: Iterable[tuple[int, ExpectedWeight]],
     elsewhere: Iterable[str] = (),
     owner: str = "the model",
+    norms: Iterable[BatchNorm] = (),
 ) -> Findings:
-    """Compare tensors with those expected, each with the identity of its memory. `owner` is what these belong to."""
+    """Compare tensors with those expected, each with the identity of its memory. `owner` is what these belong to.
+
+    `norms` are those of the owner, of which a graph may have folded some.
+    """
     # The products are small. Between them, further threads of a BLAS would wait at full load.
     with threadpool_limits(1, user_api="blas"):
-        return _Comparison(expected, elsewhere, owner).run(tensors)
+        return _Comparison(expected, elsewhere, owner, tuple(norms)).run(list(tensors))
 
 
 # --- the comparison -----------------------------------------------------------------------------
 
 
 class _Comparison:
-    def __init__(self, expected: Iterable[tuple[int, ExpectedWeight]], elsewhere: Iterable[str], owner: str):
+    def __init__(
+        self,
+        expected: Iterable[tuple[int, ExpectedWeight]],
+        elsewhere: Iterable[str],
+        owner: str,
+        norms: tuple[BatchNorm, ...],
+    ):
         self.owner = owner
+        self.norms = norms
         self.expected: dict[str, ExpectedWeight] = {}
         self.memory: dict[str, int] = {}
         for memory, weight in expected:
@@ -109,7 +122,9 @@ class _Comparison:
         self.faults: list[str] = []
         self.doubts: list[str] = []
 
-    def run(self, tensors: Iterable[CandidateTensor]) -> Findings:
+    def run(self, tensors: list[CandidateTensor]) -> Findings:
+        names = {self.spellings.of(tensor.name) for tensor in tensors}
+        self.norms = tuple(norm for norm in self.norms if norm.variance not in names)  # the others are not folded
         left = [tensor for tensor in tensors if not self._is_found_by_name(tensor)]
         for tensor in left:
             if math.prod(tensor.shape) >= LEAST_CONTENT and len(tensor.shape) > 1:
@@ -127,6 +142,10 @@ class _Comparison:
         if not views or (tensor.source is None and tensor.shape != weight.spec.shape):
             return False
         best = max(views, key=lambda view: (weight.agreement(view), weight.agreement(view, negated=True)))
+        if tensor.source is not None and (before := self._before_a_norm(weight, best, views)) is not None:
+            if before.ndim > 1:  # a bias that is the difference of larger numbers has lost its own last digits
+                self._compare(weight, before)
+            return True
         least = {None: 0.0, NameSource.INITIALIZER: RELATED}.get(tensor.source, AGREES)
         if weight.agreement(best) >= least or not (weight.is_distinct or np.any(best)):
             self._compare(weight, best)
@@ -143,6 +162,18 @@ class _Comparison:
                 f"inputs that reach it ({named('inputs')})"
             )
         return False
+
+    def _before_a_norm(self, weight: ExpectedWeight, best: Array, views: list[Array]) -> Array | None:
+        """The weight before a batch norm was folded into it; None where no norm explains its numbers better."""
+        least = weight.agreement(best)
+        if not self.norms or least == 1 or rounded_to(best).itemsize < 4:  # half precision has lost the last digits
+            return None
+        # The norm of a layer usually has a name like the layer's.
+        for norm in sorted(self.norms, key=lambda each: -_equal_letters(each.variance, weight.spec.name)):
+            for before in itertools.chain.from_iterable(map(norm.undone, views)):
+                if weight.agreement(before) > max(least, AGREES):
+                    return before
+        return None
 
     def _find_by_content(self, tensor: CandidateTensor) -> None:
         array = tensor.load()
@@ -212,6 +243,11 @@ class _Comparison:
             more = f" and {len(missing) - parity.SHOWN} more" if len(missing) > parity.SHOWN else ""
             text += f". The candidate has no tensor like the others: outputs alone judge {shown}{more}"
         return text
+
+
+def _equal_letters(name: str, other: str) -> int:
+    """How many letters two names have in common at their beginning."""
+    return next((at for at, (one, two) in enumerate(zip(name, other, strict=False)) if one != two), len(name))
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:

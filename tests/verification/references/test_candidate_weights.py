@@ -81,6 +81,20 @@ def test_weights_in_half_precision_are_rounded_by_name(
     assert preferred.keys() == candidate.module.state_dict().keys()
 
 
+@pytest.mark.parametrize(
+    ("stored", "rounded"),
+    [
+        ({"0.weight": "float16"}, {"0.weight": "float16", "1.weight": "float16"}),
+        ({"0.weight": "float16", "1.weight": "float32"}, {"0.weight": "float16"}),
+    ],
+    ids=["the file has one name", "the file has both"],
+)
+def test_a_tied_weight_is_rounded_under_all_its_names(stored: dict[str, str], rounded: dict[str, str]) -> None:
+    tied, apart = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+    tied[1].weight = tied[0].weight
+    assert rounding_of(ModuleRunner(tied, stored_dtypes=stored), apart, {})[0] == rounded
+
+
 def a_quantised_graph(folder: Path, *, name: str = "quantised.onnx", shift: float = 0.0) -> Path:
     model = a_graph("g (float[N,32] x) => (float[N,16] y) <float[1] fc.weight = {0}> { [n] y = MatMul(x, fc.weight) }")
     value = model.graph.initializers["fc.weight"]

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers, plan
@@ -259,6 +260,67 @@ def test_other_numbers_under_a_graphs_name_are_a_doubt() -> None:
     found = compared(tensors)
     assert not found.faults and found.doubts[0].startswith("k.weight: the candidate has other numbers in the tensor")
     assert compared(tensors, source=CLASS).faults[0].startswith("k.weight: 128 of 128 numbers are not the model's")
+
+
+# --- batch norms that an exporter folded ---
+
+
+class Normed(nn.Module):
+    """A convolution and a transposed one, each before a batch norm."""
+
+    def __init__(self, *, trained: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12, eps=3e-6)
+        self.turned, self.other = nn.ConvTranspose2d(12, 8, 3), nn.BatchNorm2d(8, eps=3e-6)
+        for norm in (self.norm, self.other) if trained else ():
+            for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                value.data.uniform_(0.5, 2)
+        self.eval()
+
+    def adapted(self) -> plan.Plan:
+        rng = np.random.default_rng(0)
+        pair = LoraPair(a=rng.normal(size=(2, 6, 3, 3)), b=rng.normal(size=(12, 2, 1, 1)), scale=0.5)
+        return plan.make([Adapter(name="a", format="test", pairs={"conv": pair}, sha256="0")], layers.specs(self))
+
+    def folded(self) -> Tensors:
+        """The tensors of both convolutions with the adapter and the norms in them, folded by PyTorch."""
+        merged = copy.deepcopy(self)
+        layers.fold(merged, self.adapted())
+        conv = fuse_conv_bn_eval(merged.conv, merged.norm)
+        turned = fuse_conv_bn_eval(merged.turned, merged.other, transpose=True)
+        parts = {"conv": conv, "turned": turned}
+        return {
+            f"{part}.{name}": value.detach().numpy()
+            for part, owner in parts.items()
+            for name, value in owner.named_parameters()
+        }
+
+    def compared(self, tensors: Tensors) -> parity.Findings:
+        given = [CandidateTensor(name, OWN, array.shape, lambda array=array: array) for name, array in tensors.items()]
+        return compare_tensors(given, self, self.adapted())
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+def test_folded_batch_norms_are_undone_before_weights_are_compared(trained: bool) -> None:
+    module = Normed(trained=trained)
+    right = module.compared(module.folded())
+    assert not [*right.faults, *right.doubts]
+    assert share(right) == "2 of the model's 12"
+    for name in ("conv.weight", "turned.weight"):
+        tensors = module.folded()
+        tensors[name] = tensors[name].copy()
+        tensors[name][3, 2, 1, 1] *= 1.001
+        (fault,) = module.compared(tensors).faults
+        assert fault.startswith(f"{name}: 1 of ")
+
+
+def test_a_norm_that_the_graph_has_is_not_undone() -> None:
+    module = Normed(trained=False)
+    found = module.compared(module.folded() | {"norm.running_var": np.ones(12, np.float32)})
+    (fault,) = found.faults
+    assert fault.startswith("conv.weight: ")
+    assert share(found) == "3 of the model's 12"
 
 
 # --- the verdict ---------------------------------------------------------------------------------
