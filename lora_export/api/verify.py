@@ -163,7 +163,7 @@ def _verified(options: VerifyOptions, in_step: AuditInStep[Verification] | None 
 def _candidate(options: VerifyOptions) -> Artifact:
     """The candidate; one in a store that is run is a copy on the disk.
 
-    Raises WrongUsage as `refuse_address`, and InputRefused for a folder that lacks a graph.
+    Raises WrongUsage as `refuse_address`, and InputRefused for a folder that lacks a graph, and for an adapter.
     """
     if is_address(options.candidate):
         from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
@@ -174,6 +174,8 @@ def _candidate(options: VerifyOptions) -> Artifact:
     path = locate(named_path, options.on_message) if is_hub_address(named_path) else newly_opened(named_path)
     opened = open_artifact(path if options.model is None else on_disk(path, options.on_message))
     opened.refuse_missing_graph()
+    if options.runner is None and opened.path.is_dir() and is_only_adapter(opened.path):
+        raise InputRefused(f"{opened.path} is an adapter. Give the file or folder that was made with it")
     return opened
 
 
@@ -190,12 +192,10 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     """The verdict on what the candidate computes; without a model, on its weights.
 
     Raises WrongUsage for options that do not go together, Different or Undecided where the signature, the adapters or
-    the base are not those that were expected, and InputRefused where there is no candidate, it is an adapter, or its
-    files change meanwhile.
+    the base are not those that were expected, and InputRefused where there is no candidate, or its files change
+    meanwhile.
     """
     _check_usage(candidate, request)
-    if request.runner is None and candidate.path.is_dir() and is_only_adapter(candidate.path):
-        raise InputRefused(f"{candidate.path} is an adapter. Give the file or folder that was made with it")
     if request.onnx_adapter is not None:
         input_files.must_exist(request.onnx_adapter, "adapter file")
     _refuse_unsigned(candidate, request)
