@@ -190,14 +190,14 @@ def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorS
     adapted = {prefix.to_base(module) or module for module in owners}
     replaced = {prefix.to_base(tensor) or tensor for tensor in adapter.replaced}
     patterns = {_without_numbers(module) for module in adapted}
-    adapted_endings = {ending for module in adapted for ending in _endings(module)}
+    adapted_endings = {ending for module in adapted for ending in endings(module)}
     targets = set(adapter.targets)
     of_modules = {target for target in adapter.targets if not isinstance(target, ParameterEnding)}
     missing = []
     for spec in base.values():
         module = spec.name.removesuffix(".weight")
         possible = targets if module == spec.name else of_modules
-        target = next((ending for ending in _endings(module) if ending in possible), None)
+        target = next((ending for ending in endings(module) if ending in possible), None)
         is_bias = spec.layout is Layout.OTHER and len(spec.shape) < 3  # or the weight of a norm
         if target is None or module in adapted or spec.name in replaced or is_bias:
             continue
@@ -214,7 +214,7 @@ def _without_tensors(adapter: Adapter, layer: str) -> Misfit:
     return Misfit(adapter.name, layer, "targeted by the adapter's config, but its file has no tensors for it")
 
 
-def _endings(module: str) -> Iterator[str]:
+def endings(module: str) -> Iterator[str]:
     """The whole name, and the part after each of its dots."""
     yield module
     for dot in DOT.finditer(module):

@@ -13,8 +13,9 @@ from lora_export.errors import InputRefused, one_line
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import ADAPTER_IDS, AdapterArrays
 from lora_export.options.spelling import named
+from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
+from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, Runner
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,3 +171,9 @@ class SeveralGraphs(ABC):
     @abstractmethod
     def outputs_by_graph(self, length: int) -> dict[str, tuple[str, Any]]:
         """The file of each graph -> the output that it makes in a run over `length` tokens, and which part of it."""
+
+
+def graphs_of(candidate: Runner) -> Sequence[OnnxRunner]:
+    """The graphs that a candidate is, also behind a cache; none for any other candidate."""
+    own = graph_of(candidate)
+    return candidate.graphs if isinstance(candidate, SeveralGraphs) else () if own is None else (own,)

@@ -30,7 +30,7 @@ from lora_export.verification.prepared_pytorch import PreparedPyTorch
 from lora_export.verification.proof_session import ProofSession
 from lora_export.verification.references import References
 from lora_export.verification.references.attached_module import attach_adapters, with_labels
-from lora_export.verification.references.candidate_weights import explain_half
+from lora_export.verification.references.half_precision import explain_half
 from lora_export.verification.references.proof_weights import proof_weights
 
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for

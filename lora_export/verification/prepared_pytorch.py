@@ -37,10 +37,10 @@ from lora_export.verification.references import (
     note_on_fp64,
 )
 from lora_export.verification.references.cached_outputs import CacheEntry, cache_key
-from lora_export.verification.references.candidate_weights import note_on_half, returns_halves
 from lora_export.verification.references.deployed_module import deployed_runner, run_observed
 from lora_export.verification.references.fp64_outputs import Fp64References
 from lora_export.verification.references.further_peers import further_peers
+from lora_export.verification.references.half_precision import note_on_half, returns_halves
 from lora_export.verification.references.proof_weights import ProofWeights
 
 

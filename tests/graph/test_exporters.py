@@ -18,7 +18,7 @@ import torch
 
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.verification.references.candidate_weights import compare_tensors
+from lora_export.verification.references.candidate_tensors import compare_tensors
 from lora_export.verification.references.compare_tensors import tensors_of_graph
 from lora_export.weights.checkpoint import open_checkpoint
 from support.exporters import (

@@ -25,10 +25,9 @@ from lora_export.graph.site import NameSource
 from lora_export.graph.values import initializers
 from lora_export.plan import Plan, Step, TensorSpec
 from lora_export.provenance import CONTRACT_KEY
-from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
-from lora_export.runtime.several_graphs import SeveralGraphs
+from lora_export.runtime.several_graphs import graphs_of
 from lora_export.verification.parity import Array, Findings, Wide
 from lora_export.verification.references.compare_tensors import AGREES, CandidateTensor
 from lora_export.verification.references.expected_weight import rounded_to
@@ -70,7 +69,7 @@ def compare_pairs(
     several = changes is not None and len(changes.adapters) > 1
     faults, compared = [], 0
     own, spellings = {spec.name for spec in specs}, Spellings([dotted(module, "weight") for module in weights])
-    for part in _parts(candidate):
+    for part in graphs_of(candidate) or (candidate,):
         for found in _pairs_of(part, tensors_in, own, spellings, several=several):
             step = steps.get(found.module)
             if step is None and not (found.is_ours and found.module in weights):
@@ -80,10 +79,6 @@ def compare_pairs(
             faults += [f"{step.weight if step else weights[found.module]}: {what}"] if what else []
     notes = (f"A and B beside {compared} weights were compared with the adapter's",) if compared else ()
     return Findings(notes, faults=tuple(faults))
-
-
-def _parts(candidate: Runner) -> Sequence[Runner]:
-    return candidate.graphs if isinstance(candidate, SeveralGraphs) else (graph_of(candidate) or candidate,)
 
 
 # --- the pairs of a candidate --------------------------------------------------------------------

@@ -35,7 +35,7 @@ from lora_export.verification.module_copies import (
 from lora_export.verification.parity import DECIDES, Findings
 from lora_export.verification.references import quantisation_error
 from lora_export.verification.references.attached_module import AttachedModule
-from lora_export.verification.references.candidate_weights import TORCH_HALVES, candidate_dtype, dtype_name
+from lora_export.verification.references.half_precision import TORCH_HALVES, candidate_dtype, dtype_name
 from lora_export.verification.references.proof_weights import ProofWeights
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 

@@ -22,16 +22,10 @@ from lora_export.verification.module_copies import is_large, limit_outputs, shar
 from lora_export.verification.parity import Findings
 from lora_export.verification.references import quantised_weights
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
-from lora_export.verification.references.candidate_weights import (
-    candidate_tensors,
-    coarser_dtype,
-    compare_tensors,
-    dtype_name,
-    is_half_inside,
-    quantised_weights_of,
-    rounding_of,
-)
+from lora_export.verification.references.candidate_tensors import candidate_tensors, compare_tensors
+from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
 from lora_export.verification.references.compare_pairs import compare_pairs
+from lora_export.verification.references.half_precision import coarser_dtype, dtype_name, is_half_inside
 
 
 @dataclass(frozen=True, eq=False)

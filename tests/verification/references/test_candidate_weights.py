@@ -32,12 +32,8 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.inputs.model_inputs import as_declared
 from lora_export.verification.parity import Wide
 from lora_export.verification.proof import prove
-from lora_export.verification.references.candidate_weights import (
-    is_half_inside,
-    note_on_half,
-    quantised_weights_of,
-    rounding_of,
-)
+from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
+from lora_export.verification.references.half_precision import is_half_inside, note_on_half
 from lora_export.verification.references.quantisation_error import NearestNumbers, quantisation_error_of
 from lora_export.verification.references.quantised_weights import DequantisedWeight, QuantisedMerge
 from support.graphs import a_graph, quantised

@@ -35,7 +35,7 @@ from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import prove
-from lora_export.verification.references.candidate_weights import candidate_tensors
+from lora_export.verification.references.candidate_tensors import candidate_tensors
 from lora_export.verification.references.compare_pairs import compare_pairs
 from lora_export.verification.references.compare_tensors import CandidateTensor
 

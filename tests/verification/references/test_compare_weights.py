@@ -31,7 +31,7 @@ from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
-from lora_export.verification.references.candidate_weights import compare_tensors
+from lora_export.verification.references.candidate_tensors import compare_tensors
 from lora_export.verification.references.compare_tensors import CandidateTensor
 
 Tensors = dict[str, NDArray[Any]]

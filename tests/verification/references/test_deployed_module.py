@@ -22,9 +22,9 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Wide, judging
 from lora_export.verification.proof import prove
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
-from lora_export.verification.references.candidate_weights import coarser_dtype
 from lora_export.verification.references.deployed_module import deployed_module, round_activations
 from lora_export.verification.references.further_peers import DRAWS_OF_ROUNDING, MERGED_MODULE, MOVED_WEIGHTS
+from lora_export.verification.references.half_precision import coarser_dtype
 from lora_export.verification.references.quantisation_error import NearestNumbers
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 from support import FACTORIES
