@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from lora_export.formats.contract import Contract
 from lora_export.graph.refusals import refuse_transforms
 from lora_export.models.model import Model
 from lora_export.notebook import html_table
+from lora_export.options.combining import AdapterSource
+from lora_export.options.common import ModelSource
 from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
 from lora_export.options.spelling import named
@@ -88,28 +90,37 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     """
     load_model.refuse_pt2(options.model)
     load.refuse_weights_alone(options.adapters, options.weights)
-    on_message, weights = options.on_message, options.weights
-    model = load_model.locate_model(options.model, on_message, options.download)
+    model = load_model.locate_model(options.model, options.on_message, options.download)
     load_model.refuse_no_source(model)
-    adapters = load.locate_adapters(options.adapters, on_message, options.download)
+    adapters = load.locate_adapters(options.adapters, options.on_message, options.download)
     name = _format(options)
     program = program_format(name)
     options.check_usage(format=name)
-    is_swapped = options.lora == "inputs"
-    if is_swapped and (name != "pte" or not adapters):
+    if options.lora == "inputs" and (name != "pte" or not adapters):
         raise WrongUsage(f"{named('lora', 'inputs')} is for an output that ends in .pte, and needs {named('adapters')}")
     getattr(program, "require", lambda: None)()
     output = with_suffix(options.output, *PROGRAM_FORMATS[name].suffixes)
-    stage = in_stages(options.on_progress)
     with load.no_adapter_as_model(model, adapters):
-        loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
+        return _exported(options, model, adapters, program, output)
+
+
+def _exported(
+    options: TorchScriptOptions,
+    model: ModelSource,
+    adapters: Sequence[AdapterSource],
+    program: ProgramFormat,
+    output: Path,
+) -> TorchScriptResult:
+    """The published file of a model and adapters that were found."""
+    loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
+    on_message, weights, is_swapped = options.on_message, options.weights, options.lora == "inputs"
+    stage = in_stages(options.on_progress)
     sources = [*load_model.model_paths(model), *load.adapter_paths(adapters)]
     if is_swapped:
         refuse_files_beside(output, loaded, sources, overwrite=options.overwrite)
     with atomic_output.staged(options, output, sources, is_file=True, sign=options.sign, streamed=False) as folder:
         stage("loading the model")
-        with load.no_adapter_as_model(model, adapters):
-            base = load_model.resolve_model(model, loaded, inputs=options.inputs, export=True)
+        base = load_model.resolve_model(model, loaded, inputs=options.inputs, export=True)
         adapted = adapted_model(base, loaded, weights, options, on_message)
         module, steps, contract = _with_adapters(adapted, options)
         stage("tracing" if program.IS_TRACE else "exporting")

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.api.load import load_adapters
@@ -15,7 +14,6 @@ from lora_export.api.load_model import shared_model
 from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.artifacts.artifact import Artifact
-from lora_export.artifacts.kind import artifact_kind
 from lora_export.callbacks import in_stages, note_each
 from lora_export.errors import Different, EnvironmentLacking, Undecided
 from lora_export.isolation.limits import LEAST_TIMEOUT, REQUEST_SECONDS, TIMES_PYTORCH
@@ -113,9 +111,8 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         prove_one = functools.partial(prove, atol=request.atol, rtol=request.rtol, trace=request.trace)
         proof = prove_candidate(runner, references, prove=prove_one, step=stage_of_proof(stage))
         files = loaded_files(candidate) if request.runner is None else LoadedFiles(candidate.files)
-        if isinstance(model, str | Path):
-            folder = Artifact(Path(model), artifact_kind(Path(model)))
-            proof = proof.with_files(compare_files(folder, candidate, loaded))
+        if request.origin is not None:
+            proof = proof.with_files(compare_files(request.origin, candidate, loaded))
         proof = proof.with_files(files.others)
         stage("hashing the candidate")
         hashes = files.hashes

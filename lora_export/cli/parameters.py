@@ -42,8 +42,8 @@ class Source(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
         """The text, with the home folder where the path begins with `~`."""
         name, separator, path = value.partition("=")
-        if separator and not path and not os.path.lexists(value):
-            _expanded(path)  # refuses it
+        if separator and not os.path.lexists(value):
+            _refuse_empty(path)
         return f"{name}={_expanded(path)}" if separator and path.startswith("~") else _expanded(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
@@ -52,15 +52,20 @@ class Source(click.ParamType[str]):
 
 
 def _expanded(text: str) -> str:
-    """The path in the home folder; a file whose name begins with `~` stays what it is. Raises BadParameter for none."""
-    if not text:  # Path("") would be the current folder
-        raise click.BadParameter("the path is empty, as an unset variable of the shell is")
+    """The path in the home folder; a file whose name begins with `~` stays what it is. Raises as `_refuse_empty`."""
+    _refuse_empty(text)
     if not text.startswith("~") or os.path.lexists(text):
         return text
     try:
         return str(Path(text).expanduser())
     except RuntimeError:  # there is no such user
         return text
+
+
+def _refuse_empty(path: str) -> None:
+    """Raise BadParameter for an empty path: Path("") would be the current folder."""
+    if not path:
+        raise click.BadParameter("the path is empty, as an unset variable of the shell is")
 
 
 class SectionedOption(click.Option):

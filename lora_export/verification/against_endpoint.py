@@ -7,7 +7,7 @@ known to serve in place of a model: the base, another adapter, the same adapter 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -61,9 +61,7 @@ class EndpointReferences(PyTorchReferences):
         object.__setattr__(self, "others", layers.respelled_for(self.model.module, self.others))
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedEndpoint:
-        made = super().prepare(candidate, inputs)
-        own = {each.name: getattr(made, each.name) for each in fields(made) if each.init}
-        return PreparedEndpoint(**own, others=self.others)
+        return PreparedEndpoint(super().prepare(candidate, inputs).weights, inputs, self, others=self.others)
 
     def about(self) -> dict[str, Any]:
         others = {"others": adapter_records(self.others, [1.0] * len(self.others))} if self.others else {}
@@ -92,7 +90,7 @@ class PreparedEndpoint(PreparedPyTorch):
             step("PyTorch, its cache in float16")
             module = shared_copy(self.deployed.module)
             setattr(module, HALF_CACHE, True)
-            yield peer_in_form(module, HALF_CACHE_NOTE, self.inputs.cases, self.device)
+            yield peer_in_form(module, HALF_CACHE_NOTE, self.inputs.cases, self.settings.device)
         yield from super().further_peers(step)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> parity.Findings:

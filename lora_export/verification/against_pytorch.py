@@ -8,13 +8,12 @@ of a large one where they are used.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_export import layers
-from lora_export.callbacks import ignore
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.models.traced_lengths import with_traced_lengths
@@ -26,8 +25,7 @@ from lora_export.verification.inputs import Inputs
 from lora_export.verification.inputs.coverage import seeds_that_reach
 from lora_export.verification.inputs.model_inputs import case_inputs, further_draw, inputs_of_proof
 from lora_export.verification.module_copies import shared_copy
-from lora_export.verification.prepared_pytorch import PreparedPyTorch
-from lora_export.verification.proof_session import ProofSession
+from lora_export.verification.prepared_pytorch import PreparedPyTorch, PyTorchSettings
 from lora_export.verification.references import References
 from lora_export.verification.references.attached_module import attach_adapters, with_labels
 from lora_export.verification.references.half_precision import explain_half
@@ -37,7 +35,7 @@ FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach
 
 
 @dataclass(frozen=True, eq=False)
-class PyTorchReferences(References):
+class PyTorchReferences(PyTorchSettings, References):
     """A model with its adapters attached as branches, as the references of a proof.
 
     The adapters may have the names of the loaded model or the original ones (see `plan.spelling`). The references merge
@@ -62,16 +60,10 @@ class PyTorchReferences(References):
     model: Model
     adapters: Sequence[Adapter] = ()
     strengths: Sequence[float] | None = None
-    seed: int = 0
     user_inputs: Path | None = None
-    device: str = "cpu"
-    cache: Path | None = None
     origin: Path | None = None
-    fixed: Mapping[str, int] | None = None
     further_seeds: Sequence[int] = ()
     has_own_heads: bool = False
-    say: Callable[[str], None] = ignore
-    session: ProofSession | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", layers.respelled_for(self.model.module, self.adapters))
@@ -111,7 +103,7 @@ class PyTorchReferences(References):
             self.origin,
             has_own_heads=self.has_own_heads,
         )
-        return PreparedPyTorch(weights, inputs, self.seed, self.device, self.fixed, self.cache, self.say, self.session)
+        return PreparedPyTorch(weights, inputs, self)
 
     def explain(self, refusal: str) -> str:
         return explain_half(refusal)

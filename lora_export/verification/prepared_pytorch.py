@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from lora_export.callbacks import ignore
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import (
@@ -44,39 +45,46 @@ from lora_export.verification.references.half_precision import note_on_half, ret
 from lora_export.verification.references.proof_weights import ProofWeights
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PyTorchSettings:
+    """How the references of a proof run. See `PyTorchReferences`."""
+
+    seed: int = 0
+    device: str = "cpu"
+    cache: Path | None = None
+    fixed: Mapping[str, int] | None = None
+    say: Callable[[str], None] = ignore
+    session: ProofSession | None = None
+
+
 @dataclass(eq=False)
 class PreparedPyTorch(PreparedReferences):
     """The model with adapters attached, for one candidate. See `PyTorchReferences`."""
 
     weights: ProofWeights
     inputs: Inputs
-    seed: int
-    device: str
-    fixed: Mapping[str, int] | None
-    cache: Path | None
-    say: Callable[[str], None]
-    session: ProofSession | None
+    settings: PyTorchSettings
     _fp64: Fp64References | None = field(default=None, init=False)  # once PyTorch ran
 
     @cached_property
     def deployed(self) -> ModuleRunner:
         """PyTorch as it would be deployed."""
-        return deployed_runner(self.weights, self.device)
+        return deployed_runner(self.weights, self.settings.device)
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
-        weights, cases = self.weights, self.inputs.cases
+        weights, cases, how = self.weights, self.inputs.cases, self.settings
         candidate, model = weights.candidate, weights.model
         if weights.is_large:
             close_graphs(candidate)
         step("PyTorch")
         found = run_observed(self.deployed, cases, weights)
-        own, fixed = found.outputs, doubts_on_sizes(candidate, model, self.fixed)
+        own, fixed = found.outputs, doubts_on_sizes(candidate, model, how.fixed)
         sensitivity = sensitivity_of(outputs, self.deployed, self.inputs, own)
         names_known = candidate.names_known and self.deployed.names_known
-        key = None if self.cache is None else cache_key(weights, cases, self.deployed.module, own)
+        key = None if how.cache is None else cache_key(weights, cases, self.deployed.module, own)
         if weights.is_large:  # its weights are made again where they are needed
             del self.deployed
-        self._fp64 = Fp64References(weights, cases, CacheEntry(self.cache, key, self.say), self.session)
+        self._fp64 = Fp64References(weights, cases, CacheEntry(how.cache, key, how.say), how.session)
         by_role, narrow_operators, _ = self._fp64.outputs(step)
         weights.attached.ready = None
         pairs = coverage_of_pairs(weights.attached.module, cases, found.computed or weights.attached.computed)
@@ -115,8 +123,8 @@ class PreparedPyTorch(PreparedReferences):
         return unjudged, Findings(tuple(notes_on_padding(unjudged)), doubts=tuple(doubts))
 
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
-        cases = self.inputs.cases
-        return further_peers(self.weights, lambda: self.deployed, cases, self.device, self.seed, step)
+        how = self.settings
+        return further_peers(self.weights, lambda: self.deployed, self.inputs.cases, how.device, how.seed, step)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> Findings:
         assert self._fp64 is not None
