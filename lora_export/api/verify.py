@@ -267,34 +267,29 @@ def _refuse_unsigned(candidate: Artifact, request: VerifyRequest) -> None:
 
 
 def _refuse_unexpected(candidate: Artifact, request: VerifyRequest) -> None:
-    """Raise Different or Undecided where the adapters, which are loaded, or the base are not those expected."""
-    if not request.expected:
+    """Raise Different or Undecided where the adapters, which are loaded, or the base are not those expected.
+
+    Nor may the record of a signed file have others. That of an exported file has the hash of the loaded model's
+    weights, which is not compared with files.
+    """
+    expected = request.expected
+    if not expected:
         return
     base = request.base if request.model is None else request.model
-    base_hashes = _weight_hashes(base) if request.expected.base_sha256 else []
+    base_hashes = _weight_hashes(base) if expected.base_sha256 else []
     # As they were read. What judges them refuses one that it cannot.
     adapters = load_adapters(request.adapters, of_models=request.model is None, activated=True)
     records = adapter_records(adapters, request.weights or [1.0] * len(adapters))
-    refuse_unexpected(candidate.path, request.expected, records, base_hashes)
-    if request.expected.signature is not None:
-        _refuse_other_composition(candidate, records, base)
-
-
-def _refuse_other_composition(
-    candidate: Artifact, adapters: Sequence[Mapping[str, Any]], base: ModelSource | None
-) -> None:
-    """Raise Different or Undecided unless the record of a signed file has these adapters and this base.
-
-    The record of an exported file has the hash of the loaded model's weights, which is not compared with files.
-    """
-    record = candidate.record
-    is_of_files = bool(record.base) and "sha256" not in record.base and isinstance(base, str | Path)
-    signed = Expectations(
-        tuple(str(adapter["sha256"]) for adapter in adapters),
-        base_sha256=tuple(filter(None, _weight_hashes(base))) if is_of_files else (),
-    )
-    own = record.adapters[-len(adapters) :] if adapters else ()  # earlier merges are part of the base
-    refuse_unexpected(candidate.path, signed, own, recorded_base(record.base))
+    refuse_unexpected(candidate.path, expected, records, base_hashes)
+    if expected.signature is not None:
+        record = candidate.record
+        is_of_files = bool(record.base) and "sha256" not in record.base and isinstance(base, str | Path)
+        signed = Expectations(
+            tuple(str(adapter["sha256"]) for adapter in records),
+            base_sha256=tuple(filter(None, base_hashes or _weight_hashes(base))) if is_of_files else (),
+        )
+        own = record.adapters[-len(records) :] if records else ()  # earlier merges are part of the base
+        refuse_unexpected(candidate.path, signed, own, recorded_base(record.base))
 
 
 def _weight_hashes(base: ModelSource | None) -> list[str | None]:

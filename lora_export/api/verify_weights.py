@@ -96,12 +96,12 @@ def _judged(
     """A merged folder or .safetensors file, and the files beside its weights."""
     layout, origin = request.layout, request.checkpoint.dequantised
     merged = candidate.dequantised
+    files = loaded_files(candidate, merged)
     if merged.quantised:
         origin = replace(origin, quantised=without_shared_parts(origin.quantised))
         merged = replace(merged, quantised=without_shared_parts(merged.quantised))
     steps = planned(origin, adapters, request, together, may_add=True, layout=layout, unknown_layout_ok=True)
     note_each(request.on_message, [*(note for adapter in adapters for note in adapter.notes), *steps.notes])
-    files = loaded_files(candidate, merged)
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
     stored = {name: merged.quantised[steps.output_name(name)] for name in origin.quantised if name not in promoted}
@@ -117,6 +117,8 @@ def _judged(
     record = _other_record(candidate, steps, promoted, finer)
     header = _other_header(origin, merged, promoted if stored else None)
     calibrated, not_judged = _calibrated_layers(candidate, request, steps, origin)
+    stated = floats if stored and any(floats[::2]) else ()
+    beside = compare_files(request.checkpoint, candidate, adapters, dtypes, stated)
     progress = in_bytes(request.on_progress, "judging", merged.nbytes)
     audit = against_checkpoint.audit(
         steps,
@@ -127,8 +129,6 @@ def _judged(
         calibrated=calibrated,
         in_step=request.in_step,
     )
-    stated = floats if stored and any(floats[::2]) else ()
-    beside = compare_files(request.checkpoint, candidate, adapters, dtypes, stated)
     found = not_judged + beside + files.others + record + header
     return Judged(steps, audit.with_files(found), list(files.judged))
 

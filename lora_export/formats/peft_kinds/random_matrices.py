@@ -130,8 +130,10 @@ def _scaled_projections(
 
 
 def vera(stored: Stored, name: str = "vera", times: int = 1) -> OpenPair:
-    """VeRA: random matrices that all layers share, and two trained vectors for each layer (Kopiczko et al. 2024)."""
-    """The change by the tensors of this name. A has so many times the rank; the first part is used."""
+    """VeRA: random matrices that all layers share, and two trained vectors for each layer (Kopiczko et al. 2024).
+
+    The tensors have this `name`. A has so many `times` the rank; the first part is used.
+    """
     of_rank, of_outputs = stored.part(f"{name}_lambda_d", 1), stored.part(f"{name}_lambda_b", 1)
     rank = stored.config["r"]
     if len(of_rank) != times * rank:
