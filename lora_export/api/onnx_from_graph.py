@@ -87,7 +87,7 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
         proofs = prove_all(written, references, options, before, existing=path) if references else None
         record_in(written, _record(graph, hashes, given), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
-    return OnnxResult(options.output, files, plan, proofs, merge=report)
+    return OnnxResult(options.output, files, proofs, plan, merge=report)
 
 
 def _respelled(options: OnnxRequest, program: ir.Model, names: Checkpoint | None) -> OnnxRequest:

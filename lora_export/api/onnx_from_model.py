@@ -125,7 +125,7 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         for name in names:
             record_in(folder / name, record, proofs)
     files = (options.output, *(options.output.parent / name for name in (*companions, *beside)))
-    return OnnxResult(options.output, files, plan, proofs, precision)
+    return OnnxResult(options.output, files, proofs, plan, precision)
 
 
 def _model(session: ProofSession | None, options: OnnxRequest, *, streamed: bool = False) -> Model:

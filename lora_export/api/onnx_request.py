@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import plan
-from lora_export.api.publish import ExportProofs
+from lora_export.api.publish import ExportResult
 from lora_export.api.shared_head import BaseTensor, without_shared_head
 from lora_export.artifacts.files import file_for_graph
 from lora_export.callbacks import Progress
@@ -20,14 +20,12 @@ from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.onnx_file.shared_weights import SharedWeights, sharing
 from lora_export.graph.refusals import beside_the_weight
 from lora_export.lora import Adapter
-from lora_export.notebook import html_table
 from lora_export.options.common import layer_endings
 from lora_export.options.export import SWAPPED, TEXT_GENERATION, OnnxOptions
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.storage import atomic_output
-from lora_export.verification.proof import Proof
 
 SLOT_RANK = 16  # of a graph of slots, where no other is stated
 
@@ -134,23 +132,12 @@ class OnnxRequest(OnnxOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class OnnxResult:
+class OnnxResult(ExportResult):
     """What was published, and its proofs."""
 
-    output: Path
-    files: tuple[Path, ...]  # the graph first, then what is stored beside it: weights, adapters
     plan: Plan | None  # None: no adapter
-    proofs: ExportProofs | None  # None: `verify=False`
     precision: WeightPrecision | None = None  # of its weights; None: no linear layer
     merge: MergeReport | None = None  # of a merge into quantised weights
-
-    @property
-    def proof(self) -> Proof | None:
-        """The proof of the graph with the adapters that are in it; where they are swapped, without any."""
-        return self.proofs.whole if self.proofs else None
-
-    def _repr_html_(self) -> str:
-        return self.proof._repr_html_() if self.proof else html_table(f"{self.output} (not proven)", (), ())
 
 
 def adapter_file(adapter: Adapter, options: OnnxRequest) -> str:

@@ -18,7 +18,7 @@ from lora_export import provenance
 from lora_export.api.adapter_values import generated_adapters, with_filled_slots
 from lora_export.api.generation_task import graph_files
 from lora_export.api.onnx_request import OnnxRequest, adapter_file
-from lora_export.api.publish import ExportProofs, recorded_verdict, require_same, stage_of_proof
+from lora_export.api.publish import ExportProofs, recorded_verdicts, require_same, stage_of_proof
 from lora_export.callbacks import note_each
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
@@ -294,5 +294,4 @@ def _outputs(runner: Graphs, references: References) -> OutputsByCase:
 
 def record_in(path: Path, record: dict[str, Any], proofs: ExportProofs | None) -> None:
     """Store in the file where it comes from and what was proven of it."""
-    verdict = recorded_verdict(proofs.whole if proofs else None) | (proofs.parts(recorded_verdict) if proofs else {})
-    append_metadata(path, {provenance.KEY: json.dumps(record | {"verdict": verdict})})
+    append_metadata(path, {provenance.KEY: json.dumps(record | {"verdict": recorded_verdicts(proofs)})})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_export.callbacks import OnMessage
 from lora_export.errors import Different, EnvironmentLacking, EscapedLines, LoraExportError, Undecided, one_line
 from lora_export.lora import Adapter
+from lora_export.notebook import html_table
 from lora_export.options.proof import NO_PROOF
 from lora_export.options.spelling import command, named
 from lora_export.provenance import LONGEST_KEY, record
@@ -53,6 +55,23 @@ class ExportProofs:
         return found | {name: form(proof) for name, proof in batches.items() if proof}
 
 
+@dataclass(frozen=True, eq=False)
+class ExportResult:
+    """What was published, and its proofs."""
+
+    output: Path
+    files: tuple[Path, ...]  # the output first, or of three graphs one of them; then what is stored beside it
+    proofs: ExportProofs | None  # None: `verify=False`
+
+    @property
+    def proof(self) -> Proof | None:
+        """The proof of the file with the adapters that are in it; where they are swapped, without any."""
+        return self.proofs.whole if self.proofs else None
+
+    def _repr_html_(self) -> str:
+        return self.proof._repr_html_() if self.proof else html_table(f"{self.output} (not proven)", (), ())
+
+
 def record_of_model(
     base: Model, adapters: Sequence[Adapter], strengths: Sequence[float], settings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -80,6 +99,12 @@ def recorded_verdict(proof: Proof | None, runtime: str = "PyTorch") -> dict[str,
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
         "variables": {name: proof.about[name] for name in VARIABLES if name in proof.about},
     }
+
+
+def recorded_verdicts(proofs: ExportProofs | None, runtime: str = "PyTorch") -> dict[str, Any]:
+    """The verdict on the whole as `recorded_verdict` has it, and those on its parts."""
+    form = functools.partial(recorded_verdict, runtime=runtime)
+    return form(proofs.whole) | proofs.parts(form) if proofs else form(None)
 
 
 def require_provider(provider: str) -> None:

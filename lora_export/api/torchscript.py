@@ -25,9 +25,10 @@ from lora_export.api.program_adapters import (
 from lora_export.api.programs import ProgramFormat, program_format
 from lora_export.api.publish import (
     ExportProofs,
+    ExportResult,
     prove_trace,
     record_of_model,
-    recorded_verdict,
+    recorded_verdicts,
     require_same,
     stage_of_proof,
 )
@@ -38,7 +39,6 @@ from lora_export.errors import RuntimeRefused, WrongUsage, first_line
 from lora_export.formats.contract import Contract
 from lora_export.graph.refusals import refuse_transforms
 from lora_export.models.model import Model
-from lora_export.notebook import html_table
 from lora_export.options.combining import AdapterSource
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import takes
@@ -51,25 +51,14 @@ from lora_export.storage import atomic_output
 from lora_export.storage.artifact_kinds import PROGRAM_FORMATS
 from lora_export.storage.store_path import newly_opened, place
 from lora_export.verification.against_pytorch import PyTorchReferences
-from lora_export.verification.proof import Proof, prove
+from lora_export.verification.proof import prove
 
 
 @dataclass(frozen=True, eq=False)
-class TorchScriptResult:
-    """What was published, and its proof."""
+class TorchScriptResult(ExportResult):
+    """What was published, and its proof. The files of adapters that are inputs are beside the program."""
 
-    output: Path
-    proofs: ExportProofs | None  # None: `verify=False`
     notes: tuple[str, ...]
-    files: tuple[Path, ...]  # the program first, then the file of each adapter where they are inputs
-
-    @property
-    def proof(self) -> Proof | None:
-        """The proof of the program with the adapters that are in it; where they are inputs, without any."""
-        return self.proofs.whole if self.proofs else None
-
-    def _repr_html_(self) -> str:
-        return self.proof._repr_html_() if self.proof else html_table(f"{self.output} (not proven)", (), ())
 
 
 @takes(TorchScriptOptions)
@@ -145,7 +134,7 @@ def _exported(
         file = _ProgramFile(folder / output.name, base, program, save, record)
         proofs = _written(file, references, proofs_of if options.verify else None, on_message)
     beside = (output.with_name(each.name) for each in files)
-    return TorchScriptResult(output, proofs, _notes(adapted, steps), (output, *beside))
+    return TorchScriptResult(output, (output, *beside), proofs, _notes(adapted, steps))
 
 
 def _with_adapters(
@@ -222,8 +211,7 @@ def _written(
     # A program has the sizes that it takes, and refuses others.
     model = references.model if file.program.IS_TRACE else replace(references.model, traced={})
     proofs = prove_trace(model, proofs_of and functools.partial(prove_file, proofs_of), file.record.update, on_message)
-    form = functools.partial(recorded_verdict, runtime=file.program.RUNTIME)
-    file.record["verdict"] = form(proofs.whole if proofs else None) | (proofs.parts(form) if proofs else {})
+    file.record["verdict"] = recorded_verdicts(proofs, file.program.RUNTIME)
     file.write()
     return proofs
 

@@ -41,7 +41,7 @@ from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.runner import TIMEOUT, Arrays, Runner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, sensitivity_of
-from lora_export.verification.compare_outputs import bits_that_differ
+from lora_export.verification.compare_outputs import same_bits
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.pair_controls import (
     JudgeWithout,
@@ -197,7 +197,8 @@ class PreparedGraphReferences(PreparedReferences):
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         step("the other graph")
         deployed, sensitivity, notes = self._run_peer(outputs)
-        if not self.references.adapters and not outputs.refusals and _are_same(outputs.by_case, deployed):
+        is_alone = not self.references.adapters and not outputs.refusals
+        if is_alone and all(same_bits(own, deployed[case]) for case, own in outputs.by_case.items()):
             # Nothing is nearer to the base than its own bits. A quantised base is far from its own fp64.
             by_role: dict[str, OutputsByCase] = {"reference": deployed}
             notes.append(UNCHANGED)
@@ -304,12 +305,6 @@ class PreparedGraphReferences(PreparedReferences):
         """A copy of the base graph with the adapters in a form, and notes."""
         model, sites, steps = self.references.planned()
         return model, form(model, sites, at_strength(steps, factor))
-
-
-def _are_same(outputs: OutputsByCase, others: OutputsByCase) -> bool:
-    """Whether two runs of all cases return the same outputs, bit for bit."""
-    same_names = all(own.keys() == others[case].keys() for case, own in outputs.items())
-    return same_names and not bits_that_differ(outputs, others)
 
 
 # --- the control of every pair ---

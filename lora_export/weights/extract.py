@@ -62,17 +62,15 @@ class Difference(BlockedMatrix):
     base: TensorInFile
     tuned: TensorInFile
     energy: float = field(init=False)  # ‖·‖²
-    is_equal: bool = field(init=False)  # whether both have the same bits
 
     def __post_init__(self) -> None:
         self._kept: list[RowBlock] = []
-        self.energy, self.is_equal = 0.0, True
+        self.energy = 0.0
         entry = self.base.entry
         self.shape = (entry.rows, math.prod(entry.shape[1:]))
         for rows, old, new in _stored_rows(self.base, self.tuned):
             if old.dtype == new.dtype and np.array_equal(_bits(old), _bits(new)):
                 continue
-            self.is_equal = False
             change = self._subtracted(old, new)
             self.energy += float(np.einsum("ij,ij->", change, change, dtype=np.float64))
             if math.prod(self.shape) <= CACHED_ENTRIES and change.any():

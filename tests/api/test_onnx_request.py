@@ -127,5 +127,5 @@ def test_the_output_may_not_be_an_input(tmp_path: Path) -> None:
 
 def test_the_proof_of_a_result_is_that_of_the_whole_graph() -> None:
     whole = Proof(SAME, None, {})
-    assert OnnxResult(Path("m.onnx"), (), None, ExportProofs(whole)).proof is whole
+    assert OnnxResult(Path("m.onnx"), (), ExportProofs(whole), None).proof is whole
     assert OnnxResult(Path("m.onnx"), (), None, None).proof is None

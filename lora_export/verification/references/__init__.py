@@ -53,10 +53,6 @@ class References(Protocol):
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> Self:
         """The same references with other adapters. What was computed without adapters is shared."""
 
-    def check(self) -> None:
-        """Raise the error that would end every proof, before there is a candidate."""
-        return  # none would
-
     def as_run(self, runner: Runner) -> Runner:
         """The runner that runs a graph on the inputs of these references: a graph's own include a cache."""
         return runner
