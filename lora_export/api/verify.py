@@ -198,7 +198,9 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     _check_usage(candidate, request)
     if request.onnx_adapter is not None:
         input_files.must_exist(request.onnx_adapter, "adapter file")
-    _refuse_unsigned(candidate, request)
+    if (signature := request.expected.signature) is not None:
+        refuse_unsigned(candidate.path, signature)
+        request.on_message(f"{candidate.path} is signed by {signature}, and unchanged since")
     request = _read(request)
     _refuse_unexpected(candidate, request)
     with candidate.unchanged(), no_adapter_as_model(request.model or request.base, request.adapters):
@@ -257,13 +259,6 @@ def _read(request: VerifyRequest) -> VerifyRequest:
         activated=request.model is not None,
     )
     return replace(request, adapters=loaded)
-
-
-def _refuse_unsigned(candidate: Artifact, request: VerifyRequest) -> None:
-    """Raise Different where the candidate should be signed, and is not, or changed since."""
-    if request.expected.signature is not None:
-        refuse_unsigned(candidate.path, request.expected.signature)
-        request.on_message(f"{candidate.path} is signed by {request.expected.signature}, and unchanged since")
 
 
 def _refuse_unexpected(candidate: Artifact, request: VerifyRequest) -> None:

@@ -29,7 +29,7 @@ from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit, CalibratedLayer, audit_gguf
 from lora_export.verification.companion_files import compare_files
 from lora_export.verification.judged_files import loaded_files
-from lora_export.verification.parity import Findings, Outcome
+from lora_export.verification.parity import SEVERITY, Findings, Outcome
 from lora_export.version import __version__
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
@@ -38,8 +38,6 @@ from lora_export.weights.pipeline import Pipeline, open_pipeline
 from lora_export.weights.quantised import without_shared_parts
 from lora_export.weights.quantised.comfyui_files import LAYERS_IN_HEADER, without_layers
 from lora_export.weights.quantised_layers import float_modules
-
-ORDER = (Outcome.SAME, Outcome.UNDECIDED, Outcome.DIFFERENT)
 
 
 class Judged(NamedTuple):
@@ -232,7 +230,7 @@ def _joined(audits: Mapping[str, Audit]) -> Audit:
         return tuple(f"{folder}: {line}" for folder, audit in audits.items() for line in getattr(audit, field))
 
     return Audit(
-        outcome=max((audit.outcome for audit in audits.values()), key=ORDER.index),
+        outcome=max((audit.outcome for audit in audits.values()), key=SEVERITY.index),
         weights=tuple(
             replace(weight, name=f"{folder}/{weight.name}")
             for folder, audit in audits.items()

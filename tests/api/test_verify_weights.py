@@ -96,6 +96,15 @@ def test_a_wrong_weight_in_one_model_is_different(base, adapter, merged):
     assert [weight.name for weight in result.verdict.worst] == ["text_encoder/a.q.weight"]
 
 
+def test_a_damaged_file_beside_the_weights_is_refused_before_these_are_read(base, adapter, tmp_path, monkeypatch):
+    (base / "unet" / "generation_config.json").write_text("{}")
+    merged = merge(base, adapter, tmp_path / "merged").output
+    (merged / "unet" / "generation_config.json").write_text("{")
+    monkeypatch.setattr("lora_export.verification.against_checkpoint.audit", None)
+    with pytest.raises(InputRefused, match=r"generation_config\.json"):
+        verify(merged, base=base, adapters=adapter)
+
+
 def test_a_model_whose_pairs_are_not_trained_stays_as_it_is(base, tmp_path):
     pairs = random_pairs({f"{part}.a.q": LAYERS["a.q"] for part in ("unet", "text_encoder")})
     a, b = pairs["text_encoder.a.q"]

@@ -23,7 +23,7 @@ from lora_export.verification.against_checkpoint.kept_numbers import KeptWeight,
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
-from lora_export.verification.parity import Outcome
+from lora_export.verification.parity import SEVERITY, Outcome
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge import added_names
@@ -56,7 +56,8 @@ def audit(
     for step in steps:
         if step.spec.region is not None:
             parts.setdefault(step.spec.stored_name, []).append(step)
-    dtype = _common_dtype(after)
+    dtypes = {tensor.dtype for tensor in after.values() if str(tensor.dtype) in FLOATS}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None  # of every float tensor
 
     def judgements(name: str) -> list[Judgement]:
         base_name, step = expected[name]
@@ -94,9 +95,7 @@ def audit(
 
 def audit_of(weights: Sequence[AuditedWeight]) -> Audit:
     """The audit of all tensors."""
-    outcomes = {weight.outcome for weight in weights}
-    outcome = next(one for one in (Outcome.DIFFERENT, Outcome.UNDECIDED, Outcome.SAME) if one in outcomes)
-    return Audit(outcome, tuple(weights))
+    return Audit(max((weight.outcome for weight in weights), key=SEVERITY.index), tuple(weights))
 
 
 def judge_all(by_tensor: Sequence[Sequence[Judgement]], progress: Callable[[int], None]) -> list[AuditedWeight | None]:
@@ -146,12 +145,6 @@ def _tensors(checkpoint: Checkpoint, in_step: AuditInStep[Any] | None = None) ->
         for file, shard in checkpoint.shards.items()
         for name, entry in checkpoint.entries(file).items()
     }
-
-
-def _common_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype[Any] | None:
-    """The dtype of every float tensor; None where they have several."""
-    dtypes = {tensor.dtype for tensor in tensors.values() if str(tensor.dtype) in FLOATS}
-    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _judge(

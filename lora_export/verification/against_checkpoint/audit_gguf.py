@@ -43,7 +43,7 @@ from lora_export.verification.against_checkpoint.judge_changed import judge_chan
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor, have_equal_bytes
-from lora_export.verification.parity import Findings, Outcome
+from lora_export.verification.parity import SEVERITY, Findings, Outcome
 from lora_export.weights.gguf.base import GgufBase
 
 PIECE = 1 << 22  # bytes that are compared at once
@@ -264,8 +264,7 @@ def _with_scales(found: AuditedWeight, wrong_scales: Callable[[], int]) -> Audit
 
 def _together(name: str, parts: list[AuditedWeight]) -> AuditedWeight:
     """The parts of one tensor as one: the worst of them, with the entries of all."""
-    order = (Outcome.DIFFERENT, Outcome.UNDECIDED, Outcome.SAME)
-    worst = min(parts, key=lambda part: (order.index(part.outcome), -part.error))
+    worst = max(parts, key=lambda part: (SEVERITY.index(part.outcome), part.error))
     why = f"{worst.name}: {worst.why}" if worst.why else ""
     controls = {f"{part.name}: {what}": found for part in parts for what, found in part.controls.items()}
     elements, off = (sum(getattr(part, field) for part in parts) for field in ("elements", "off"))

@@ -40,9 +40,9 @@ class StoredLayouts:
             of_part = step.spec.layout if step.spec.region is not None else None
             layout = shown[step.weight] or of_part or _stated(step.weight, stated)
             layout = layout or _of_model(step.weight, shapes, model_types)
-            layouts[step.weight] = layout or _agreed(
-                {*_of_adapters(step, plan, unreliable), *_of_file(step.weight, shapes, shown)}
-            )
+            found = {own for adapter, own in _recorded(step, plan) if adapter not in unreliable}
+            found.update(_of_file(step.weight, shapes, shown))
+            layouts[step.weight] = layout or (found.pop() if len(found) == 1 else Layout.UNKNOWN)
         return cls(layouts)
 
     def stored_as(self, step: Step) -> Step:
@@ -119,14 +119,6 @@ def _contradicted(step: Step, plan: Plan, shown: Layout | None, stated: Mapping[
     for adapter, layout in _recorded(step, plan):
         if known in (Layout.OUT_IN, Layout.IN_OUT) and layout is not known and len(step.spec.shape) == 2:
             yield adapter
-
-
-def _of_adapters(step: Step, plan: Plan, unreliable: set[str]) -> set[Layout]:
-    return {layout for adapter, layout in _recorded(step, plan) if adapter not in unreliable}
-
-
-def _agreed(layouts: set[Layout]) -> Layout:
-    return layouts.pop() if len(layouts) == 1 else Layout.UNKNOWN
 
 
 CONV1D = frozenset(name for modules in CONV1D_MODULES.values() for name in modules)

@@ -164,7 +164,7 @@ def _why_none_differs(case: DiagnosisCase, traced: TracedCandidate, calls: Seque
     verdict = parity.judge([case.outputs])
     if verdict.outcome is not parity.Outcome.DIFFERENT:
         return "every module that was compared is within its gate"
-    traced_case = replace(case.outputs, candidate=case.aligned(traced.outputs(case.inputs)))
+    traced_case = replace(case.outputs, candidate=outputs_renamed(traced.outputs(case.inputs), case.outputs.candidate))
     if not _differs(traced_case):
         return (
             "with its inner values as outputs, the graph agrees: onnxruntime fuses and reorders less then, so the "

@@ -79,10 +79,6 @@ class DiagnosisCase:
         with layers.scale_adapters(self.attached.module, 0.0, keep_replaced=self.keep_replaced, in_fp64=True):
             return record_calls(self.attached.module, lambda: self.attached.run(self.inputs), calls)
 
-    def aligned(self, outputs: Arrays) -> Arrays:
-        """The candidate's outputs under the names that the case gives them."""
-        return outputs_renamed(outputs, self.outputs.candidate)
-
 
 def outputs_renamed(outputs: Arrays, others: Mapping[str, Array]) -> Arrays:
     """Outputs under the names of others, by order; unchanged where their numbers differ."""
@@ -241,7 +237,7 @@ def _module_with_weights_of(candidate: ScriptRunner, case: DiagnosisCase) -> nn.
     else:
         raise InputRefused("the TorchScript file has other tensors than the model, so its modules cannot be traced")
     module.load_state_dict({name: state[name] for name in names})
-    outputs = case.aligned(ModuleRunner(module).run(case.inputs))
+    outputs = outputs_renamed(ModuleRunner(module).run(case.inputs), case.outputs.candidate)
     for name, value in case.outputs.candidate.items():
         if not np.allclose(outputs[name], value, rtol=SCRIPT_RTOL, atol=SCRIPT_ATOL):
             raise InputRefused(f"the model with the TorchScript file's weights computes another {name} than the file")

@@ -26,6 +26,7 @@ from lora_export.verification.parity.reasons import frozen_input as frozen_input
 from lora_export.verification.parity.special_values import fill_mask as fill_mask
 from lora_export.verification.parity.verdict import DECIDES as DECIDES
 from lora_export.verification.parity.verdict import NOT_JUDGED as NOT_JUDGED
+from lora_export.verification.parity.verdict import SEVERITY as SEVERITY
 from lora_export.verification.parity.verdict import SHOWN as SHOWN
 from lora_export.verification.parity.verdict import Comparison as Comparison
 from lora_export.verification.parity.verdict import Findings as Findings
@@ -34,7 +35,6 @@ from lora_export.verification.parity.verdict import Reason as Reason
 from lora_export.verification.parity.verdict import Sensitivity as Sensitivity
 from lora_export.verification.parity.verdict import Verdict as Verdict
 from lora_export.verification.parity.verdict import joint_verdict as joint_verdict
-from lora_export.verification.parity.verdict import outcome_of as outcome_of
 from lora_export.verification.parity.verdict import percent as percent
 from lora_export.verification.parity.verdict import with_findings as with_findings
 from lora_export.verification.parity.verdict import with_reasons as with_reasons

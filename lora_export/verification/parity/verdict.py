@@ -36,6 +36,9 @@ class Outcome(StrEnum):
         return {Outcome.SAME: "green", Outcome.DIFFERENT: "red"}.get(self, "yellow")
 
 
+SEVERITY = (Outcome.SAME, Outcome.UNDECIDED, Outcome.DIFFERENT)  # each outweighs those before it
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """Whether a change of one graph input alone changed any output."""
@@ -326,9 +329,8 @@ def with_reasons(verdict: Verdict, *more: Reason) -> Verdict:
 
 
 def outcome_of(reasons: Sequence[Reason]) -> Outcome:
-    """`different` outweighs `undecided`; no reason at all is `same`."""
-    outcomes = {reason.outcome for reason in reasons}
-    return next((o for o in (Outcome.DIFFERENT, Outcome.UNDECIDED) if o in outcomes), Outcome.SAME)
+    """The outcome that outweighs those of all other reasons; no reason at all is `same`."""
+    return max((reason.outcome for reason in reasons), key=SEVERITY.index, default=Outcome.SAME)
 
 
 def percent(fraction: float) -> str:

@@ -65,8 +65,9 @@ class Prefixed(nn.Module):
         ),
         (a_linear(), {"bert.0.weight": "bfloat16"}, {"weight": "bfloat16"}),
         (a_model(), {"0.weight": "float64", "other": "bfloat16"}, {}),
+        (Prefixed(), {"weight": "float32", "0.weight": "float16"}, {"bert.0.weight": "float16"}),
     ],
-    ids=["its own names", "the file lacks a prefix", "the module lacks a prefix", "nothing in half precision"],
+    ids=["its own names", "the file lacks a prefix", "the module lacks a prefix", "no half precision", "longest name"],
 )
 def test_weights_in_half_precision_are_rounded_by_name(
     module: nn.Module, stored: dict[str, str], rounded: dict[str, str]
