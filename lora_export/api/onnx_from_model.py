@@ -44,6 +44,7 @@ from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.quantise import quantise_graph
 from lora_export.graph.tied_tables import without_unread_rows
 from lora_export.graph.values import drop_tensors
+from lora_export.layers.module_tensors import dtype_name
 from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.cached_decoder import export_decoder, takes_one_token
@@ -116,7 +117,7 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
 
         prove = functools.partial(prove_all, path, references, options, before) if options.verify else None
         proofs = prove_trace(references.model, prove, state, options.on_message)
-        dtype = str(ModuleRunner(base.module).dtype).removeprefix("torch.")
+        dtype = dtype_name(ModuleRunner(base.module).dtype)
         settings = {**options.form_settings, "opset": options.opset, "dtype": dtype, **options.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
         chosen: dict[str, Any] = {"task": options.task, "fuse": options.fuse, "quantize": options.quantize}

@@ -24,6 +24,7 @@ from lora_export.graph.quantised_weights import QuantisedWeight
 from lora_export.graph.site import Site
 from lora_export.lora import expert_name
 from lora_export.plan import FLOATS, Layout
+from lora_export.plan.match_names import endings
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.checkpoint import Checkpoint
@@ -355,8 +356,6 @@ def _relative_distance(one: NDArray[Any], other: NDArray[Any]) -> float:
     return float(np.linalg.norm(one - wide)) / norm if norm > 0 and math.isfinite(norm) else math.inf
 
 
-def _endings(name: str) -> Iterator[str]:
+def _endings(name: str) -> list[str]:
     """`a.b.weight` -> `b.weight`. The last part alone identifies no parameter."""
-    parts = name.split(".")
-    for first in range(1, len(parts) - 1):
-        yield ".".join(parts[first:])
+    return list(endings(name))[1:-1]

@@ -61,6 +61,11 @@ def tensor_name(path: str, attribute: str) -> str:
     return f"{path}.{attribute}" if path else attribute
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name as NumPy has it, such as `float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def specs(module: nn.Module) -> list[TensorSpec]:
     """Name, shape, dtype and layout of every tensor in the module's state_dict. A tied tensor has one spec per name.
 
@@ -75,7 +80,7 @@ def specs(module: nn.Module) -> list[TensorSpec]:
             TensorSpec(
                 name=name,
                 shape=float_shape(tensor),
-                dtype="float32" if is_4bit(tensor) else str(tensor.dtype).removeprefix("torch."),
+                dtype="float32" if is_4bit(tensor) else dtype_name(tensor.dtype),
                 layout=layout_of(owner, attribute),
                 nbytes=tensor.nbytes,
             )

@@ -22,6 +22,7 @@ from torch import nn
 
 from lora_export.artifacts.kind import artifact_kind, refuse_no_model
 from lora_export.errors import InputRefused, listed
+from lora_export.layers.module_tensors import dtype_name
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
 from lora_export.models.diffusion import from_diffusers, is_diffusion_model
@@ -84,8 +85,7 @@ def load_model(
 
 
 def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
-    name = str(dtype).removeprefix("torch.")
-    note = f"the model runs in {name}, and its weights are rounded to it ({named('dtype')})"
+    note = f"the model runs in {dtype_name(dtype)}, and its weights are rounded to it ({named('dtype')})"
     made = model.make_inputs
     return replace(model, make_inputs=lambda *wanted: in_dtype(dtype, made(*wanted)), notes=(*model.notes, note))
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from defects import subjects
 from lora_export.errors import InputRefused
+from lora_export.layers.module_tensors import dtype_name
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.models import model
 from lora_export.models.load import load_model
@@ -22,7 +23,6 @@ from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.inputs import model_inputs
 from lora_export.verification.proof import Proof, prove
-from lora_export.verification.references.deployed_module import dtype_name
 from support import FACTORIES
 from support.proofs import an_adapter, bf16_merge, folded
 

@@ -15,6 +15,7 @@ from torch import nn
 from lora_export import layers
 from lora_export.errors import InputRefused, Undecided
 from lora_export.layers.attachments import Branch
+from lora_export.layers.module_tensors import dtype_name
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
 from lora_export.options.spelling import named
@@ -35,7 +36,7 @@ from lora_export.verification.module_copies import (
 from lora_export.verification.parity import DECIDES, Findings
 from lora_export.verification.references import quantisation_error
 from lora_export.verification.references.attached_module import AttachedModule
-from lora_export.verification.references.half_precision import TORCH_HALVES, candidate_dtype, dtype_name
+from lora_export.verification.references.half_precision import TORCH_HALVES, candidate_dtype
 from lora_export.verification.references.proof_weights import ProofWeights
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 

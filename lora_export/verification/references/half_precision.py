@@ -41,11 +41,6 @@ def coarser_dtype(candidate: Runner, module: nn.Module) -> torch.dtype:
     return own if own in TORCH_HALVES else next(halves, own)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name as NumPy has it, such as `float16`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def is_half_inside(candidate: Runner) -> bool:
     """Whether a graph has outputs in fp32, and most of its products with weights have these in half precision.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export import layers, plan
+from lora_export.layers.module_tensors import dtype_name
 from lora_export.lora import Adapter
 from lora_export.models.image_text import return_image_features
 from lora_export.models.model import Model
@@ -25,7 +26,7 @@ from lora_export.verification.references.attached_module import AttachedModule, 
 from lora_export.verification.references.candidate_tensors import candidate_tensors, compare_tensors
 from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
 from lora_export.verification.references.compare_pairs import compare_pairs
-from lora_export.verification.references.half_precision import coarser_dtype, dtype_name, is_half_inside
+from lora_export.verification.references.half_precision import coarser_dtype, is_half_inside
 
 
 @dataclass(frozen=True, eq=False)

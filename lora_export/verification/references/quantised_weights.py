@@ -33,7 +33,7 @@ from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.quantised_weights import MATMUL_NBITS, Steps
 from lora_export.graph.site import Site
-from lora_export.layers.module_tensors import named_tensors, tensor_registry
+from lora_export.layers.module_tensors import dtype_name, named_tensors, tensor_registry
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import StoredParameter, state_of
 from lora_export.options.spelling import named
@@ -206,7 +206,7 @@ def _dequantised(
             np.ascontiguousarray(values, np.float32),
             norm(values - original) / (norm(original) or 1.0),
             _activation_block(site, executed),
-            functools.partial(_rounding, site, is_transposed, str(tensors[name].dtype).removeprefix("torch.")),
+            functools.partial(_rounding, site, is_transposed, dtype_name(tensors[name].dtype)),
         )
         found[name] = replace(weight, error=quantisation_error_of(weight.values, original, weight.rounding(original)))
     return found
