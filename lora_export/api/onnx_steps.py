@@ -48,9 +48,7 @@ from lora_export.verification.row_proofs import (
     MOVED,
     SEVERAL,
     STRENGTHS,
-    prove_mixed,
-    prove_moved,
-    prove_several,
+    prove_batches,
     prove_strengths,
 )
 from lora_export.weights.checkpoint import Checkpoint
@@ -231,16 +229,13 @@ def prove_all(
         own = references.with_adapters([adapter], [strength])
         adapters[adapter.name] = require_same(_prove(own_runner, own, options, adapter.name), adapter.name)
         strengths |= _prove_strengths(own_runner, own, options, adapter.name)
-    several = mixed = moved = None
-    if options.per_row > 1:
-        own = references.with_adapters(options.adapters, options.strengths)
-        several = require_same(prove_several(runner, own, step=stage_of_proof(options.stage, SEVERAL)), SEVERAL)
+    batches: dict[str, Proof] = {}
     if options.by_row:
-        options.stage(f"verifying {MIXED}")
         alone = [whole, *adapters.values()]
-        mixed = require_same(prove_mixed(runner, references, alone, several), MIXED)
-        moved = prove_moved(runner, references, alone)
-        moved = moved and require_same(moved, MOVED)
+        own = references.with_adapters(options.adapters, options.strengths) if options.per_row > 1 else references
+        for role, proof in prove_batches(runner, own, alone, step=lambda step: options.stage(f"verifying {step}")):
+            batches[role] = require_same(proof, role)
+    mixed, several, moved = map(batches.get, (MIXED, SEVERAL, MOVED))
     return ExportProofs(whole, adapters, mixed, unlike, several, moved, strengths)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -110,9 +110,7 @@ def _factors(candidate: Runner, chosen: Mapping[str, float], adapters: Sequence[
     return [chosen.get(one, 1.0) for one in adapters]
 
 
-def prove_several(
-    candidate: RowsRunner, references: References, *, prove: Prove = prove, step: OnProofStep = ignore
-) -> Proof:
+def _prove_several(candidate: RowsRunner, references: References, prove: Prove, step: OnProofStep) -> Proof:
     """Judge a graph whose rows have several adapters, by the sum of these. Errors are those of `prove`."""
     ids, scales = several_on_row(len(references.adapters), candidate.adapters_per_row)
     strengths = references.strengths or (1.0,) * len(references.adapters)
@@ -125,25 +123,24 @@ def prove_several(
     return prove(references.as_run(candidate.with_rows([ids], [scales])), own, step=step)
 
 
-def prove_mixed(
-    candidate: RowsRunner, references: References, proofs: Sequence[Proof], several: Proof | None = None
+def _prove_mixed(
+    candidate: RowsRunner, references: References, proofs: Sequence[Proof], several: Proof | None
 ) -> Proof:
     """Judge batches whose rows have each adapter in turn, and the base.
 
-    `proofs` are, by id, those of whole batches with one adapter, on the same inputs, the base's first. With `several`,
-    that of `prove_several`, rows have several adapters, too, and a single one at each place (see `mixed_rows`). Where
-    the largest batch has fewer rows than there are kinds, there are further batches. Raises Undecided where no output
-    has a row for each row of the batch.
+    With `several`, the proof of rows with several adapters, there are such rows, too, and a single one at each place
+    (see `mixed_rows`). Where the largest batch has fewer rows than there are kinds, there are further batches. Raises
+    Undecided where no output has a row for each row of the batch.
     """
     rows = mixed_rows(len(proofs) - 1, candidate.adapters_per_row if several else 1)
     every = [*proofs, several] if several else list(proofs)
     return _judged(every, _cases_of_rows(candidate, references, every, rows, with_scales=several is not None))
 
 
-def prove_moved(candidate: RowsRunner, references: References, proofs: Sequence[Proof]) -> Proof | None:
+def _prove_moved(candidate: RowsRunner, references: References, proofs: Sequence[Proof]) -> Proof | None:
     """Judge batches of a graph of slots after another adapter, or none, took the place of that of each slot.
 
-    `proofs` are those of `prove_mixed`. None for a graph without slots. Of many slots, MOST_SLOTS are judged, the first
+    None for a graph without slots. Of many slots, MOST_SLOTS are judged, the first
     and the last among them. As a control, each adapter is compared with the one in the slot beside it: the verdict is
     `undecided` where it cannot distinguish them.
     """
@@ -272,18 +269,35 @@ def prove_rows(
                 step=functools.partial(_step_of, role, step),
             )
         )
-    verdicts = dict(zip(roles, (proof.verdict for proof in alone), strict=True))
+    proofs = dict(zip(roles, alone, strict=True))
+    proofs |= prove_batches(candidate, references, alone, prove=prove, step=step)
+    verdict = parity.joint_verdict({role: proof.verdict for role, proof in proofs.items()})
+    about = {**alone[-1].about, "adapters": [record for proof in alone for record in proof.about["adapters"]]}
+    diagnosed = (proof.diagnosis for proof in proofs.values() if proof.diagnosis)
+    return replace(alone[0], verdict=verdict, about=about, diagnosis=next(diagnosed, None))
+
+
+def prove_batches(
+    candidate: RowsRunner,
+    references: References,
+    alone: Sequence[Proof],
+    *,
+    prove: Prove = prove,
+    step: OnProofStep = ignore,
+) -> Iterator[tuple[str, Proof]]:
+    """Judge batches whose rows do not have one adapter each, or not the same; each proof with its role.
+
+    `alone` are, by id, the proofs of whole batches with one adapter of the `references`, on the same inputs, the base's
+    first.
+    """
     several = None
     if candidate.adapters_per_row > 1:
-        several = prove_several(candidate, references, prove=prove, step=functools.partial(_step_of, SEVERAL, step))
-        verdicts[SEVERAL] = several.verdict
+        several = _prove_several(candidate, references, prove, functools.partial(_step_of, SEVERAL, step))
+        yield SEVERAL, several
     step(MIXED)
-    verdicts[MIXED] = prove_mixed(candidate, references, alone, several).verdict
-    if moved := prove_moved(candidate, references, alone):
-        verdicts[MOVED] = moved.verdict
-    about = {**alone[-1].about, "adapters": [record for proof in alone for record in proof.about["adapters"]]}
-    diagnosed = (proof.diagnosis for proof in (*alone, several) if proof is not None and proof.diagnosis)
-    return replace(alone[0], verdict=parity.joint_verdict(verdicts), about=about, diagnosis=next(diagnosed, None))
+    yield MIXED, _prove_mixed(candidate, references, alone, several)
+    if moved := _prove_moved(candidate, references, alone):
+        yield MOVED, moved
 
 
 def _step_of(role: str, step: OnProofStep, name: str) -> None:
