@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lora_export.layers.torch_internals import sizes_of_branches
+from lora_export.models.blocks import each_kind_of_block_once
 from lora_export.models.model import Limits, Model, Sizes
 from lora_export.models.text_inputs import LONGEST_TEXT, MOST_WORK, PAST_WINDOW, SHORT
 from lora_export.models.tracing import tracing, without_cache
@@ -74,7 +75,7 @@ def _traced(model: Model) -> Limits:
 def _sizes_of_branches(model: Model) -> tuple[int, int | None]:
     module = without_values(model.module)
     axes = {name: axis for name, own in model.axes.items() for axis, symbol in own.items() if symbol == OF_TEXTS}
-    with tracing(module), without_cache(module):
+    with tracing(module), without_cache(module), each_kind_of_block_once(module):
         low, high = sizes_of_branches(lambda inputs: module(**inputs), model.example_inputs(), axes)
     return low, high if high < NO_LIMIT else None
 

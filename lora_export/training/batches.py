@@ -36,6 +36,10 @@ class Batch(NamedTuple):
 class Loss(Protocol):
     """How far outputs are from labels."""
 
+    rows_per_label: int
+    """How many rows of inputs a row of labels is about: row i, and all that are a multiple of len(labels) behind it.
+    0 where the loss of some rows is not their share of the loss of all."""
+
     def total(self, outputs: Any, batch: Batch) -> Tensor:
         """The loss of a batch, summed over all that counts, in fp32. Raises InputRefused where the shapes differ."""
         ...
@@ -51,6 +55,8 @@ class Loss(Protocol):
 
 class CrossEntropy:
     """For scores (n, ..., classes) and int64 labels (n, ...). Ignored labels do not count."""
+
+    rows_per_label = 1
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
         scores, labels = scores_of(outputs), batch.labels
@@ -76,6 +82,8 @@ class CrossEntropy:
 
 class _OfValues:
     """All labels count, and none is right or wrong, unless a loss defines them otherwise."""
+
+    rows_per_label = 1
 
     def count(self, labels: Any) -> int:
         return int(labels.numel())
@@ -111,6 +119,8 @@ class BinaryCrossEntropy(_OfValues):
 class CosineError(_OfValues):
     """For pairs of texts: (cosine of their mean vectors - label)². The first half of the rows are the first texts."""
 
+    rows_per_label = 2
+
     def total(self, outputs: Any, batch: Batch) -> Tensor:
         states = outputs.get("last_hidden_state") if isinstance(outputs, Mapping) else None
         if states is None:
@@ -141,6 +151,8 @@ class OwnLoss(_OfValues):
     """A function of the user: the model's outputs and the labels of a batch -> the batch's loss, a scalar."""
 
     function: Callable[[Any, Any], Tensor]
+
+    rows_per_label = 0
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
         with failures_of_user_code("the loss of the data's factory"):

@@ -32,6 +32,7 @@ from lora_export.training.batches import (
     scores_of,
 )
 from lora_export.training.compiling import autocast
+from lora_export.training.padding import parts_with_less_padding
 from lora_export.training.processes import is_sharded, move, rank, sum_over_processes, world_size
 from lora_export.training.records.opening import IGNORED
 
@@ -153,24 +154,25 @@ def evaluate(
     if not len(data):
         raise InputRefused("there is no labelled example to evaluate on")
     refuse_unknown_inputs(module, data)
-    own_rows = range(rank(), len(data), world_size())
+    own_rows, shares = range(rank(), len(data), world_size()), is_sharded(module)
     modes = {part: part.training for part in module.modules()}
     move(module, device)
     module.eval()
     total, correct, count, has_accuracy = 0.0, 0, 0, True
     try:
         with torch.no_grad():
-            for made in batches_in_order(data, batch_size, own_rows):
-                batch = batch_on_device(made, device)
-                with autocast(device, precision):
-                    outputs = module_outputs(module, batch.inputs)
-                total += float(data.loss.total(outputs, batch))
-                count += data.loss.count(batch.labels)
-                right = data.loss.correct(outputs, batch)
-                has_accuracy = has_accuracy and right is not None
-                correct += right or 0
+            for whole in batches_in_order(data, batch_size, own_rows):
+                for some in [whole] if shares else parts_with_less_padding(whole, data.loss, torch.device(device).type):
+                    batch = batch_on_device(some, device)
+                    with autocast(device, precision):
+                        outputs = module_outputs(module, batch.inputs)
+                    total += float(data.loss.total(outputs, batch))
+                    count += data.loss.count(batch.labels)
+                    right = data.loss.correct(outputs, batch)
+                    has_accuracy = has_accuracy and right is not None
+                    correct += right or 0
             # A process runs a base in shares as often as the first one, which has most batches.
-            most = math.ceil(math.ceil(len(data) / world_size()) / batch_size) if is_sharded(module) else 0
+            most = math.ceil(math.ceil(len(data) / world_size()) / batch_size) if shares else 0
             for _ in range(most - math.ceil(len(own_rows) / batch_size)):
                 batch = batch_on_device(data.batch([0]), device)
                 with autocast(device, precision):

@@ -47,6 +47,7 @@ from lora_export.training.compiling import (
 )
 from lora_export.training.evaluation import HeadLoss, evaluate, head_loss
 from lora_export.training.order import ShuffledOrder, learning_rate_factor, parts_of
+from lora_export.training.padding import parts_with_less_padding
 from lora_export.training.processes import (
     is_sharded,
     leave_at_exit,
@@ -140,6 +141,9 @@ class _Run:
         self.peak, self.activations = PeakMemory(self.accelerator.device), SavedActivations(self.module)
         self.best: dict[str, Tensor] = {}
         self.is_sharded = is_sharded(self.module)
+        has_statistics = any(norms_with_statistics(self.module).values())
+        # A compiled forward would be compiled again for the width of each part.
+        self.is_whole = self.is_sharded or has_statistics or self.settings.compile
         self.loss = self.head or self.data.loss
         self.forward = compiled(self.module) if self.settings.compile else self.module
         if self.checkpoints is None:
@@ -205,7 +209,7 @@ class _Run:
         np.random.seed(seed % 2**32)  # of the parts of a sound that speech models of transformers mask
         rows = self.order.rows_of(step)
         parts = parts_of(rows, settings.accumulate, rank=rank(), processes=world_size())
-        batches = [batch_on_device(self.data.batch(part, epoch), self.accelerator.device) for part in parts]
+        batches = [batch for part in parts for batch in self._batches(self.data.batch(part, epoch))]
         own_count = sum(self.data.loss.count(batch.labels) for batch in batches)
         (count,) = sum_over_processes([float(own_count)], self.accelerator.device)
         total = 0.0
@@ -230,6 +234,12 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
         return total, int(tokens), rate
+
+    def _batches(self, batch: Batch) -> list[Batch]:
+        """A batch on the device, in parts with less padding where they change nothing but the time."""
+        device = self.accelerator.device
+        made = [batch] if self.is_whole else parts_with_less_padding(batch, self.data.loss, device.type)
+        return [batch_on_device(each, device) for each in made]
 
     def _idle_batches(self, rows: Sequence[int], parts: int, epoch: int) -> list[Batch]:
         """Batches that do not count, so that every process runs a base in shares equally often."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import resource
 import subprocess
@@ -23,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import pytest
 
 WARM, STEPS, RANK = 2, 7, 16
-MODELS = ("minilm", "llama", "llama-nf4", "llama-bf16", "vit", "experts")
+MODELS = ("minilm", "texts", "llama", "llama-nf4", "llama-bf16", "vit", "experts")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MOST = 1.0  # of PEFT's time and memory
@@ -49,6 +50,12 @@ def model_and_batch(name: str, width: int = 768, blocks: int = 16) -> tuple[Any,
         model = hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=4)
         ids = torch.randint(1000, 20000, (8, 128))
         return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.randint(0, 4, (8,))
+    if name == "texts":  # of many lengths, half of them below 40 tokens, as a batch that is padded to the longest
+        model, *_ = model_and_batch("minilm")
+        lengths = torch.empty(16).log_normal_(math.log(40), 0.7).clamp(4, 128).long()
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        ids = torch.randint(1000, 20000, mask.shape) * mask
+        return model, {"input_ids": ids, "attention_mask": mask}, torch.randint(0, 4, (16,))
     if name == "vit":
         config = hf.ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=10)
         return hf.ViTForImageClassification(config), {"pixel_values": torch.randn(4, 3, 224, 224)}, torch.arange(4)

@@ -30,6 +30,7 @@ from lora_export import layers
 from lora_export.errors import RuntimeRefused
 from lora_export.layers.adapted_layers import has_own_branches
 from lora_export.layers.attachments import Branch, attachment_of, branch_parameter, is_attached
+from lora_export.models.blocks import blocks_of
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity
@@ -64,7 +65,7 @@ class RecordedBlocks:
     def __init__(self, module: nn.Module, runner: Fp64Runner, inputs: Arrays, *, runs: int):
         self._module, self._run = module, functools.partial(runner.run, inputs)
         self._run_each = functools.partial(runner.run_each, inputs)
-        self._blocks = list(_blocks(module))
+        self._blocks = list(blocks_of(module))
         self._calls: list[_Call] = []
         self._bytes = 0
         outputs = self._recorded() if runs >= LEAST_RECORDED else {}
@@ -148,17 +149,6 @@ class RecordedBlocks:
                     block.__dict__.pop("forward", None)
                 else:
                     block.__dict__["forward"] = own
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost lists of layers, each once."""
-    seen: set[nn.Module] = set()
-    for part in module.modules():
-        if isinstance(part, nn.ModuleList) and part not in seen:
-            for block in part:
-                if block not in seen:
-                    yield block
-                seen.update(block.modules())
 
 
 def _branches(block: nn.Module) -> set[Branch]:
