@@ -85,8 +85,7 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
             report, more = _with_quantisation(report, checkpoint, floats, steps, request)
             notes = (*notes, *more)
         residual_bytes = None if request.keep_residual is None else _keep_residual(request, steps, checkpoint, folder)
-    as_floats = f"{named('min_retention', 0.9)} makes them floats"
-    request.warn_of_rounding(report, as_floats if request.keep_quantised else float32_remedy())
+    request.warn_of_rounding(report, _stricter_retention if request.keep_quantised else float32_remedy)
     return MergeResult(request.output, steps, report, notes, residual_bytes)
 
 
@@ -105,6 +104,10 @@ def calibration_inputs(
     if request.rounding == "nearest":
         inputs = {name: replace(one, is_fed_back=False) for name, one in inputs.items()}
     return inputs, {"calibration": file_sha256(request.calibration)}
+
+
+def _stricter_retention() -> str:
+    return f"{named('min_retention', 0.9)} makes them floats"
 
 
 def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged: Path) -> int:

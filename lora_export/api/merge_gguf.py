@@ -40,5 +40,5 @@ def merge_into_gguf(request: MergeRequest) -> MergeResult:
         why = f"no weight gets new scales by {named('rescale')}: those that change are in floats, or in another type"
         note_each(request.on_message, [why])
         notes = (*notes, why)
-    request.warn_of_rounding(report, f"{named('dtype_of', {'*': 'F16'})} keeps it")
+    request.warn_of_rounding(report, lambda: f"{named('dtype_of', {'*': 'F16'})} keeps it")
     return MergeResult(request.output, steps, report, notes)

@@ -135,7 +135,7 @@ def merge_into_pipeline(request: MergeRequest) -> MergeResult:
     if request.dry_run:
         return MergeResult(request.output, whole, None, notes)
     report = _write(request, pipeline, merges)
-    request.warn_of_rounding(report, float32_remedy())
+    request.warn_of_rounding(report, float32_remedy)
     return MergeResult(request.output, whole, report, notes)
 
 

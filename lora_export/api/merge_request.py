@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from lora_export.lora import Adapter
 from lora_export.options.combining import AdapterSource, Combination
 from lora_export.options.merge import MergeOptions
 from lora_export.options.reading import ReadOptions
-from lora_export.options.spelling import named
+from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output
 from lora_export.weights.apply_step import Backend
@@ -25,6 +25,11 @@ from lora_export.weights.merge_report import MergeReport
 def float32_remedy() -> str:
     """What helps where rounding takes too much of a checkpoint's change."""
     return f"{named('dtype', 'float32')} keeps it"
+
+
+def nodes_remedy() -> str:
+    """What helps where rounding takes too much of a graph's change."""
+    return f"keep the adapter beside the weights ({command('onnx', 'MODEL.onnx', lora='nodes')})"
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,13 @@ class MergeRequest(MergeOptions):
         note_each(self.on_message, notes)
         return notes
 
-    def warn_of_rounding(self, report: MergeReport, remedy: str) -> None:
-        """Warn where rounding took much of the change of some weights. `remedy` is the end of the message."""
+    def warn_of_rounding(self, report: MergeReport, remedy: Callable[[], str]) -> None:
+        """Warn where rounding took much of the change of some weights. `remedy` makes the end of the message."""
         if report.below_rounding:
             worst = min(report.below_rounding, key=lambda result: result.retention)
             self.on_message(
                 f"warning: rounding took more than a tenth of the change of {len(report.below_rounding)} of "
-                f"{len(report.results)} weights, most of {worst.weight} ({worst.retention:.0%} is left); {remedy}"
+                f"{len(report.results)} weights, most of {worst.weight} ({worst.retention:.0%} is left); {remedy()}"
             )
 
 
