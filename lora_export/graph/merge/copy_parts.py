@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +29,6 @@ from lora_export.weights.merge_report import (
     MIN_RETENTION,
     OnBytesWritten,
     QuantisedLayer,
-    Statistics,
     StatisticsByWeight,
 )
 from lora_export.weights.tensor_blocks import OutputTensor
@@ -186,7 +185,7 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[FilePart]
         start = first.tensor.old.start
         blocks = _tensor_blocks(source, read_fd, write_fd, first, written_to, backend)
         if start < read_to:  # these bytes were read before, for example for another reader of one tensor
-            blocks = map(functools.partial(_with_own_read, source, read_fd, read_to), blocks)
+            blocks = (replace(block, repeated=True) for block in blocks)
         else:
             yield from tensor_blocks.skipped_blocks(read_to, first.start, start - read_to)
             read_to = start + written_to - first.start if first.tensor.is_copy else first.tensor.old.stop
@@ -232,15 +231,3 @@ def _literal_blocks(part: FilePart, position: int) -> Iterator[Block]:
 
 def _write_literal(piece: bytes, _source: Bytes, target: Bytes, _scratch: Bytes) -> None:
     target[:] = np.frombuffer(piece, np.uint8)
-
-
-def _with_own_read(source: Path, read_fd: int, position: int, block: Block) -> Block:
-    """A block that reads its bytes of the source itself, so that they are not hashed a second time."""
-
-    def work(_: Bytes, target: Bytes, scratch: Bytes) -> list[Statistics]:
-        before = target if block.work is None else np.empty(block.stop - block.start, np.uint8)
-        block_copy.read(source, read_fd, before, block.start)
-        found: list[Statistics] = block.work(before, target, scratch) if block.work is not None else []
-        return found
-
-    return Block(position, position, block.target_start, block.target_stop, work=work, shared=block.shared)
