@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -177,7 +177,7 @@ def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes
 def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[FilePart], backend: Backend) -> Iterator[Block]:
     """Blocks that write the parts in their order, and read every byte of the source once, in its order."""
     read_to = written_to = 0
-    for run in _runs(parts):
+    for run in tensor_blocks.runs(parts, _are_neighbours):
         first, written_to = run[0], run[-1].stop
         if first.tensor is None:
             yield from _literal_blocks(first, read_to)
@@ -204,19 +204,8 @@ def _tensor_blocks(
     return tensor.output.blocks_from(part.start, source, read_fd, backend)
 
 
-def _runs(parts: Iterable[FilePart]) -> Iterator[list[FilePart]]:
-    """The parts one by one, except that copies which are neighbours in both files form one run."""
-    run: list[FilePart] = []
-    for part in parts:
-        if run and not _are_neighbours(run[-1], part):
-            yield run
-            run = []
-        run.append(part)
-    if run:
-        yield run
-
-
 def _are_neighbours(one: FilePart, other: FilePart) -> bool:
+    """Whether two parts are copies that follow each other in both files."""
     if one.tensor is None or other.tensor is None or one.stop != other.start:
         return False
     return one.tensor.is_copy and other.tensor.is_copy and one.tensor.old.stop == other.tensor.old.start
