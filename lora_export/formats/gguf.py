@@ -40,12 +40,11 @@ from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage.gguf_file import (
     DEFAULT_ALIGNMENT,
-    float_field,
+    gguf_field,
     header_of,
     is_gguf,
     next_aligned,
     open_gguf,
-    text_field,
 )
 
 DESCRIPTION = "a .gguf file for llama.cpp"
@@ -137,11 +136,11 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     alpha = file.only_alpha()
     refuse_inexpressible(adapter, "gguf", file.problems)
     texts = {"general.architecture": file.architecture, "general.type": "adapter", "general.name": adapter.name}
-    fields = [text_field(key, text) for key, text in {**texts, "adapter.type": "lora"}.items()]
+    fields = [gguf_field(key, value) for key, value in {**texts, "adapter.type": "lora", ALPHA: alpha}.items()]
     dtype = smallest_dtype(file.tensors.values())
     kind = next(kind for kind, own in FLAT.items() if own == dtype)
     tensors = sorted(file.tensors.items())
-    header, _ = header_of([*fields, float_field(ALPHA, alpha)], [(name, kind, array.shape) for name, array in tensors])
+    header, _ = header_of(fields, [(name, kind, array.shape) for name, array in tensors])
     with path.open("xb") as writer:
         writer.write(header)
         for _, array in tensors:

@@ -18,6 +18,12 @@ class PartOf(nn.Module):
         super().__init__()
         self.model = model
 
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, model: Any) -> Iterator[nn.Module]:
+        """The part of a model that needs no change for it."""
+        yield cls(model)
+
 
 class FeatureEncoder(PartOf):
     """Images or tiles of one size as features (tokens of all images, features)."""
@@ -40,18 +46,6 @@ class MaskedTileEncoder(PartOf):
         by_patch = mask.unflatten(1, (-1, size)).unflatten(3, (-1, size)).sum((2, 4))
         hidden = base.vision_model(pixel_values=pixel_values.flatten(0, 1), patch_attention_mask=by_patch > 0)
         return {FEATURES: base.connector(hidden.last_hidden_state).flatten(0, 1)}
-
-
-@contextlib.contextmanager
-def masked_tiles(module: Any) -> Iterator[nn.Module]:
-    """The encoder of a model whose tiles have masks of their pixels."""
-    yield MaskedTileEncoder(module)
-
-
-@contextlib.contextmanager
-def whole_images(module: Any) -> Iterator[nn.Module]:
-    """The encoder of a model that has the features of all images in one tensor."""
-    yield FeatureEncoder(module)
 
 
 @contextlib.contextmanager

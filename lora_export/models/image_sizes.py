@@ -6,29 +6,16 @@ number of images. Here all of them are computed with their padding, and a mask c
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_export.graph.cache_names import FEATURES, TOKEN_COUNTS
 from lora_export.models.image_encoders import PartOf
 
 ROW_TOWER = "pixtral"  # the type of a tower that lists the patches of an image row by row
-
-
-@contextlib.contextmanager
-def row_images(module: Any) -> Iterator[nn.Module]:
-    """The encoder of a model whose images are rows of tokens (Pixtral, Mistral 3)."""
-    yield RowEncoder(module)
-
-
-@contextlib.contextmanager
-def sized_tiles(module: Any) -> Iterator[nn.Module]:
-    """The encoder of a model whose images are a whole and its tiles (LLaVA-NeXT)."""
-    yield SizedTileEncoder(module)
 
 
 def pixels_of_token(config: Any) -> int:
@@ -37,7 +24,7 @@ def pixels_of_token(config: Any) -> int:
 
 
 class RowEncoder(PartOf):
-    """Padded images (images, channels, height, width) as features (tokens of all images, features)."""
+    """Padded images (images, channels, height, width) as features (tokens of all images, features). Of Pixtral."""
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
         model, config = self.model.base_model, self.model.config
@@ -91,7 +78,7 @@ def _merged(grid: Tensor, size: int) -> Tensor:
 
 
 class SizedTileEncoder(PartOf):
-    """Tiles (images, tiles, channels, height, width) as features (tokens of all images, features).
+    """Tiles of LLaVA-NeXT (images, tiles, channels, height, width) as features (tokens of all images, features).
 
     The first tile is the whole image. The rows of tokens of the others, without those of the padding around the image,
     follow it, and a newline each. Also returns how many tokens each image has (images,).

@@ -25,9 +25,9 @@ from lora_export.graph.cache_names import EMBEDS, GRIDS, IDS, IMAGE_FEATURES, IM
 from lora_export.models.cached_decoder import BATCH_SYMBOL, SEQUENCE_SYMBOL, export_decoder
 from lora_export.models.deepstack import all_features, embeds_of
 from lora_export.models.export import to_onnx
-from lora_export.models.image_encoders import PartOf, listed_images, masked_tiles, whole_images
+from lora_export.models.image_encoders import FeatureEncoder, MaskedTileEncoder, PartOf, listed_images
 from lora_export.models.image_grids import grid_images
-from lora_export.models.image_sizes import ROW_TOWER, pixels_of_token, row_images, sized_tiles
+from lora_export.models.image_sizes import ROW_TOWER, RowEncoder, SizedTileEncoder, pixels_of_token
 from lora_export.models.model import Axes, Model, ModelInputs
 from lora_export.models.tracing import convert_outputs
 
@@ -41,16 +41,16 @@ class Images(NamedTuple):
 
 IMAGE_FAMILIES: Mapping[str, Images] = {  # by the type of the model, and of a tower that decides alone
     "llava": Images(listed_images),
-    ROW_TOWER: Images(row_images),
-    "llava_next": Images(sized_tiles),
+    ROW_TOWER: Images(RowEncoder.opened),
+    "llava_next": Images(SizedTileEncoder.opened),
     "qwen2_vl": Images(grid_images),
     "qwen2_5_vl": Images(grid_images),
     "qwen3_vl": Images(grid_images),
-    "gemma3": Images(whole_images, two_way=1),
-    "paligemma": Images(whole_images, two_way=0),
-    "internvl": Images(whole_images),
-    "idefics3": Images(masked_tiles),
-    "smolvlm": Images(masked_tiles),
+    "gemma3": Images(FeatureEncoder.opened, two_way=1),
+    "paligemma": Images(FeatureEncoder.opened, two_way=0),
+    "internvl": Images(FeatureEncoder.opened),
+    "idefics3": Images(MaskedTileEncoder.opened),
+    "smolvlm": Images(MaskedTileEncoder.opened),
 }
 # Models that have a tower of a type that their config names -> the types that are exported
 TOWERS: Mapping[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSource, AdapterSources, Combination, Weighted
 from lora_export.options.common import LAYOUT, Download, Output, written
-from lora_export.options.declaring import Only, Option, Options, Positional, declares, means, nested, option, table_of
+from lora_export.options.declaring import Only, Option, Options, argument, declares, means, nested, option, table_of
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.options.verify import Expectations
@@ -25,7 +25,7 @@ class ConvertOptions(Output):
     """What `convert` takes."""
 
     adapter: AdapterSource = field(
-        kw_only=False, metadata=declares(Positional(metavar="[NAME=]ADAPTER", kind="source", multiple=False))
+        kw_only=False, metadata=argument(metavar="[NAME=]ADAPTER", kind="source", multiple=False)
     )
     output: str | Path = field(kw_only=False, metadata=written("File or folder to write.", "OUT"))
     to: WrittenFormat = option("onnx_adapter", "Format to write.", often=True)
@@ -100,7 +100,7 @@ class CombineOptions(Weighted, Output):
     """What `combine` takes."""
 
     adapters: AdapterSources = field(
-        kw_only=False, metadata=declares(Positional(metavar="[NAME=]ADAPTER...", kind="source", multiple=True))
+        kw_only=False, metadata=argument(metavar="[NAME=]ADAPTER...", kind="source", multiple=True)
     )
     output: str | Path = field(kw_only=False, metadata=written("Folder for the combined adapter."))
     combination: str | Combination = nested(Combination, {"method": ("--method", "--combine")})
@@ -124,8 +124,8 @@ class Truncated(Options):
 class ExtractOptions(Truncated, Output):
     """What `extract` takes."""
 
-    base: str | Path = field(kw_only=False, metadata=declares(Positional("BASE", kind="path")))
-    tuned: str | Path = field(kw_only=False, metadata=declares(Positional("TUNED", kind="path")))
+    base: str | Path = field(kw_only=False, metadata=argument("BASE", kind="path"))
+    tuned: str | Path = field(kw_only=False, metadata=argument("TUNED", kind="path"))
     output: str | Path = field(kw_only=False, metadata=written("Folder for the adapter."))
     exclude: Sequence[str] = option(
         (), "Tensor, module or glob whose difference is left out. May be repeated.", metavar="NAME"
@@ -137,9 +137,7 @@ class ExtractOptions(Truncated, Output):
 class ResizeOptions(Truncated, Output):
     """What `resize` takes."""
 
-    adapter: AdapterSource = field(
-        kw_only=False, metadata=declares(Positional(metavar="ADAPTER", kind="source", multiple=False))
-    )
+    adapter: AdapterSource = field(kw_only=False, metadata=argument(metavar="ADAPTER", kind="source", multiple=False))
     output: str | Path = field(kw_only=False, metadata=written("Folder for the smaller adapter."))
     reading: ReadOptions = nested(ReadOptions)
 
@@ -148,7 +146,7 @@ class ResizeOptions(Truncated, Output):
 class InspectOptions(Download):
     """What `inspect` takes. `on_message` is no option of the command line."""
 
-    path: str | Path = field(kw_only=False, metadata=declares(Positional("PATH", kind="path")))
+    path: str | Path = field(kw_only=False, metadata=argument("PATH", kind="path"))
     checkpoint: str | Path | None = option(
         None,
         "Checkpoint that an .onnx was exported from. Names its weights by content, and checks other names.",
@@ -168,7 +166,7 @@ class CheckOptions(Download):
     """What `check` takes."""
 
     adapter: AdapterSource = field(
-        kw_only=False, metadata=declares(Positional(metavar="[NAME=]ADAPTER", kind="source", multiple=False))
+        kw_only=False, metadata=argument(metavar="[NAME=]ADAPTER", kind="source", multiple=False)
     )
     runtimes: Sequence[str] = option(
         (), "Runtime that is to run the adapter. May be repeated.", flags=("--for",), choices=RUNTIMES

@@ -184,6 +184,11 @@ def declares(meaning: Option | Nested) -> Mapping[str, Any]:
     return {_MEANING: meaning}
 
 
+def argument(help: str = "", **settings: Any) -> Mapping[str, Any]:
+    """A positional argument of the command line, as the metadata of a field. `settings` are those of `Positional`."""
+    return declares(Positional(help, **settings))
+
+
 def means(default: _T, meaning: Option) -> _T:
     """A field with a default and a meaning."""
     return field(default=default, metadata=declares(meaning))

@@ -16,7 +16,7 @@ from lora_export.options.common import (
     modes,
     written,
 )
-from lora_export.options.declaring import Only, Option, Options, Positional, Section, declares, means, option, table_of
+from lora_export.options.declaring import Only, Option, Options, Section, argument, declares, means, option, table_of
 from lora_export.options.proof import PROVIDER, ProviderName, Published, Running
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
 
     SECTION: ClassVar[Section] = Section.GRAPH
 
-    model: ModelSource = field(kw_only=False, metadata=declares(Positional("MODEL", kind="source", multiple=False)))
+    model: ModelSource = field(kw_only=False, metadata=argument("MODEL", kind="source", multiple=False))
     output: str | Path = field(kw_only=False, metadata=written("File to publish after its proof.", "OUT.onnx"))
 
     checkpoint: str | Path | None = option(
@@ -175,7 +175,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
 class TorchScriptOptions(GivenAdapters, Published):
     """What `torchscript` takes."""
 
-    model: ModelSource = field(kw_only=False, metadata=declares(Positional("MODEL", kind="source", multiple=False)))
+    model: ModelSource = field(kw_only=False, metadata=argument("MODEL", kind="source", multiple=False))
     output: str | Path = field(
         kw_only=False,
         metadata=written(
@@ -224,7 +224,7 @@ def no_text(_: int, __: str) -> None:
 class GenerateOptions(Options):
     """What `generate` takes."""
 
-    source: str | Path = field(kw_only=False, metadata=declares(Positional(metavar="FOLDER", kind="path")))
+    source: str | Path = field(kw_only=False, metadata=argument(metavar="FOLDER", kind="path"))
     prompts: Prompts = field(
         kw_only=False,
         metadata=declares(

@@ -18,9 +18,8 @@ from lora_export.options.declaring import (
     Only,
     OptionKind,
     Options,
-    Positional,
     Section,
-    declares,
+    argument,
     means,
     nested_in,
     option,
@@ -36,10 +35,8 @@ RUN = Only("action", ("run",), words="`fleet run`")
 class FleetOptions(Reported):
     """What `fleet` takes."""
 
-    action: Literal["plan", "run", "status"] = field(
-        kw_only=False, metadata=declares(Positional(metavar="plan|run|status"))
-    )
-    fleet: str | Path = field(kw_only=False, metadata=declares(Positional(metavar="FLEET.toml", kind="path")))
+    action: Literal["plan", "run", "status"] = field(kw_only=False, metadata=argument(metavar="plan|run|status"))
+    fleet: str | Path = field(kw_only=False, metadata=argument(metavar="FLEET.toml", kind="path"))
     jobs: int = means(1, replace(JOBS_AT_ONCE, only=(RUN,)))
     ray: str | None = means(None, replace(RAY_ADDRESS, only=(RUN,)))
     reports: Sequence[str | Path] = option(

@@ -16,7 +16,7 @@ from lora_export.options.common import (
     Signed,
     written,
 )
-from lora_export.options.declaring import Only, Positional, Section, declares, means, option, table_of
+from lora_export.options.declaring import Only, Section, argument, means, option, table_of
 
 TYPES_OF_GGUF = ("Q8_0", "F16", "BF16", "F32", "keep")
 OF_ONE_MODEL = {
@@ -58,10 +58,10 @@ class MergeOptions(Applied, Signed):
 
     SECTION: ClassVar[Section] = Section.OUTPUT
 
-    base: str | Path = field(kw_only=False, metadata=declares(Positional("BASE", kind="path")))
+    base: str | Path = field(kw_only=False, metadata=argument("BASE", kind="path"))
     adapters: AdapterSources = field(
         kw_only=False,
-        metadata=declares(Positional(metavar="[NAME=]ADAPTER...", kind="source", multiple=True, optional=True)),
+        metadata=argument(metavar="[NAME=]ADAPTER...", kind="source", multiple=True, optional=True),
     )
     output: str | Path = field(
         kw_only=False, metadata=written("Folder or file for the merged weights: the same kind as BASE.")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from lora_export.errors import WrongUsage
 from lora_export.options.common import ALL_LINEAR, Output, layer_endings, written
-from lora_export.options.declaring import Option, Options, Positional, Section, declares, option, options_of, table_of
+from lora_export.options.declaring import Option, Options, Section, argument, declares, option, options_of, table_of
 from lora_export.options.spelling import named
 
 LearntTask = Literal[
@@ -211,7 +211,7 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
 
     SECTION: ClassVar[Section] = Section.DATA
 
-    model: str | Path = field(kw_only=False, metadata=declares(Positional("MODEL", kind="source")))
+    model: str | Path = field(kw_only=False, metadata=argument("MODEL", kind="source"))
     data: str | Path = field(
         kw_only=False,
         metadata=declares(

@@ -8,7 +8,7 @@ from lora_export.options.common import (
     Output,
     written,
 )
-from lora_export.options.declaring import Option, Positional, declares
+from lora_export.options.declaring import Option, argument, declares
 from lora_export.options.reading import AllowPickle
 
 
@@ -16,10 +16,10 @@ from lora_export.options.reading import AllowPickle
 class UnmergeOptions(AllowPickle, Output):
     """What `unmerge` takes."""
 
-    merged: str | Path = field(kw_only=False, metadata=declares(Positional("MERGED", kind="path")))
+    merged: str | Path = field(kw_only=False, metadata=argument("MERGED", kind="path"))
     adapters: AdapterSources = field(
         kw_only=False,
-        metadata=declares(Positional(metavar="[ADAPTER]...", kind="source", multiple=True, optional=True)),
+        metadata=argument(metavar="[ADAPTER]...", kind="source", multiple=True, optional=True),
     )
     output: str | Path = field(kw_only=False, metadata=written("Folder or file for the base."))
     base_from: str | Path = field(

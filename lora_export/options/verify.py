@@ -13,8 +13,8 @@ from lora_export.options.common import Download, ModelSource, Reported, axis_siz
 from lora_export.options.declaring import (
     Option,
     Options,
-    Positional,
     Section,
+    argument,
     declares,
     nested,
     option,
@@ -163,9 +163,7 @@ class Judging(Running):
 class VerifyOptions(GivenAdapters, Judging, Download, Reported):
     """What `verify` takes."""
 
-    candidate: str | Path = field(
-        kw_only=False, metadata=declares(Positional("CANDIDATE", kind="source", multiple=False))
-    )
+    candidate: str | Path = field(kw_only=False, metadata=argument("CANDIDATE", kind="source", multiple=False))
     model: "ModelSource | None" = field(
         default=None,
         kw_only=False,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import multiply, norm_of_product
-from lora_export.pairs.structured import StructuredPair
+from lora_export.pairs.structured import DensePair, StructuredPair
 
 _Matrix = NDArray[np.float32]
 _Indices = NDArray[np.int64]
@@ -103,17 +103,6 @@ def _lines(pair: FourierPair) -> tuple[_Indices, NDArray[Any]]:
     return vertical, np.fft.ifft(spectrum)
 
 
-class DensePair(StructuredPair):
-    """A pair of full rank: A is the whole product, B the identity."""
-
-    @property
-    def rank(self) -> int:
-        return int(self.shape_of_whole[0])
-
-    def _factors(self) -> PairFactors:
-        return self._product(np.arange(self.rank)), np.eye(self.rank, dtype=np.float32)
-
-
 class SparsePair(DensePair):
     """A change of few entries: `stored` has their values v (n,), `settings` their `places` (2, n) and `shape`."""
 
@@ -132,8 +121,7 @@ class SparsePair(DensePair):
 
     @property
     def norm(self) -> float:
-        whole = self.rows is None and self.columns is None
-        return abs(self.scale) * float(np.linalg.norm(self.v.astype(np.float64))) if whole else super().norm
+        return abs(self.scale) * float(np.linalg.norm(self.v.astype(np.float64))) if self.is_whole else super().norm
 
     def _product(self, rows: _Indices) -> _Matrix:
         row_of, column_of, values = self._by_row

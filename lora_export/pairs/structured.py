@@ -99,6 +99,11 @@ class StructuredPair(LoraPair):
         return (out, columns, *rest)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole product, and not a part of its rows or columns."""
+        return self.rows is None and self.columns is None
+
+    @property
     def parameters(self) -> int:
         return sum(each.size for each in self.stored.values()) + (0 if self.magnitude is None else self.magnitude.size)
 
@@ -240,11 +245,6 @@ class KroneckerPair(StructuredPair):
         return int(self._shape_of_factor("w1")[1] * self._shape_of_factor("w2")[0])
 
     @property
-    def is_whole(self) -> bool:
-        """Whether it is the whole product, and not a part of its rows or columns."""
-        return self.rows is None and self.columns is None
-
-    @property
     def is_cheap(self) -> bool:
         """Whether x by w2, then by w1, costs less than x by the weight: c d b + a b c products to a b c d.
 
@@ -279,7 +279,18 @@ class KroneckerPair(StructuredPair):
         return product.reshape(shape)
 
 
-class WholePair(StructuredPair):
+class DensePair(StructuredPair):
+    """A pair of full rank: A is the whole product, B the identity."""
+
+    @property
+    def rank(self) -> int:
+        return int(self.shape_of_whole[0])
+
+    def _factors(self) -> _Factors:
+        return self._product(np.arange(self.rank)), np.eye(self.rank, dtype=np.float32)
+
+
+class WholePair(DensePair):
     """A change of a weight that is stored as a whole: `stored` has change (out, in, ...)."""
 
     change: NDArray[np.float32]
@@ -289,11 +300,7 @@ class WholePair(StructuredPair):
             raise InputRefused(f"the change is {self.change.shape}; a matrix or the weight of a convolution is needed")
         return self.change.shape
 
-    @property
-    def rank(self) -> int:
-        return int(self.change.shape[0])
-
-    def _factors(self) -> _Factors:
+    def _factors(self) -> _Factors:  # without a copy
         return self.change, np.eye(len(self.change), dtype=np.float32)
 
     def _product(self, rows: _Indices) -> NDArray[np.float32]:

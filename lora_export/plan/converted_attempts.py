@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
-from lora_export.names.loaded_names import LoadedNames, LoadedTensor
+from lora_export.names.loaded_names import Conversion, LoadedNames, LoadedTensor
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.pairs.open_shape import laid_on
 from lora_export.plan.attempts import ConvertedNames, Spelling, module_of_tensor, pair_weight, shape_in_model
 from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets, weight_of
-from lora_export.plan.missing_experts import with_missing_experts
 from lora_export.plan.placing import Place, places_in_result, places_in_sources
 from lora_export.plan.types import Layout, TensorSpec
 
@@ -275,3 +275,44 @@ def _tensor_shapes(adapter: Adapter) -> Iterable[tuple[str, tuple[int, ...]]]:
         yield tensor, value.shape
     for tensor in adapter.token_rows:
         yield tensor, ()
+
+
+# --- The tensors of experts that an adapter lacks beside those that it has, of one stack of the base ---
+
+WITHOUT_OPERATORS = re.compile(r"[\w.*]+")  # a pattern whose only wildcards are `*`, an expert, and the dots
+
+
+def with_missing_experts(
+    shapes: Mapping[str, tuple[int, ...]], rules: ArchitectureRules, base_shape: Callable[[str], tuple[int, ...] | None]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of an adapter, and those of the same stacks that it lacks, with their shapes.
+
+    `base_shape` has the shape of a stack of the base by its loaded name. A projection that the adapter has for no
+    expert gets the shape of another one; whether it is right, the shape of the whole stack shows.
+    """
+    found = dict(shapes)
+    for tensor in LoadedNames(rules, shapes).values():
+        shape = base_shape(tensor.name)
+        conversion = tensor.conversion
+        if isinstance(conversion, Conversion) and shape is not None and conversion.stacks:
+            for name, own in _expected(conversion, shapes, shape[0]):
+                found.setdefault(name, own)
+    return found
+
+
+def _expected(
+    conversion: Conversion, shapes: Mapping[str, tuple[int, ...]], experts: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of a stack, by the names of those that the adapter has."""
+    sources = conversion.rule.sources
+    if not all(WITHOUT_OPERATORS.fullmatch(pattern) for pattern in sources):
+        return
+    for pattern, names in conversion.collected.items():
+        found = re.search(pattern.replace(".", r"\.").replace("*", r"\d+"), names[0])
+        if found is None:
+            return
+        before, after = names[0][: found.start()], names[0][found.end() :]
+        for other in sources:
+            own = shapes[conversion.collected.get(other, names)[0]]
+            for expert in range(experts):
+                yield f"{before}{other.replace('*', str(expert))}{after}", own

@@ -197,16 +197,13 @@ class _HeaderReader:
             if key in fields:
                 raise self.damaged(f"it has the field {key!r} twice")
             if kind == ARRAY:
-                self.skip_array(key)
+                kind_inside, length = self.number("<I"), self.number("<Q")
+                self.skip_values(kind_inside, length, key)
             else:
                 self.skip_values(kind, 1, key)
             self.file.seek(self.position)
             fields[key] = GgufField(kind, start, value, self.position)
         return fields
-
-    def skip_array(self, key: str) -> None:
-        kind, count = self.number("<I"), self.number("<Q")
-        self.skip_values(kind, count, key)
 
     def skip_values(self, kind: int, count: int, key: str) -> None:
         if kind in _NUMBERS:
@@ -266,16 +263,14 @@ def stored_bytes(kind: BlockType, shape: Sequence[int]) -> int:
     return math.prod(shape) // kind.elements * kind.nbytes
 
 
-def text_field(key: str, text: str) -> bytes:
-    """A field with a text, as a header has it."""
-    name, value = key.encode(), text.encode()
-    return struct.pack("<Q", len(name)) + name + struct.pack("<IQ", STRING, len(value)) + value
-
-
-def float_field(key: str, value: float) -> bytes:
-    """A field with a number in fp32."""
+def gguf_field(key: str, value: str | float) -> bytes:
+    """A field with a text, or with a number in fp32, as a header has it."""
     name = key.encode()
-    return struct.pack("<Q", len(name)) + name + struct.pack("<If", FLOAT32, value)
+    start = struct.pack("<Q", len(name)) + name
+    if not isinstance(value, str):
+        return start + struct.pack("<If", FLOAT32, value)
+    text = value.encode()
+    return start + struct.pack("<IQ", STRING, len(text)) + text
 
 
 def gguf_layout(
@@ -290,7 +285,7 @@ def gguf_layout(
         for field in (field for key, field in base.fields.items() if key not in texts):
             file.seek(field.start)
             fields.append(file.read(field.stop - field.start))
-    fields += [text_field(key, text) for key, text in texts.items()]
+    fields += [gguf_field(key, text) for key, text in texts.items()]
     return header_of(fields, tensors, version=base.version, alignment=base.alignment)
 
 

@@ -113,6 +113,12 @@ def regular_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def shown_files(folder: Path) -> list[Path]:
+    """Those of `regular_files` that are neither hidden nor in a hidden folder."""
+    found = ((path, path.relative_to(folder).parts) for path in regular_files(folder))
+    return [path for path, parts in found if not any(part[0] == "." for part in parts)]
+
+
 def files_of(path: Path) -> list[Path]:
     """The regular files below a folder; or the file itself."""
     return regular_files(path) if path.is_dir() else [path]

@@ -12,16 +12,18 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from lora_export.errors import InputRefused, OutputFailed
-from lora_export.storage.addresses import ADDRESS, SCHEME
 
 if TYPE_CHECKING:
     from lora_export.storage.object_store import Bucket, ObjectInfo
 
+ADDRESS = re.compile(r"(?P<bucket>(?:s3|gs|az)://[^/@:\s]+)(?:/(?P<key>.*))?", re.DOTALL)
+SCHEME = re.compile(r"(?:s3|gs|az)://", re.IGNORECASE)
 _PATTERN = "s3:/", "gs:/", "az:/"
 
 

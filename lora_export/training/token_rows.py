@@ -101,22 +101,15 @@ class CausalRows:
     def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:  # noqa: ARG002 - nothing is random
         """The rows, padded at the end. Packed texts have positions that begin anew, by which a model separates them."""
         segments = [[self._segment(piece) for piece in self.bins[row]] for row in rows]
-        longest = max(sum(len(segment.ids) for segment in row) for row in segments)
-        ids = np.full((len(rows), longest), self.pad_token, np.int64)
-        labels = np.full((len(rows), longest), IGNORED, np.int64)
-        positions = np.zeros((len(rows), longest), np.int64)
-        mask = np.zeros((len(rows), longest), np.int64)
-        for number, row in enumerate(segments):
-            place = 0
-            for segment in row:
-                part = slice(place, place + len(segment.ids))
-                ids[number, part], labels[number, part] = segment
-                positions[number, part], mask[number, part] = np.arange(len(segment.ids)), 1
-                place = part.stop
-            positions[number, place:] = np.arange(longest - place)
-        second = {"position_ids": positions} if self.is_packed else {"attention_mask": mask}
-        inputs = {name: torch.from_numpy(values) for name, values in ({"input_ids": ids} | second).items()}
-        return Batch(inputs, torch.from_numpy(labels))
+        lengths = [[len(segment.ids) for segment in row] for row in segments]
+        ids = padded_rows((np.concatenate([segment.ids for segment in row]) for row in segments), self.pad_token)
+        labels = padded_rows((np.concatenate([segment.following for segment in row]) for row in segments), IGNORED)
+        if self.is_packed:  # the padding is one more text
+            texts = ([*row, ids.shape[1] - sum(row)] for row in lengths)
+            second = {"position_ids": padded_rows((np.concatenate([*map(np.arange, each)]) for each in texts), 0)}
+        else:
+            second = {"attention_mask": padded_rows((np.ones(sum(row), np.int64) for row in lengths), 0)}
+        return Batch({"input_ids": ids} | second, labels)
 
     def _segment(self, piece: TextPiece) -> Segment:
         tokens = np.asarray(self.file.tokens[piece.start : min(piece.stop + 1, piece.end_of_text)], np.int64)

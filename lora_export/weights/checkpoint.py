@@ -138,12 +138,11 @@ class Checkpoint:
         home = self.path.resolve()
         ours = {*self.shards, self.index, *OF_THE_OUTPUT}
         modules = module_folders(self.path)
-        for path in input_files.regular_files(self.path):
+        for path in input_files.shown_files(self.path):
             relative = path.relative_to(self.path)
-            hidden = any(part.startswith(".") for part in relative.parts)
             if path.parent not in modules and (self._is_weights(path) or is_index(path.name)):
                 continue
-            if hidden or relative.as_posix() in ours:
+            if relative.as_posix() in ours:
                 continue
             if self.quantised and not self.kept and relative.as_posix() in QUANTIZATION_FILES:
                 continue

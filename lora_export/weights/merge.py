@@ -7,7 +7,6 @@ rows, so that memory does not grow with the model. `apply_step` sums and rounds.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import re
 import time
@@ -387,28 +386,22 @@ def _blocks(
 ) -> Iterator[Block]:
     """All data of the source, in its order, then the untied and the added tensors."""
     position = source.data_start
-    for is_copy, group in itertools.groupby(zip(tensors, entries, strict=True), key=lambda pair: pair[0].is_copy):
-        for run in _neighbours(list(group)) if is_copy else ([pair] for pair in group):
-            (first, entry), (last, _) = run[0], run[-1]
-            if last.source.stop > position:  # the parts of quantised weights are read for the hash of the file
-                yield from tensor_blocks.skipped_blocks(position, entry.start, first.source.start - position)
-                position = last.source.stop
-            if is_copy:
-                count = last.source.stop - first.source.start
-                blocks = tensor_blocks.copied_blocks(read_fd, write_fd, first.source.start, entry.start, count)
-            else:
-                blocks = first.blocks_into(source.path, read_fd, entry, backend)
-            yield from (replace(block, repeated=True) for block in blocks) if first.repeated else blocks
+    for run in tensor_blocks.runs(zip(tensors, entries, strict=True), _are_neighbours):
+        (first, entry), (last, _) = run[0], run[-1]
+        if last.source.stop > position:  # the parts of quantised weights are read for the hash of the file
+            yield from tensor_blocks.skipped_blocks(position, entry.start, first.source.start - position)
+            position = last.source.stop
+        if first.is_copy:
+            count = last.source.stop - first.source.start
+            blocks = tensor_blocks.copied_blocks(read_fd, write_fd, first.source.start, entry.start, count)
+        else:
+            blocks = first.blocks_into(source.path, read_fd, entry, backend)
+        yield from (replace(block, repeated=True) for block in blocks) if first.repeated else blocks
     yield from tensor_blocks.skipped_blocks(position, 0, source.size - position)
 
 
-def _neighbours(pairs: Sequence[tuple[OutputTensor, Entry]]) -> Iterator[list[tuple[OutputTensor, Entry]]]:
-    """Runs of tensors that follow each other in both files without a gap: each is copied as one range."""
-    run: list[tuple[OutputTensor, Entry]] = []
-    for pair in pairs:
-        if run and (pair[0].repeated or pair[0].source.start != run[-1][0].source.stop):
-            yield run
-            run = []
-        run.append(pair)
-    if run:
-        yield run
+def _are_neighbours(one: tuple[OutputTensor, Entry], other: tuple[OutputTensor, Entry]) -> bool:
+    """Whether two tensors are copied, and follow each other in both files without a gap."""
+    (before, _), (after, _) = one, other
+    is_next = not after.repeated and after.source.start == before.source.stop
+    return before.is_copy and after.is_copy and is_next

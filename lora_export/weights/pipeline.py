@@ -52,10 +52,9 @@ class Pipeline:
         for path in self.path.iterdir():
             if path.is_symlink() and path.is_dir():
                 raise InputRefused(f"{path} is a link to a folder. Replace it with a copy of the folder")
-        for path in input_files.regular_files(self.path):
+        for path in input_files.shown_files(self.path):
             relative = path.relative_to(self.path)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if not hidden and relative.parts[0] not in changed and relative.name not in OF_THE_OUTPUT:
+            if relative.parts[0] not in changed and relative.name not in OF_THE_OUTPUT:
                 refuse_link_outside(path, home)
                 yield relative
 

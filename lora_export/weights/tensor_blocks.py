@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lora_export.weights.calibrated_rounding import LayerInputs
     from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
+_T = TypeVar("_T")
 _OfAllRows: TypeAlias = "tuple[NDArray[np.float64] | None, MatrixOnDisk | None]"  # DoRA's norms, a change by columns
 LEAST_MEASURED = 1 << 20  # entries of a weight that its statistics count, at least
 
@@ -181,6 +182,18 @@ def run_in_memory(
         assert block.work is not None
         found += block.work(before, target, scratch) or ()
     return found
+
+
+def runs(items: Iterable[_T], are_neighbours: Callable[[_T, _T], bool]) -> Iterator[list[_T]]:
+    """The items in their order, each with the neighbours behind it: tensors that are copied as one range."""
+    run: list[_T] = []
+    for item in items:
+        if run and not are_neighbours(run[-1], item):
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run
 
 
 def copied_blocks(read_fd: int, write_fd: int, start: int, target_start: int, count: int) -> Iterator[Block]:

@@ -13,9 +13,9 @@ import pytest
 
 import lora_export as le
 from lora_export.fleet import run
-from lora_export.fleet.batches import MOST_TOGETHER, batches
 from lora_export.fleet.description import read_fleet
 from lora_export.fleet.needs import NeedsOfJobs
+from lora_export.fleet.run import MOST_TOGETHER, batches
 from lora_export.fleet.worker import JobBatch, perform
 from support.fleets import BASES, JOBS, MERGE, VERIFY, Here, run_here
 from support.folder_contents import folder_contents

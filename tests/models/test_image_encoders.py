@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export.models.image_encoders import masked_tiles
+from lora_export.models.image_encoders import MaskedTileEncoder
 from lora_export.models.image_text import IMAGE_FAMILIES
 from lora_export.models.load import load_model
 from support.small_models import small_model
@@ -40,7 +40,7 @@ def test_features_of_tiles_follow_the_mask_of_their_pixels(name: str, tmp_path: 
     pixels = torch.randn(1, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(1, 3, 16, 16, dtype=torch.int64)
     mask[0, 1, :, 8:], mask[0, 2, 5:] = 0, 0
-    with torch.no_grad(), masked_tiles(module) as encoder:
+    with torch.no_grad(), MaskedTileEncoder.opened(module) as encoder:
         (expected,) = module.get_image_features(pixels, mask).pooler_output
         torch.testing.assert_close(encoder(pixels, mask)["image_features"], expected, rtol=0, atol=1e-7)
         assert not torch.allclose(encoder(pixels, torch.ones_like(mask))["image_features"], expected, atol=1e-4)

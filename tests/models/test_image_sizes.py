@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.image_processing_utils import select_best_resolution
 
-from lora_export.models.image_sizes import best_resolutions, row_images, sized_tiles
+from lora_export.models.image_sizes import RowEncoder, SizedTileEncoder, best_resolutions
 from lora_export.models.load import load_model
 from support.small_models import small_model
 
@@ -38,7 +38,7 @@ def test_features_of_rows_are_those_of_the_model(name: str, block: int, tmp_path
     module: Any = load_model(str(small_model(name, tmp_path))).module
     sizes = torch.tensor([[2, 3], [1, 5], [4, 1], [1, 1]]) * block
     pixels = torch.randn(4, 3, 6 * block, 5 * block, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), row_images(module) as encoder:
+    with torch.no_grad(), RowEncoder.opened(module) as encoder:
         module.base_model.multi_modal_projector.linear_2.weight.mul_(32)
         expected = torch.cat(module.get_image_features(pixels, image_sizes=sizes).pooler_output)
         found = encoder(pixels, sizes)["image_features"]
@@ -50,7 +50,7 @@ def test_features_of_tiles_are_those_of_the_model(tmp_path: Path) -> None:
     module: Any = load_model(str(small_model("llava_next", tmp_path))).module
     sizes = any_sizes(100, 60)
     pixels = torch.randn(60, 6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), sized_tiles(module) as encoder:
+    with torch.no_grad(), SizedTileEncoder.opened(module) as encoder:
         expected = module.get_image_features(pixels, sizes).pooler_output
         found = encoder(pixels, sizes)
     assert found["image_token_counts"].tolist() == list(map(len, expected))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_export.plan.missing_experts import with_missing_experts
+from lora_export.plan.converted_attempts import with_missing_experts
 from support.spellings import EXPERTS, MIXTRAL
 
 SHAPES = {"model.layers.0.mlp.experts.gate_up_proj": (2, 6, 4), "model.layers.0.mlp.experts.down_proj": (2, 4, 3)}

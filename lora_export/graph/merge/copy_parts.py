@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +29,6 @@ from lora_export.weights.merge_report import (
     MIN_RETENTION,
     OnBytesWritten,
     QuantisedLayer,
-    Statistics,
     StatisticsByWeight,
 )
 from lora_export.weights.tensor_blocks import OutputTensor
@@ -178,7 +177,7 @@ def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes
 def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[FilePart], backend: Backend) -> Iterator[Block]:
     """Blocks that write the parts in their order, and read every byte of the source once, in its order."""
     read_to = written_to = 0
-    for run in _runs(parts):
+    for run in tensor_blocks.runs(parts, _are_neighbours):
         first, written_to = run[0], run[-1].stop
         if first.tensor is None:
             yield from _literal_blocks(first, read_to)
@@ -186,7 +185,7 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[FilePart]
         start = first.tensor.old.start
         blocks = _tensor_blocks(source, read_fd, write_fd, first, written_to, backend)
         if start < read_to:  # these bytes were read before, for example for another reader of one tensor
-            blocks = map(functools.partial(_with_own_read, source, read_fd, read_to), blocks)
+            blocks = (replace(block, repeated=True) for block in blocks)
         else:
             yield from tensor_blocks.skipped_blocks(read_to, first.start, start - read_to)
             read_to = start + written_to - first.start if first.tensor.is_copy else first.tensor.old.stop
@@ -205,19 +204,8 @@ def _tensor_blocks(
     return tensor.output.blocks_from(part.start, source, read_fd, backend)
 
 
-def _runs(parts: Iterable[FilePart]) -> Iterator[list[FilePart]]:
-    """The parts one by one, except that copies which are neighbours in both files form one run."""
-    run: list[FilePart] = []
-    for part in parts:
-        if run and not _are_neighbours(run[-1], part):
-            yield run
-            run = []
-        run.append(part)
-    if run:
-        yield run
-
-
 def _are_neighbours(one: FilePart, other: FilePart) -> bool:
+    """Whether two parts are copies that follow each other in both files."""
     if one.tensor is None or other.tensor is None or one.stop != other.start:
         return False
     return one.tensor.is_copy and other.tensor.is_copy and one.tensor.old.stop == other.tensor.old.start
@@ -232,15 +220,3 @@ def _literal_blocks(part: FilePart, position: int) -> Iterator[Block]:
 
 def _write_literal(piece: bytes, _source: Bytes, target: Bytes, _scratch: Bytes) -> None:
     target[:] = np.frombuffer(piece, np.uint8)
-
-
-def _with_own_read(source: Path, read_fd: int, position: int, block: Block) -> Block:
-    """A block that reads its bytes of the source itself, so that they are not hashed a second time."""
-
-    def work(_: Bytes, target: Bytes, scratch: Bytes) -> list[Statistics]:
-        before = target if block.work is None else np.empty(block.stop - block.start, np.uint8)
-        block_copy.read(source, read_fd, before, block.start)
-        found: list[Statistics] = block.work(before, target, scratch) if block.work is not None else []
-        return found
-
-    return Block(position, position, block.target_start, block.target_stop, work=work, shared=block.shared)

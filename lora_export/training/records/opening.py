@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, count_that_are, listed
 from lora_export.isolation.limits import MAX_ROW
 from lora_export.storage.hashes import file_sha256
-from lora_export.storage.input_files import must_exist, open_regular, regular_files
+from lora_export.storage.input_files import must_exist, open_regular, shown_files
 from lora_export.storage.npz import read_arrays
 from lora_export.training.records.rows import (
     DATASET_FILES,
@@ -121,7 +121,7 @@ def open_folder(path: Path) -> Records:
     """
     if any((path / name).is_file() for name in DATASET_FILES):
         return SavedDataset(path)
-    files = [file for file in regular_files(path) if not any(part[0] == "." for part in file.relative_to(path).parts)]
+    files = shown_files(path)
     kinds = dict(zip(files, map(file_kind, files), strict=True))
     if not kinds:
         raise InputRefused(f"{path} contains no files")

@@ -89,14 +89,15 @@ def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
 
         return decode
 
+    def by_rows(scales_of: _ScalesOf) -> Callable[[slice], NDArray[np.float32]]:
+        columns = shape[1]
+        return lambda rows: _of_numbers(
+            scales_of, rows.start * columns, (rows.stop - rows.start) * columns, block
+        ).reshape(-1, columns)
+
     def grid() -> Grid:
-        scales_of, columns = _scales(parts, weight, nested), shape[1]
-
-        def of_rows(rows: slice) -> tuple[NDArray[np.float32], None]:
-            first, count = rows.start * columns, (rows.stop - rows.start) * columns
-            return _of_numbers(scales_of, first, count, block).reshape(-1, columns), None
-
-        return of_rows
+        of_rows = by_rows(_scales(parts, weight, nested))
+        return lambda rows: (of_rows(rows), None)
 
     codes = StoredCodes(
         shape,
@@ -107,13 +108,7 @@ def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
     )
 
     def spread(values: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
-        of_scales, columns = values.reshape(-1), shape[1]
-
-        def of_rows(rows: slice) -> NDArray[np.float32]:
-            first, count = rows.start * columns, (rows.stop - rows.start) * columns
-            return _of_numbers(of_scales.__getitem__, first, count, block).reshape(-1, columns)
-
-        return of_rows
+        return by_rows(values.reshape(-1).__getitem__)
 
     all_parts = (*(f"{weight}.{name}" for name in names), state_name)
     scaling = ScaleRule(f"{weight}.absmax", lambda: parts.read_scales(f"{weight}.absmax"), spread, 1.0)

@@ -7,6 +7,7 @@ are stored as exponents. The product is made in fp32, and rounded once to the dt
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,11 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.codes import FLOAT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.codes import FLOAT8_VALUES, PackedRows, StoredCodes
 from lora_export.weights.quantised.new_grid import ScaleRule, to_larger_exponents
 from lora_export.weights.quantised.stored_parts import (
-    Decode,
     QuantisedTensor,
     StoredParts,
     powers_of_two,
@@ -73,26 +72,13 @@ def _quantised(
         refuse_damaged_scales(scales_name, factors)
         return factors.astype(np.float32)
 
-    def grid() -> Grid:
-        of_rows = spread(decode_scales(parts.read(scales_name)))
-        return lambda rows: (of_rows(rows), None)
-
-    def load() -> Decode:
-        of_rows = grid()
-
-        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
-            values = packed.view(np.dtype(FP8)).reshape(-1, shape[1]).astype(np.float32)
-            values *= of_rows(rows)[0]
-            return values.astype(dtype)
-
-        return decode
-
     module = name.removesuffix("weight")
     every = (scales_name, *parts.present(*(f"{module}{what}" for what in ACTIVATION_SCALES)))
-    codes = StoredCodes((shape[0], shape[1]), False, FLOAT8_VALUES, PackedRows(8, shape[1], shape[1]), grid)
     encode = to_larger_exponents if str(scales.dtype) == "uint8" else None
     largest = float(np.nanmax(FLOAT8_VALUES))
     scaling = ScaleRule(scales_name, lambda: parts.read(scales_name), spread, largest, decode_scales, encode)
+    codes = StoredCodes((shape[0], shape[1]), False, FLOAT8_VALUES, PackedRows(8, shape[1], shape[1]), scaling.grid)
+    load = functools.partial(codes.decoder, dtype)
     return QuantisedTensor(name, shape, dtype, name, every, "fp8", load, codes=codes, scaling=scaling)
 
 

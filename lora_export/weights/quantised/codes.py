@@ -77,11 +77,21 @@ class StoredCodes:
             found = self.values.take(codes)
         else:  # faster than a look-up
             found = (codes.view(np.int8) if self.values is INT8_VALUES else codes).astype(np.float32)
-            found += self.values[0]
+            if self.values[0]:
+                found += self.values[0]
         if zeros is not None:
             found -= zeros
         found *= scales
         return found
+
+    def decoder(self, dtype: np.dtype[Any]) -> Callable[[slice, Bytes], NDArray[Any]]:
+        """What makes rows from their bytes, rounded once to a dtype. Reads scales and zero points."""
+        of_rows = self.load()
+
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            return self.weight(self.layout.unpack(rows, packed), *of_rows(rows)).astype(dtype)
+
+        return decode
 
     def nearest(
         self, weight: NDArray[np.float32], scales: NDArray[np.float32], zeros: NDArray[Any] | None, old: Numbers

@@ -12,6 +12,7 @@ Source: comfy-kitchen (tensor/nvfp4.py, tensor/mxfp8.py, float_utils.py) and com
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,13 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.quantised.codes import FLOAT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.codes import FLOAT8_VALUES, PackedRows, StoredCodes
 from lora_export.weights.quantised.modelopt import SECOND_SCALE
 from lora_export.weights.quantised.new_grid import ScaleRule, to_floats8, to_larger_exponents
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, powers_of_two
+from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts, powers_of_two
 
 TILE_ROWS, TILE_GROUPS, ROWS_BESIDE = 128, 4, 4
 
@@ -72,21 +72,6 @@ def weight_in_groups(
         flat = values.reshape(-1)
         return lambda part: np.repeat(flat[tiled_places(part, groups)], own.columns, axis=1)
 
-    def grid() -> Grid:
-        of_rows = spread(decoded(read()))
-        return lambda part: (of_rows(part), None)
-
-    layout = PackedRows(own.bits, columns, entry.row_bytes, is_high_first=own.bits == 4)
-    codes = StoredCodes((rows, columns), False, own.values, layout, grid)
-
-    def load() -> Decode:
-        of_rows = grid()
-
-        def decode(part: slice, packed: Bytes) -> NDArray[Any]:
-            return codes.weight(layout.unpack(part, packed), *of_rows(part)).astype(dtype)
-
-        return decode
-
     scaling = ScaleRule(
         *(first, read, spread, float(np.nanmax(own.values))),
         decode=decoded,
@@ -94,6 +79,9 @@ def weight_in_groups(
     )
     every = (first, *([second] if has_second else ()), *others)
     shape = (rows, columns)
+    layout = PackedRows(own.bits, columns, entry.row_bytes, is_high_first=own.bits == 4)
+    codes = StoredCodes(shape, False, own.values, layout, scaling.grid)
+    load = functools.partial(codes.decoder, dtype)
     return QuantisedTensor(entry.name, shape, dtype, entry.name, every, scheme, load, codes=codes, scaling=scaling)
 
 

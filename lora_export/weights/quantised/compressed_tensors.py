@@ -28,9 +28,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
-from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.quantised.codes import FLOAT8, FLOAT8_VALUES, INT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.codes import FLOAT8_VALUES, INT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.new_grid import (
     NewGrid,
     NewPart,
@@ -46,17 +45,15 @@ from lora_export.weights.quantised.packed_numbers import (
     MOST_BITS,
     WORD_BYTES,
     unpack,
-    unpack_floats,
     words_of,
 )
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
-    Decode,
+    DecodeScales,
     QuantisedTensor,
     StoredParts,
+    in_groups,
     powers_of_two,
-    refuse_damaged_scales,
-    scaled,
 )
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -71,21 +68,12 @@ def _e2m3() -> NDArray[np.float32]:
 SIX_BIT_VALUES = _e2m3()
 
 
-def _six_bit_floats(packed: Bytes) -> NDArray[np.float32]:
-    """Four numbers of 6 bits in each three bytes, from the lowest bit on."""
-    octets = packed.reshape(-1, 3).astype(np.uint32)
-    words = octets[:, 0] | octets[:, 1] << 8 | octets[:, 2] << 16
-    codes = (words[:, None] >> np.arange(0, 24, 6, dtype=np.uint32)) & 0x3F
-    values: NDArray[np.float32] = SIX_BIT_VALUES.take(codes.reshape(-1))
-    return values
-
-
-# (dtype of the numbers, dtype of the scales, bytes of a group) -> name, columns of a group, the floats in some bytes
-GROUP_FORMATS: dict[tuple[str, str, int], tuple[str, int, Callable[[Bytes], NDArray[np.float32]]]] = {
-    ("uint8", "float8_e4m3fn", 8): ("nvfp4", 16, unpack_floats),
-    ("uint8", "uint8", 16): ("mxfp4", 32, unpack_floats),
-    ("uint8", "uint8", 24): ("mxfp6", 32, _six_bit_floats),
-    ("float8_e4m3fn", "uint8", 32): ("mxfp8", 32, lambda packed: packed.view(FLOAT8).astype(np.float32)),
+# (dtype of the numbers, dtype of the scales, bytes of a group) -> name, columns of a group
+GROUP_FORMATS: dict[tuple[str, str, int], tuple[str, int]] = {
+    ("uint8", "float8_e4m3fn", 8): ("nvfp4", 16),
+    ("uint8", "uint8", 16): ("mxfp4", 32),
+    ("uint8", "uint8", 24): ("mxfp6", 32),
+    ("float8_e4m3fn", "uint8", 32): ("mxfp8", 32),
 }
 
 
@@ -96,7 +84,7 @@ REACH = {"nvfp4": 6.0, "mxfp4": 4.0, "mxfp6": 4.0, "mxfp8": 256.0}  # of powers 
 def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[str, ...]) -> QuantisedTensor:
     """A weight of floats in groups. The dtypes and the shapes of its numbers and scales decide its format."""
     numbers, scales = parts.expect(packed, name), parts.expect(f"{name}_scale", name, "uint8", "float8_e4m3fn")
-    kind, columns, floats_of = _kind(name, numbers, scales)
+    kind, columns = _kind(name, numbers, scales)
     if parts.present(f"{name}_zero_point"):
         raise InputRefused(f"{name}_zero_point: {kind} has no zero points, and the library does not use them")
     every = (f"{name}_scale", *others)
@@ -104,69 +92,37 @@ def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[s
         parts.expect(f"{name}_global_scale", name, "float32", count=1)
         every = (f"{name}_global_scale", *every)
 
-    def scales_of_rows() -> Callable[[slice], NDArray[np.float32]]:
-        stored, divisor = parts.read(f"{name}_scale"), np.ones(1, np.float32)
-        if kind == "nvfp4":
-            refuse_damaged_scales(f"{name}_scale", stored)
-            divisor = parts.read(f"{name}_global_scale").reshape(-1)
-            if not (np.isfinite(divisor).all() and divisor.all()):
-                raise InputRefused(f"{name}_global_scale: {divisor[0]} is no divisor. The file is damaged")
+    def divisor() -> NDArray[np.float32]:
+        found: NDArray[np.float32] = parts.read(f"{name}_global_scale").reshape(-1)
+        if not (np.isfinite(found).all() and found.all()):
+            raise InputRefused(f"{name}_global_scale: {found[0]} is no divisor. The file is damaged")
+        return found
 
-        def of_rows(rows: slice) -> NDArray[np.float32]:
-            own = stored[rows]
-            return own.astype(np.float32) / divisor if kind == "nvfp4" else powers_of_two(f"{name}_scale", own)
+    def load_scales() -> DecodeScales:
+        if kind != "nvfp4":
+            return functools.partial(powers_of_two, f"{name}_scale")
+        whole = divisor()
+        return lambda stored: stored.astype(np.float32) / whole
 
-        return of_rows
-
-    def grid() -> Grid:
-        scales_of = scales_of_rows()
-        return lambda rows: (np.repeat(scales_of(rows), columns // scales.shape[1], axis=1), None)
-
-    def spread(values: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
-        of_scales = values.reshape(scales.shape)
-        return lambda rows: np.repeat(of_scales[rows], columns // scales.shape[1], axis=1)
-
-    def divisor() -> Any:
-        return parts.read(f"{name}_global_scale").reshape(-1)
-
-    def read() -> NDArray[Any]:
-        return parts.read(f"{name}_scale")
-
-    if kind == "nvfp4":
-        scaling = ScaleRule(
-            *(f"{name}_scale", read, spread, REACH[kind]),
-            decode=lambda stored: stored.astype(np.float32) / divisor(),
-            encode=lambda factors: to_floats8(factors * divisor()),
-        )
-    else:
-        decode = functools.partial(powers_of_two, f"{name}_scale")
-        scaling = ScaleRule(f"{name}_scale", read, spread, REACH[kind], decode, to_exponents)
-
-    def load() -> Decode:
-        scales_of = scales_of_rows()
-
-        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
-            scales = scales_of(rows)
-            return scaled(floats_of(packed).reshape(len(scales), -1), scales, BFLOAT16)
-
-        return decode
-
-    values, shape = VALUES[kind], (numbers.shape[0], columns)
-    layout = PackedRows(len(values).bit_length() - 1, columns, numbers.row_bytes)
-    codes = StoredCodes(shape, False, values, layout, grid)
-    return QuantisedTensor(name, shape, BFLOAT16, packed, every, kind, load, codes=codes, scaling=scaling)
+    return in_groups(
+        *(parts, name, numbers, scales, columns, BFLOAT16, every, kind),
+        values=VALUES[kind],
+        reach=REACH[kind],
+        load_scales=load_scales,
+        encode=(lambda factors: to_floats8(factors * divisor())) if kind == "nvfp4" else to_exponents,
+    )
 
 
-def _kind(name: str, numbers: Entry, scales: Entry) -> tuple[str, int, Callable[[Bytes], NDArray[np.float32]]]:
-    """The name of the format, the columns of the weight, and what unpacks its numbers."""
+def _kind(name: str, numbers: Entry, scales: Entry) -> tuple[str, int]:
+    """The name of the format, and the columns of the weight."""
     if len(numbers.shape) == len(scales.shape) == 2 and scales.shape[0] == numbers.shape[0] and scales.nbytes:
         groups = scales.shape[1]
         found = GROUP_FORMATS.get((str(numbers.dtype), str(scales.dtype), numbers.shape[1] // groups))
         if found is not None and numbers.shape[1] % groups == 0:
-            return found[0], found[1] * groups, found[2]
+            return found[0], found[1] * groups
     raise InputRefused(
         f"{name}: numbers of {numbers.dtype} {list(numbers.shape)} with scales of {scales.dtype} {list(scales.shape)} "
-        f"are none of {', '.join(kind for kind, *_ in GROUP_FORMATS.values())}"
+        f"are none of {', '.join(kind for kind, _ in GROUP_FORMATS.values())}"
     )
 
 
@@ -306,19 +262,6 @@ class _StoredNumbers:
             factors, points = spread(self._scales()), spread(self._zero_points(grid)) if zero_points else None
             return lambda own: (factors(own), None if points is None else points(own))
 
-        def load() -> Decode:
-            of_rows = load_grid()
-
-            def decode(own: slice, packed: Bytes) -> NDArray[Any]:
-                numbers = self._numbers(packed.reshape(own.stop - own.start, -1)).astype(np.float32)
-                factors, zeros = of_rows(own)
-                if zeros is not None:
-                    numbers -= zeros
-                numbers *= factors
-                return numbers.astype(scales.dtype)
-
-            return decode
-
         every = (*others, f"{name}_scale", *groups, *zero_points)
         row_bytes = self.parts.expect(packed, name).row_bytes
         codes = StoredCodes(self.shape, False, self.values, PackedRows(self.bits or 8, columns, row_bytes), load_grid)
@@ -337,7 +280,8 @@ class _StoredNumbers:
             return NewGrid(f"{FINE_BITS}-bit integers", codes, (rows, words), parts)
 
         return QuantisedTensor(
-            *(name, (rows, columns), scales.dtype, packed, every, scheme, load),
+            *(name, (rows, columns), scales.dtype, packed, every, scheme),
+            load=functools.partial(codes.decoder, scales.dtype),
             codes=codes,
             finer=finer,
             scaling=ScaleRule(f"{name}_scale", self._scales, spread, 0.0 if zero_points else self._reach),
@@ -364,12 +308,6 @@ class _StoredNumbers:
         if self.bits:
             return np.arange(1 << self.bits, dtype=np.float32) - np.float32(1 << (self.bits - 1))
         return INT8_VALUES if self.stored == np.int8 else FLOAT8_VALUES
-
-    def _numbers(self, packed: NDArray[np.uint8]) -> NDArray[Any]:
-        if not self.bits:
-            return packed.view(self.stored)
-        numbers = unpack(packed.view(np.uint32), self.bits, self.shape[1])
-        return numbers.astype(np.int16) - (1 << (self.bits - 1))
 
     @property
     def _grid_of_blocks(self) -> tuple[int, int] | None:

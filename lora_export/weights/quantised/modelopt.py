@@ -12,19 +12,16 @@ Source: nvidia-modelopt 0.47, whose results are in the tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
-from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.codes import Grid, PackedRows, StoredCodes
-from lora_export.weights.quantised.new_grid import ScaleRule, to_floats8
-from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, scaled
+from lora_export.weights.quantised.new_grid import to_floats8
+from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES
+from lora_export.weights.quantised.stored_parts import DecodeScales, QuantisedTensor, StoredParts, in_groups
 
 MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
 SECOND_SCALE = "weight_scale_2"
@@ -60,35 +57,15 @@ def _tensor(parts: StoredParts, module: str, dtype: np.dtype[Any]) -> QuantisedT
             f"{NVFP4_COLUMNS} columns"
         )
 
-    def scales_of_rows() -> Callable[[slice], NDArray[np.float32]]:
-        whole, own = parts.read_scales(second).reshape(-1), parts.read_scales(first)
-        return lambda rows: own[rows].astype(np.float32) * whole
+    def load_scales() -> DecodeScales:
+        whole = parts.read_scales(second).reshape(-1)
+        return lambda stored: stored.astype(np.float32) * whole
 
-    def grid() -> Grid:
-        scales_of = scales_of_rows()
-        return lambda rows: (np.repeat(scales_of(rows), NVFP4_COLUMNS, axis=1), None)
-
-    def load() -> Decode:
-        scales_of = scales_of_rows()
-
-        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
-            values = unpack_floats(packed)
-            values += np.float32(0)  # the library's table has no -0
-            scales = scales_of(rows)
-            return scaled(values.reshape(len(scales), -1), scales, dtype)
-
-        return decode
-
-    def spread(values: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
-        of_scales = values.reshape(scales.shape)
-        return lambda rows: np.repeat(of_scales[rows], NVFP4_COLUMNS, axis=1)
-
-    scaling = ScaleRule(
-        *(first, lambda: parts.read_scales(first), spread, float(FLOAT4_VALUES.max())),
-        decode=lambda stored: stored.astype(np.float32) * parts.read_scales(second).reshape(-1),
+    every = (first, second, *parts.present(*(f"{module}.{what}" for what in INPUT_SCALES)))
+    return in_groups(
+        *(parts, name, numbers, scales, NVFP4_COLUMNS * groups, dtype, every, "modelopt nvfp4"),
+        values=FLOAT4_VALUES + np.float32(0),  # the library's table has no -0
+        reach=float(FLOAT4_VALUES.max()),
+        load_scales=load_scales,
         encode=lambda factors: to_floats8(factors / parts.read_scales(second).reshape(-1)),
     )
-    every = (first, second, *parts.present(*(f"{module}.{what}" for what in INPUT_SCALES)))
-    shape = (scales.shape[0], NVFP4_COLUMNS * groups)
-    codes = StoredCodes(shape, False, FLOAT4_VALUES, PackedRows(4, shape[1], numbers.shape[1]), grid)
-    return QuantisedTensor(name, shape, dtype, name, every, "modelopt nvfp4", load, codes=codes, scaling=scaling)

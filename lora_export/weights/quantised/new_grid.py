@@ -45,6 +45,11 @@ class ScaleRule:
     decode: Callable[[NDArray[Any]], NDArray[np.float32]] = lambda stored: stored.astype(np.float32)
     encode: Callable[[NDArray[np.float32]], NDArray[Any]] | None = None  # None: rounded to the dtype
 
+    def grid(self) -> Grid:
+        """The scales of a weight without zero points. Reads all of them."""
+        of_rows = self.spread(self.decode(self.read()))
+        return lambda rows: (of_rows(rows), None)
+
     def tensors(self, scales: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """The stored tensors that have these scales, which are as `read` has them."""
         return {self.name: scales}

@@ -21,11 +21,13 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.file_pieces import read_piece
 from lora_export.storage.safetensors_file import Entry, TensorFile
-from lora_export.weights.quantised.codes import StoredCodes
+from lora_export.weights.quantised.codes import Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.new_grid import NewGrid, ScaleRule, new_parts
+from lora_export.weights.quantised.packed_numbers import pairs_of_bytes
 
 # (rows of `row_shape`, their packed bytes) -> these rows of the weight, in its float dtype
 Decode = Callable[[slice, Bytes], NDArray[Any]]
+DecodeScales = Callable[[NDArray[Any]], NDArray[np.float32]]  # stored scales -> factors of numbers
 FLOAT_SCALES = ("float32", "bfloat16", "float16")
 NOT_A_NUMBER = 255  # among powers of two, which are stored as exponents (E8M0): 2^(byte - 127)
 LOADED_AT_ONCE = block_copy.MOST_THREADS  # weights whose scales are in memory
@@ -202,3 +204,60 @@ def powers_of_two(name: str, stored: NDArray[Any]) -> NDArray[np.float32]:
         raise InputRefused(f"{name}: a scale of {NOT_A_NUMBER} is no number. The file is damaged")
     scales: NDArray[np.float32] = np.ldexp(np.float32(1), stored.astype(np.int32) - 127)
     return scales
+
+
+def in_groups(
+    parts: StoredParts,
+    name: str,
+    numbers: Entry,
+    scales: Entry,
+    columns: int,
+    dtype: np.dtype[Any],
+    every: tuple[str, ...],
+    scheme: str,
+    *,
+    values: NDArray[np.float32],
+    reach: float,
+    load_scales: Callable[[], DecodeScales],
+    encode: Callable[[NDArray[np.float32]], NDArray[Any]],
+) -> QuantisedTensor:
+    """A matrix of floats with a scale for each group of its columns: `scales` are (rows, groups).
+
+    `load_scales` reads what all scales have in common. `values`, `reach` and `encode` are those of `StoredCodes` and
+    `ScaleRule`, `every` has the names of all parts but the numbers.
+    """
+    shape, width = (numbers.shape[0], columns), columns // scales.shape[1]
+
+    def read() -> NDArray[Any]:
+        return parts.read_scales(scales.name)
+
+    def scales_of_rows() -> Callable[[slice], NDArray[np.float32]]:
+        stored, decode = read(), load_scales()
+        return lambda rows: decode(stored[rows])
+
+    def grid() -> Grid:
+        scales_of = scales_of_rows()
+        return lambda rows: (np.repeat(scales_of(rows), width, axis=1), None)
+
+    def decode_scales(stored: NDArray[Any]) -> NDArray[np.float32]:
+        return load_scales()(stored)
+
+    def spread(factors: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
+        of_scales = factors.reshape(scales.shape)
+        return lambda rows: np.repeat(of_scales[rows], width, axis=1)
+
+    def load() -> Decode:
+        if layout.bits != 4:
+            return codes.decoder(dtype)
+        scales_of, pairs = scales_of_rows(), pairs_of_bytes(values)
+
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            own = scales_of(rows)
+            return scaled(pairs.take(packed).view(np.float32).reshape(len(own), -1), own, dtype)
+
+        return decode
+
+    layout = PackedRows(len(values).bit_length() - 1, columns, numbers.row_bytes)
+    codes = StoredCodes(shape, False, values, layout, grid)
+    scaling = ScaleRule(scales.name, read, spread, reach, decode_scales, encode)
+    return QuantisedTensor(name, shape, dtype, numbers.name, every, scheme, load, codes=codes, scaling=scaling)
