@@ -10,7 +10,6 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
     converted_attempts.py  those in which it has the names of another layout, or of the loaded model
     placing.py             where the entries of its tensors are in the base
     experts.py             the pairs of experts, as the base has these
-    missing_experts.py     tensors of a stack of experts that an adapter lacks
     stored_region.py       a part of a stored tensor
     match_names.py         the names of an adapter and of a base: prefixes, nearest names, layers without tensors
     layouts.py             how a matrix is stored where the base does not state it: by option, adapter or shape

@@ -225,7 +225,7 @@ UNUSED = (
     *(f"lora_export.api.{module}" for module in ("load_model", "merge_pipeline", "shared_head")),
     *("lora_export.names.llama_cpp", "lora_export.options.proof", "lora_export.options.unmerge"),
     *(f"lora_export.artifacts.{module}" for module in ("archive", "artifact")),
-    *("lora_export.names.diffusion_layouts", "lora_export.plan.converted_attempts", "lora_export.plan.missing_experts"),
+    *("lora_export.names.diffusion_layouts", "lora_export.plan.converted_attempts"),
     *(f"lora_export.pairs.{module}" for module in ("computed", "stages", "structured", "transforms")),
     *(f"lora_export.storage.{module}" for module in ("gguf_", "object_store", "signature", "store_file")),
     *(f"lora_export.storage.{module}" for module in ("distributed_checkpoint", "store_output", "torch_pickle")),
