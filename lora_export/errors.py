@@ -162,6 +162,7 @@ class Misfit:
     adapter: str
     key: str  # as spelled in the adapter's file
     problem: str
+    is_conflict: bool = False  # with another change of the same tensor, rather than with the base
 
     def __str__(self) -> str:
         return one_line(f"{self.key}: {self.problem}")

@@ -132,6 +132,7 @@ class Step:
     replace: NDArray[Any] | None = None
     token_rows: TokenRows | None = None  # never with terms
     added: bool = False  # the base has no such tensor; `spec` describes the new one
+    values_of: tuple[str, ...] = ()  # the adapters that `replace` and `token_rows` come from
 
     def __repr__(self) -> str:
         return brief(self, f"{self.weight}: {self}")
