@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_export.errors import EscapedLines, InputRefused, escaped_lines, first_line, listed
+from lora_export.errors import EscapedLines, InputRefused, count, escaped_lines, first_line, listed
 from lora_export.extras import optional_package
 from lora_export.isolation.limits import MAX_OBJECTS
 from lora_export.layers.frozen_linear import scales_of_4bit
@@ -191,7 +191,9 @@ def _refuse_more_modules(folder: Path, fields: Mapping[str, Any], tensors: int) 
         if isinstance(value, dict):
             _refuse_more_modules(folder, value, tensors)
         elif MODULE_COUNT.search(name) and sum(counts) > SHARED_MODULES + tensors:
-            raise InputRefused(f"{folder / CONFIG}: {name} is {sum(counts):,}, and the folder has {tensors:,} tensors")
+            raise InputRefused(
+                f"{folder / CONFIG}: {name} is {sum(counts):,}, and the folder has {count(tensors, 'tensor')}"
+            )
         elif name == LABEL_COUNT and sum(counts) > MOST_LABELS:  # transformers makes a name for each
             raise InputRefused(f"{folder / CONFIG}: {name} is {sum(counts):,}; at most {MOST_LABELS:,} are supported")
 

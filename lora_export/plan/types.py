@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import brief, escaped_lines
+from lora_export.errors import brief, count, escaped_lines
 from lora_export.lora import Adapter, LoraPair, Scaling, TokenRows
 from lora_export.notebook import html_table
 from lora_export.options.combining import Applied
@@ -208,7 +208,7 @@ class Step:
             return "bias shifted" if self.replace is None else "bias replaced, then shifted"
         parts = [] if self.replaces_only_rows else ["added" if self.added else "replaced"]
         if self.token_rows is not None:
-            parts.append(f"{self.token_rows.indices.size} rows replaced")
+            parts.append(f"{count(self.token_rows.indices.size, 'row')} replaced")
         return ", then ".join(parts)
 
 
