@@ -315,6 +315,8 @@ def test_a_wrong_model_is_named_before_anything_is_read(
             "Name the model that it is for",
         ),  # data is read later
         (("torchscript", "ad", "-a", "ad", "-o", "new.pt"), "Name the model that it is for"),
+        (("extract", "ad", "base", "-o", "new", "--rank", "1"), "Name the model that it is for"),
+        (("convert", "ad", "--base", "ad", "-o", "new", "--to", "kohya"), "Name the model that it is for"),
         (("verify", "ad", "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
         (("verify", "ad", "--model", "base", "-a", "ad"), "Give the file or folder that was made with it"),
         (("verify", FILE, "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
