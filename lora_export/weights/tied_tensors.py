@@ -28,7 +28,7 @@ from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, tensor_aliases
 
 TIED = "tie_word_embeddings"
-COMPARED_AT_ONCE = 4 << 20  # bytes of each of two tensors
+TABLE_BYTES_AT_ONCE = 4 << 20  # of each of two tables that are compared
 
 
 def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
@@ -90,8 +90,8 @@ def _have_equal_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> boo
     (file, first), (other_file, second) = one, other
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    for done in range(0, first.nbytes, COMPARED_AT_ONCE):
-        pieces = np.empty((2, min(COMPARED_AT_ONCE, first.nbytes - done)), np.uint8)
+    for done in range(0, first.nbytes, TABLE_BYTES_AT_ONCE):
+        pieces = np.empty((2, min(TABLE_BYTES_AT_ONCE, first.nbytes - done)), np.uint8)
         read_piece(file, pieces[0], first.start + done)
         read_piece(other_file, pieces[1], second.start + done)
         if not np.array_equal(pieces[0], pieces[1]):
