@@ -54,9 +54,9 @@ def first_of(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def count(number: SupportsIndex, what: str) -> str:
-    """`1 case`, `2 cases`."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def count(number: SupportsIndex, one: str, several: str = "") -> str:
+    """`1 case`, `2 cases`, `1,000 cases`; of a plural without `s`, `several` is the word."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
 def duration(seconds: float) -> str:
@@ -162,6 +162,7 @@ class Misfit:
     adapter: str
     key: str  # as spelled in the adapter's file
     problem: str
+    is_conflict: bool = False  # with another change of the same tensor, rather than with the base
 
     def __str__(self) -> str:
         return one_line(f"{self.key}: {self.problem}")

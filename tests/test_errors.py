@@ -9,6 +9,7 @@ from lora_export.errors import (
     InputRefused,
     MatchError,
     Misfit,
+    count,
     escaped_lines,
     first_line,
     listed,
@@ -78,6 +79,11 @@ def test_only_the_first_misfits_are_listed_and_all_are_kept():
         "    x: too wide",
     ]
     assert len(error.misfits) == 225
+
+
+def test_counts_have_the_number_of_their_word():
+    assert [count(number, "case") for number in (0, 1, 2, 1000)] == ["0 cases", "1 case", "2 cases", "1,000 cases"]
+    assert [count(number, "entry", "entries") for number in (1, 2)] == ["1 entry", "2 entries"]
 
 
 def test_only_the_lines_of_a_message_break_it():

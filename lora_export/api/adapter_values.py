@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.artifacts.files import graphs_in
-from lora_export.errors import MatchError
+from lora_export.errors import MatchError, count
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import AdapterArrays, AdapterPlace, Contract
 from lora_export.graph.find_sites import Sites, find_sites
@@ -86,7 +86,8 @@ def adapter_values(adapter: Adapter, strength: float, graphs: Sequence[TakingGra
     except MatchError as error:
         how = command("onnx", lora="slots" if graphs[0].contract.slots else "inputs", target="NAMES")
         raise error.with_words(NO_WEIGHT, "the graph takes no adapter at").with_remedy(
-            f"{graphs[0].path} takes adapters at {len(places)} layers. `{how}` makes a graph that takes them at others"
+            f"{graphs[0].path} takes adapters at {count(len(places), 'layer')}. `{how}` makes a graph that takes them "
+            "at others"
         ) from error
     return [_values_in(graph, adapter.name, steps, heads) for graph in graphs]
 

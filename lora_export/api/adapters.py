@@ -12,7 +12,7 @@ from lora_export import provenance
 from lora_export.adapters.combine import combine_adapters
 from lora_export.adapters.low_rank import LayerShare, resize_adapter, total_share
 from lora_export.adapters.singular_values import Truncation
-from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.callbacks import in_bytes, note_each
 from lora_export.errors import count, first_of
 from lora_export.formats.peft_writing import name_in_patterns, write_any_ranks
@@ -162,6 +162,12 @@ def extract(options: ExtractOptions) -> ExtractResult:
     range; OutputFailed where the output cannot be written. Nothing is left behind then.
     """
     base, tuned = (locate(path, options.on_message, options.download) for path in (options.base, options.tuned))
+    with no_adapter_as_model(base, ()), no_adapter_as_model(tuned, ()):
+        return _extracted(options, base, tuned)
+
+
+def _extracted(options: ExtractOptions, base: Path, tuned: Path) -> ExtractResult:
+    """As `extract`, with both checkpoints found."""
     output, truncation = place(options.output), Truncation(options.rank, options.energy)
     one, other = open_checkpoint(base), open_checkpoint(tuned)
     with atomic_output.staged(options, output, [base, tuned]) as stage:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_export import plan
 from lora_export.api.adapter_names import repeated_tables, with_shapes_of_base
-from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage
@@ -58,7 +58,8 @@ def check(options: CheckOptions) -> CheckResult:
     path = None if options.base is None else locate(options.base, ignore, options.download)
     adapter = _loaded(source, options)
     folder = next(iter(adapter_paths(source)), None)
-    adapter, base = (adapter, None) if path is None else _opened(path, adapter)
+    with no_adapter_as_model(path, source):
+        adapter, base = (adapter, None) if path is None else _opened(path, adapter)
     config = peft_config(adapter, folder)
     facts = {**facts_of_adapter(adapter, config, folder, base), **facts_of_base(adapter, base)}
     changes = facts_of_changes(adapter, config, base)

@@ -23,7 +23,7 @@ from lora_export.api.adapter_names import (
 )
 from lora_export.api.adapter_values import adapter_values, taking_graphs
 from lora_export.api.adapters import copy_head_config, write_origin
-from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import file_for_graph, with_suffix
@@ -89,9 +89,15 @@ def convert(options: ConvertOptions) -> ConvertResult:
     EnvironmentLacking without the package gguf; OutputFailed where the output cannot be written. Nothing is left
     behind then.
     """
-    to, names, weight, output = options.to, options.names, options.weight, place(options.output)
     (adapter,) = locate_adapters(options.adapter, options.on_message, options.download)
     base = None if options.base is None else locate(options.base, options.on_message, options.download)
+    with no_adapter_as_model(base, adapter):
+        return _converted(options, adapter, base)
+
+
+def _converted(options: ConvertOptions, adapter: AdapterSource, base: Path | None) -> ConvertResult:
+    """As `convert`, with what the options name found."""
+    to, names, weight, output = options.to, options.names, options.weight, place(options.output)
     reading = _with_config_beside(options.reading.for_base(base), adapter)
     (loaded,) = load_adapters(adapter, reading=reading, of_models=holds_pipelines(to))
     loaded = loaded if base is None else with_shapes_of_base(loaded, base, options.layout)

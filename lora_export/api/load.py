@@ -106,12 +106,19 @@ def no_adapter_as_model(model: ModelSource | None, adapters: AdapterSources) -> 
     try:
         yield
     except InputRefused as error:
-        path = place(model) if isinstance(model, str | Path) else None
-        if path is None or not formats.is_only_adapter(path):
-            raise
+        refuse_adapter_as_model(model, adapters, error)
+        raise
+
+
+def refuse_adapter_as_model(
+    model: ModelSource | None, adapters: AdapterSources = (), cause: InputRefused | None = None
+) -> None:
+    """Raise InputRefused where `model` is an adapter, for `cause`. It names the model where the two were swapped."""
+    path = place(model) if isinstance(model, str | Path) else None
+    if path is not None and formats.is_only_adapter(path):
         models = [str(other) for other in adapter_paths(adapters) if formats.is_model(other)]
         way_out = f", and {models[0]} is a model. Did you swap them?" if models else ". Name the model that it is for"
-        raise InputRefused(f"{path} is an adapter{way_out}") from error
+        raise InputRefused(f"{path} is an adapter{way_out}") from cause
 
 
 def adapter_paths(sources: AdapterSources) -> list[Path]:

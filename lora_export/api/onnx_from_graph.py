@@ -18,7 +18,7 @@ from lora_export.api.load_model import resolve_model
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import Located, base_outputs, insert_and_save, locate_steps, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
-from lora_export.errors import InputRefused, first_of, listed
+from lora_export.errors import InputRefused, count, first_of, listed
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import unclear_inputs
@@ -191,8 +191,9 @@ def _targets(sites: Sites, options: OnnxRequest) -> list[str]:
     if isinstance(targets, str):
         unknown = [site.location for site in sites.unnamed if not site.equal_tensors and not is_output_head(site)]
         if unknown:
+            nameless = count(len(unknown), "linear layer has", "linear layers have")
             raise InputRefused(
-                f"{len(unknown)} linear layers have no certain name ({first_of(unknown, SHOWN_LAYERS)}). "
+                f"{nameless} no certain name ({first_of(unknown, SHOWN_LAYERS)}). "
                 f"{named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, names them by content"
             )
         return [name for name, site in linear.items() if not is_output_head(site)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lora_export import formats, layers
-from lora_export.api.load import no_adapter_as_model
+from lora_export.api.load import refuse_adapter_as_model
 from lora_export.api.load_model import model_paths, refuse_no_source, refuse_pt2
 from lora_export.api.training_data import TrainingData, encoded_data, read_training_data
 from lora_export.api.training_output import (
@@ -200,6 +200,7 @@ def _prepared(options: TrainOptions) -> TrainOptions:
         options = replace(options, on_message=ignore, on_progress=ignore)
     model = locate(options.model, options.on_message, options.download)
     refuse_no_source(model)
+    refuse_adapter_as_model(model)
     return replace(options, model=model, continue_from=continued)
 
 
@@ -229,15 +230,14 @@ def _place_of_checkpoint(options: TrainOptions) -> Path:
 
 def _load_base(options: TrainOptions, learnt: TrainingData) -> tuple[Model, str]:
     """The model with a head for what is learnt, and a description of its weights of 4 bits, where it has some."""
-    with no_adapter_as_model(options.model, ()):
-        loaded = load_model(
-            str(options.model),
-            head=learnt.head,
-            dtype=getattr(torch, options.base_dtype),
-            may_add=True,
-            streamed=options.shard_base,
-            base=TrainedBase(options.quantize_base, (*options.heads, *HEADS)),
-        )
+    loaded = load_model(
+        str(options.model),
+        head=learnt.head,
+        dtype=getattr(torch, options.base_dtype),
+        may_add=True,
+        streamed=options.shard_base,
+        base=TrainedBase(options.quantize_base, (*options.heads, *HEADS)),
+    )
     layers.compute_in_input_dtype(loaded.module)
     quantised = layers.four_bit_layers(loaded.module)
     if quantised:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_export import layers, plan
 from lora_export.callbacks import OnMessage, OnProgress, Progress
-from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, first_of, listed
+from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, count, first_of, listed
 from lora_export.formats.peft_writing import HEADS_OF_TASKS
 from lora_export.layers.attachments import branch_tensors
 from lora_export.layers.new_adapter import as_plain_lora, frozen_start, saved_modules, started_from_weights
@@ -268,8 +268,9 @@ def note_on_peft_experts(loaded: Model, new: Adapter) -> str:
     if not lost:
         return ""
     return (
-        f"note: PEFT up to 0.21 takes {len(lost)} layers, such as {lost[0]}, for experts of this model: it leaves out "
-        "their A and B, or does not load the adapter. lora-export merges and exports them as they were trained"
+        f"note: PEFT up to 0.21 takes {count(len(lost), 'layer')}, such as {lost[0]}, for experts of this model: it "
+        "leaves out their A and B, or does not load the adapter. lora-export merges and exports them as they were "
+        "trained"
     )
 
 

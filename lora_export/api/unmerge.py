@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
-from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.artifacts.files import with_suffix
 from lora_export.artifacts.kind import artifact_kind
 from lora_export.callbacks import in_bytes
@@ -26,7 +26,7 @@ from lora_export.storage.store_path import newly_opened, place
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.residuals.archive import Residual, open_residual
 from lora_export.weights.residuals.restoring import base_of, restore_base
-from lora_export.weights.tied_tensors import ties_of
+from lora_export.weights.tied_tensors import ties_with_rows
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ def unmerge(options: UnmergeOptions) -> UnmergeResult:
             raise InputRefused(f"{base_from} was kept by a merge into {what}, and {merged} is another kind")
         base = base_of(residual, merged)
         settings = _PlanSettings.of(residual)
-        loaded = load_adapters(
-            adapters,
-            reading=replace(settings.reading, allow_pickle=options.allow_pickle, base_config=merged),
-            of_models=True,
-        )
+        with no_adapter_as_model(merged, adapters):
+            loaded = load_adapters(
+                adapters,
+                reading=replace(settings.reading, allow_pickle=options.allow_pickle, base_config=merged),
+                of_models=True,
+            )
         steps = _plan(residual, _in_order(residual, loaded), base, settings)
         size = sum(spec.nbytes for spec in base.specs)
         inputs, is_file = [merged, base_from, *adapter_paths(adapters)], not merged.is_dir()
@@ -133,6 +134,6 @@ def _plan(residual: Residual, adapters: Sequence[Adapter], base: Checkpoint, set
         may_add=True,
         layout=settings.layout,
         rules=base.rules,
-        ties=ties_of(base, settings.tied),
+        ties=ties_with_rows(base, settings.tied, renamed),
     )
     return combine_in_plan(steps, settings.combination)

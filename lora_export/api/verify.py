@@ -143,7 +143,9 @@ def _verified(options: VerifyOptions, in_step: AuditInStep[Verification] | None 
     request = replace(_request(options), in_step=in_step)
     with stated_memory(options.memory):
         candidate = _candidate(options)
-        proof = _judge(candidate, replace(request, origin=_origin(request, candidate)))
+        request = replace(request, origin=_origin(request, candidate))
+        _refuse_adapter(candidate, request)
+        proof = _judge(candidate, request)
     if request.strict:
         proof = proof.strictly()
     seconds = time.perf_counter() - begun
@@ -163,7 +165,7 @@ def _verified(options: VerifyOptions, in_step: AuditInStep[Verification] | None 
 def _candidate(options: VerifyOptions) -> Artifact:
     """The candidate; one in a store that is run is a copy on the disk.
 
-    Raises WrongUsage as `refuse_address`, and InputRefused for a folder that lacks a graph, and for an adapter.
+    Raises WrongUsage as `refuse_address`, and InputRefused for a folder that lacks a graph.
     """
     if is_address(options.candidate):
         from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
@@ -174,9 +176,24 @@ def _candidate(options: VerifyOptions) -> Artifact:
     path = locate(named_path, options.on_message) if is_hub_address(named_path) else newly_opened(named_path)
     opened = open_artifact(path if options.model is None else on_disk(path, options.on_message))
     opened.refuse_missing_graph()
-    if options.runner is None and opened.path.is_dir() and is_only_adapter(opened.path):
-        raise InputRefused(f"{opened.path} is an adapter. Give the file or folder that was made with it")
     return opened
+
+
+def _refuse_adapter(candidate: Artifact, request: VerifyRequest) -> None:
+    """Raise InputRefused for an adapter. A file with adapters and tensors of the base is a model that has both."""
+    may_be = (
+        candidate.kind in (ArtifactKind.GGUF, ArtifactKind.SCRIPT, ArtifactKind.OTHER) or candidate.kind.is_checkpoint
+    )
+    is_adapter = (candidate.kind is ArtifactKind.ADAPTER and candidate.path.is_file()) or (
+        may_be and is_only_adapter(candidate.path)
+    )
+    if request.runner is not None or not is_adapter:
+        return
+    if candidate.kind is ArtifactKind.WEIGHTS and request.origin is not None and request.origin.kind.is_checkpoint:
+        own, others = ({spec.name for spec in each.checkpoint.specs} for each in (candidate, request.origin))
+        if own & others:
+            return
+    raise InputRefused(f"{candidate.path} is an adapter. Give the file or folder that was made with it")
 
 
 def _origin(request: VerifyRequest, candidate: Artifact) -> Artifact | None:

@@ -103,7 +103,7 @@ def convert_command(as_json: bool, **options: Any) -> None:
     elif is_for_graph:
         wrote(output, f": an adapter for {result.weights} of {result.of} weights")
     else:
-        print_wrote(output, f": {result.weights} pairs in the format {to}")
+        print_wrote(output, f": {count(result.weights, 'pair')} in the format {to}")
 
 
 @cli_command(CombineOptions, "combine fr de -o both --weight 0.7 --weight 0.3")

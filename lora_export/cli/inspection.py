@@ -149,7 +149,7 @@ def _lines_of_onnx_adapter(adapter: OnnxAdapter, *, every: bool) -> Iterator[str
 
 def _adapter_lines(adapter: Adapter, nbytes: int) -> Iterator[str]:
     """An adapter: a line for each kind of module. ‖ΔW‖ is the Frobenius norm of s·BA at weight 1."""
-    contents = f"{contents_of(adapter)}, {adapter.parameters:,} parameters, {nbytes:,} bytes"
+    contents = f"{contents_of(adapter)}, {count(adapter.parameters, 'parameter')}, {nbytes:,} bytes"
     yield f"{adapter.name}: {adapter.format}, {contents}"
     looks = {name: (one.rank, one.scale, known_shape(one), kind_of_pair(one)) for name, one in adapter.pairs.items()}
     for name, modules, several in _grouped(adapter.pairs, str, looks.__getitem__):

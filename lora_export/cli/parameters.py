@@ -13,6 +13,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from lora_export.errors import count
 from lora_export.options.declaring import Declared, Options, Positional, Section, nested_in, options_of
 from lora_export.options.spelling import as_command_line
 
@@ -212,4 +213,4 @@ def write_options(params: Iterable[click.Parameter], context: click.Context, for
             with formatter.section(heading):
                 formatter.write_dl(records)
     if more := len(params) - len(shown):
-        formatter.write(f"\n{more} more options: {context.command_path} --help all\n")
+        formatter.write(f"\n{count(more, 'more option')}: {context.command_path} --help all\n")

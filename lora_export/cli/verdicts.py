@@ -69,7 +69,7 @@ def show_export_proofs(proofs: ExportProofs | None) -> None:
     for name, proof in adapters:
         show_proof(proof, name)
     if more := len(proofs.adapters) - len(adapters):
-        click.echo(f"and {more} adapters more, each the same and farther from its limits (-v)")
+        click.echo(f"and {count(more, 'adapter')} more, each the same and farther from its limits (-v)")
     if proofs.mixed:
         show_proof(proofs.mixed, "mixed batches")
     if proofs.several:

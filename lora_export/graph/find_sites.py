@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.errors import brief, escaped_lines
+from lora_export.errors import brief, count, escaped_lines
 from lora_export.graph.exporter_names import (
     is_stored_transposed,
     looks_like_parameter,
@@ -75,8 +75,8 @@ class Sites:
 
     def __str__(self) -> str:
         counts = Counter(site.named_by for site in self.linear)
-        sources = ", ".join(f"{count} named by {source.replace('_', ' ')}" for source, count in counts.items())
-        lines = [f"{len(self.linear) + len(self.unnamed)} linear layers: {sources or 'none with a name'}"]
+        sources = ", ".join(f"{number} named by {source.replace('_', ' ')}" for source, number in counts.items())
+        lines = [f"{count(len(self.linear) + len(self.unnamed), 'linear layer')}: {sources or 'none with a name'}"]
         for site in self.unnamed:
             lines.append(f"  {site.location}: no certain name (tried {', '.join(naming_attempts(site))})")
         lines += [f"note: {note}" for note in self.notes]
@@ -160,10 +160,12 @@ def _spec(name: str, sites: tuple[Site, ...]) -> TensorSpec:
 def unread_notes(model: ir.Model, sites: Iterable[Site]) -> Iterator[str]:
     """One note for each kind of node that holds weights and is not read."""
     sites = list(sites)
-    for op_type, count in Counter(node.op_type for node, _ in _unsupported(model, sites)).items():
-        yield f"{count} {op_type} nodes hold quantised weights in an unsupported format"
-    for reader, count in Counter(_other_readers(model, sites)).items():
-        yield f"{count} matrices are read by {reader}, which is not searched for linear layers"
+    for op_type, number in Counter(node.op_type for node, _ in _unsupported(model, sites)).items():
+        nodes = count(number, f"{op_type} node holds", f"{op_type} nodes hold")
+        yield f"{nodes} quantised weights in an unsupported format"
+    for reader, number in Counter(_other_readers(model, sites)).items():
+        matrices = count(number, "matrix is", "matrices are")
+        yield f"{matrices} read by {reader}, which is not searched for linear layers"
 
 
 def unsupported_specs(model: ir.Model, sites: Iterable[Site]) -> Iterator[TensorSpec]:

@@ -17,6 +17,7 @@ from lora_export.graph.find_sites import Sites
 from lora_export.graph.site import Site
 from lora_export.lora import Adapter
 from lora_export.plan import Layout, Plan, Step, TensorSpec
+from lora_export.plan.ties import refuse_lost_rows
 from lora_export.plan.types import are_same_change
 from lora_export.sums import ROWS_AT_ONCE
 
@@ -29,9 +30,10 @@ MOST_ROUNDING = 0.5  # of a table: 4 bits move it by a tenth, and two tables of 
 def with_rows_of_equal_tables(plan: Plan, sites: Sites, checkpoint: Checkpoint | None) -> Plan:
     """The plan of an existing graph, whose rows of an embedding are rows of each reader with the same table, too.
 
-    A reader with rows or a table of its own in the plan keeps these. `checkpoint` is what the graph was exported from:
-    where its config ties nothing, the plan stays. Reads the tables where there are such rows. Raises InputRefused where
-    such a reader has no name, may have the table rounded, or changes in another way.
+    A reader with rows or a table of its own in the plan keeps these, where they are of the same adapters. `checkpoint`
+    is what the graph was exported from: where its config ties nothing, the plan stays. Reads the tables where there are
+    such rows. Raises InputRefused where such a reader has no name, may have the table rounded, or changes in another
+    way.
     """
     if checkpoint is not None:
         from lora_export.weights.tied_tensors import TIED  # few graphs are given with their checkpoint
@@ -66,10 +68,13 @@ def _tied_steps(step: Step, plan: Plan, sites: Sites) -> Iterator[Step]:
     for spec in sites.specs:
         readers = [site for site in sites.by_name.get(spec.name, ()) if site.layout is not Layout.OTHER]
         own = plan.by_weight.get(spec.name)
-        if spec.name == step.weight or (own is not None and own.has_own_values):
+        if spec.name == step.weight:
+            continue
+        if own is not None and own.has_own_values and set(step.values_of) <= set(own.values_of):
             continue
         if any(_have_one_table(table, reader) for reader in readers):
             if own is not None:
+                refuse_lost_rows(step, own)
                 raise InputRefused(
                     f"{spec.name} has the table of {step.weight}, of which the adapter replaces rows, and changes in "
                     "another way, too. Merge the adapter into the checkpoint, and export that"

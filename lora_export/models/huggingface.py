@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_export.errors import EscapedLines, InputRefused, escaped_lines, first_line, listed
+from lora_export.errors import EscapedLines, InputRefused, count, escaped_lines, listed
 from lora_export.extras import optional_package
 from lora_export.isolation.limits import MAX_OBJECTS
 from lora_export.layers.frozen_linear import scales_of_4bit
@@ -191,7 +191,9 @@ def _refuse_more_modules(folder: Path, fields: Mapping[str, Any], tensors: int) 
         if isinstance(value, dict):
             _refuse_more_modules(folder, value, tensors)
         elif MODULE_COUNT.search(name) and sum(counts) > SHARED_MODULES + tensors:
-            raise InputRefused(f"{folder / CONFIG}: {name} is {sum(counts):,}, and the folder has {tensors:,} tensors")
+            raise InputRefused(
+                f"{folder / CONFIG}: {name} is {sum(counts):,}, and the folder has {count(tensors, 'tensor')}"
+            )
         elif name == LABEL_COUNT and sum(counts) > MOST_LABELS:  # transformers makes a name for each
             raise InputRefused(f"{folder / CONFIG}: {name} is {sum(counts):,}; at most {MOST_LABELS:,} are supported")
 
@@ -247,6 +249,12 @@ def _refuse_random_weights(folder: Path, module: Any, new: Sequence[str], adapte
         )
 
 
+def _first_sentence(error: Exception) -> str:
+    """The first line of a message; with the next one, where it announces that."""
+    first, *others = filter(None, (line.strip() for line in str(error).splitlines()))
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
+
+
 def _pretrained(
     transformers: Any,
     checkpoint: Checkpoint,
@@ -261,7 +269,10 @@ def _pretrained(
     try:
         config = transformers.AutoConfig.for_model(**with_numbers(fields))
     except Exception as error:  # values of the wrong type raise any type
-        raise InputRefused(f"{path}: transformers does not know this model ({first_line(error)})") from error
+        kind = fields.get("model_type")
+        known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
+        what = "cannot read this config" if known else "does not know this model"
+        raise InputRefused(f"{path}: transformers {what} ({_first_sentence(error)})") from error
     architecture = (fields.get("architectures") or ["AutoModel"])[0]
     cls = getattr(transformers, architecture, None)
     if cls is None:

@@ -99,8 +99,8 @@ def make(
     check_stated(layout or {}, base)
     parts = [part for number, adapter in enumerate(adapters) for part in _parts(adapter, number, base)]
     spelled = [part.spelled(rules) for part in parts]
-    if ties.handling is not Tied.ERROR:
-        spelled = [replace(one, adapter=with_rows_of_all_names(one.adapter, ties, one.prefix)) for one in spelled]
+    of_rows = ties.of_stored_again() if ties.handling is Tied.ERROR else ties
+    spelled = [replace(one, adapter=with_rows_of_all_names(one.adapter, of_rows, one.prefix)) for one in spelled]
     if ties.handling is Tied.BOTH:
         spelled = [replace(one, adapter=shared(one.adapter, ties, one.prefix)) for one in spelled]
     own, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
@@ -310,17 +310,19 @@ def _step(matches: Sequence[Match], base: Mapping[str, TensorSpec]) -> Step:
     weight = matches[0].weight
     whole = next((match.whole for match in matches if match.whole is not None), None)
     terms = tuple(match.term for match in matches if match.term is not None)
+    own = tuple(dict.fromkeys(match.adapter for match in matches if match.whole is not None or match.rows is not None))
     if terms:
-        return Step(resolved(base[weight], terms[0].pair), terms, replace=whole)
+        return Step(resolved(base[weight], terms[0].pair), terms, replace=whole, values_of=own)
     rows = [match.rows for match in matches if match.rows is not None]
     if rows:
         indices, values = [one.indices for one in rows], [one.values for one in rows]
-        return Step(base[weight], replace=whole, token_rows=TokenRows(np.concatenate(indices), np.concatenate(values)))
+        joined = TokenRows(np.concatenate(indices), np.concatenate(values))
+        return Step(base[weight], replace=whole, token_rows=joined, values_of=own)
     shifts = [match.shift for match in matches if match.shift is not None]
     shift = functools.reduce(np.add, shifts) if shifts else None
     if whole is not None:
         spec = base.get(weight) or TensorSpec(weight, whole.shape, str(whole.dtype), nbytes=whole.nbytes)
-        return Step(spec, shift=shift, replace=whole, added=weight not in base)
+        return Step(spec, shift=shift, replace=whole, added=weight not in base, values_of=own)
     return Step(base[weight], shift=shift)
 
 

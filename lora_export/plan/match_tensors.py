@@ -237,7 +237,8 @@ def conflicts(matches: Sequence[Match]) -> list[Misfit]:
     Whole tensors conflict where they differ or others add to them, rows where two adapters replace the same one, pairs
     where one rescales the sum or they were trained on different kinds of layers.
     """
-    return [*_of_wholes(matches), *_of_rows(matches), *_of_pairs(matches)]
+    found = (*_of_wholes(matches), *_of_rows(matches), *_of_pairs(matches))
+    return [replace(misfit, is_conflict=True) for misfit in found]
 
 
 def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: BaseTensors) -> Iterator[Misfit]:
@@ -298,7 +299,8 @@ def _of_wholes(matches: Sequence[Match]) -> Iterator[Misfit]:
         elif other.adapter not in have_whole:
             # What an adapter adds to its own whole tensor is no conflict: PEFT saves embeddings that it adapts, and
             # biases beside `lora_bias`.
-            why = f"{first} replaces the whole {name}, and {other.adapter} adds to it. Merge only one of these adapters"
+            does = "adds to it" if other.rows is None else "replaces rows of it"
+            why = f"{first} replaces the whole {name}, and {other.adapter} {does}. Merge only one of these adapters"
             yield Misfit(first, name, why)
 
 

@@ -41,11 +41,16 @@ class Ties:
     by_config: bool = False  # whether one value of the model's config ties all of them
     loaded: Mapping[str, str] = field(default_factory=dict)  # tied tensor -> its name in the loaded model
     bound: str = ""  # why the config cannot untie them; empty where it can
+    stored_again: frozenset[str] = frozenset()  # tied tensors that the base stores under their own names, too
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """The names of each tensor, the stored one first."""
         for stored in dict.fromkeys(self.tensors.values()):
             yield (stored, *(name for name, source in self.tensors.items() if source == stored))
+
+    def of_stored_again(self) -> Ties:
+        """The ties of tensors that are stored under both names."""
+        return replace(self, tensors={name: self.tensors[name] for name in self.tensors if name in self.stored_again})
 
 
 def with_copies(base: Iterable[TensorSpec], ties: Ties) -> list[TensorSpec]:
@@ -73,11 +78,16 @@ def untied(steps: Mapping[str, Step], ties: Ties, stored: Collection[str]) -> di
 def untied_by_added(steps: Mapping[str, Step], ties: Ties, stored: Collection[str]) -> dict[str, str]:
     """As `untied`, where a tensor is added under a tied name without an option: it unties all names of the config.
 
-    A name that is not stored has the values of the stored one. Raises InputRefused where the config cannot untie.
+    A name that is not stored has the values of the stored one. Raises InputRefused where the config cannot untie, and
+    for what `refuse_lost_rows` describes.
     """
     added = {name for name in ties.tensors if any(each in steps and steps[each].added for each in _names(name, ties))}
     if not added:
         return {}
+    for name in added:
+        for each in _names(name, ties):
+            if each in steps and ties.tensors[name] in steps:
+                refuse_lost_rows(steps[ties.tensors[name]], steps[each])
     own = {*stored, *added}
 
     def change_of(name: str) -> Step | None:
@@ -99,6 +109,20 @@ def rows_of_copies(steps: Mapping[str, Step], copies: Mapping[str, str]) -> Iter
     for name, source in copies.items():
         if source in steps and steps[source].token_rows is not None:
             yield replace(steps[source], spec=replace(steps[source].spec, name=name, aliases=()))
+
+
+def refuse_lost_rows(table: Step, other: Step) -> None:
+    """Raise InputRefused where one adapter replaces rows of a table, and another one has values of a tensor tied to it.
+
+    PEFT trains the rows for both tensors, unless the adapter has values of the other one, too.
+    """
+    lost = [name for name in table.values_of if name not in other.values_of]
+    if table.token_rows is not None and other.has_own_values and lost:
+        raise InputRefused(
+            f"{lost[0]} replaces rows of {table.weight}, and so of {other.weight}, which is tied to it; "
+            f"{other.values_of[0]} replaces {'rows of' if other.replaces_only_rows else 'the whole'} {other.weight}. "
+            "Merge only one of these adapters. Nothing was written."
+        )
 
 
 def _names(name: str, ties: Ties) -> tuple[str, str]:

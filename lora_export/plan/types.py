@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import brief, escaped_lines
+from lora_export.errors import brief, count, escaped_lines
 from lora_export.lora import Adapter, LoraPair, Scaling, TokenRows
 from lora_export.notebook import html_table
 from lora_export.options.combining import Applied
@@ -132,6 +132,7 @@ class Step:
     replace: NDArray[Any] | None = None
     token_rows: TokenRows | None = None  # never with terms
     added: bool = False  # the base has no such tensor; `spec` describes the new one
+    values_of: tuple[str, ...] = ()  # the adapters that `replace` and `token_rows` come from
 
     def __repr__(self) -> str:
         return brief(self, f"{self.weight}: {self}")
@@ -207,7 +208,7 @@ class Step:
             return "bias shifted" if self.replace is None else "bias replaced, then shifted"
         parts = [] if self.replaces_only_rows else ["added" if self.added else "replaced"]
         if self.token_rows is not None:
-            parts.append(f"{self.token_rows.indices.size} rows replaced")
+            parts.append(f"{count(self.token_rows.indices.size, 'row')} replaced")
         return ", then ".join(parts)
 
 

@@ -151,7 +151,7 @@ def _header_facts(header: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield what, _shortened(value)
     if tags := _frequent_tags(header.get(_TAGS)):
         yield "most frequent tags", ", ".join(map(_shortened, tags))
-    yield "header", f"{len(header)} entries ({named('json', True)} lists them)"
+    yield "header", f"{count(len(header), 'entry', 'entries')} ({named('json', True)} lists them)"
 
 
 def _frequent_tags(recorded: Any) -> list[str]:

@@ -17,6 +17,7 @@ from lora_export import layers
 from lora_export.artifacts.artifact import Artifact
 from lora_export.artifacts.files import adapter_of_file, file_for_graph, graphs_in
 from lora_export.errors import InputRefused
+from lora_export.formats.contract import ADAPTER_IDS
 from lora_export.isolation.limits import memory_for
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
@@ -31,7 +32,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.registered import OPENVINO
 from lora_export.runtime.registered.executorch import open_executorch
 from lora_export.runtime.registered.runner import RegisteredRunner
-from lora_export.runtime.runner import TIMEOUT, CandidateRunner
+from lora_export.runtime.runner import TIMEOUT, CandidateRunner, no_ids
 from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.runtime.three_graphs import runner_of
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -83,7 +84,9 @@ def _graph(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     return with_cache(runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id]))
 
 
-def _refuse_unknown_id(candidate: Artifact, how: HowToOpen, runner: OnnxRunner | SeveralGraphs) -> None:
+def _refuse_unknown_id(
+    candidate: Artifact, how: HowToOpen, runner: OnnxRunner | RegisteredRunner | SeveralGraphs
+) -> None:
     number, names = how.options.adapter_id, runner.adapters_by_row
     if number is None:
         return
@@ -134,7 +137,10 @@ def _program(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 
 def _registered(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     runner = RegisteredRunner(how.options.runner or OPENVINO, candidate, adapter=how.onnx_adapter, timeout=how.timeout)
+    _refuse_unknown_id(candidate, how, runner)
     if how.options.adapter_id is not None:
+        if candidate.kind is ArtifactKind.GRAPH and ADAPTER_IDS not in candidate.input_shapes:
+            raise no_ids(candidate.path)  # the runner may not state the inputs
         runner = runner.with_rows([how.options.adapter_id])
     elif runner.takes_rows:
         return runner

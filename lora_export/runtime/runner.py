@@ -122,6 +122,11 @@ class PlainRunner:
         """Nothing is held beyond the object."""
 
 
+def no_ids(path: Path) -> InputRefused:
+    """The refusal of adapter ids for a graph without the input `adapter_ids`."""
+    return InputRefused(f"{path} has no input {ADAPTER_IDS}: it was not made with {named('lora', 'rows')} or slots")
+
+
 class AdaptersByInput(PlainRunner, ABC):
     """A runner of a graph whose inputs may be an adapter, or choose one for each row of a batch."""
 
@@ -237,9 +242,7 @@ class AdaptersByInput(PlainRunner, ABC):
         input `adapter_ids`.
         """
         if self.axes and not self.takes_rows and self._adapter_ids is None:
-            raise InputRefused(
-                f"{self.path} has no input {ADAPTER_IDS}: it was not made with {named('lora', 'rows')} or slots"
-            )
+            raise no_ids(self.path)
         runner = copy.copy(self)
         runner._adapter_ids = np.array(ids, np.int64)
         runner._adapter_scales = None if scales is None else np.array(scales, np.float32)

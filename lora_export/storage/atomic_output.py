@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Required, TypedDict, Unpack
 
 from lora_export.callbacks import OnMessage, ignore
-from lora_export.errors import OutputFailed, one_line
+from lora_export.errors import OutputFailed, first_of, one_line
 from lora_export.options.spelling import named
 from lora_export.storage.input_files import contains
 from lora_export.storage.manifest import OF_THE_OUTPUT, SIGNATURE, SIGNATURE_SUFFIX, read_manifest
@@ -376,8 +376,8 @@ def refuse_foreign_files(target: Path) -> None:
     foreign = sorted(present - known)
     if foreign:
         raise OutputFailed(
-            f"{target} contains files that lora-export did not write and does not delete: "
-            f"{', '.join(foreign[:MOST_LISTED])}"
+            f"{target} contains files that no record of lora-export names, so it does not delete them. Remove them, or "
+            f"choose another output: {first_of(foreign, MOST_LISTED)}"
         )
 
 

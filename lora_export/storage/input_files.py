@@ -23,6 +23,8 @@ def must_exist(path: Path, what: str) -> None:
     try:
         path.stat()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise InputRefused(f"{path} is a symbolic link to {path.readlink()}, which does not exist") from None
         raise InputRefused(f"there is no {what} at {path}{similar_name(path)}") from None
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error

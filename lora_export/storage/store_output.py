@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.callbacks import OnMessage
-from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, count_that_are
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 from lora_export.storage.manifest import MANIFEST, is_recorded, read_manifest
@@ -75,7 +75,7 @@ class Begun:
                 f"{target}: the store gives no ETags, so two runs could write one output. Write to a disk, and copy it"
             )
         if info:
-            on_message(f"{target}: {len(self.finished)} files are whole, from a run that was stopped")
+            on_message(f"{target}: {count_that_are(len(self.finished), 'file')} whole, from a run that was stopped")
         threading.Thread(target=self._renew, daemon=True).start()
 
     def _taken(self, stated: dict[str, Any]) -> OutputFailed:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, count
 from lora_export.options.spelling import named
 
 RowNumbers = NDArray[np.int64]
@@ -31,13 +31,14 @@ def split_rows(groups: NDArray[np.int64], holdout: float, *, seed: int) -> tuple
     held_out: list[RowNumbers] = []
     for group in np.unique(groups):
         rows = rng.permutation(np.flatnonzero(groups == group))
-        count = min(round(len(rows) * holdout), len(rows) - 1)
-        held_out.append(rows[:count])
-        trained_on.append(rows[count:])
+        number = min(round(len(rows) * holdout), len(rows) - 1)
+        held_out.append(rows[:number])
+        trained_on.append(rows[number:])
     if not sum(map(len, held_out)):
         of_what = "each class" if len(held_out) > 1 else "them"
         raise InputRefused(
-            f"{len(groups)} examples are too few to hold out {holdout:g} of {of_what}. "
+            f"{count(len(groups), 'example is', 'examples are')} too few to hold out {holdout:g} of "
+            f"{of_what}. "
             f"Give more examples, or train on all of them ({named('holdout', 0)})"
         )
     return np.sort(np.concatenate(trained_on)), np.sort(np.concatenate(held_out))
@@ -46,9 +47,9 @@ def split_rows(groups: NDArray[np.int64], holdout: float, *, seed: int) -> tuple
 class ShuffledOrder:
     """The rows of each step."""
 
-    def __init__(self, count: int, batch_size: int, seed: int):
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.steps_per_epoch = math.ceil(count / batch_size)
+    def __init__(self, examples: int, batch_size: int, seed: int):
+        self.count, self.batch_size, self.seed = examples, batch_size, seed
+        self.steps_per_epoch = math.ceil(examples / batch_size)
         self._epoch = -1
         self._rows = torch.empty(0)
 

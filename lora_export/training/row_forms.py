@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import SHOWN_PROBLEMS, InputRefused, listed
+from lora_export.errors import SHOWN_PROBLEMS, InputRefused, count, listed
 from lora_export.options.spelling import named
-from lora_export.training.records.rows import AUDIO, Records, Row, sound_problem
+from lora_export.training.records.rows import AUDIO, Records, Row, same_label, sound_problem
 
 HALF_A_CHARACTER = "`{}` contains half a surrogate pair, which is no character"
 ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -60,8 +60,8 @@ class Survey:
         return tuple(map(str, self.classes))
 
     def __str__(self) -> str:
-        classes = f" of {len(self.classes)} classes" if self.classes else ""
-        return f"{self.count:,} examples{classes} ({self.form})"
+        classes = f" of {count(len(self.classes), 'class', 'classes')}" if self.classes else ""
+        return f"{count(self.count, 'example')}{classes} ({self.form})"
 
 
 def form_of(records: Records, wanted: RowForm | None = None) -> RowForm:
@@ -230,12 +230,12 @@ def label_value(label: Any, classes: tuple[str | int, ...]) -> Any:
 
 
 def _with_labels(records: Records, form: RowForm, labels: _Labels) -> Survey:
-    count = len(records)
-    zeros = np.zeros(count, np.int64)
+    number = len(records)
+    zeros = np.zeros(number, np.int64)
     if form is RowForm.SIMILARITY:
-        return Survey(form, LabelKind.VALUE, count, groups=zeros)
+        return Survey(form, LabelKind.VALUE, number, groups=zeros)
     if not labels.distinct:
-        return Survey(form, LabelKind.NONE, count, groups=zeros)
+        return Survey(form, LabelKind.NONE, number, groups=zeros)
     distinct = set(labels.distinct)
     several = {isinstance(label, tuple) for label in distinct}
     if len(several) > 1:
@@ -248,17 +248,17 @@ def _with_labels(records: Records, form: RowForm, labels: _Labels) -> Survey:
     if True in several:
         kind = LabelKind.CLASS if form is RowForm.TAGS else LabelKind.CLASSES
     elif kind is LabelKind.VALUE:
-        return Survey(form, kind, count, groups=zeros)
+        return Survey(form, kind, number, groups=zeros)
     classes = tuple(sorted(members))
     if len(members) < 2 and kind is LabelKind.CLASS:
-        raise InputRefused(f"{records.path}: all {count} examples have the same label; there is nothing to learn")
+        raise InputRefused(f"{records.path}: {same_label(number)}")
     if not members:
         raise InputRefused(f"{records.path}: no example has a label")
     if True in several:
-        return Survey(form, kind, count, classes, zeros)
+        return Survey(form, kind, number, classes, zeros)
     index_of = {label: number for number, label in enumerate(classes)}
     indices = (index_of[label_value(label, classes)] for label in labels.of_rows)
-    return Survey(form, kind, count, classes, np.fromiter(indices, np.int64, count))
+    return Survey(form, kind, number, classes, np.fromiter(indices, np.int64, number))
 
 
 def _first_of_each(records: Records, labels: _Labels, kind: type) -> str:

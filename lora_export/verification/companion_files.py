@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.artifacts.artifact import Artifact
-from lora_export.errors import EnvironmentLacking, InputRefused, first_of, one_line
+from lora_export.errors import EnvironmentLacking, InputRefused, count, first_of, one_line
 from lora_export.isolation.limits import MAX_JSON
 from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files, safetensors_file
@@ -126,7 +126,7 @@ class _Found:
         differing = [f"{name}: {line}" for differs, line in compared if differs]
         self.differences += differing[:SHOWN_DIFFERENCES]
         if len(differing) > SHOWN_DIFFERENCES:
-            self.differences.append(f"{name}: and {len(differing) - SHOWN_DIFFERENCES} more values")
+            self.differences.append(f"{name}: and {count(len(differing) - SHOWN_DIFFERENCES, 'more value')}")
         only = sorted(value for differs, value in compared if not differs)
         if only and (differing or not are_defaults()):
             self.not_judged.append(f"values in {name} that only one folder has: {first_of(only, SHOWN_FILES)}")

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, is_weight_of
@@ -19,9 +23,12 @@ from lora_export.names.table import is_embedding, read_table
 from lora_export.options.spelling import named
 from lora_export.plan import TensorSpec, Tied, Ties
 from lora_export.plan.match_names import apart_or_both
-from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
+from lora_export.storage.file_pieces import read_piece
+from lora_export.storage.safetensors_file import Entry
+from lora_export.weights.checkpoint import CONFIG, Checkpoint, tensor_aliases
 
 TIED = "tie_word_embeddings"
+TABLE_BYTES_AT_ONCE = 4 << 20  # of each of two tables that are compared
 
 
 def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
@@ -54,6 +61,42 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
     if handling is Tied.UNTIE and bound:
         raise InputRefused(f"{named('tied', 'untie')}: {bound}. Use {named('tied', 'both')}")
     return _by_config(base, handling, rules, tied, bound)
+
+
+def ties_with_rows(base: Checkpoint, handling: Tied | str, adapters: Sequence[Adapter]) -> Ties:
+    """The ties of a base for adapters, which may replace rows: PEFT trains these for all names that are tied.
+
+    That includes equal tensors that the base stores under both names. Reads both. Raises as `ties_of`, and InputRefused
+    where the config ties tensors that differ: PEFT takes the rows for both, and transformers does not tie them.
+    """
+    ties = ties_of(base, handling)
+    if not any(adapter.token_rows for adapter in adapters):
+        return ties
+    entries = {name: (file.path, entry) for file in base.shards.values() for name, entry in file.entries.items()}
+    stored = {name: source for name, source in ties.tensors.items() if name in entries and source in entries}
+    again = frozenset(name for name in stored if _have_equal_bytes(entries[name], entries[stored[name]]))
+    changed = [adapter for adapter in adapters if adapter.token_rows]
+    for name in stored.keys() - again if base.config.get(TIED) and ties.handling is Tied.ERROR else ():
+        if owner := next((one.name for one in changed if _has_rows_of(one, stored[name])), None):
+            raise InputRefused(
+                f"{owner} replaces rows of {stored[name]}, to which the config ties {name}, but the base stores other "
+                f"values of {name}. Set {TIED} to false in the base's {CONFIG}, so that {name} stays as it is, or use "
+                f"{named('tied', 'untie')} to replace its rows, too"
+            )
+    return replace(ties, stored_again=again)
+
+
+def _have_equal_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
+    (file, first), (other_file, second) = one, other
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    for done in range(0, first.nbytes, TABLE_BYTES_AT_ONCE):
+        pieces = np.empty((2, min(TABLE_BYTES_AT_ONCE, first.nbytes - done)), np.uint8)
+        read_piece(file, pieces[0], first.start + done)
+        read_piece(other_file, pieces[1], second.start + done)
+        if not np.array_equal(pieces[0], pieces[1]):
+            return False
+    return True
 
 
 def can_untie(rules: ArchitectureRules | None) -> bool:
@@ -118,8 +161,11 @@ def tied_as_remedy(base: Checkpoint, handling: Tied | str, adapters: Sequence[Ad
 
 def _adds_to_rows(adapter: Adapter, tied: str, source: str) -> bool:
     """Whether an adapter has a pair for a tied tensor, and rows of the source, which PEFT trains for both."""
-    has_rows = any(is_weight_of(source, name.removesuffix(".weight")) for name in adapter.token_rows)
-    return has_rows and any(is_weight_of(tied, module) for module in adapter.pairs)
+    return _has_rows_of(adapter, source) and any(is_weight_of(tied, module) for module in adapter.pairs)
+
+
+def _has_rows_of(adapter: Adapter, tensor: str) -> bool:
+    return any(is_weight_of(tensor, name.removesuffix(".weight")) for name in adapter.token_rows)
 
 
 def _has_other_rows(adapter: Adapter, tied: str, source: str) -> bool:
@@ -134,7 +180,7 @@ def _has_other_rows(adapter: Adapter, tied: str, source: str) -> bool:
 
 def _is_about(misfit: Misfit, tensor: str) -> bool:
     module = tensor.removesuffix(".weight")
-    return module in misfit.key or misfit.problem.startswith(module)
+    return not misfit.is_conflict and (module in misfit.key or misfit.problem.startswith(module))
 
 
 def tied_head(architecture: str) -> str:

@@ -55,7 +55,7 @@ def audited(place: Path) -> object:
         (loaded, "Adapter('adapter', peft, 1 pair, 32 parameters)"),
         (lambda place: le.open_checkpoint(place / "base.safetensors"), "base.safetensors', 2 tensors, "),
         (lambda place: le.inspect(place / "adapter"), "adapter=Adapter('adapter', peft, "),
-        (lambda place: le.inspect(place / "m.onnx"), "graph=Sites(1 linear layers: 1 named by "),
+        (lambda place: le.inspect(place / "m.onnx"), "graph=Sites(1 linear layer: 1 named by "),
         (lambda place: le.inspect(place / "m.onnx"), "), interface=Interface(inputs=1, outputs=1))"),
         (lambda place: le.inspect(place / "merged.safetensors"), "bytes), record=WrittenRecord(adapter))"),
         (merged, "plan=Plan(1 weight changed, 1 kept as it is), report=MergeReport(1 weight merged, "),

@@ -97,7 +97,7 @@ def test_a_stopped_merge_goes_on_with_its_whole_shards(local: Path, stored: Stor
         le.verify(str(stored / "out/m"), base=str(stored / "base"), adapters=str(stored / "adapter"))
     lines: list[str] = []
     report = merge(stored, on_message=lines.append).report
-    assert f"{stored / 'out/m'}: 1 files are whole, from a run that was stopped" in lines
+    assert f"{stored / 'out/m'}: 1 file that is whole, from a run that was stopped" in lines
     assert stored.files("out/m") == folder_contents(local / "merged") and len(report.results) == 2
     assert stored.objects("out/m/")[f"out/m/{SHARDS[0]}"]["LastModified"] == first[f"out/m/{SHARDS[0]}"]["LastModified"]
 
@@ -112,7 +112,7 @@ def test_a_stopped_merge_into_a_pipeline_goes_on(local: Path, stored: Stored) ->
     (first,) = stored.objects("out/m/").values()
     lines: list[str] = []
     le.merge(*into, on_message=lines.append)
-    assert first["Key"] == f"out/m/unet/{SHARDS[0]}" and any("1 files are whole" in line for line in lines)
+    assert first["Key"] == f"out/m/unet/{SHARDS[0]}" and any("1 file that is whole" in line for line in lines)
     assert stored.files("out/m") == folder_contents(local / "whole")
     assert stored.objects("out/m/")[first["Key"]]["LastModified"] == first["LastModified"]
     assert "out/.m.begun" not in stored.objects()

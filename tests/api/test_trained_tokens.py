@@ -79,6 +79,13 @@ def test_rows_that_the_head_lacks_are_different(llama, tmp_path: Path, monkeypat
     assert le.verify(tmp_path / "m.onnx", model.base, adapters=folder / "adapter").verdict.outcome == "different"
 
 
+def test_rows_do_not_vanish_beside_the_head_of_another_adapter(llama, tmp_path: Path) -> None:
+    model, folder = llama
+    head = model.adapter(tmp_path / "head", "v_proj", seed=3, modules_to_save=["lm_head"])
+    with pytest.raises(InputRefused, match=r"adapter replaces rows of .*; head replaces the whole lm_head\.weight"):
+        le.merge(folder / "base.onnx", [folder / "adapter", head], tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("kind", ["saved head", slow("rows")])
 def test_own_values_are_quantised_with_the_graph(tmp_path: Path, kind: str) -> None:
     """The adapter's own values are what is rounded: a head of another training is different."""

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import click
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_export.api.merge
 import lora_export.api.verify
@@ -28,6 +28,7 @@ from support.cli import Capture, answer, call
 from support.handmade import base_file, peft_adapter
 
 MODEL = f"{FACTORIES}:wide"
+FILE = "ad/adapter_model.safetensors"
 FORKS = """
 import torch
 from torch import nn
@@ -309,10 +310,19 @@ def test_a_wrong_model_is_named_before_anything_is_read(
 @pytest.mark.parametrize(
     ("words", "next_step"),
     [
-        (("train", "ad", "--data", "texts.jsonl", "-o", "new"), "Name the model that it is for"),
+        (
+            ("train", "ad", "--data", "nothing.jsonl", "-o", "new"),
+            "Name the model that it is for",
+        ),  # data is read later
         (("torchscript", "ad", "-a", "ad", "-o", "new.pt"), "Name the model that it is for"),
+        (("extract", "ad", "base", "-o", "new", "--rank", "1"), "Name the model that it is for"),
+        (("convert", "ad", "--base", "ad", "-o", "new", "--to", "kohya"), "Name the model that it is for"),
         (("verify", "ad", "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
         (("verify", "ad", "--model", "base", "-a", "ad"), "Give the file or folder that was made with it"),
+        (("verify", FILE, "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
+        (("verify", FILE, "--model", "base", "-a", "ad"), "Give the file or folder that was made with it"),
+        (("verify", FILE, "--model", MODEL, "-a", "ad"), "Give the file or folder that was made with it"),
+        (("verify", "new.onnx_adapter", "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
     ],
 )
 def test_an_adapter_in_the_place_of_a_model_is_named(
@@ -323,6 +333,15 @@ def test_an_adapter_in_the_place_of_a_model_is_named(
     (tmp_path / "base").mkdir()
     base_file(tmp_path / "base" / "model.safetensors", {"fc.weight": [[1.0, 2.0], [3.0, 4.0]]})
     (tmp_path / "base" / "config.json").write_text("{}")
-    (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n' * 4)
+    (tmp_path / "new.onnx_adapter").touch()
     assert call(*words) == 3
-    assert capsys.readouterr().err.endswith(f"Error: ad is an adapter. {next_step}\n")
+    assert capsys.readouterr().err.endswith(f"Error: {words[1]} is an adapter. {next_step}\n")
+
+
+def test_weights_of_the_base_beside_an_adapter_are_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    peft_adapter(tmp_path / "ad", {"fc": ([[1.0, 2.0]], [[1.0], [1.0]])})
+    weights = {"fc.weight": [[1.0, 2.0], [3.0, 4.0]]}
+    base_file(tmp_path / "base.safetensors", weights)
+    base_file(tmp_path / "both.safetensors", {**weights, **load_file(tmp_path / FILE)})
+    assert call("verify", "both.safetensors", "--base", "base.safetensors", "-a", "ad") == 4

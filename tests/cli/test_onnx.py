@@ -334,16 +334,21 @@ def test_each_row_of_a_mixed_batch_equals_the_inputs_graph(place: Path, rows: Pa
     assert np.abs(expected - alone[0])[[0, 2, 3, 4]].max(1).min() > 1e-2
 
 
-def test_verify_judges_one_id(place: Path, rows: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize("runner", [(), ("--runner", "onnx-reference")], ids=["onnxruntime", "registered"])
+def test_an_unknown_id_is_refused(place: Path, rows: Path, runner: tuple[str, ...], capsys: Capture) -> None:
+    assert call("verify", rows, "--model", MODEL, "-a", place / "legal", "--adapter-id", "3", *runner) == 3
+    assert "has no adapter 3 (--adapter-id). Its ids are 0 (the base), 1 (fr), 2 (legal)\n" in capsys.readouterr().err
+    for name in ("base.onnx", "graph.onnx"):
+        assert call("verify", place / name, "--model", MODEL, "--adapter-id", "0", *runner) == 3
+        assert "has no input adapter_ids" in capsys.readouterr().err
+
+
+def test_verify_judges_one_id(place: Path, rows: Path) -> None:
     words = ("verify", rows, "--model", MODEL)
     legal = ("-a", place / "legal", "--weight", "-0.5")
     assert call(*words, *legal, "--adapter-id", "2") == 0
     assert call(*words, *legal, "--adapter-id", "1") == 4
     assert call(*words, "--adapter-id", "0") == 0
-    assert call(*words, *legal, "--adapter-id", "3") == 3
-    assert "has no adapter 3 (--adapter-id). Its ids are 0 (the base), 1 (fr), 2 (legal)\n" in capsys.readouterr().err
-    assert call("verify", place / "base.onnx", "--model", MODEL, "--adapter-id", "0") == 3
-    assert "has no input adapter_ids" in capsys.readouterr().err
 
 
 def test_verify_judges_all_ids_and_their_mixtures_at_once(place: Path, rows: Path, capsys: Capture) -> None:

@@ -396,7 +396,7 @@ def test_a_damaged_file_is_made_again_also_after_a_failure(
 
 
 OTHER_RUN = b'{"process": 1, "host": "elsewhere", "finished": {}}'
-NOT_DELETED = "contains files that lora-export did not write and does not delete: "
+NOT_DELETED = "so it does not delete them. Remove them, or choose another output: "
 OF_OTHERS: dict[str, tuple[str, dict[str, bytes], list[str]]] = {  # step, objects, how the messages of failed jobs end
     "another run is writing": (
         TO_KOHYA,

@@ -76,7 +76,7 @@ def test_integer_tensors_are_no_weights() -> None:
 
 def test_unnamed_layer_is_listed_with_naming_attempts() -> None:
     text = str(find_sites(a_matmul("val_1")))
-    assert "1 linear layers: none with a name" in text
+    assert "1 linear layer: none with a name" in text
     assert (
         "MatMul `n`: no certain name (tried its initializer `val_1`, folded from nothing, its module unknown)" in text
     )
@@ -142,10 +142,10 @@ def test_export_without_metadata_keeps_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("body", "note"),
     [
-        ("y = m.MatMulNBits <K = 2, N = 2> (x, W, x)", "1 MatMulNBits nodes hold quantised weights"),
-        ("y = m.FusedThing (x, W)", "1 matrices are read by FusedThing"),
-        ("y = Gemm (W, x)", "1 matrices are read by Gemm as its first operand"),
-        ("q = Cast <to = 3> (W) z = Cast <to = 1> (q) y = MatMul (x, z)", "1 matrices are read by Cast"),
+        ("y = m.MatMulNBits <K = 2, N = 2> (x, W, x)", "1 MatMulNBits node holds quantised weights"),
+        ("y = m.FusedThing (x, W)", "1 matrix is read by FusedThing"),
+        ("y = Gemm (W, x)", "1 matrix is read by Gemm as its first operand"),
+        ("q = Cast <to = 3> (W) z = Cast <to = 1> (q) y = MatMul (x, z)", "1 matrix is read by Cast"),
     ],
 )
 def test_weights_that_are_not_read_are_noted(body: str, note: str) -> None:

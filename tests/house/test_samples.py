@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ import lora_export as le
 from lora_export import cli
 from support import ROOT
 from support.browser import NODE, REPORT, needs_chromium, needs_onnxruntime_web, needs_package, shown
+from support.cli import Capture
 from support.handmade import peft_adapter
 from support.pages import blocks
 from support.small_models import small_adapter, small_model, words_tokenizer
@@ -81,6 +83,27 @@ def test_the_demo_can_be_imported() -> None:
     import demo
 
     assert callable(demo.main)
+
+
+def test_the_demo_stops_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    import docstrings
+
+    def stopped(_: Path) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(docstrings, "write", stopped)
+    monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path / "demo")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "samples/demo.py"), run_name="__main__")
+    assert ended.value.code == 130 and capsys.readouterr().out == "stopped by Ctrl-C\n"
+
+
+def test_the_demo_deletes_no_folder_of_others(tmp_path: Path, capsys: Capture) -> None:
+    import demo
+
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert demo.main(tmp_path) == 7
+    assert (tmp_path / "thesis.tex").exists() and "not the folder of an earlier demo" in capsys.readouterr().out
 
 
 def test_the_extra_of_the_demo_has_what_its_comparison_needs() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 import transformers as hf
+from safetensors.torch import save_file
 
 from lora_export import layers
 from lora_export.errors import InputRefused
@@ -299,3 +300,18 @@ def test_pooler_with_weights_stays(trocr: Any) -> None:
     for new in ((), OWN[:1]):
         assert without_unread_pooler(trocr, new) == new and trocr.encoder.pooler is not None
     assert without_unread_pooler(torch.nn.Linear(2, 2), OWN) == OWN
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama", "hidden_size": "x"}, r"cannot read this config \(.*'hidden_size': .*expected int"),
+        ({"model_type": "no such model"}, r"does not know this model \("),
+        ({"model_type": ["llama"]}, r"does not know this model \("),
+    ],
+)
+def test_a_config_that_transformers_refuses(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputRefused, match=f"config.json: transformers {message}"):
+        load_model(str(tmp_path))

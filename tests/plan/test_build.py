@@ -109,7 +109,7 @@ def test_rows_replace_those_of_the_whole_tensor_with_them():
         [holding(token_rows={"emb.weight": rows(1)}, replaced={"emb.weight": whole})], [matrix("emb.weight", 5)]
     )
     assert made.steps[0].replace is whole and not made.steps[0].replaces_only_rows
-    assert str(made).splitlines()[1] == "  emb.weight  [5 x 3 float32]  replaced, then 1 rows replaced"
+    assert str(made).splitlines()[1] == "  emb.weight  [5 x 3 float32]  replaced, then 1 row replaced"
 
 
 def test_the_base_that_an_adapter_names_is_told():

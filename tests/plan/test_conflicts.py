@@ -67,7 +67,7 @@ def test_rows_conflict_with_other_changes_of_their_table():
         "emb.weight: three replaces rows of emb.weight, and adds to it: no merge does both"
     ]
     assert misfits([one, four], base) == [
-        "emb.weight: four replaces the whole emb.weight, and one adds to it. Merge only one of these adapters"
+        "emb.weight: four replaces the whole emb.weight, and one replaces rows of it. Merge only one of these adapters"
     ]
 
 

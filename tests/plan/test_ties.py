@@ -90,6 +90,25 @@ def test_no_row_of_a_tied_table_is_lost(handling: Tied, given: dict[str, int], e
     assert bool(found.untied) is (HEAD in expected)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_whole_head_beside_rows_of_another_adapter_is_refused(order: int) -> None:
+    rows, whole = rows_of(embed=1), Adapter("two", "peft", {}, replaced={HEAD: np.zeros((5, 3), np.float32)})
+    ties = Ties(tensors={HEAD: TABLE}, by_config=True)
+    with pytest.raises(
+        InputRefused, match=f"one replaces rows of {TABLE}, and so of {HEAD}, .*; two replaces the whole"
+    ):
+        plan.make([rows, whole][::order], BASE, ties=ties, may_add=True)
+    own = dataclasses.replace(whole, token_rows=rows.token_rows)  # the head is the adapter's own
+    assert not plan.make([own], BASE, ties=ties, may_add=True).by_weight[HEAD].token_rows
+
+
+def test_rows_are_those_of_a_tied_head_that_is_stored_again() -> None:
+    base = [*BASE, TensorSpec(HEAD, (5, 3), "float32", Layout.MATRIX)]
+    for again, expected in (({HEAD}, {TABLE, HEAD}), ((), {TABLE})):
+        ties = Ties(tensors={HEAD: TABLE}, by_config=True, stored_again=frozenset(again))
+        assert plan.make([rows_of(embed=1)], base, ties=ties).by_weight.keys() == expected
+
+
 def test_an_untied_head_with_a_pair_has_the_rows_of_its_table() -> None:
     one = dataclasses.replace(adapter(head=LINEAR), token_rows=rows_of(embed=1).token_rows)
     with pytest.raises(MatchError, match=f"replaces rows of {HEAD}, and adds to it: no merge does both"):

@@ -137,7 +137,7 @@ def test_trigger_words_and_frequent_tags_are_found_in_a_header() -> None:
 
 @pytest.mark.parametrize("tags", ["{", "[1]", '{"a": 1}', '{"a": {"b": "c"}}', "[" * 100_000, "x" * 2_000_000])
 def test_damaged_tags_are_left_out(tags: str) -> None:
-    assert facts(header={"ss_tag_frequency": tags}) == [("header", "1 entries (json=True lists them)")]
+    assert facts(header={"ss_tag_frequency": tags}) == [("header", "1 entry (json=True lists them)")]
 
 
 def test_long_values_are_shortened() -> None:

@@ -15,9 +15,11 @@ from lora_export.storage import input_files
 def test_an_input_must_exist(tmp_path):
     input_files.must_exist(tmp_path, "adapter")
     (tmp_path / "adapter").touch()
+    (tmp_path / "link").symlink_to("gone")
     refusals: dict[Path, str] = {
         tmp_path / "none": "there is no adapter at .*/none$",
         tmp_path / "adpter": "there is no adapter at .*/adpter; a similar name there is adapter$",
+        tmp_path / "link": "/link is a symbolic link to gone, which does not exist$",
         tmp_path / "none" / "adapter": "there is no adapter at .*/none/adapter$",
         tmp_path / ("n" * 300): "File name too long",
     }

@@ -73,6 +73,8 @@ def test_a_holdout_that_leaves_nothing_is_refused(holdout: float, message: str) 
 
 
 def test_without_classes_no_class_is_named() -> None:
+    with pytest.raises(InputRefused, match=r"^1 example is too few to hold out"):
+        split_rows(groups(1), 0.2, seed=0)
     with pytest.raises(InputRefused, match=r"^2 examples are too few to hold out 0\.2 of them\. "):
         split_rows(groups(2), 0.2, seed=0)
 

@@ -112,6 +112,7 @@ def test_strings_of_a_csv_may_be_numbers(tmp_path: Path) -> None:
         ([{"text": "a", "label": ["1"]}, {"text": "a", "label": "1"}], r"some are not \(line 1 and line 2\)"),
         ([{"text": "a", "label": []}], "no example has a label"),
         ([{"text": "a", "label": 1}] * 2, "all 2 examples have the same label"),
+        ([{"text": "a", "label": 1}], "there is only one example"),
         ([{"text": "a", "label": 1}, *[{"text": "a"}] * 7], r"line 6: no `label`\n  and 2 more"),
         ([{"tokens": "ab", "tags": ["x"]}], "line 1: `tokens` is 'ab'; it must be a list of words"),
         ([{"tokens": ["a"], "tags": [None]}], r"line 1: `tags` is \[None\]"),

@@ -237,11 +237,11 @@ def test_labels_are_found_below_the_version_too(classifier: Folders) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda all_: all_[:-1], "`data` has 0 entries for 1 texts"),
+        (lambda all_: all_[:-1], "`data` has 0 entries for 1 text"),
         (lambda _: None, "`data` has 0 entries"),
         (lambda all_: [{**one, "embedding": "AAAA"} for one in all_], "`embedding` is no list of numbers"),
         (lambda all_: [{**one, "embedding": [True]} for one in all_], "`embedding` is no list of numbers"),
-        (lambda all_: [{**one, "index": [0]} for one in all_], "`data` has 1 entries"),
+        (lambda all_: [{**one, "index": [0]} for one in all_], "`data` has 1 entry"),
     ],
 )
 def test_an_answer_of_another_form_is_refused(change: Callable[[Any], Any], message: str, embedder: Folders) -> None:

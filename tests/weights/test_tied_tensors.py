@@ -256,6 +256,55 @@ def test_names_that_the_header_of_a_file_ties_are_untied(tmp_path):
         np.testing.assert_array_equal(file.get_tensor("embed.weight"), table)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "indices", "factor", "stated", "remain_tied"),
+    [
+        ("LlamaForCausalLM", {TABLE: [0, 5]}, 1, True, True),
+        ("LlamaForCausalLM", {TABLE: [0, 5]}, 2, False, False),
+        ("LlamaForCausalLM", {HEAD: [0]}, 1, True, False),
+        ("GPT2LMHeadModel", {"wte": [0, 5]}, 1, None, None),  # it ties them by default
+    ],
+)
+def test_rows_of_tied_tables_that_are_both_stored(architecture, indices, factor, stated, remain_tied, tmp_path):
+    model = tied_model(tmp_path / "base", architecture)
+    weights = load_file(model.base / "model.safetensors")
+    table = next(value for name, value in weights.items() if name.endswith(("embed_tokens.weight", "wte.weight")))
+    save_file(weights | {"lm_head.weight": factor * table}, model.base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model.base / "config.json").read_text()) | {"tie_word_embeddings": stated}
+    config = {key: value for key, value in config.items() if value is not None}
+    (model.base / "config.json").write_text(json.dumps(config))
+    target = "q_proj" if architecture == "LlamaForCausalLM" else "c_attn"
+    adapter = model.adapter(tmp_path / "adapter", target, trainable_token_indices=indices)
+    le.merge(model.base, adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).get("tie_word_embeddings") is remain_tied
+    loaded = peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter)
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(loaded))
+
+
+def test_rows_of_tables_that_differ_where_the_config_ties_them_are_refused(llama, tmp_path):
+    """transformers does not tie them, and PEFT trains the rows for both."""
+    base = tmp_path / "base"
+    llama.model.save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    both = weights | {"lm_head.weight": 2 * weights[LLAMA_TABLE]}
+    save_file(both, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = llama.adapter(tmp_path / "adapter", "q_proj", trainable_token_indices={TABLE: [0, 5]})
+    with pytest.raises(
+        InputRefused, match=r"the base stores other values of lm_head\.weight\. Set tie_word_embeddings"
+    ):
+        le.merge(base, adapter, tmp_path / "out")
+    le.merge(base, adapter, tmp_path / "out", tied="untie")
+    loaded = peft.PeftModel.from_pretrained(llama.reloaded(base), adapter)
+    assert is_near(llama.outputs(llama.reloaded(tmp_path / "out")), llama.outputs(loaded))
+
+
+def test_a_conflict_of_adapters_is_not_one_of_ties(llama, tmp_path):
+    """No option for tied tensors makes one head of two."""
+    adapters = [llama.adapter(tmp_path / n, "q_proj", seed=int(n), modules_to_save=[HEAD]) for n in "12"]
+    with pytest.raises(InputRefused, match=r"with other values\. Merge only one of these adapters$"):
+        le.merge(llama.base, adapters, tmp_path / "out")
+
+
 def test_two_tables_that_change_apart_are_not_tied_again(llama, tmp_path):
     """A file may store both tables where the config ties them: transformers ties them if they are equal."""
     base = tmp_path / "base"

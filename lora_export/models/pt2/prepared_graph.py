@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, count
 from lora_export.layers.torch_internals import schema_of
 from lora_export.models.pt2.graph_json import PROGRAMS, Graph, Node
 from lora_export.models.pt2.recover_layers import argument_of, operator_of, readable, values_in
@@ -223,7 +223,7 @@ def prepare(
         except InputRefused as error:
             problems.append(str(error))
     if problems:
-        more = f" (and {len(problems) - 1} more nodes like it)" if len(problems) > 1 else ""
+        more = f" (and {count(len(problems) - 1, 'more node')} like it)" if len(problems) > 1 else ""
         raise InputRefused(f"{problems[0]}{more}")
     return PreparedGraph(graph, tuple(nodes))
 

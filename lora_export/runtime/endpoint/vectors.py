@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from lora_export.errors import Undecided
+from lora_export.errors import Undecided, count
 from lora_export.models.model import Model
 from lora_export.models.served_values import (
     SHORTEST,
@@ -77,7 +77,8 @@ class Vectors:
         entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         places = [one.get("index", place) for place, one in enumerate(entries)]
         if not all(type(place) is int for place in places) or sorted(places) != list(range(len(texts))):
-            raise self.server.wrong(f"`data` has {len(entries)} entries for {len(texts)} texts, or not one for each")
+            found, wanted = count(len(entries), "entry", "entries"), count(len(texts), "text")
+            raise self.server.wrong(f"`data` has {found} for {wanted}, or not one for each")
         by_index = {place: one.get(self.key) for place, one in zip(places, entries, strict=True)}
         rows = [self._numbers(by_index[place]) for place in range(len(texts))]
         if len({len(row) for row in rows}) > 1 or (self.width and len(rows[0]) != self.width):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, count_that_are, listed
+from lora_export.errors import InputRefused, count, count_that_are, listed
 from lora_export.isolation.limits import MAX_ROW
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.input_files import must_exist, open_regular, shown_files
@@ -27,6 +27,7 @@ from lora_export.training.records.rows import (
     Records,
     Row,
     SavedDataset,
+    same_label,
     with_columns,
 )
 
@@ -173,8 +174,8 @@ class LabelledArrays:
 
     def __str__(self) -> str:
         if self.labels.dtype.kind == "f":
-            return f"{len(self):,} examples"
-        return f"{len(self):,} examples of {int(self.labels.max(initial=-1)) + 1} classes"
+            return count(len(self), "example")
+        return f"{count(len(self), 'example')} of {count(int(self.labels.max(initial=-1)) + 1, 'class', 'classes')}"
 
 
 def read_labelled_arrays(path: Path) -> LabelledArrays:
@@ -198,11 +199,11 @@ def read_labelled_arrays(path: Path) -> LabelledArrays:
 
 
 def _array_problems(arrays: Mapping[str, NDArray[Any]], labels: NDArray[Any]) -> list[str]:
-    count = len(labels) if labels.ndim else 0
+    number = len(labels) if labels.ndim else 0
     problems = [] if arrays else ["it contains labels alone"]
     for name, values in {**arrays, "labels": labels}.items():
-        if values.shape[:1] != (count,):
-            problems.append(f"`{name}` has the shape {values.shape}, and there are {count} labels")
+        if values.shape[:1] != (number,):
+            problems.append(f"`{name}` has the shape {values.shape}, and there are {number} labels")
         elif values.dtype.kind == "f" and not np.isfinite(values).all():
             bad = np.argwhere(~np.isfinite(values))
             what = f"`{name}` contains {count_that_are(len(bad), 'value')} not finite"
@@ -213,6 +214,6 @@ def _array_problems(arrays: Mapping[str, NDArray[Any]], labels: NDArray[Any]) ->
     if negative.size:
         problems.append(f"`labels` contain {negative[0]}; classes are counted from 0 ({IGNORED} is ignored)")
     counted = labels[labels != IGNORED]
-    if not problems and labels.dtype.kind in "iub" and count and len(np.unique(counted)) < 2:
-        problems.append(f"all {count} examples have the same label; there is nothing to learn")
+    if not problems and labels.dtype.kind in "iub" and number and len(np.unique(counted)) < 2:
+        problems.append(same_label(number))
     return problems

@@ -89,6 +89,13 @@ def sound_in(records: Records, value: Any) -> Path | bytes:
     return home / value
 
 
+def same_label(number: int) -> str:
+    """What is wrong with examples of one class."""
+    if number == 1:
+        return "there is only one example; there is nothing to learn"
+    return f"all {number} examples have the same label; there is nothing to learn"
+
+
 def sound_problem(records: Records, value: Any) -> str:
     """What is wrong with the sound of a row, from its header alone; empty where nothing is."""
     try:

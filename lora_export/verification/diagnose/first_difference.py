@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lora_export.errors import escaped_lines
+from lora_export.errors import count, escaped_lines
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.options.spelling import named
 from lora_export.verification import parity
@@ -315,7 +315,7 @@ def _about_other_calls(
     ]
     observed = [layer for layer in others if layer is not None]
     wrong = [layer for layer in observed if not layer.agrees]
-    checked = f"of {len(observed)} other modules, each checked on its own input,"
+    checked = f"of {count(len(observed), 'other module')}, each checked on its own input,"
     if not wrong:
         return f"{checked} none is wrong"
     causes = [find_root_cause(layer) for layer in wrong]

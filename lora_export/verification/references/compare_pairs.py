@@ -16,6 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from lora_export.errors import count
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import read_contract
 from lora_export.graph.content_match import Spellings
@@ -77,7 +78,7 @@ def compare_pairs(
             what = _compared(found, step, dtype)
             compared += what is not None
             faults += [f"{step.weight if step else weights[found.module]}: {what}"] if what else []
-    notes = (f"A and B beside {compared} weights were compared with the adapter's",) if compared else ()
+    notes = (f"A and B beside {count(compared, 'weight')} were compared with the adapter's",) if compared else ()
     return Findings(notes, faults=tuple(faults))
 
 
@@ -186,9 +187,9 @@ class _Factors(NamedTuple):
         eps, least = 2 * float(kind.eps), 2 * float(kind.smallest_subnormal)
         a, b = np.linalg.norm(self.a, axis=0), np.linalg.norm(self.b, axis=1)
         bounds = []
-        for each, other, count in ((a, b, self.b.size), (b, a, self.a.size)):
+        for each, other, numbers in ((a, b, self.b.size), (b, a, self.a.size)):
             whole = float(np.linalg.norm(other))
-            bounds.append(eps * whole * each + least * (np.sqrt(count) * each + np.sqrt(ranks) * whole))
+            bounds.append(eps * whole * each + least * (np.sqrt(numbers) * each + np.sqrt(ranks) * whole))
         return bounds[0], bounds[1]
 
 

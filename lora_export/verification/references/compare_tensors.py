@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, count
 from lora_export.graph.content_match import Spellings
 from lora_export.graph.exporter_names import parameter_of
 from lora_export.graph.find_sites import Sites
@@ -130,7 +130,7 @@ class _Comparison:
             if math.prod(tensor.shape) >= LEAST_CONTENT and len(tensor.shape) > 1:
                 self._find_by_content(tensor)
         if more := self.faults[parity.SHOWN :]:
-            self.faults[parity.SHOWN :] = [f"numbers of {len(more)} more tensors are wrong"]
+            self.faults[parity.SHOWN :] = [f"numbers of {count(len(more), 'more tensor')} are wrong"]
         return Findings(notes=(self._note(),), doubts=tuple(self.doubts), faults=tuple(self.faults))
 
     def _is_found_by_name(self, tensor: CandidateTensor) -> bool:

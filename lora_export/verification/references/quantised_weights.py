@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_export import layers, sums
-from lora_export.errors import Different, InputRefused, Undecided
+from lora_export.errors import Different, InputRefused, Undecided, count
 from lora_export.graph.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import open_graph
@@ -173,7 +173,7 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
     unnamed = [site for site in sites.unnamed if site.quantised is not None and site.value not in known]
     if unnamed:
         raise Undecided(
-            f"the names of {len(unnamed)} quantised weights are unknown "
+            f"the names of {count(len(unnamed), 'quantised weight')} are unknown "
             f"({', '.join(site.location for site in unnamed[:5])}). {DECIDES}: the graph that adapters were merged "
             f"into ({named('base', 'BASE.onnx')} beside {named('model')}), whose weights are matched with the "
             "model's by their content"
@@ -320,8 +320,8 @@ def notes_on(weights: Mapping[str, DequantisedWeight]) -> list[str]:
         name, least = min(merges.items(), key=lambda item: item[1].fraction)
         mean = sum(merge.fraction for merge in merges.values()) / len(merges)
         notes.append(
-            f"adapters were merged into {len(merges)} quantised weights: each should be the nearest to W + s·BA that "
-            f"its scales allow. They contain {mean:.0%} of the change on average, the least in {name} "
+            f"adapters were merged into {count(len(merges), 'quantised weight')}: each should be the nearest to W + s·"
+            f"BA that its scales allow. They contain {mean:.0%} of the change on average, the least in {name} "
             f"({least.fraction:.2f} ± {least.standard_error:.2g})"
         )
     return notes

@@ -71,7 +71,7 @@ def test_every_row_is_checked_with_its_line(tmp_path: Path) -> None:
         "  and 1 more",
     ]
     assert sound_problem(records, "short.wav") == "the sound has no samples"
-    assert str(survey(lines(tmp_path, good), RowForm.SPEECH)) == "1 examples (automatic-speech-recognition)"
+    assert str(survey(lines(tmp_path, good), RowForm.SPEECH)) == "1 example (automatic-speech-recognition)"
 
 
 def test_the_hash_is_that_of_the_sounds_too(tmp_path: Path) -> None:

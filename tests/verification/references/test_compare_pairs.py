@@ -255,7 +255,7 @@ FORMS = {
 def test_forms_of_other_tools_are_known(form: str, name: str, routed: Model) -> None:
     a, b = FORMS[form]
     faults, notes = compared({name.format("A"): a, name.format("B"): b}, routed)
-    assert (faults, notes) == ([], ["A and B beside 1 weights were compared with the adapter's"])
+    assert (faults, notes) == ([], ["A and B beside 1 weight were compared with the adapter's"])
     wrong = b.copy()
     (wrong if len(wrong) == 24 else wrong.T)[5] = 0
     (fault,), _ = compared({name.format("A"): a, name.format("B"): wrong}, routed)

@@ -457,7 +457,7 @@ def test_transposed_parameter_is_merged_and_verified(tmp_path: Path) -> None:
     path = requantised(base, adapter(0.2), tmp_path / "merged")
     verdict = verdict_of(path, turned, adapter(0.2), origin=base)
     assert verdict.same, str(verdict)
-    assert any("merged into 1 quantised weights" in note for note in verdict.notes)
+    assert any("merged into 1 quantised weight:" in note for note in verdict.notes)
     wrong = verdict_of(path, turned, adapter(0.22), origin=base)
     assert "weights" in {reason.gate for reason in wrong.reasons}
 
