@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,15 @@ import pytest
 
 from lora_export import cli
 from lora_export.artifacts.artifact import open_artifact
-from lora_export.artifacts.files import GRAPH_FILES, adapter_of_file, file_for_graph, graphs_in
+from lora_export.artifacts.files import (
+    EMBEDDING_FILE,
+    GRAPH_FILES,
+    MERGED_FILE,
+    VISION_FILE,
+    adapter_of_file,
+    file_for_graph,
+    graphs_in,
+)
 from lora_export.errors import InputRefused
 from lora_export.storage import input_files
 
@@ -61,6 +70,23 @@ def test_folder_with_some_of_the_graphs_is_refused_by_what_it_lacks(tmp_path: Pa
     (tmp_path / GRAPH_FILES[2]).unlink()
     (tmp_path / "model.safetensors").touch()  # it is the folder of a model
     open_artifact(tmp_path).refuse_missing_graph()
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        ([VISION_FILE], True),
+        ([VISION_FILE, EMBEDDING_FILE], True),
+        ([VISION_FILE, EMBEDDING_FILE, MERGED_FILE], False),
+        ([MERGED_FILE], False),  # optimum's decoder of texts
+        ([VISION_FILE, "prompt_encoder_mask_decoder.onnx"], False),  # optimum's SAM
+    ],
+)
+def test_folder_with_some_of_the_graphs_with_images_is_refused(names: list[str], refused: bool, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(InputRefused, match="A model that reads images") if refused else nullcontext():
+        open_artifact(tmp_path).refuse_missing_graph()
 
 
 @pytest.mark.parametrize("line", ["generate FOLDER --prompt x", "verify FOLDER --model base"])
