@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 NUMBER = "layer_idx"  # of a block, in transformers: it finds the block's part of a cache
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 SIMPLE = bool | int | float | complex | str | bytes | type | None
 
 
@@ -45,9 +45,10 @@ def each_kind_of_block_once(module: nn.Module) -> Iterator[None]:
         return known[key]
 
     blocks = [block for block in blocks_of(module) if "forward" not in block.__dict__]
+    forwards = [functools.partial(forward, _kind_of(block), block.forward) for block in blocks]
     try:
-        for block in blocks:
-            block.__dict__["forward"] = functools.partial(forward, _kind_of(block), block.forward)
+        for block, own in zip(blocks, forwards, strict=True):
+            block.__dict__["forward"] = own
         yield
     finally:
         for block in blocks:
@@ -68,6 +69,8 @@ def _settings_of(part: nn.Module) -> Hashable:
 
 
 def _setting(value: Any) -> Hashable:
+    if isinstance(value, tuple | list):  # as the sizes of norms and convolutions are
+        return type(value), tuple(map(_setting, value))
     if isinstance(value, functools.partial):  # as activations are
         return tuple(map(_setting, (value.func, *value.args, *itertools.chain(*sorted(value.keywords.items())))))
     return type(value), value if isinstance(value, SIMPLE) else id(value)

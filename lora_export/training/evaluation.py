@@ -32,7 +32,7 @@ from lora_export.training.batches import (
     scores_of,
 )
 from lora_export.training.compiling import autocast
-from lora_export.training.padding import parts_with_less_padding
+from lora_export.training.padding import TextParts
 from lora_export.training.processes import is_sharded, move, rank, sum_over_processes, world_size
 from lora_export.training.records.opening import IGNORED
 
@@ -158,12 +158,12 @@ def evaluate(
     modes = {part: part.training for part in module.modules()}
     move(module, device)
     module.eval()
+    parts = TextParts(module, data.loss, device)
     total, correct, count, has_accuracy = 0.0, 0, 0, True
     try:
         with torch.no_grad():
             for whole in batches_in_order(data, batch_size, own_rows):
-                for some in [whole] if shares else parts_with_less_padding(whole, data.loss, torch.device(device).type):
-                    batch = batch_on_device(some, device)
+                for batch in [batch_on_device(whole, device)] if shares else parts.of(whole):
                     with autocast(device, precision):
                         outputs = module_outputs(module, batch.inputs)
                     total += float(data.loss.total(outputs, batch))

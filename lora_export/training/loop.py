@@ -47,7 +47,7 @@ from lora_export.training.compiling import (
 )
 from lora_export.training.evaluation import HeadLoss, evaluate, head_loss
 from lora_export.training.order import ShuffledOrder, learning_rate_factor, parts_of
-from lora_export.training.padding import parts_with_less_padding
+from lora_export.training.padding import TextParts
 from lora_export.training.processes import (
     is_sharded,
     leave_at_exit,
@@ -144,6 +144,7 @@ class _Run:
         has_statistics = any(norms_with_statistics(self.module).values())
         # A compiled forward would be compiled again for the width of each part.
         self.is_whole = self.is_sharded or has_statistics or self.settings.compile
+        self.parts = TextParts(self.module, self.data.loss, self.accelerator.device)
         self.loss = self.head or self.data.loss
         self.forward = compiled(self.module) if self.settings.compile else self.module
         if self.checkpoints is None:
@@ -205,11 +206,11 @@ class _Run:
         """Compute a step's gradients. Returns its loss, its tokens, and its learning rate."""
         settings, epoch = self.settings, self.order.epoch_of(step) + 1
         seed = settings.seed * 1_000_003 + step * 1009 + rank()
-        torch.manual_seed(seed % 2**63)  # of dropout
-        np.random.seed(seed % 2**32)  # of the parts of a sound that speech models of transformers mask
         rows = self.order.rows_of(step)
         parts = parts_of(rows, settings.accumulate, rank=rank(), processes=world_size())
         batches = [batch for part in parts for batch in self._batches(self.data.batch(part, epoch))]
+        torch.manual_seed(seed % 2**63)  # of dropout
+        np.random.seed(seed % 2**32)  # of the parts of a sound that speech models of transformers mask
         own_count = sum(self.data.loss.count(batch.labels) for batch in batches)
         (count,) = sum_over_processes([float(own_count)], self.accelerator.device)
         total = 0.0
@@ -237,9 +238,7 @@ class _Run:
 
     def _batches(self, batch: Batch) -> list[Batch]:
         """A batch on the device, in parts with less padding where they change nothing but the time."""
-        device = self.accelerator.device
-        made = [batch] if self.is_whole else parts_with_less_padding(batch, self.data.loss, device.type)
-        return [batch_on_device(each, device) for each in made]
+        return [batch_on_device(batch, self.accelerator.device)] if self.is_whole else self.parts.of(batch)
 
     def _idle_batches(self, rows: Sequence[int], parts: int, epoch: int) -> list[Batch]:
         """Batches that do not count, so that every process runs a base in shares equally often."""

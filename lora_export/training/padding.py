@@ -1,17 +1,22 @@
 """A batch of texts in parts with less padding.
 
 A batch is as wide as its longest text, and each shorter one is padded to it. Texts of similar length make narrower
-batches. A loss is a sum over examples, so the parts of a batch add up to its loss and its gradients.
+batches. A loss is a sum over examples, so the parts of a batch add up to its loss and its gradients, where the model
+computes a text with padding as it does without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_export.training.batches import Batch, Loss
+from lora_export.errors import RuntimeRefused
+from lora_export.training.batches import Batch, Loss, batch_on_device, module_outputs, scores_of
 from lora_export.training.records.opening import IGNORED
 
 BY_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})  # (rows, tokens)
@@ -20,9 +25,56 @@ BY_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "position
 # Measured for MiniLM on the CPU, with larger models below it; an estimate for CUDA.
 PART_COST = {"cpu": 48, "cuda": 2048}
 
+# Of the largest score: what rounding makes of another width at most, in fp32; and in last places of a narrower dtype.
+MOST_DIFFERENCE, MOST_PLACES = 1e-3, 2
+
+
+class TextParts:
+    """The batches of one model in parts with less padding. Those of a model that computes padding stay whole."""
+
+    def __init__(self, module: nn.Module, loss: Loss, device: torch.device | str):
+        self._module, self._loss, self._device = module, loss, torch.device(device)
+        self._ignores_padding: bool | None = None  # not known
+
+    def of(self, batch: Batch) -> list[Batch]:
+        """The batch as `parts_with_less_padding`, on the device."""
+        parts = parts_with_less_padding(batch, self._loss, self._device.type)
+        if len(parts) > 1 and self._ignores_padding is None:
+            self._ignores_padding = ignores_padding(self._module, batch_on_device(batch, self._device))
+        return [batch_on_device(part, self._device) for part in (parts if self._ignores_padding else [batch])]
+
+
+def ignores_padding(module: nn.Module, batch: Batch) -> bool:
+    """Whether a model computes the shortest text of a batch, and one of middle length, alike with and without padding.
+
+    ConvBERT's convolutions read padding, and XLNet's classifier takes the last token for that of the text. BigBird
+    attends to all of a short text, and then of each later one: what is run is a copy, with the same tensors.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    alone = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()
+    modules, lengths = repr(alone), batch.inputs["attention_mask"].sum(1).tolist()
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    rows = [order[0], order[len(order) // 2]]
+    try:
+        is_alike = all(_is_alike(alone, _rows_of(batch.inputs, [row]), lengths[row]) for row in rows)
+    except RuntimeRefused:  # by the model's code, which may need a least length
+        return False
+    return is_alike and repr(alone) == modules
+
+
+def _is_alike(module: nn.Module, padded: Mapping[str, Tensor], length: int) -> bool:
+    """Whether the scores of one text are those with its padding. Where they are by token, those of padding are not."""
+    with torch.no_grad():
+        expected, found = (scores_of(module_outputs(module, each)) for each in (padded, _cut(padded, length)))
+    if expected.shape != found.shape:
+        expected = expected[:, :length]
+    widest = max(torch.finfo(each.dtype).eps for each in (found, *module.parameters()) if each.is_floating_point())
+    most = max(MOST_DIFFERENCE, MOST_PLACES * widest) * expected.abs().max()
+    return expected.shape == found.shape and bool((expected - found).abs().max() <= most)
+
 
 def parts_with_less_padding(batch: Batch, loss: Loss, device: str) -> list[Batch]:
-    """The rows of a batch in parts that are as wide as their longest text, the largest part first.
+    """The rows of a batch in parts that are as wide as their longest text, the one of most tokens first.
 
     It is the batch itself where nothing is saved: without `attention_mask`, with padding in front, and for losses that
     are no sum over rows.
@@ -34,9 +86,10 @@ def parts_with_less_padding(batch: Batch, loss: Loss, device: str) -> list[Batch
     texts = lengths.reshape(loss.rows_per_label, count)  # column i: the texts of label i
     widths = [int(width) for width in texts.amax(0)]
     groups = groups_by_length(widths, PART_COST[device] / loss.rows_per_label)
-    return (
-        [batch] if len(groups) < 2 else [_part(batch, loss, rows, max(widths[row] for row in rows)) for rows in groups]
-    )
+    if len(groups) < 2:
+        return [batch]
+    parts = [_part(batch, loss, labels, max(widths[label] for label in labels)) for labels in groups]
+    return sorted(parts, key=lambda part: -part.inputs["input_ids"].numel())
 
 
 def groups_by_length(lengths: Sequence[int], group_cost: float) -> list[list[int]]:
@@ -45,16 +98,18 @@ def groups_by_length(lengths: Sequence[int], group_cost: float) -> list[list[int
     Of all groupings, one with the least sum. The groups are in the order of their lengths, the longest first.
     """
     order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
-    best: list[tuple[float, int]] = [(0.0, 0)]  # of the first i items: the least cost, and where the last group begins
-    for stop in range(1, len(order) + 1):
-        best.append(
-            min((best[begin][0] + (stop - begin) * lengths[order[begin]] + group_cost, begin) for begin in range(stop))
-        )
+    longest = np.array([lengths[item] for item in order])
+    # Of the first i items: the least cost, and where their last group begins. Equal lengths are in one group.
+    cost, begins = np.zeros(len(order) + 1), np.zeros(len(order) + 1, np.int64)
+    starts = np.flatnonzero(np.diff(longest, prepend=longest[:1] + 1))
+    for stop in [*starts[1:], len(order)]:
+        possible = starts[starts < stop]
+        costs = cost[possible] + (stop - possible) * longest[possible] + group_cost
+        cost[stop], begins[stop] = costs.min(), possible[costs.argmin()]
     groups, stop = [], len(order)
     while stop:
-        begin = best[stop][1]
-        groups.append(sorted(order[begin:stop]))
-        stop = begin
+        groups.append(sorted(order[begins[stop] : stop]))
+        stop = begins[stop]
     return groups[::-1]
 
 
@@ -72,6 +127,8 @@ def _lengths(batch: Batch) -> Tensor | None:
     counts = mask != 0
     if _are_by_token(batch.labels, mask):
         counts = counts | (batch.labels != IGNORED)
+    elif batch.labels.shape[1:2] == (width,):
+        return None  # perhaps values of tokens, of which none is ignored
     return (counts * torch.arange(1, width + 1)).amax(1)
 
 
@@ -86,3 +143,11 @@ def _part(batch: Batch, loss: Loss, labels: list[int], width: int) -> Batch:
     inputs = {name: value[rows, :width] if name in BY_TOKEN else value[rows] for name, value in batch.inputs.items()}
     own = batch.labels[labels]
     return Batch(inputs, own[:, :width] if _are_by_token(batch.labels, mask) else own)
+
+
+def _cut(inputs: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    return {name: value[:, :width] if name in BY_TOKEN else value for name, value in inputs.items()}
+
+
+def _rows_of(inputs: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in inputs.items()}

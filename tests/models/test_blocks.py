@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2Model, LlamaConfig, LlamaModel
+from transformers import Gemma2Config, Gemma2Model, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from lora_export.layers.torch_internals import sizes_of_branches
 from lora_export.models.blocks import blocks_of, each_kind_of_block_once
@@ -22,6 +22,7 @@ class Block(nn.Module):
     def __init__(self, number: int, most: int = 99, width: int = 4, act: Any = torch.tanh, bias: bool = True) -> None:
         super().__init__()
         self.layer_idx, self.most, self.act = number, most, act
+        self.norm = nn.LayerNorm(width)
         self.fc = nn.Linear(width, width, bias=bias)
         self.runs = nn.Identity()  # with a hook that counts
 
@@ -29,7 +30,7 @@ class Block(nn.Module):
         if seen is not None:
             seen[self.layer_idx] = x
         x = self.runs(x)
-        return self.act(self.fc(x)) if x.shape[0] < self.most else x
+        return self.act(self.fc(self.norm(x))) if x.shape[0] < self.most else x
 
 
 class Stack(nn.Module):
@@ -70,6 +71,7 @@ EQUAL = [Block(0), Block(1), Block(2)]
         ([Block(0), Block(1, act=torch.relu), Block(2)], 2),
         ([Block(0, act=gelu("tanh")), Block(1, act=gelu("tanh")), Block(2, act=gelu("none"))], 2),
         ([Block(0), Block(1, bias=False), Block(2)], 2),
+        ([Block(0), Block(1).eval(), Block(2)], 2),
         ([Block(0), Block(1).requires_grad_(False), Block(2)], 2),
     ],
 )
@@ -108,15 +110,16 @@ def test_the_branch_of_a_later_block_is_found() -> None:
     ("module", "kinds"),
     [
         (LlamaModel(LlamaConfig(**SIZES, num_hidden_layers=4)), 1),
+        (GPT2Model(GPT2Config(n_embd=16, n_layer=4, n_head=2, vocab_size=23)), 1),
         (Gemma2Model(Gemma2Config(**SIZES, num_key_value_heads=2, num_hidden_layers=4, sliding_window=8)), 2),
     ],
-    ids=["llama", "gemma2"],
+    ids=["llama", "gpt2", "gemma2"],
 )
 def test_layers_of_transformers_are_of_few_kinds(module: Any, kinds: int) -> None:
     module.eval()
     ids = torch.zeros(1, 5, dtype=torch.long)
     shape = module(ids, use_cache=False).last_hidden_state.shape
-    mlp = type(module.layers[0].mlp)
+    mlp = type(next(blocks_of(module)).mlp)
     found: list[torch.Size] = []
     runs = runs_of(module, lambda: found.append(module(ids, use_cache=False).last_hidden_state.shape), mlp)
     assert (runs, found) == (kinds, [shape])
