@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-NUMBER = "layer_idx"  # of a block, in transformers: it finds the block's part of a cache
+OWN_NUMBER = "layer_idx"  # of a block, in transformers: it finds the block's part of a cache
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 SIMPLE = bool | int | float | complex | str | bytes | type | None
 
@@ -64,7 +64,7 @@ def _kind_of(block: nn.Module) -> Hashable:
 
 
 def _settings_of(part: nn.Module) -> Hashable:
-    names = sorted(vars(part).keys() - OF_EVERY_MODULE - {NUMBER})
+    names = sorted(vars(part).keys() - OF_EVERY_MODULE - {OWN_NUMBER})
     return tuple((name, _setting(getattr(part, name))) for name in names)
 
 

@@ -165,7 +165,8 @@ def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adap
         token_rows = {**{name: replace(first, tied=()) for name in names if name not in matched}, **token_rows}
         if with_rows[0].removesuffix(".weight") in adapter.tied.values():  # and so is the table that is saved beside
             replaced |= dict.fromkeys(names, replaced[with_rows[0]])
-    return replace(adapter, token_rows=token_rows, replaced=replaced)
+    is_changed = token_rows.keys() != adapter.token_rows.keys() or replaced.keys() != adapter.replaced.keys()
+    return replace(adapter, token_rows=token_rows, replaced=replaced) if is_changed else adapter
 
 
 def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[str] = ()) -> Adapter:

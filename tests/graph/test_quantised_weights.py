@@ -136,7 +136,7 @@ def test_group_index_is_noted_as_unsupported() -> None:
         { y = com.microsoft.MatMulNBits <K = 3, N = 2, bits = 4, block_size = 16> (x, W, s, , i) }""")
     found = find_sites(model)
     assert not (found.by_name or found.unnamed)
-    assert found.notes == ("1 MatMulNBits nodes hold quantised weights in an unsupported format",)
+    assert found.notes == ("1 MatMulNBits node holds quantised weights in an unsupported format",)
 
 
 @pytest.mark.parametrize("as_pairs", [False, True])

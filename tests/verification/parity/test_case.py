@@ -169,4 +169,4 @@ def test_nan_is_different_where_the_reference_is_finite() -> None:
     case = with_value(math.nan, "reference", "deployed")
     verdict = judge([with_output(case, "candidate", y=np.full(1024, math.nan, np.float32))])
     assert verdict.outcome is Outcome.DIFFERENT
-    assert "1023 values not finite, the first at [0]" in str(verdict)
+    assert "1,023 values not finite, the first at [0]" in str(verdict)
