@@ -351,6 +351,33 @@ def test_an_adapter_in_the_place_of_a_model_is_named(
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "link"),
+        ("onnx", "link", "-o", "new.onnx"),
+        ("torchscript", "link", "-o", "new.pt"),
+        ("train", "link", "--data", "nothing.jsonl", "-o", "new"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("gone", "link is a symbolic link to gone, which does not exist"), ("link", "link: Too many levels of")],
+)
+def test_a_link_to_nowhere_is_named(
+    words: tuple[str, ...],
+    target: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(target)
+    assert call(*words) == 3
+    assert capsys.readouterr().err.startswith(f"Error: {message}")
+
+
+@pytest.mark.parametrize(
     ("name", "code"),
     [
         ("{}", 4),
