@@ -162,7 +162,7 @@ def extract(options: ExtractOptions) -> ExtractResult:
     range; OutputFailed where the output cannot be written. Nothing is left behind then.
     """
     base, tuned = (locate(path, options.on_message, options.download) for path in (options.base, options.tuned))
-    with no_adapter_as_model(base, ()), no_adapter_as_model(tuned, ()):
+    with no_adapter_as_model(base, ()), no_adapter_as_model(tuned, (), "There is nothing to extract from it"):
         return _extracted(options, base, tuned)
 
 

@@ -136,6 +136,7 @@ def inspect(options: InspectOptions) -> Inspection:
 
 def _inspect(path: Path, options: InspectOptions) -> Inspection:
     if not path.exists():
+        input_files.refuse_broken_link(path)
         raise InputRefused(f"there is nothing at {path}{input_files.similar_name(path)}")
     artifact = open_artifact(path)
     if artifact.kind.is_graph:

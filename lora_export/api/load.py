@@ -20,6 +20,8 @@ from lora_export.plan.match_names import with_prefixes
 from lora_export.storage.hub_cache import SNAPSHOTS, locate
 from lora_export.storage.store_path import is_hub_address, place
 
+NAME_THE_MODEL = "Name the model that it is for"  # where an adapter is in its place
+
 
 def split_name(argument: str | Path) -> tuple[str | None, str | Path]:
     """Split `NAME=PATH` or `PATH`. An argument that exists as a path is taken as a path.
@@ -101,23 +103,28 @@ def _load_adapter(source: str | Path, options: ReadOptions, *, activated: bool) 
 
 
 @contextlib.contextmanager
-def no_adapter_as_model(model: ModelSource | None, adapters: AdapterSources) -> Iterator[None]:
+def no_adapter_as_model(
+    model: ModelSource | None, adapters: AdapterSources, way_out: str = NAME_THE_MODEL
+) -> Iterator[None]:
     """A context for reading both. An error in it names the cause where `model` is an adapter. Raises InputRefused."""
     try:
         yield
     except InputRefused as error:
-        refuse_adapter_as_model(model, adapters, error)
+        refuse_adapter_as_model(model, adapters, error, way_out)
         raise
 
 
 def refuse_adapter_as_model(
-    model: ModelSource | None, adapters: AdapterSources = (), cause: InputRefused | None = None
+    model: ModelSource | None,
+    adapters: AdapterSources = (),
+    cause: InputRefused | None = None,
+    way_out: str = NAME_THE_MODEL,
 ) -> None:
     """Raise InputRefused where `model` is an adapter, for `cause`. It names the model where the two were swapped."""
     path = place(model) if isinstance(model, str | Path) else None
     if path is not None and formats.is_only_adapter(path):
         models = [str(other) for other in adapter_paths(adapters) if formats.is_model(other)]
-        way_out = f", and {models[0]} is a model. Did you swap them?" if models else ". Name the model that it is for"
+        way_out = f", and {models[0]} is a model. Did you swap them?" if models else f". {way_out}"
         raise InputRefused(f"{path} is an adapter{way_out}") from cause
 
 

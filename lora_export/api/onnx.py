@@ -63,8 +63,8 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     refuse_pt2(options.model)
     refuse_weights_alone(options.adapters, options.weights)
     model = locate_model(options.model, options.on_message, options.download)
-    refuse_no_source(model, or_graph=True)
     with no_adapter_as_model(model, options.adapters), stated_memory(options.memory):
+        refuse_no_source(model, or_graph=True)
         request = checked_request(options, model)
         require_provider(request.provider)
         # A graph needs no PyTorch: only what is used is imported, before there is an output to remove again.

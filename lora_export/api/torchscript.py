@@ -80,7 +80,8 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     load_model.refuse_pt2(options.model)
     load.refuse_weights_alone(options.adapters, options.weights)
     model = load_model.locate_model(options.model, options.on_message, options.download)
-    load_model.refuse_no_source(model)
+    with load.no_adapter_as_model(model, options.adapters):
+        load_model.refuse_no_source(model)
     adapters = load.locate_adapters(options.adapters, options.on_message, options.download)
     name = _format(options)
     program = program_format(name)

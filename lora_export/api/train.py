@@ -199,8 +199,8 @@ def _prepared(options: TrainOptions) -> TrainOptions:
     if process_rank() > 0:  # one process speaks, and writes the files
         options = replace(options, on_message=ignore, on_progress=ignore)
     model = locate(options.model, options.on_message, options.download)
-    refuse_no_source(model)
     refuse_adapter_as_model(model)
+    refuse_no_source(model)
     return replace(options, model=model, continue_from=continued)
 
 

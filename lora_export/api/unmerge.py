@@ -62,18 +62,17 @@ def unmerge(options: UnmergeOptions) -> UnmergeResult:
         if artifact_kind(merged) is ArtifactKind.WEIGHTS
         else place(options.output)
     )
-    with open_residual(base_from) as residual:
+    with no_adapter_as_model(merged, adapters), open_residual(base_from) as residual:
         if residual.facts.get("is_folder") is not merged.is_dir():
             what = "a folder" if residual.facts.get("is_folder") else "one .safetensors file"
             raise InputRefused(f"{base_from} was kept by a merge into {what}, and {merged} is another kind")
         base = base_of(residual, merged)
         settings = _PlanSettings.of(residual)
-        with no_adapter_as_model(merged, adapters):
-            loaded = load_adapters(
-                adapters,
-                reading=replace(settings.reading, allow_pickle=options.allow_pickle, base_config=merged),
-                of_models=True,
-            )
+        loaded = load_adapters(
+            adapters,
+            reading=replace(settings.reading, allow_pickle=options.allow_pickle, base_config=merged),
+            of_models=True,
+        )
         steps = _plan(residual, _in_order(residual, loaded), base, settings)
         size = sum(spec.nbytes for spec in base.specs)
         inputs, is_file = [merged, base_from, *adapter_paths(adapters)], not merged.is_dir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.artifacts.kind import artifact_kind
 from lora_export.errors import InputRefused, LoraExportError, WrongUsage, brief
 from lora_export.formats import is_only_adapter
+from lora_export.formats.peft_keys import INNER, WRAPPER
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource, is_address
 from lora_export.options.declaring import extended, takes
@@ -181,19 +182,25 @@ def _candidate(options: VerifyOptions) -> Artifact:
 
 def _refuse_adapter(candidate: Artifact, request: VerifyRequest) -> None:
     """Raise InputRefused for an adapter. A file with adapters and tensors of the base is a model that has both."""
-    may_be = (
-        candidate.kind in (ArtifactKind.GGUF, ArtifactKind.SCRIPT, ArtifactKind.OTHER) or candidate.kind.is_checkpoint
-    )
-    is_adapter = (candidate.kind is ArtifactKind.ADAPTER and candidate.path.is_file()) or (
-        may_be and is_only_adapter(candidate.path)
-    )
-    if request.runner is not None or not is_adapter:
+    of_adapters = (ArtifactKind.ADAPTER, ArtifactKind.GGUF, ArtifactKind.SCRIPT, ArtifactKind.OTHER)
+    may_be = candidate.kind in of_adapters or candidate.kind.is_checkpoint
+    if request.runner is not None or not may_be or not is_only_adapter(candidate.path):
         return
     if candidate.kind is ArtifactKind.WEIGHTS and request.origin is not None and request.origin.kind.is_checkpoint:
         own, others = ({spec.name for spec in each.checkpoint.specs} for each in (candidate, request.origin))
-        if own & others:
+        if own & others or _has_most_weights(own, others):
             return
     raise InputRefused(f"{candidate.path} is an adapter. Give the file or folder that was made with it")
+
+
+def _has_most_weights(names: Set[str], base: Set[str]) -> bool:
+    """Whether names that PEFT's wrapper may have changed are those of most of a base's weights.
+
+    Not of any: an adapter's file has whole heads and embeddings under such names, too.
+    """
+    own = {name.removeprefix(WRAPPER).replace(INNER, "") for name in names}
+    weights = {name for name in base if name.endswith(".weight")}
+    return 2 * len(own & weights) > len(weights)
 
 
 def _origin(request: VerifyRequest, candidate: Artifact) -> Artifact | None:

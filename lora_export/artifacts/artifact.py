@@ -145,10 +145,11 @@ class Artifact:
         for files, model in zip(FOLDER_LAYOUTS, ("An encoder-decoder", "A model that reads images"), strict=True):
             missing = [name for name in files if not (self.path / name).is_file()]
             found = [name for name in files if name not in missing]
-            # optimum's decoders of texts have one of these names, and so has SAM's encoder, with another graph beside
-            is_other = files is IMAGE_TEXT_FILES and (
-                VISION_FILE in missing or (found == [VISION_FILE] and len([*self.path.glob("*.onnx")]) > 1)
-            )
+            # optimum's decoders of texts have one of these names, and so has SAM's encoder, with another graph beside:
+            # one of another name, and no vision_encoder_quantized.onnx
+            stems = tuple(name.removesuffix(".onnx") for name in files)
+            has_others = any(not graph.name.startswith(stems) for graph in self.path.glob("*.onnx"))
+            is_other = files is IMAGE_TEXT_FILES and (VISION_FILE in missing or (found == [VISION_FILE] and has_others))
             if found and missing and not is_other:
                 raise InputRefused(
                     f"{self.path} has {', '.join(found)}, and no {' and no '.join(missing)}. {model} is run with its "

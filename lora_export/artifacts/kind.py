@@ -67,6 +67,7 @@ def refuse_no_model(source: str | Path, file: str = "") -> None:
             f"`{its_own}` compares two GGUF files"
         )
     if not (Path(source).is_dir() or kind is ArtifactKind.PROGRAM or is_factory):
+        input_files.refuse_broken_link(Path(source))
         *others, last = (*MODEL_FORMS, file) if file else MODEL_FORMS
         similar = input_files.similar_name(Path(source))
         raise InputRefused(f"{str(source)!r} is no model: give {', '.join(others)} or {last}{similar}")

@@ -28,6 +28,7 @@ from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion import Family
 from lora_export.storage import input_files
+from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
 from lora_export.storage.hub_cache import hub_source
 from lora_export.storage.store_path import place
 
@@ -121,9 +122,11 @@ def is_model(path: Path) -> bool:
 
 def is_only_adapter(path: Path) -> bool:
     """Whether a file or folder is an adapter, and has no weights of a model beside it."""
+    if path.is_file():
+        return claimed_kind(path) is ArtifactKind.ADAPTER or recognised(path)
     if not path.exists() or not recognised(path):
         return False
-    return path.is_file() or all(each.name.startswith("adapter") for each in path.iterdir() if is_tensor_file(each))
+    return all(each.name.startswith("adapter") for each in path.iterdir() if is_tensor_file(each))
 
 
 def located(path: Path) -> Path:

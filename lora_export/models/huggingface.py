@@ -250,8 +250,9 @@ def _refuse_random_weights(folder: Path, module: Any, new: Sequence[str], adapte
 
 
 def _first_sentence(error: Exception) -> str:
-    """The first line of a message; with the next one, where it announces that."""
-    first, *others = filter(None, (line.strip() for line in str(error).splitlines()))
+    """The first line of a message, with the next one where it announces that; the type of an error without any."""
+    lines = filter(None, (line.strip() for line in str(error).splitlines()))
+    first, *others = (*lines,) or (type(error).__name__,)
     return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 

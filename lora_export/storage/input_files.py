@@ -30,6 +30,12 @@ def must_exist(path: Path, what: str) -> None:
         raise InputRefused(f"{path}: {error.strerror}") from error
 
 
+def refuse_broken_link(path: Path) -> None:
+    """Raise InputRefused for a symbolic link to a path that does not exist, or to itself."""
+    if path.is_symlink():
+        must_exist(path, "file or folder")
+
+
 def similar_name(path: Path) -> str:
     """The most similar name in the folder of a path on the disk, as the end of a message; empty where none is."""
     import difflib  # after a mistake alone

@@ -128,8 +128,9 @@ def _prove_mixed(
 ) -> Proof:
     """Judge batches whose rows have each adapter in turn, and the base.
 
-    With `several`, the proof of rows with several adapters, there are such rows, too, and a single one at each place
-    (see `mixed_rows`). Where the largest batch has fewer rows than there are kinds, there are further batches. Raises
+    `proofs` are, by id, those of whole batches with one adapter, on the same inputs, the base's first. With `several`,
+    the proof of rows with several adapters, there are such rows, too, and a single one at each place (see
+    `mixed_rows`). Where the largest batch has fewer rows than there are kinds, there are further batches. Raises
     Undecided where no output has a row for each row of the batch.
     """
     rows = mixed_rows(len(proofs) - 1, candidate.adapters_per_row if several else 1)
@@ -140,9 +141,9 @@ def _prove_mixed(
 def _prove_moved(candidate: RowsRunner, references: References, proofs: Sequence[Proof]) -> Proof | None:
     """Judge batches of a graph of slots after another adapter, or none, took the place of that of each slot.
 
-    None for a graph without slots. Of many slots, MOST_SLOTS are judged, the first
-    and the last among them. As a control, each adapter is compared with the one in the slot beside it: the verdict is
-    `undecided` where it cannot distinguish them.
+    `proofs` are those of `_prove_mixed`. None for a graph without slots. Of many slots, MOST_SLOTS are judged, the
+    first and the last among them. As a control, each adapter is compared with the one in the slot beside it: the
+    verdict is `undecided` where it cannot distinguish them.
     """
     moved = candidate.with_moved_adapters() if isinstance(candidate, OnnxRunner | EncoderDecoderRunner) else None
     if moved is None:

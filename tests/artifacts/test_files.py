@@ -80,6 +80,9 @@ def test_folder_with_some_of_the_graphs_is_refused_by_what_it_lacks(tmp_path: Pa
         ([VISION_FILE, EMBEDDING_FILE, MERGED_FILE], False),
         ([MERGED_FILE], False),  # optimum's decoder of texts
         ([VISION_FILE, "prompt_encoder_mask_decoder.onnx"], False),  # optimum's SAM
+        ([VISION_FILE, "vision_encoder_quantized.onnx", "prompt_encoder_mask_decoder_quantized.onnx"], False),
+        ([VISION_FILE, "vision_encoder_quantized.onnx"], True),  # one graph twice
+        ([VISION_FILE, "embed_tokens_fp16.onnx", "decoder_model_merged_q4.onnx"], True),
     ],
 )
 def test_folder_with_some_of_the_graphs_with_images_is_refused(names: list[str], refused: bool, tmp_path: Path) -> None:

@@ -315,7 +315,16 @@ def test_a_wrong_model_is_named_before_anything_is_read(
             "Name the model that it is for",
         ),  # data is read later
         (("torchscript", "ad", "-a", "ad", "-o", "new.pt"), "Name the model that it is for"),
+        (("torchscript", "kohya.safetensors", "-o", "new.pt"), "Name the model that it is for"),
+        (("onnx", "kohya.safetensors", "-o", "new.onnx"), "Name the model that it is for"),
+        (("onnx", "new.onnx_adapter", "-o", "new.onnx"), "Name the model that it is for"),
+        (("train", "kohya.safetensors", "--data", "nothing.jsonl", "-o", "new"), "Name the model that it is for"),
+        (("merge", "new.onnx_adapter", "ad", "-o", "new"), "Name the model that it is for"),
+        (("unmerge", "ad", "ad", "-o", "new", "--base-from", "residual.bin"), "Name the model that it is for"),
+        (("unmerge", FILE, "ad", "-o", "new", "--base-from", "residual.bin"), "Name the model that it is for"),
+        (("check", "ad", "--base", "ad", "--for", "vllm"), "Name the model that it is for"),
         (("extract", "ad", "base", "-o", "new", "--rank", "1"), "Name the model that it is for"),
+        (("extract", "base", "ad", "-o", "new", "--rank", "1"), "There is nothing to extract from it"),
         (("convert", "ad", "--base", "ad", "-o", "new", "--to", "kohya"), "Name the model that it is for"),
         (("verify", "ad", "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
         (("verify", "ad", "--model", "base", "-a", "ad"), "Give the file or folder that was made with it"),
@@ -334,14 +343,56 @@ def test_an_adapter_in_the_place_of_a_model_is_named(
     base_file(tmp_path / "base" / "model.safetensors", {"fc.weight": [[1.0, 2.0], [3.0, 4.0]]})
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "new.onnx_adapter").touch()
+    assert call("convert", "ad", "-o", "kohya.safetensors", "--to", "kohya") == 0
+    assert call("merge", "base", "ad", "-o", "merged", "--keep-residual", "residual.bin") == 0
     assert call(*words) == 3
-    assert capsys.readouterr().err.endswith(f"Error: {words[1]} is an adapter. {next_step}\n")
+    of_model = words[3] if words[0] == "check" else words[2] if words[:2] == ("extract", "base") else words[1]
+    assert capsys.readouterr().err.endswith(f"Error: {of_model} is an adapter. {next_step}\n")
 
 
-def test_weights_of_the_base_beside_an_adapter_are_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "link"),
+        ("onnx", "link", "-o", "new.onnx"),
+        ("torchscript", "link", "-o", "new.pt"),
+        ("train", "link", "--data", "nothing.jsonl", "-o", "new"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("gone", "link is a symbolic link to gone, which does not exist"), ("link", "link: Too many levels of")],
+)
+def test_a_link_to_nowhere_is_named(
+    words: tuple[str, ...],
+    target: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
     monkeypatch.chdir(tmp_path)
-    peft_adapter(tmp_path / "ad", {"fc": ([[1.0, 2.0]], [[1.0], [1.0]])})
-    weights = {"fc.weight": [[1.0, 2.0], [3.0, 4.0]]}
-    base_file(tmp_path / "base.safetensors", weights)
-    base_file(tmp_path / "both.safetensors", {**weights, **load_file(tmp_path / FILE)})
-    assert call("verify", "both.safetensors", "--base", "base.safetensors", "-a", "ad") == 4
+    (tmp_path / "link").symlink_to(target)
+    assert call(*words) == 3
+    assert capsys.readouterr().err.startswith(f"Error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("{}", 4),
+        ("base_model.model.{}", 4),  # merged, and not unwrapped
+        ("base_model.model.{}.base_layer", 4),  # not even merged
+        ("", 3),  # the head alone is an adapter's, too
+    ],
+)
+def test_weights_of_the_base_beside_an_adapter_are_a_model(
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = {"fc": [[1.0, 2.0], [3.0, 4.0]], "other": [[1.0, 2.0], [3.0, 4.0]], "head": [[1.0, 2.0]]}
+    peft_adapter(tmp_path / "ad", {"fc": ([[1.0, 2.0]], [[1.0], [1.0]])}, {"head.weight": [[3.0, 4.0]]})
+    base_file(tmp_path / "base.safetensors", {f"{module}.weight": value for module, value in weights.items()})
+    named = {f"{name.format(module)}.weight": value for module, value in weights.items() if name}
+    base_file(tmp_path / "both.safetensors", {**named, **load_file(tmp_path / FILE)})
+    assert call("verify", "both.safetensors", "--base", "base.safetensors", "-a", "ad") == code

@@ -315,3 +315,11 @@ def test_a_config_that_transformers_refuses(config: dict[str, Any], message: str
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputRefused, match=f"config.json: transformers {message}"):
         load_model(str(tmp_path))
+
+
+def test_an_error_without_a_message_is_named_by_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(hf.AutoConfig, "for_model", lambda **_: next(iter(())))
+    with pytest.raises(InputRefused, match=r"transformers cannot read this config \(StopIteration\)$"):
+        load_model(str(tmp_path))
