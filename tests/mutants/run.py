@@ -223,10 +223,9 @@ class Run:
         present = {site.mutant.id for site in self.sites.values()}
         for mutant in self.mutants:
             if mutant.id not in self.sites:
-                others = [
-                    site for site in sites if site.mutant.folder == mutant.folder and site.mutant.id not in present
-                ]
-                for drawn in draw(others, 1, f"{known['seed']} {mutant.id}"):
+                others = [site for site in sites if site.mutant.id not in present]
+                near = [site for site in others if site.mutant.folder == mutant.folder]
+                for drawn in draw(near or others, 1, f"{known['seed']} {mutant.id}"):
                     self.new[drawn.id] = next(site for site in others if site.mutant.id == drawn.id)
                     present.add(drawn.id)
         state = hashlib.sha256(repr([*self.sites, *self.new]).encode())

@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from mutants.mutations import Finder, Site, all_sites, choose, mutated, sites
-from mutants.run import MOST_TESTS, Run, covering, forked, lost
+from mutants.run import MOST_TESTS, Run, covering, forked, lost, write
 from mutants.watching import Watched
 from support import TESTS
 
@@ -151,6 +152,21 @@ def test_equal_statements_are_told_apart_by_their_neighbours() -> None:
     assert [
         site and site.lines.start for site in found_again(repeated, old=repeated) if site.mutant.kind == "return"
     ] == [*(2, 3, 4)]
+
+
+def test_a_living_mutant_is_tried_in_place_of_one_that_is_gone(tmp_path: Path) -> None:
+    """One of the same folder; of another where the folder is gone."""
+    found = all_sites(package(tmp_path, one__a="a = b == 1", two__b="def f():\n    return g(0)"))
+    (tmp_path / "tests/mutants").mkdir(parents=True)
+    entries = [asdict(mutant) for mutant in choose(found, 4, seed=1)]
+    write(tmp_path / "tests/mutants/mutants.json", {"seed": 1}, "mutants", entries)
+    assert len(entries) == 4 and not Run(tmp_path, workers=1).new
+    (tmp_path / "lora_export/two/b.py").unlink()
+    package(tmp_path, one__a="a = b == 1\nc = d and e", three__c="a = b < c")
+    run = Run(tmp_path, workers=1)
+    assert sorted(site.change for site in run.new.values()) == ["b < c -> b <= c", "d and e -> d or e"]
+    rows = dict(line.strip().rsplit(maxsplit=4)[::4] for line in run.table().splitlines()[1:])
+    assert rows == {"lora_export/one": "0", "lora_export/two": "2", "new, in place of those gone": "0", "all": "2"}
 
 
 # --- killed ---
