@@ -326,6 +326,25 @@ def test_the_base_is_made_again_from_a_residual(llama, tied, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (llama.base / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "rows", [[{TABLE: [0, 5]}], [{TABLE: [0, 5], HEAD: [2]}], [{TABLE: [0, 5]}, {HEAD: [3]}]], ids=str
+)
+def test_two_tables_are_made_again_whatever_their_merged_values(llama, rows, tmp_path):
+    base = tmp_path / "base"
+    llama.model.save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights[LLAMA_TABLE]}, base / "model.safetensors", metadata={"format": "pt"})
+    adapters = [
+        llama.adapter(tmp_path / str(number), "q_proj", seed=number, trainable_token_indices=indices)
+        for number, indices in enumerate(rows)
+    ]
+    le.merge(base, adapters, tmp_path / "out", keep_residual=tmp_path / "residual")
+    assert le.verify(tmp_path / "out", base=base, adapters=adapters)
+    le.unmerge(tmp_path / "out", adapters, tmp_path / "again", base_from=tmp_path / "residual")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (base / name).read_bytes()
+
+
 def test_a_class_whose_ties_are_not_known_is_refused(llama, tmp_path):
     config = json.loads((llama.base / "config.json").read_text()) | {"architectures": ["MyForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
