@@ -26,7 +26,7 @@ from lora_export.storage.store_path import newly_opened, place
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.residuals.archive import Residual, open_residual
 from lora_export.weights.residuals.restoring import base_of, restore_base
-from lora_export.weights.tied_tensors import ties_with_rows
+from lora_export.weights.tied_tensors import ties_of
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,6 @@ def _plan(residual: Residual, adapters: Sequence[Adapter], base: Checkpoint, set
         may_add=True,
         layout=settings.layout,
         rules=base.rules,
-        ties=ties_with_rows(base, settings.tied, renamed),
+        ties=ties_of(base, settings.tied),  # without rows of a head that is stored again: the residual has them
     )
     return combine_in_plan(steps, settings.combination)

@@ -39,6 +39,7 @@ class ConversionTable:
     prefixes: Mapping[str, str]  # architecture -> the name of its inner model (`base_model_prefix`)
     auto: Mapping[str, Mapping[str, str]]  # head -> model type -> the class that a part of this type is built as
     ties: Mapping[str, Mapping[str, str]]  # architecture -> tied tensor -> the tensor whose values it has, loaded names
+    tied_by_default: frozenset[str]  # architectures that tie them where their config has no `tie_word_embeddings`
     cannot_untie: frozenset[str]  # architectures that are other models without `tie_word_embeddings`
     unbuilt: frozenset[str]  # architectures whose parts are unknown
     # Model type -> class -> modules that not all classes of the type have, such as heads and poolers. `#` is a number.
@@ -68,6 +69,7 @@ def read_table() -> ConversionTable:
         prefixes={name: value[0] for name, value in raw["classes"].items()},
         auto=raw["auto"],
         ties={name: tied for tied, names in raw["ties"] for name in names},
+        tied_by_default=frozenset(raw["tied_by_default"]),
         cannot_untie=frozenset(raw["cannot_untie"]),
         unbuilt=frozenset(raw["unbuilt"]),
         modules=raw["modules"],

@@ -121,8 +121,18 @@ def refuse_lost_rows(table: Step, other: Step) -> None:
         raise InputRefused(
             f"{lost[0]} replaces rows of {table.weight}, and so of {other.weight}, which is tied to it; "
             f"{other.values_of[0]} replaces {'rows of' if other.replaces_only_rows else 'the whole'} {other.weight}. "
-            "Merge only one of these adapters. Nothing was written."
+            f"Merge only one of these adapters{_or_both(table, other)}. Nothing was written."
         )
+
+
+def _or_both(table: Step, other: Step) -> str:
+    """That a checkpoint takes both, where each of them replaces other rows and nothing else."""
+    rows = table.token_rows, other.token_rows
+    if not (table.replaces_only_rows and other.replaces_only_rows) or rows[0] is None or rows[1] is None:
+        return ""
+    if np.intersect1d(rows[0].indices, rows[1].indices).size:
+        return ""
+    return f", or both into the checkpoint with {named('tied', 'untie')}, where its config can untie the two"
 
 
 def _names(name: str, ties: Ties) -> tuple[str, str]:

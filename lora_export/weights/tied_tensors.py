@@ -66,24 +66,38 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
 def ties_with_rows(base: Checkpoint, handling: Tied | str, adapters: Sequence[Adapter]) -> Ties:
     """The ties of a base for adapters, which may replace rows: PEFT trains these for all names that are tied.
 
-    That includes equal tensors that the base stores under both names. Reads both. Raises as `ties_of`, and InputRefused
-    where the config ties tensors that differ: PEFT takes the rows for both, and transformers does not tie them.
+    That includes equal tensors that the base stores under both names, where the model ties them. Reads both. Raises as
+    `ties_of`, and InputRefused where the model ties tensors that differ: PEFT takes the rows for both, and transformers
+    does not tie them.
     """
     ties = ties_of(base, handling)
-    if not any(adapter.token_rows for adapter in adapters):
+    changed = [adapter for adapter in adapters if adapter.token_rows]
+    if ties.handling is not Tied.ERROR or not changed or not _is_tied(base):
         return ties
     entries = {name: (file.path, entry) for file in base.shards.values() for name, entry in file.entries.items()}
     stored = {name: source for name, source in ties.tensors.items() if name in entries and source in entries}
     again = frozenset(name for name in stored if _have_equal_bytes(entries[name], entries[stored[name]]))
-    changed = [adapter for adapter in adapters if adapter.token_rows]
-    for name in stored.keys() - again if base.config.get(TIED) and ties.handling is Tied.ERROR else ():
-        if owner := next((one.name for one in changed if _has_rows_of(one, stored[name])), None):
+    for name in stored.keys() - again:
+        losing = (one.name for one in changed if _has_rows_of(one, stored[name]) and not _has_values_of(one, name))
+        if owner := next(losing, None):
+            can_be_both = not any(_has_other_rows(one, name, stored[name]) for one in adapters)
+            ways_out = apart_or_both(can_untie=can_untie(base.rules), can_be_both=can_be_both)
+            if can_untie(base.rules) and stored == ties.tensors:  # else a tensor would have no values
+                ways_out += f"; {TIED} = false in the base's {CONFIG} leaves {name} as it is"
             raise InputRefused(
-                f"{owner} replaces rows of {stored[name]}, to which the config ties {name}, but the base stores other "
-                f"values of {name}. Set {TIED} to false in the base's {CONFIG}, so that {name} stays as it is, or use "
-                f"{named('tied', 'untie')} to replace its rows, too"
+                f"{owner} replaces rows of {stored[name]}, to which the model ties {name}, but the base stores other "
+                f"values of {name}. {ways_out}"
             )
     return replace(ties, stored_again=again)
+
+
+def _is_tied(base: Checkpoint) -> bool:
+    """Whether the model of a base ties its tensors: its config states it, or its class does so by default."""
+    if (stated := base.config.get(TIED)) is not None:
+        return bool(stated)
+    if any(isinstance(part, Mapping) and part.get(TIED) is False for part in base.config.values()):
+        return False
+    return base.rules is not None and base.rules.architecture in read_table().tied_by_default
 
 
 def _have_equal_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
@@ -166,6 +180,12 @@ def _adds_to_rows(adapter: Adapter, tied: str, source: str) -> bool:
 
 def _has_rows_of(adapter: Adapter, tensor: str) -> bool:
     return any(is_weight_of(tensor, name.removesuffix(".weight")) for name in adapter.token_rows)
+
+
+def _has_values_of(adapter: Adapter, tensor: str) -> bool:
+    """Whether an adapter has rows of a tensor, or the whole of it."""
+    names = (*adapter.token_rows, *adapter.replaced)
+    return any(is_weight_of(tensor, name.removesuffix(".weight")) for name in names)
 
 
 def _has_other_rows(adapter: Adapter, tied: str, source: str) -> bool:

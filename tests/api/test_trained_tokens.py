@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -79,11 +80,28 @@ def test_rows_that_the_head_lacks_are_different(llama, tmp_path: Path, monkeypat
     assert le.verify(tmp_path / "m.onnx", model.base, adapters=folder / "adapter").verdict.outcome == "different"
 
 
-def test_rows_do_not_vanish_beside_the_head_of_another_adapter(llama, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "change", "takes_both"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "the whole", False),
+        ({"trainable_token_indices": {"lm_head": [5]}}, "rows of", False),
+        ({"trainable_token_indices": {"lm_head": [3]}}, "rows of", True),
+    ],
+)
+def test_rows_do_not_vanish_beside_the_head_of_another_adapter(
+    llama, tmp_path: Path, options: dict[str, Any], change: str, takes_both: bool
+) -> None:
     model, folder = llama
-    head = model.adapter(tmp_path / "head", "v_proj", seed=3, modules_to_save=["lm_head"])
-    with pytest.raises(InputRefused, match=r"adapter replaces rows of .*; head replaces the whole lm_head\.weight"):
-        le.merge(folder / "base.onnx", [folder / "adapter", head], tmp_path / "m.onnx")
+    adapters = [folder / "adapter", model.adapter(tmp_path / "head", "v_proj", seed=3, **options)]
+    why = rf"adapter replaces rows of .*; head replaces {change} lm_head\.weight"
+    with pytest.raises(InputRefused, match=why) as refused:
+        le.merge(folder / "base.onnx", adapters, tmp_path / "m.onnx")
+    assert ('or both into the checkpoint with tied="untie"' in str(refused.value)) is takes_both
+    with contextlib.nullcontext() if takes_both else pytest.raises(MatchError, match="Merge only one"):
+        le.merge(model.base, adapters, tmp_path / "m", tied="untie")
+        head = load_file(tmp_path / "m/model.safetensors")["lm_head.weight"]
+        changed = (head != load_file(model.base / "model.safetensors")["model.embed_tokens.weight"]).any(axis=1)
+        assert np.flatnonzero(changed).tolist() == [0, 3, 5, 22]
 
 
 @pytest.mark.parametrize("kind", ["saved head", slow("rows")])

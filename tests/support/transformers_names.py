@@ -64,7 +64,7 @@ TRANSIENT = {"num_shards_attribute": None, "check_dims": False, "inverse": False
 def derive_table() -> dict[str, Any]:
     """The table as it would be written from the installed transformers. Builds every model once, without memory."""
     rules = derive_rules()
-    classes, unbuilt, ties, bound = {}, [], {}, []
+    classes, unbuilt, ties, by_default, bound = {}, [], {}, [], []
     modules: dict[str, dict[str, ClassModules]] = {}
     for cls in model_classes():
         try:
@@ -75,8 +75,10 @@ def derive_table() -> dict[str, Any]:
         found = describe(model, rules)
         if found is not None:
             classes[cls.__name__] = found
+        is_tied = ties_by_default(model)  # before `tied_names`, which changes the config
         if tied := tied_names(model):
             ties[cls.__name__] = tied
+            by_default += [cls.__name__] if is_tied else []
             bound += [cls.__name__] if cannot_untie(model) else []
         modules.setdefault(model.config.model_type, {})[cls.__name__] = modules_of(model)
     used = {part["class"] for each in classes.values() for part in each["parts"]} | set(classes)
@@ -90,6 +92,7 @@ def derive_table() -> dict[str, Any]:
         "classes": classes,
         "auto": auto,
         "ties": ties,
+        "tied_by_default": by_default,
         "cannot_untie": bound,
         "unbuilt": unbuilt,
         "modules": {kind: found for kind, each in sorted(modules.items()) if (found := own_modules(each))},
@@ -110,6 +113,16 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
         return {}
     is_numbered = any(part.isdecimal() for names in found.items() for name in names for part in name.split("."))
     return {} if is_numbered else dict(sorted(found.items()))
+
+
+def ties_by_default(model: PreTrainedModel) -> bool:
+    """Whether a model ties its tensors where its config has no `tie_word_embeddings`.
+
+    False where a part that ties tensors has a config of its own: which class that part has is up to the config.
+    """
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module._tied_weights_keys]
+    has_one_config = all(type(part.config) is type(model.config) for part in parts)
+    return has_one_config and bool(getattr(model.config, "tie_word_embeddings", False))
 
 
 def cannot_untie(model: PreTrainedModel) -> bool:
@@ -380,6 +393,7 @@ def encoded(table: Mapping[str, Any]) -> str:
     lines += [" },", ' "auto": {']
     lines += [",\n".join(f"  {json.dumps(name)}: {_wrapped(value)}" for name, value in table["auto"].items())]
     lines += [" },", ' "ties": [', ",\n".join(_encoded_ties(table["ties"])), " ],"]
+    lines += [f' "tied_by_default": {json.dumps(table["tied_by_default"])},']
     lines += [f' "cannot_untie": {json.dumps(table["cannot_untie"])},']
     lines += [f' "unbuilt": {json.dumps(table["unbuilt"])},', ' "modules": {']
     lines += [",\n".join(_encoded_modules(table["modules"])), " }", "}"]

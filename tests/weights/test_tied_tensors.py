@@ -261,7 +261,10 @@ def test_names_that_the_header_of_a_file_ties_are_untied(tmp_path):
     [
         ("LlamaForCausalLM", {TABLE: [0, 5]}, 1, True, True),
         ("LlamaForCausalLM", {TABLE: [0, 5]}, 2, False, False),
+        ("LlamaForCausalLM", {TABLE: [0, 5]}, 1, None, None),  # it ties none by default
+        ("LlamaForCausalLM", {TABLE: [0, 5]}, 2, None, None),
         ("LlamaForCausalLM", {HEAD: [0]}, 1, True, False),
+        ("LlamaForCausalLM", {TABLE: [0, 5], HEAD: [2]}, 2, True, False),  # no row is lost
         ("GPT2LMHeadModel", {"wte": [0, 5]}, 1, None, None),  # it ties them by default
     ],
 )
@@ -281,21 +284,34 @@ def test_rows_of_tied_tables_that_are_both_stored(architecture, indices, factor,
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(loaded))
 
 
-def test_rows_of_tables_that_differ_where_the_config_ties_them_are_refused(llama, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "stated", "target", "table", "ways_out"),
+    [
+        ("LlamaForCausalLM", True, "q_proj", TABLE, ["untie", "both", "config"]),
+        ("GPT2LMHeadModel", None, "c_attn", "wte", ["untie", "both", "config"]),
+        ("BartForConditionalGeneration", True, "q_proj", "shared", ["untie", "both"]),  # two tables have no tensor
+        ("T5ForConditionalGeneration", True, "q", "shared", ["both"]),
+    ],
+)
+def test_rows_of_tables_that_differ_where_the_model_ties_them_are_refused(
+    architecture, stated, target, table, ways_out, tmp_path
+):
     """transformers does not tie them, and PEFT trains the rows for both."""
-    base = tmp_path / "base"
-    llama.model.save_pretrained(base)
-    weights = load_file(base / "model.safetensors")
-    both = weights | {"lm_head.weight": 2 * weights[LLAMA_TABLE]}
-    save_file(both, base / "model.safetensors", metadata={"format": "pt"})
-    adapter = llama.adapter(tmp_path / "adapter", "q_proj", trainable_token_indices={TABLE: [0, 5]})
-    with pytest.raises(
-        InputRefused, match=r"the base stores other values of lm_head\.weight\. Set tie_word_embeddings"
-    ):
-        le.merge(base, adapter, tmp_path / "out")
-    le.merge(base, adapter, tmp_path / "out", tied="untie")
-    loaded = peft.PeftModel.from_pretrained(llama.reloaded(base), adapter)
-    assert is_near(llama.outputs(llama.reloaded(tmp_path / "out")), llama.outputs(loaded))
+    model = tied_model(tmp_path / "base", architecture)
+    weights = load_file(model.base / "model.safetensors")
+    (values,) = (value for name, value in weights.items() if name.endswith(f"{table}.weight"))
+    save_file(weights | {"lm_head.weight": 2 * values}, model.base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model.base / "config.json").read_text()) | {"tie_word_embeddings": stated}
+    (model.base / "config.json").write_text(json.dumps({name: v for name, v in config.items() if v is not None}))
+    adapter = model.adapter(tmp_path / "adapter", target, trainable_token_indices={table: [0, 5]})
+    with pytest.raises(InputRefused, match=r"the base stores other values of lm_head\.weight\. ") as refused:
+        le.merge(model.base, adapter, tmp_path / "out")
+    words = {"untie": 'tied="untie"', "both": 'tied="both"', "config": "tie_word_embeddings = false"}
+    assert [way for way, text in words.items() if text in str(refused.value)] == ways_out
+    expected = model.outputs(peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter))
+    for handling in [way for way in ways_out if way != "config"]:
+        le.merge(model.base, adapter, tmp_path / handling, tied=handling)
+        assert is_near(model.outputs(model.reloaded(tmp_path / handling)), expected)
 
 
 def test_a_conflict_of_adapters_is_not_one_of_ties(llama, tmp_path):
@@ -326,6 +342,25 @@ def test_the_base_is_made_again_from_a_residual(llama, tied, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (llama.base / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "rows", [[{TABLE: [0, 5]}], [{TABLE: [0, 5], HEAD: [2]}], [{TABLE: [0, 5]}, {HEAD: [3]}]], ids=str
+)
+def test_two_tables_are_made_again_whatever_their_merged_values(llama, rows, tmp_path):
+    base = tmp_path / "base"
+    llama.model.save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights[LLAMA_TABLE]}, base / "model.safetensors", metadata={"format": "pt"})
+    adapters = [
+        llama.adapter(tmp_path / str(number), "q_proj", seed=number, trainable_token_indices=indices)
+        for number, indices in enumerate(rows)
+    ]
+    le.merge(base, adapters, tmp_path / "out", keep_residual=tmp_path / "residual")
+    assert le.verify(tmp_path / "out", base=base, adapters=adapters)
+    le.unmerge(tmp_path / "out", adapters, tmp_path / "again", base_from=tmp_path / "residual")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (base / name).read_bytes()
+
+
 def test_a_class_whose_ties_are_not_known_is_refused(llama, tmp_path):
     config = json.loads((llama.base / "config.json").read_text()) | {"architectures": ["MyForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -351,8 +386,10 @@ def test_the_table_has_the_ties_of_transformers(name):
     if transformers.__version__ != table.version:
         pytest.skip("the table is that of another transformers")
     model = transformers_names.build(getattr(transformers, name))
+    assert (name in table.tied_by_default) is transformers_names.ties_by_default(model)
     assert dict(table.ties[name]) == transformers_names.tied_names(model)
     assert (name in table.cannot_untie) is transformers_names.cannot_untie(model)
+    assert (name in table.tied_by_default) is (name != "LlamaForCausalLM")
     assert (name in table.cannot_untie) is ("T5" in name)
 
 
