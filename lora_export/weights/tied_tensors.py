@@ -23,7 +23,6 @@ from lora_export.names.table import is_embedding, read_table
 from lora_export.options.spelling import named
 from lora_export.plan import TensorSpec, Tied, Ties
 from lora_export.plan.match_names import apart_or_both
-from lora_export.storage.file_pieces import read_piece
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, tensor_aliases
 
@@ -101,6 +100,8 @@ def _is_tied(base: Checkpoint) -> bool:
 
 
 def _have_equal_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
+    from lora_export.storage.file_pieces import read_piece  # few merges compare tables
+
     (file, first), (other_file, second) = one, other
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
