@@ -40,20 +40,24 @@ class TextParts:
         """The batch as `parts_with_less_padding`, on the device."""
         parts = parts_with_less_padding(batch, self._loss, self._device.type)
         if len(parts) > 1 and self._ignores_padding is None:
-            self._ignores_padding = ignores_padding(self._module, batch_on_device(batch, self._device))
+            lengths = text_lengths_of(batch)
+            self._ignores_padding = ignores_padding(self._module, batch_on_device(batch, self._device), lengths)
         return [batch_on_device(part, self._device) for part in (parts if self._ignores_padding else [batch])]
 
 
-def ignores_padding(module: nn.Module, batch: Batch) -> bool:
+def ignores_padding(module: nn.Module, batch: Batch, lengths: Sequence[int]) -> bool:
     """Whether a model computes the shortest text of a batch, and one of middle length, alike with and without padding.
 
     ConvBERT's convolutions read padding, and XLNet's classifier takes the last token for that of the text. BigBird
-    attends to all of a short text, and then of each later one: what is run is a copy, with the same tensors.
+    attends to all of a short text, and then of each later one: what is run is a copy, with the same tensors. False
+    where a module cannot be copied.
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
-    alone = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()
-    modules, lengths = repr(alone), batch.inputs["attention_mask"].sum(1).tolist()
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    try:
+        alone = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()
+    except (TypeError, RuntimeError):  # it has a lock or the like, or keeps a result that has a gradient
+        return False
+    modules, order = repr(alone), sorted(range(len(lengths)), key=lengths.__getitem__)
     rows = [order[0], order[len(order) // 2]]
     try:
         is_alike = all(_is_alike(alone, _rows_of(batch.inputs, [row]), lengths[row]) for row in rows)
@@ -79,12 +83,11 @@ def parts_with_less_padding(batch: Batch, loss: Loss, device: str) -> list[Batch
     It is the batch itself where nothing is saved: without `attention_mask`, with padding in front, and for losses that
     are no sum over rows.
     """
-    lengths = _lengths(batch) if loss.rows_per_label else None
-    if lengths is None:
+    lengths = text_lengths_of(batch) if loss.rows_per_label else []
+    if not lengths:
         return [batch]
     count = len(lengths) // loss.rows_per_label
-    texts = lengths.reshape(loss.rows_per_label, count)  # column i: the texts of label i
-    widths = [int(width) for width in texts.amax(0)]
+    widths = [max(lengths[label::count]) for label in range(count)]  # of the texts of a label
     groups = groups_by_length(widths, PART_COST[device] / loss.rows_per_label)
     if len(groups) < 2:
         return [batch]
@@ -113,23 +116,23 @@ def groups_by_length(lengths: Sequence[int], group_cost: float) -> list[list[int
     return groups[::-1]
 
 
-def _lengths(batch: Batch) -> Tensor | None:
-    """int64 (rows,): the tokens of each row up to the last one that is no padding. None where rows are no texts."""
+def text_lengths_of(batch: Batch) -> list[int]:
+    """The tokens of each row up to the last one that is no padding, one at least. Empty where rows are no texts."""
     ids, mask = batch.inputs.get("input_ids"), batch.inputs.get("attention_mask")
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or mask.ndim != 2 or ids.shape != mask.shape:
-        return None
+        return []
     rows, width = mask.shape
     for name, value in batch.inputs.items():
         if not isinstance(value, Tensor) or value.shape[:1] != (rows,):
-            return None
+            return []
         if name not in BY_TOKEN and value.shape[1:2] == (width,):
-            return None  # perhaps one value a token
+            return []  # perhaps one value a token
     counts = mask != 0
     if _are_by_token(batch.labels, mask):
         counts = counts | (batch.labels != IGNORED)
     elif batch.labels.shape[1:2] == (width,):
-        return None  # perhaps values of tokens, of which none is ignored
-    return (counts * torch.arange(1, width + 1)).amax(1)
+        return []  # perhaps values of tokens, of which none is ignored
+    return [int(length) for length in (counts * torch.arange(1, width + 1)).amax(1).clamp(min=1)]
 
 
 def _are_by_token(labels: Tensor, mask: Tensor) -> bool:

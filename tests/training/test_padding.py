@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -197,6 +198,17 @@ def test_models_that_compute_padding_get_whole_batches(name: str) -> None:
 
 def test_a_model_without_padding_in_a_text_gets_parts() -> None:
     assert len(TextParts(adapted(), CrossEntropy(), "cpu").of(Batch(texts(), classes()))) > 1
+
+
+def test_a_model_that_cannot_be_copied_gets_whole_batches() -> None:
+    module, batch = adapted(), Batch(texts(), classes())
+    module.lock = threading.Lock()
+    assert TextParts(module, CrossEntropy(), "cpu").of(batch) == [batch]
+
+
+def test_rows_without_a_text_have_one_token() -> None:
+    parts = parts_with_less_padding(Batch(texts((0, 40, 0, 0, 0, 40)), classes()), CrossEntropy(), "cpu")
+    assert [tuple(part.inputs["input_ids"].shape) for part in parts] == [(2, 40), (4, 1)]
 
 
 @pytest.mark.parametrize("refused", [range(10), range(10, 30)])
