@@ -88,7 +88,7 @@ def parts_with_less_padding(batch: Batch, loss: Loss, device: str) -> list[Batch
         return [batch]
     count = len(lengths) // loss.rows_per_label
     widths = [max(lengths[label::count]) for label in range(count)]  # of the texts of a label
-    groups = groups_by_length(widths, PART_COST[device] / loss.rows_per_label)
+    groups = groups_by_length(widths, PART_COST.get(device, PART_COST["cuda"]) / loss.rows_per_label)
     if len(groups) < 2:
         return [batch]
     parts = [_part(batch, loss, labels, max(widths[label] for label in labels)) for labels in groups]

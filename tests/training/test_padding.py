@@ -206,6 +206,13 @@ def test_a_model_that_cannot_be_copied_gets_whole_batches() -> None:
     assert TextParts(module, CrossEntropy(), "cpu").of(batch) == [batch]
 
 
+def test_another_accelerator_is_taken_as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(texts(), classes())
+    assert parts_with_less_padding(batch, CrossEntropy(), "mps") == [batch]
+    monkeypatch.setitem(padding.PART_COST, "cuda", 4)
+    assert len(parts_with_less_padding(batch, CrossEntropy(), "mps")) > 1
+
+
 def test_rows_without_a_text_have_one_token() -> None:
     parts = parts_with_less_padding(Batch(texts((0, 40, 0, 0, 0, 40)), classes()), CrossEntropy(), "cpu")
     assert [tuple(part.inputs["input_ids"].shape) for part in parts] == [(2, 40), (4, 1)]
