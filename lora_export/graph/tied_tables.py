@@ -31,14 +31,14 @@ def with_rows_of_equal_tables(plan: Plan, sites: Sites, checkpoint: Checkpoint |
     """The plan of an existing graph, whose rows of an embedding are rows of each reader with the same table, too.
 
     A reader with rows or a table of its own in the plan keeps these, where they are of the same adapters. `checkpoint`
-    is what the graph was exported from: where its config ties nothing, the plan stays. Reads the tables where there are
+    is what the graph was exported from: where its model ties nothing, the plan stays. Reads the tables where there are
     such rows. Raises InputRefused where such a reader has no name, may have the table rounded, or changes in another
     way.
     """
     if checkpoint is not None:
-        from lora_export.weights.tied_tensors import TIED  # few graphs are given with their checkpoint
+        from lora_export.weights.tied_tensors import is_tied  # few graphs are given with their checkpoint
 
-        if checkpoint.config.get(TIED) is False:
+        if is_tied(checkpoint) is False:
             return plan
     tied: dict[str, Step] = {}
     for step in plan.steps:

@@ -91,7 +91,7 @@ def untie(module: nn.Module, plan: Plan, *, keep_equal: bool = False) -> list[st
 
 def with_tied_rows(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
     """The adapters, under the names of the module, with trained rows of a table for all names that are tied to it."""
-    ties, names = Ties(Tied.UNTIE, _tied_names(module)), BaseTensors(specs(module))
+    ties, names = Ties(Tied.UNTIE, {**_stated_ties(module), **_tied_names(module)}), BaseTensors(specs(module))
     return [with_rows_of_all_names(adapter, ties, find_prefix(adapter, names)) for adapter in adapters]
 
 
@@ -112,6 +112,16 @@ def with_shared_ties(module: nn.Module, adapters: Sequence[Adapter]) -> list[Ada
 def _tied_names(module: nn.Module) -> dict[str, str]:
     """Names of tied tensors -> the first name, which is that of the input embeddings in models of transformers."""
     return {target.name: group[0].name for group in _tie_groups(module) for target in group[1:]}
+
+
+def _stated_ties(module: nn.Module) -> dict[str, str]:
+    """The ties that the configs of transformers' models state: PEFT trains rows for these, also of other values."""
+    found: dict[str, str] = {}
+    for path, part in module.named_modules():
+        stated = getattr(part, "get_expanded_tied_weights_keys", None)
+        start = f"{path}." if path else ""
+        found |= {start + name: start + source for name, source in (stated() if callable(stated) else {}).items()}
+    return found
 
 
 def has_changed_ties(module: nn.Module, plan: Plan) -> bool:

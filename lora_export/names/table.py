@@ -40,6 +40,9 @@ class ConversionTable:
     auto: Mapping[str, Mapping[str, str]]  # head -> model type -> the class that a part of this type is built as
     ties: Mapping[str, Mapping[str, str]]  # architecture -> tied tensor -> the tensor whose values it has, loaded names
     tied_by_default: frozenset[str]  # architectures that tie them where their config has no `tie_word_embeddings`
+    tied_always: frozenset[str]  # those that tie them even where it is false
+    tied_by_text: frozenset[str]  # those that tie them where only the config's part `text_config` states it
+    tied_by_part: frozenset[str]  # those whose parts tie them, by the configs of these parts
     cannot_untie: frozenset[str]  # architectures that are other models without `tie_word_embeddings`
     unbuilt: frozenset[str]  # architectures whose parts are unknown
     # Model type -> class -> modules that not all classes of the type have, such as heads and poolers. `#` is a number.
@@ -70,6 +73,9 @@ def read_table() -> ConversionTable:
         auto=raw["auto"],
         ties={name: tied for tied, names in raw["ties"] for name in names},
         tied_by_default=frozenset(raw["tied_by_default"]),
+        tied_always=frozenset(raw["tied_always"]),
+        tied_by_text=frozenset(raw["tied_by_text"]),
+        tied_by_part=frozenset(raw["tied_by_part"]),
         cannot_untie=frozenset(raw["cannot_untie"]),
         unbuilt=frozenset(raw["unbuilt"]),
         modules=raw["modules"],

@@ -43,7 +43,7 @@ from lora_export.weights.one_pass import FileCopy, Merging, alone
 from lora_export.weights.output_files import changed_word_tables, output_config, write_other_files
 from lora_export.weights.quantised.comfyui_files import without_layers
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
-from lora_export.weights.tied_tensors import TIED, can_untie
+from lora_export.weights.tied_tensors import TIED, can_untie, is_tied
 from lora_export.weights.written_file import (
     WrittenFile,
     copied_whole,
@@ -295,7 +295,8 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     """
     architecture = str((base.config.get("architectures") or [""])[0])
     tables = changed_word_tables(plan, base)
-    if len(tables) != 1 or not base.config.get(TIED, True) or not WORD_HEAD.search(architecture):
+    may_be_tied = base.config.get(TIED, True) or is_tied(base)
+    if len(tables) != 1 or not may_be_tied or not WORD_HEAD.search(architecture):
         return
     ((name, step),) = tables.items()
     if step is not None and not step.replaces_only_rows and not plan.changes_tied(name):

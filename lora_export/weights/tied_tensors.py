@@ -8,7 +8,7 @@ files may name them in their headers, as safetensors' `save_model` does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,17 @@ TABLE_BYTES_AT_ONCE = 4 << 20  # of each of two tables that are compared
 
 
 def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
-    """The ties of a base, to be handled so. None where its config has none.
+    """The ties of a base, to be handled so. None where its model has none.
+
+    Where the class of the model ties none by default, and its config states nothing, these are tensors without a name
+    of their own in the files.
 
     Unless they are errors, raises InputRefused for a class whose ties are not known, and for one that its config cannot
     untie.
     """
     handling = Tied(handling)
-    if base.config.get(TIED) is False:
+    tied_by_model = is_tied(base)
+    if tied_by_model is False and TIED in base.config:
         return Ties(handling)
     rules = base.rules
     if rules is None:
@@ -59,7 +63,11 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
         )
     if handling is Tied.UNTIE and bound:
         raise InputRefused(f"{named('tied', 'untie')}: {bound}. Use {named('tied', 'both')}")
-    return _by_config(base, handling, rules, tied, bound)
+    ties = _by_config(base, handling, rules, tied, bound)
+    if tied_by_model is False:
+        stored = {spec.name for spec in base.specs}
+        return replace(ties, tensors={name: of for name, of in ties.tensors.items() if name not in stored})
+    return ties
 
 
 def ties_with_rows(base: Checkpoint, handling: Tied | str, adapters: Sequence[Adapter]) -> Ties:
@@ -67,15 +75,18 @@ def ties_with_rows(base: Checkpoint, handling: Tied | str, adapters: Sequence[Ad
 
     That includes equal tensors that the base stores under both names, where the model ties them. Reads both. Raises as
     `ties_of`, and InputRefused where the model ties tensors that differ: PEFT takes the rows for both, and transformers
-    does not tie them.
+    does not tie them. `BOTH` is refused for all other changes of such tensors.
     """
     ties = ties_of(base, handling)
     changed = [adapter for adapter in adapters if adapter.token_rows]
-    if ties.handling is not Tied.ERROR or not changed or not _is_tied(base):
+    if ties.handling is Tied.UNTIE or not (changed or ties.handling is Tied.BOTH) or not is_tied(base):
         return ties
     entries = {name: (file.path, entry) for file in base.shards.values() for name, entry in file.entries.items()}
     stored = {name: source for name, source in ties.tensors.items() if name in entries and source in entries}
     again = frozenset(name for name in stored if _have_equal_bytes(entries[name], entries[stored[name]]))
+    if ties.handling is Tied.BOTH:
+        _refuse_to_join(ties, stored.keys() - again, adapters)
+        return ties
     for name in stored.keys() - again:
         losing = (one.name for one in changed if _has_rows_of(one, stored[name]) and not _has_values_of(one, name))
         if owner := next(losing, None):
@@ -90,13 +101,36 @@ def ties_with_rows(base: Checkpoint, handling: Tied | str, adapters: Sequence[Ad
     return replace(ties, stored_again=again)
 
 
-def _is_tied(base: Checkpoint) -> bool:
-    """Whether the model of a base ties its tensors: its config states it, or its class does so by default."""
-    if (stated := base.config.get(TIED)) is not None:
+def is_tied(base: Checkpoint) -> bool | None:
+    """Whether the model of a base ties its tensors, by its config and its class. None where neither decides it."""
+    table, name = read_table(), "" if base.rules is None else base.rules.architecture
+    text, stated = base.config.get("text_config"), base.config.get(TIED)
+    by_text = name in table.tied_by_text and isinstance(text, Mapping) and bool(text.get(TIED))
+    if by_text or name in table.tied_always:
+        return True
+    if stated is not None:
         return bool(stated)
-    if any(isinstance(part, Mapping) and part.get(TIED) is False for part in base.config.values()):
-        return False
-    return base.rules is not None and base.rules.architecture in read_table().tied_by_default
+    return None if name not in table.ties or name in table.tied_by_part else name in table.tied_by_default
+
+
+def _refuse_to_join(ties: Ties, apart: Collection[str], adapters: Sequence[Adapter]) -> None:
+    """Raise InputRefused for changes of tensors that the base stores with other values; rows of their source may be."""
+    for name in apart:
+        for one in adapters:
+            changes_one = any(
+                is_weight_of(tensor, module) for tensor in (name, ties.tensors[name]) for module in _changed(one)
+            )
+            if changes_one or (_has_rows_of(one, name) and not _has_rows_of(one, ties.tensors[name])):
+                raise InputRefused(
+                    f"{named('tied', 'both')}: the base stores other values of {name} than of {ties.tensors[name]}, so "
+                    f"that its model does not tie them, and {one.name} changes one. Leave {named('tied')} out"
+                )
+
+
+def _changed(adapter: Adapter) -> Iterator[str]:
+    """The modules that an adapter changes in another way than by rows of tokens alone."""
+    yield from adapter.pairs
+    yield from (name.removesuffix(".weight") for name in adapter.replaced if name not in adapter.token_rows)
 
 
 def _have_equal_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:

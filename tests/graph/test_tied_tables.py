@@ -149,9 +149,16 @@ def test_a_table_that_the_graph_has_is_not_blamed_for_another_misfit(tmp_path: P
 
 def test_a_config_that_ties_nothing_counts_more_than_equal_tables(tmp_path: Path) -> None:
     """As after `head.weight = embed.weight.clone()`: PEFT changes the rows of the embedding alone."""
-    for ties, rows in ((False, ["embed.weight"]), (True, ["embed.weight", "head.weight"])):
+    both = ["embed.weight", "head.weight"]
+    for config, rows in (
+        ({"tie_word_embeddings": False}, ["embed.weight"]),
+        ({"tie_word_embeddings": True}, both),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, ["embed.weight"]),  # its class's default
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, both),
+        ({"architectures": ["MyForCausalLM"], "model_type": "my"}, both),  # nothing is known
+    ):
         save_file({"embed.weight": TABLE, "head.weight": TABLE}, tmp_path / "model.safetensors")
-        (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": ties}))
+        (tmp_path / "config.json").write_text(json.dumps(config))
         model = a_graph(one_table(), modules=MODULES)
         sites, steps = planned(model, an_adapter({}, token_rows={"embed.weight": ROWS}))
         tied = with_rows_of_equal_tables(steps, sites, open_checkpoint(tmp_path))

@@ -65,6 +65,7 @@ def derive_table() -> dict[str, Any]:
     """The table as it would be written from the installed transformers. Builds every model once, without memory."""
     rules = derive_rules()
     classes, unbuilt, ties, by_default, bound = {}, [], {}, [], []
+    tied_where: dict[str, list[str]] = {name: [] for name in TIED_WHERE}
     modules: dict[str, dict[str, ClassModules]] = {}
     for cls in model_classes():
         try:
@@ -75,10 +76,12 @@ def derive_table() -> dict[str, Any]:
         found = describe(model, rules)
         if found is not None:
             classes[cls.__name__] = found
-        is_tied = ties_by_default(model)  # before `tied_names`, which changes the config
+        is_default = ties_by_default(model)  # before `tied_names`, which changes the config
         if tied := tied_names(model):
             ties[cls.__name__] = tied
-            by_default += [cls.__name__] if is_tied else []
+            for name, is_tied in TIED_WHERE.items():
+                tied_where[name] += [cls.__name__] if is_tied(model) else []
+            by_default += [cls.__name__] if is_default else []
             bound += [cls.__name__] if cannot_untie(model) else []
         modules.setdefault(model.config.model_type, {})[cls.__name__] = modules_of(model)
     used = {part["class"] for each in classes.values() for part in each["parts"]} | set(classes)
@@ -93,6 +96,7 @@ def derive_table() -> dict[str, Any]:
         "auto": auto,
         "ties": ties,
         "tied_by_default": by_default,
+        **tied_where,
         "cannot_untie": bound,
         "unbuilt": unbuilt,
         "modules": {kind: found for kind, each in sorted(modules.items()) if (found := own_modules(each))},
@@ -120,9 +124,35 @@ def ties_by_default(model: PreTrainedModel) -> bool:
 
     False where a part that ties tensors has a config of its own: which class that part has is up to the config.
     """
+    return not ties_by_part(model) and bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def ties_always(model: PreTrainedModel) -> bool:
+    """Whether a model ties its tensors even where its config has `tie_word_embeddings` = false."""
+    return bool(type(model.config)(tie_word_embeddings=False).tie_word_embeddings)
+
+
+def ties_by_text(model: PreTrainedModel) -> bool:
+    """Whether a model ties its tensors where only the part `text_config` of its config has `tie_word_embeddings`."""
+    text = getattr(model.config, "text_config", None)
+    if text is None:
+        return False
+    own = NEEDED.get(model.config.model_type, {})
+    text_config = {"model_type": text.model_type, "tie_word_embeddings": True}
+    try:
+        config = type(model.config)(**own | {"text_config": text_config, "tie_word_embeddings": False})
+    except Exception:  # noqa: BLE001  its parts must fit each other
+        return False
+    return bool(config.tie_word_embeddings)
+
+
+def ties_by_part(model: PreTrainedModel) -> bool:
+    """Whether the configs of its parts decide what a model ties, not its own."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module._tied_weights_keys]
-    has_one_config = all(type(part.config) is type(model.config) for part in parts)
-    return has_one_config and bool(getattr(model.config, "tie_word_embeddings", False))
+    return any(type(part.config) is not type(model.config) for part in parts)
+
+
+TIED_WHERE = {"tied_always": ties_always, "tied_by_text": ties_by_text, "tied_by_part": ties_by_part}
 
 
 def cannot_untie(model: PreTrainedModel) -> bool:
@@ -132,7 +162,7 @@ def cannot_untie(model: PreTrainedModel) -> bool:
     """
     parts = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
     is_read = any("tie_word_embeddings" in inspect.getsource(part.forward) for part in parts)
-    return is_read or type(model.config)(tie_word_embeddings=False).tie_word_embeddings
+    return is_read or ties_always(model)
 
 
 class ClassModules(NamedTuple):
@@ -393,7 +423,7 @@ def encoded(table: Mapping[str, Any]) -> str:
     lines += [" },", ' "auto": {']
     lines += [",\n".join(f"  {json.dumps(name)}: {_wrapped(value)}" for name, value in table["auto"].items())]
     lines += [" },", ' "ties": [', ",\n".join(_encoded_ties(table["ties"])), " ],"]
-    lines += [f' "tied_by_default": {json.dumps(table["tied_by_default"])},']
+    lines += [f' "{name}": {json.dumps(table[name])},' for name in ("tied_by_default", *TIED_WHERE)]
     lines += [f' "cannot_untie": {json.dumps(table["cannot_untie"])},']
     lines += [f' "unbuilt": {json.dumps(table["unbuilt"])},', ' "modules": {']
     lines += [",\n".join(_encoded_modules(table["modules"])), " }", "}"]

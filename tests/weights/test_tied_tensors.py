@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -20,7 +22,7 @@ from lora_export.names.table import read_table
 from lora_export.plan import Tied
 from lora_export.storage.hashes import file_hash
 from lora_export.weights.checkpoint import open_checkpoint
-from lora_export.weights.tied_tensors import tied_head, ties_of, untied_config
+from lora_export.weights.tied_tensors import is_tied, tied_head, ties_of, untied_config
 from support import transformers_names
 from support.tied import ONE_LAYER, TOKENS, WORDS, TiedModel, tied_model
 
@@ -256,6 +258,71 @@ def test_names_that_the_header_of_a_file_ties_are_untied(tmp_path):
         np.testing.assert_array_equal(file.get_tensor("embed.weight"), table)
 
 
+@pytest.mark.parametrize("tied", ["error", "untie", "both"])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_class_that_ties_none_by_default_changes_each_table_alone(factor, tied, llama, tmp_path):
+    """Without `tie_word_embeddings` in the config."""
+    model = stored_twice(tmp_path / "base", "LlamaForCausalLM", factor, None)
+    loaded = model.reloaded(model.base)
+    for targets, options in (
+        (("q_proj",), {"trainable_token_indices": {TABLE: [0, 5]}}),
+        (("q_proj",), {"trainable_token_indices": {HEAD: [0, 5]}}),
+        ((HEAD,), {}),
+        ((TABLE,), {}),
+    ):
+        adapter, out = tmp_path / f"{targets}{options}", tmp_path / f"out{targets}{options}"
+        replace(model, model=loaded).adapter(adapter, *targets, **options)
+        le.merge(model.base, adapter, out, tied=tied)
+        attached = peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter)
+        assert is_near(model.outputs(model.reloaded(out)), model.outputs(attached))
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"),
+    [((HEAD,), {}), ((TABLE,), {}), (("q_proj",), {"trainable_token_indices": {HEAD: [0, 5]}})],
+)
+def test_both_is_refused_where_the_base_stores_other_values(targets, options, tmp_path):
+    """transformers does not tie them, and PEFT changes one."""
+    model = stored_twice(tmp_path / "base", "LlamaForCausalLM", 2, True)
+    adapter = model.adapter(tmp_path / "adapter", *targets, **options)
+    with pytest.raises(InputRefused, match=r'tied="both": the base stores other values of lm_head\.weight than of .* '):
+        le.merge(model.base, adapter, tmp_path / "out", tied="both")
+
+
+@pytest.mark.parametrize("stated", [None, True, False])
+@pytest.mark.parametrize("text", [None, True, False])
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [
+        ("LlavaForConditionalGeneration", "llava"),
+        ("Gemma3ForConditionalGeneration", "gemma3"),
+        ("LlamaForCausalLM", "llama"),
+        ("GPT2LMHeadModel", "gpt2"),
+        ("T5ForConditionalGeneration", "t5"),
+    ],
+)
+def test_the_class_decides_what_its_config_does_not_state(architecture, model_type, text, stated, tmp_path):
+    config = {"architectures": [architecture], "model_type": model_type, "tie_word_embeddings": stated}
+    if text is not None:
+        config["text_config"] = {"model_type": "llama", "tie_word_embeddings": text}
+    (tmp_path / "config.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    expected = transformers.AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
+    assert is_tied(open_checkpoint(tmp_path)) is expected
+
+
+def stored_twice(folder: Path, architecture: str, factor: float, stated: bool | None) -> TiedModel:
+    """A model whose folder has a head of its own: the table times a factor. Its config states a tie, or none."""
+    model = tied_model(folder, architecture)
+    weights = load_file(folder / "model.safetensors")
+    tables = ("embed_tokens.weight", "wte.weight", "shared.weight")
+    table = next(value for name, value in weights.items() if name.endswith(tables))
+    save_file(weights | {"lm_head.weight": factor * table}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": stated}
+    (folder / "config.json").write_text(json.dumps({name: v for name, v in config.items() if v is not None}))
+    return model
+
+
 @pytest.mark.parametrize(
     ("architecture", "indices", "factor", "stated", "remain_tied"),
     [
@@ -269,13 +336,7 @@ def test_names_that_the_header_of_a_file_ties_are_untied(tmp_path):
     ],
 )
 def test_rows_of_tied_tables_that_are_both_stored(architecture, indices, factor, stated, remain_tied, tmp_path):
-    model = tied_model(tmp_path / "base", architecture)
-    weights = load_file(model.base / "model.safetensors")
-    table = next(value for name, value in weights.items() if name.endswith(("embed_tokens.weight", "wte.weight")))
-    save_file(weights | {"lm_head.weight": factor * table}, model.base / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((model.base / "config.json").read_text()) | {"tie_word_embeddings": stated}
-    config = {key: value for key, value in config.items() if value is not None}
-    (model.base / "config.json").write_text(json.dumps(config))
+    model = stored_twice(tmp_path / "base", architecture, factor, stated)
     target = "q_proj" if architecture == "LlamaForCausalLM" else "c_attn"
     adapter = model.adapter(tmp_path / "adapter", target, trainable_token_indices=indices)
     le.merge(model.base, adapter, tmp_path / "out")
@@ -291,18 +352,14 @@ def test_rows_of_tied_tables_that_are_both_stored(architecture, indices, factor,
         ("GPT2LMHeadModel", None, "c_attn", "wte", ["untie", "both", "config"]),
         ("BartForConditionalGeneration", True, "q_proj", "shared", ["untie", "both"]),  # two tables have no tensor
         ("T5ForConditionalGeneration", True, "q", "shared", ["both"]),
+        ("T5ForConditionalGeneration", False, "q", "shared", ["both"]),  # FLAN-T5: the class ties them all the same
     ],
 )
 def test_rows_of_tables_that_differ_where_the_model_ties_them_are_refused(
     architecture, stated, target, table, ways_out, tmp_path
 ):
     """transformers does not tie them, and PEFT trains the rows for both."""
-    model = tied_model(tmp_path / "base", architecture)
-    weights = load_file(model.base / "model.safetensors")
-    (values,) = (value for name, value in weights.items() if name.endswith(f"{table}.weight"))
-    save_file(weights | {"lm_head.weight": 2 * values}, model.base / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((model.base / "config.json").read_text()) | {"tie_word_embeddings": stated}
-    (model.base / "config.json").write_text(json.dumps({name: v for name, v in config.items() if v is not None}))
+    model = stored_twice(tmp_path / "base", architecture, 2, stated)
     adapter = model.adapter(tmp_path / "adapter", target, trainable_token_indices={table: [0, 5]})
     with pytest.raises(InputRefused, match=r"the base stores other values of lm_head\.weight\. ") as refused:
         le.merge(model.base, adapter, tmp_path / "out")
@@ -312,6 +369,8 @@ def test_rows_of_tables_that_differ_where_the_model_ties_them_are_refused(
     for handling in [way for way in ways_out if way != "config"]:
         le.merge(model.base, adapter, tmp_path / handling, tied=handling)
         assert is_near(model.outputs(model.reloaded(tmp_path / handling)), expected)
+        verdict = le.verify(tmp_path / handling, model.base, adapters=adapter, tied=handling).verdict
+        assert verdict.outcome == "same", verdict
 
 
 def test_a_conflict_of_adapters_is_not_one_of_ties(llama, tmp_path):
@@ -380,7 +439,17 @@ def test_a_config_untied_config_has_none(llama, tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration", "MT5Model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForCausalLM",
+        "BertForMaskedLM",
+        "T5ForConditionalGeneration",
+        "MT5Model",
+        "LlavaForConditionalGeneration",
+        "Blip2ForConditionalGeneration",
+    ],
+)
 def test_the_table_has_the_ties_of_transformers(name):
     table = read_table()
     if transformers.__version__ != table.version:
@@ -389,7 +458,10 @@ def test_the_table_has_the_ties_of_transformers(name):
     assert (name in table.tied_by_default) is transformers_names.ties_by_default(model)
     assert dict(table.ties[name]) == transformers_names.tied_names(model)
     assert (name in table.cannot_untie) is transformers_names.cannot_untie(model)
-    assert (name in table.tied_by_default) is (name != "LlamaForCausalLM")
+    assert (name in table.tied_by_default) is (name[:5] in ("BertF", "T5For", "MT5Mo"))
+    assert [name in each for each in (table.tied_always, table.tied_by_text, table.tied_by_part)] == [
+        is_tied_in(model) for is_tied_in in transformers_names.TIED_WHERE.values()
+    ]
     assert (name in table.cannot_untie) is ("T5" in name)
 
 
