@@ -19,9 +19,11 @@ from lora_export.api.generation_prompts import (
 )
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.image_prompts import ImageSize, read_images
+from lora_export.api.load import refuse_adapter_as_model
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import FOLDER_LAYOUTS, IMAGE_TEXT_FILES, graphs_in
+from lora_export.artifacts.kind import artifact_kind
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS
@@ -40,7 +42,10 @@ from lora_export.runtime.generation.loop import (
     generate_tokens,
 )
 from lora_export.storage import input_files
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.store_path import place
+
+NAME_THE_GRAPHS = "Name the folder of the graphs"  # where an adapter is in their place
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,9 @@ def _graph_in(source: Path) -> Path:
     open_artifact(folder).refuse_missing_graph()
     if not source.is_dir():
         input_files.must_exist(source, "graph")
+        if artifact_kind(source) not in (ArtifactKind.GRAPH, ArtifactKind.OTHER):
+            refuse_adapter_as_model(source, way_out=NAME_THE_GRAPHS)
+            raise InputRefused(f"{source} is no graph: give an .onnx or a folder of graphs")
         return source
     decoder = genai_model(source).get("decoder")
     name = decoder.get("filename") if isinstance(decoder, dict) else None
@@ -223,6 +231,7 @@ def _graph_in(source: Path) -> Path:
         return source / name
     graphs = sorted(source.glob("*.onnx"))
     if not graphs:
+        refuse_adapter_as_model(source, way_out=NAME_THE_GRAPHS)
         raise InputRefused(
             f"{source} has no .onnx. `{command('onnx', 'MODEL', output='FOLDER', with_cache=True)}` makes such a folder"
         )

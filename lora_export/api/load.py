@@ -17,6 +17,7 @@ from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import chosen_component, only_component
 from lora_export.plan.match_names import with_prefixes
+from lora_export.storage import input_files
 from lora_export.storage.hub_cache import SNAPSHOTS, locate
 from lora_export.storage.store_path import is_hub_address, place
 
@@ -148,6 +149,7 @@ def calibration_file(given: str | Path | None) -> Path | None:
     """The file of `calibration`. Raises InputRefused where there is none, before anything else is read."""
     if given is None or place(given).is_file():
         return None if given is None else place(given)
+    input_files.refuse_broken_link(place(given))
     what = "is a folder" if place(given).is_dir() else "does not exist"
     raise InputRefused(
         f"{named('calibration', given)}: {given} {what}. Give a file of texts, one a line (or .jsonl with `text`), or "

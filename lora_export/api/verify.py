@@ -30,6 +30,7 @@ from lora_export.errors import InputRefused, LoraExportError, WrongUsage, brief
 from lora_export.formats import is_only_adapter
 from lora_export.formats.peft_keys import INNER, WRAPPER
 from lora_export.isolation.limits import stated_memory
+from lora_export.names.table import is_embedding, read_table
 from lora_export.options.common import ModelSource, is_address
 from lora_export.options.declaring import extended, takes
 from lora_export.options.reading import DEFAULTS
@@ -188,19 +189,21 @@ def _refuse_adapter(candidate: Artifact, request: VerifyRequest) -> None:
         return
     if candidate.kind is ArtifactKind.WEIGHTS and request.origin is not None and request.origin.kind.is_checkpoint:
         own, others = ({spec.name for spec in each.checkpoint.specs} for each in (candidate, request.origin))
-        if own & others or _has_most_weights(own, others):
+        if own & others or _is_saved_wrapper(own, others):
             return
     raise InputRefused(f"{candidate.path} is an adapter. Give the file or folder that was made with it")
 
 
-def _has_most_weights(names: Set[str], base: Set[str]) -> bool:
-    """Whether names that PEFT's wrapper may have changed are those of most of a base's weights.
+def _is_saved_wrapper(names: Set[str], base: Set[str]) -> bool:
+    """Whether a file is the state of PEFT's wrapper: it has weights of the base that its adapter changes, or all.
 
-    Not of any: an adapter's file has whole heads and embeddings under such names, too.
+    An adapter's file has whole modules, too, but of those that it changes only tables of words.
     """
     own = {name.removeprefix(WRAPPER).replace(INNER, "") for name in names}
-    weights = {name for name in base if name.endswith(".weight")}
-    return 2 * len(own & weights) > len(weights)
+    changed = {name[:end] for name in own - base for end, letter in enumerate(name) if letter == "."}
+    modules = {name.removesuffix(".weight") for name in own & base} & changed
+    tables = {each for each in modules if is_embedding(each) or each.rpartition(".")[2] in read_table().tied_modules}
+    return bool(modules - tables) or {name for name in base if name.endswith(".weight")} <= own
 
 
 def _origin(request: VerifyRequest, candidate: Artifact) -> Artifact | None:

@@ -319,6 +319,8 @@ def test_a_wrong_model_is_named_before_anything_is_read(
         (("onnx", "kohya.safetensors", "-o", "new.onnx"), "Name the model that it is for"),
         (("onnx", "new.onnx_adapter", "-o", "new.onnx"), "Name the model that it is for"),
         (("train", "kohya.safetensors", "--data", "nothing.jsonl", "-o", "new"), "Name the model that it is for"),
+        (("generate", "ad", "--prompt", "a"), "Name the folder of the graphs"),
+        (("generate", FILE, "--prompt", "a"), "Name the folder of the graphs"),
         (("merge", "new.onnx_adapter", "ad", "-o", "new"), "Name the model that it is for"),
         (("unmerge", "ad", "ad", "-o", "new", "--base-from", "residual.bin"), "Name the model that it is for"),
         (("unmerge", FILE, "ad", "-o", "new", "--base-from", "residual.bin"), "Name the model that it is for"),
@@ -357,6 +359,8 @@ def test_an_adapter_in_the_place_of_a_model_is_named(
         ("onnx", "link", "-o", "new.onnx"),
         ("torchscript", "link", "-o", "new.pt"),
         ("train", "link", "--data", "nothing.jsonl", "-o", "new"),
+        ("onnx", MODEL, "--inputs", "link", "-o", "new.onnx"),
+        ("merge", "base", "ad", "--calibration", "link", "-o", "new"),
     ],
 )
 @pytest.mark.parametrize(
@@ -373,26 +377,30 @@ def test_a_link_to_nowhere_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(target)
+    peft_adapter(tmp_path / "ad", {"fc": ([[1.0, 2.0]], [[1.0], [1.0]])})
+    base_file(tmp_path / "base", {"fc.weight": [[1.0, 2.0], [3.0, 4.0]]})
     assert call(*words) == 3
     assert capsys.readouterr().err.startswith(f"Error: {message}")
 
 
 @pytest.mark.parametrize(
-    ("name", "code"),
+    ("name", "modules", "code"),
     [
-        ("{}", 4),
-        ("base_model.model.{}", 4),  # merged, and not unwrapped
-        ("base_model.model.{}.base_layer", 4),  # not even merged
-        ("", 3),  # the head alone is an adapter's, too
+        ("{}", ["fc", "other", "head"], 4),
+        ("base_model.model.{}", ["fc", "other", "head"], 4),  # merged, and not unwrapped
+        ("base_model.model.{}.base_layer", ["fc", "other", "head"], 4),  # not even merged
+        ("base_model.model.{}.base_layer", ["fc"], 4),  # one of several files
+        ("base_model.model.{}", ["other", "head"], 3),  # most weights, as `modules_to_save` stores them
+        ("", [], 3),  # the head alone is an adapter's, too
     ],
 )
 def test_weights_of_the_base_beside_an_adapter_are_a_model(
-    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, modules: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     weights = {"fc": [[1.0, 2.0], [3.0, 4.0]], "other": [[1.0, 2.0], [3.0, 4.0]], "head": [[1.0, 2.0]]}
     peft_adapter(tmp_path / "ad", {"fc": ([[1.0, 2.0]], [[1.0], [1.0]])}, {"head.weight": [[3.0, 4.0]]})
     base_file(tmp_path / "base.safetensors", {f"{module}.weight": value for module, value in weights.items()})
-    named = {f"{name.format(module)}.weight": value for module, value in weights.items() if name}
+    named = {f"{name.format(module)}.weight": value for module, value in weights.items() if module in modules}
     base_file(tmp_path / "both.safetensors", {**named, **load_file(tmp_path / FILE)})
     assert call("verify", "both.safetensors", "--base", "base.safetensors", "-a", "ad") == code
