@@ -25,7 +25,7 @@ from lora_export.lora import Adapter
 from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step, Tied, Ties, are_same_change
 from lora_export.plan.match_names import BaseTensors, find_prefix
-from lora_export.plan.ties import shared, with_rows_of_all_names
+from lora_export.plan.ties import shared, with_rows_of_all_names, with_saved_tables
 
 
 def target_tensors(module: nn.Module, plan: Plan, *, may_tie: bool = False) -> dict[str, ModuleTensor]:
@@ -90,9 +90,17 @@ def untie(module: nn.Module, plan: Plan, *, keep_equal: bool = False) -> list[st
 
 
 def with_tied_rows(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters, under the names of the module, with trained rows of a table for all names that are tied to it."""
-    ties, names = Ties(Tied.UNTIE, {**_stated_ties(module), **_tied_names(module)}), BaseTensors(specs(module))
-    return [with_rows_of_all_names(adapter, ties, find_prefix(adapter, names)) for adapter in adapters]
+    """The adapters, under the names of the module, with trained rows of a table for all names that are tied to it.
+
+    So are tables that are saved beside a pair.
+    """
+    tied, names = _tied_names(module), BaseTensors(specs(module))
+    of_rows, of_tables = Ties(Tied.UNTIE, {**_stated_ties(module), **tied}), Ties(Tied.UNTIE, tied)
+    prefixes = [find_prefix(adapter, names) for adapter in adapters]
+    return [
+        with_saved_tables(with_rows_of_all_names(adapter, of_rows, prefix), of_tables, prefix)
+        for adapter, prefix in zip(adapters, prefixes, strict=True)
+    ]
 
 
 def with_shared_ties(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:

@@ -44,6 +44,7 @@ from lora_export.plan.ties import (
     untied_by_added,
     with_copies,
     with_rows_of_all_names,
+    with_saved_tables,
 )
 from lora_export.plan.types import Layout, Plan, Step, TensorSpec
 
@@ -101,6 +102,9 @@ def make(
     spelled = [part.spelled(rules) for part in parts]
     of_rows = ties.of_stored_again() if ties.handling is Tied.ERROR else ties
     spelled = [replace(one, adapter=with_rows_of_all_names(one.adapter, of_rows, one.prefix)) for one in spelled]
+    if ties.handling is Tied.UNTIE:
+        one_table = ties.of_one_table()
+        spelled = [replace(one, adapter=with_saved_tables(one.adapter, one_table, one.prefix)) for one in spelled]
     if ties.handling is Tied.BOTH:
         spelled = [replace(one, adapter=shared(one.adapter, ties, one.prefix)) for one in spelled]
     own, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]

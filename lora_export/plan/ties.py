@@ -42,11 +42,16 @@ class Ties:
     loaded: Mapping[str, str] = field(default_factory=dict)  # tied tensor -> its name in the loaded model
     bound: str = ""  # why the config cannot untie them; empty where it can
     stored_again: frozenset[str] = frozenset()  # tied tensors that the base stores under their own names, too
+    apart: frozenset[str] = frozenset()  # those that it stores with other values
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """The names of each tensor, the stored one first."""
         for stored in dict.fromkeys(self.tensors.values()):
             yield (stored, *(name for name, source in self.tensors.items() if source == stored))
+
+    def of_one_table(self) -> Ties:
+        """The ties of tensors that are one in the loaded model."""
+        return replace(self, tensors={name: of for name, of in self.tensors.items() if name not in self.apart})
 
     def of_stored_again(self) -> Ties:
         """The ties of tensors that are stored under both names."""
@@ -177,6 +182,21 @@ def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adap
             replaced |= dict.fromkeys(names, replaced[with_rows[0]])
     is_changed = token_rows.keys() != adapter.token_rows.keys() or replaced.keys() != adapter.replaced.keys()
     return replace(adapter, token_rows=token_rows, replaced=replaced) if is_changed else adapter
+
+
+def with_saved_tables(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adapter:
+    """The adapter, whose table that is saved beside a pair is that of all its names.
+
+    PEFT loads it into the tied tensor (`base_layer`), and adds the pair to its output. A saved module without a pair is
+    a copy, which it trains apart.
+    """
+    replaced = dict(adapter.replaced)
+    for group in ties.groups():
+        names = [name for tensor in group if (name := _of_adapter(tensor, prefix)) is not None]
+        saved = [name for name in names if name in replaced and name.removesuffix(".weight") in adapter.pairs]
+        if saved:
+            replaced = {**dict.fromkeys(names, replaced[saved[0]]), **replaced}
+    return adapter if replaced.keys() == adapter.replaced.keys() else replace(adapter, replaced=replaced)
 
 
 def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[str] = ()) -> Adapter:

@@ -79,11 +79,14 @@ def ties_with_rows(base: Checkpoint, handling: Tied | str, adapters: Sequence[Ad
     """
     ties = ties_of(base, handling)
     changed = [adapter for adapter in adapters if adapter.token_rows]
-    if ties.handling is Tied.UNTIE or not (changed or ties.handling is Tied.BOTH) or not is_tied(base):
+    compared = {Tied.ERROR: bool(changed), Tied.UNTIE: any(map(_saves_a_table, adapters)), Tied.BOTH: True}
+    if not (compared[ties.handling] and is_tied(base)):
         return ties
     entries = {name: (file.path, entry) for file in base.shards.values() for name, entry in file.entries.items()}
     stored = {name: source for name, source in ties.tensors.items() if name in entries and source in entries}
     again = frozenset(name for name in stored if _have_equal_bytes(entries[name], entries[stored[name]]))
+    if ties.handling is Tied.UNTIE:
+        return replace(ties, apart=frozenset(stored.keys() - again))
     if ties.handling is Tied.BOTH:
         _refuse_to_join(ties, stored.keys() - again, adapters)
         return ties
@@ -125,6 +128,11 @@ def _refuse_to_join(ties: Ties, apart: Collection[str], adapters: Sequence[Adapt
                     f"{named('tied', 'both')}: the base stores other values of {name} than of {ties.tensors[name]}, so "
                     f"that its model does not tie them, and {one.name} changes one. Leave {named('tied')} out"
                 )
+
+
+def _saves_a_table(adapter: Adapter) -> bool:
+    """Whether an adapter has the whole of a tensor beside a pair for it."""
+    return any(name.removesuffix(".weight") in adapter.pairs for name in adapter.replaced)
 
 
 def _changed(adapter: Adapter) -> Iterator[str]:

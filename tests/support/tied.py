@@ -25,6 +25,7 @@ BART = {
 SIZES = {
     "LlamaForCausalLM": ONE_LAYER,
     "GPTNeoXForCausalLM": ONE_LAYER,
+    "PhiForCausalLM": ONE_LAYER,
     "BartForConditionalGeneration": BART,
     "MBartForConditionalGeneration": BART,
     "M2M100ForConditionalGeneration": BART,

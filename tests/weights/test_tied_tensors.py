@@ -138,6 +138,24 @@ def test_rows_beside_their_saved_tables_are_what_peft_computes(is_tied, options,
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == others.keys()
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "PhiForCausalLM"])
+@pytest.mark.parametrize("targets", [(HEAD,), (TABLE,), (HEAD, TABLE)], ids="+".join)
+@pytest.mark.parametrize("is_stored_again", [False, True])
+def test_a_table_saved_beside_a_pair_is_that_of_both_names(is_stored_again, targets, architecture, tmp_path):
+    """PEFT loads it into the one tensor of the model, as after words were added."""
+    model = tied_model(tmp_path / "base", architecture)
+    model.trained(*targets).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    file = model.base / "model.safetensors"
+    weights = {name: value * (2 if name == LLAMA_TABLE else 1) for name, value in load_file(file).items()}
+    again = {"lm_head.weight": weights[LLAMA_TABLE]} if is_stored_again else {}
+    save_file(weights | again, file, {"format": "pt"})
+    attached = peft.PeftModel.from_pretrained(model.reloaded(model.base), tmp_path / "adapter")
+    for tied, expected in (("untie", model.outputs(attached)), ("both", model.outputs(attached.merge_and_unload()))):
+        le.merge(model.base, tmp_path / "adapter", tmp_path / tied, tied=tied)
+        assert is_near(model.outputs(model.reloaded(tmp_path / tied)), expected)
+        assert le.verify(tmp_path / tied, model.base, adapters=tmp_path / "adapter", tied=tied)
+
+
 @pytest.mark.parametrize(
     ("tied", "saved", "options"), [("both", False, {"bias": "all"}), ("both", True, {}), ("error", True, {})]
 )
