@@ -52,6 +52,12 @@ def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
     ("config", "message"),
     [
         ({"use_dora": 1}, "use_dora is 1; its type must be bool"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'; its type must be bool"),
+        ({"ensure_weight_tying": "false"}, "ensure_weight_tying is 'false'; its type must be bool"),
+        ({"target_modules": 3}, "target_modules is 3; its type must be str or list"),
+        ({"rank_pattern": []}, "rank_pattern is []; its type must be dict"),
+        ({"r": "16"}, "r is '16'; it must be a positive number"),
+        ({"lora_alpha": None}, "lora_alpha is None; it must be a positive number"),
         ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias: PEFT allows only one of them"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
         ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
