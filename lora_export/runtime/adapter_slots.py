@@ -103,7 +103,7 @@ class AdapterSlots:
         feeds: Mapping[str, NDArray[Any]],
         adapters: Sequence[AdaptersOfRow],
         *,
-        scales: Sequence[Sequence[float]] | None = None,
+        scales: Sequence[Sequence[float]] | NDArray[np.floating[Any]] | None = None,
         outputs: Sequence[str] | None = None,
         options: Any = None,
     ) -> dict[str, NDArray[Any]]:
@@ -125,12 +125,13 @@ class AdapterSlots:
             binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name)
-        with self.use(adapters) as ids, raising_refusals(self.model):
+        with self.use(adapters) as ids:
             held |= row_inputs(ids, _factors(scales, ids), self.contract.per_row)
-            for name in held.keys() - feeds.keys():
-                binding.bind_cpu_input(name, held[name])
-            self.session.run_with_iobinding(binding, options)
-            results = [array_of_ort_value(value) for value in binding.get_outputs()]
+            with raising_refusals(self.model):
+                for name in held.keys() - feeds.keys():
+                    binding.bind_cpu_input(name, held[name])
+                self.session.run_with_iobinding(binding, options)
+                results = [array_of_ort_value(value) for value in binding.get_outputs()]
         return dict(zip(names, results, strict=True))
 
     def io_binding(self) -> Any:
@@ -325,11 +326,24 @@ class _Stacks:
                 self.values[name].update_inplace(self.host[name])
 
 
-def _factors(scales: Sequence[Sequence[float]] | None, ids: NDArray[np.int64]) -> NDArray[np.float32] | None:
-    """The factors of the adapters of each row; None where each row has one, at full strength."""
+def _factors(
+    scales: Sequence[Sequence[float]] | NDArray[np.floating[Any]] | None, ids: NDArray[np.int64]
+) -> NDArray[np.float32] | None:
+    """The factors of the adapters of each row; None where each row has one, at full strength.
+
+    Raises InputRefused for factors of single adapters, which no run would use, and for more rows or factors than ids.
+    """
     if ids.ndim == 1:
+        if scales is not None:
+            raise InputRefused(
+                f"scales need a graph of several adapters a row ({named('per_row')}), and rows with lists of adapters"
+            )
         return None
     factors = np.ones(ids.shape, np.float32)
-    for own, row in zip(factors, scales or [], strict=bool(scales)):
+    if scales is None:
+        return factors
+    if len(scales) != len(ids) or any(len(row) > ids.shape[1] for row in scales):
+        raise InputRefused(f"scales need a list for each of {len(ids)} rows, of at most {ids.shape[1]} factors")
+    for own, row in zip(factors, scales, strict=True):
         own[: len(row)] = row
     return factors

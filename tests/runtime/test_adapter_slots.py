@@ -200,8 +200,20 @@ def test_several_adapters_of_a_row_are_added_up(tmp_path: Path) -> None:
     output = slots.run({"x": X[:3]}, rows, scales=scales)["y"]
     expected = np.stack([fleet.expected[name][row] for row, name in enumerate(("a", "b", None))])
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    array = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    np.testing.assert_array_equal(slots.run({"x": X[:3]}, rows, scales=array)["y"], output)
+    for wrong in (scales[:2], [*scales[:2], [1.0, 1.0, 1.0]]):
+        with pytest.raises(InputRefused, match="a list for each of 3 rows, of at most 2 factors"):
+            slots.run({"x": X[:3]}, rows, scales=wrong)
     with pytest.raises(InputRefused, match="2 adapters on a row, not 3"):
         slots.run({"x": X[:1]}, [["a", "b", "c"]])
+
+
+@pytest.mark.parametrize("per_row", [1, 2])
+def test_factors_of_single_adapters_are_refused(tmp_path: Path, per_row: int) -> None:
+    fleet = Fleet(tmp_path, per_row=per_row)
+    with pytest.raises(InputRefused, match="and rows with lists of adapters"):
+        AdapterSlots(fleet.graph, fleet.adapters).run({"x": X[:1]}, ["a"], scales=[[0.5]])
 
 
 def test_inputs_of_an_earlier_run_are_never_read_again(fleet: Fleet) -> None:
