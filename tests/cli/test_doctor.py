@@ -90,4 +90,4 @@ def test_two_onnxruntimes_are_a_problem_with_a_remedy(tmp_path, monkeypatch, cap
     assert run(["doctor"]) == 6
     out = capsys.readouterr().out
     assert "installed over each other" in out
-    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu>=1.24'" in out
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu>=1.29'" in out

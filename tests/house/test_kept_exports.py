@@ -95,8 +95,8 @@ def test_a_kept_graph_has_the_weights_of_the_module(tmp_path: Path, monkeypatch:
     kept = ir.to_proto(export.to_onnx(trained, X, axes=AXES)).SerializeToString()
     assert len(list(tmp_path.glob("*.onnx"))) == 1
     monkeypatch.setattr(kept_exports.use, "folder", None)
-    monkeypatch.setattr(torch.fx.config, "do_not_emit_stack_traces", True)
-    assert kept == ir.to_proto(export.to_onnx(trained, X, axes=AXES)).SerializeToString()
+    with kept_exports.without_stack_traces():
+        assert kept == ir.to_proto(export.to_onnx(trained, X, axes=AXES)).SerializeToString()
 
 
 def test_a_graph_with_other_weights_than_the_modules_is_not_kept(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import io
 import pickle
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
@@ -193,11 +194,18 @@ def keeping(export: Callable[..., Any], attribute: str, arguments: int) -> Calla
         path = use.folder / f"{name}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                with mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True):  # no file has them
+                with without_stack_traces():
                     save(getattr(export(*args, **options), attribute), path, module)
         return SimpleNamespace(**{attribute: load(path, module)})
 
     return exported
+
+
+def without_stack_traces() -> AbstractContextManager[Any]:
+    """A context in which exported graphs have no places of code: no file has them."""
+    if not hasattr(torch.fx.config, "do_not_emit_stack_traces"):  # PyTorch 2.11 and older
+        return contextlib.nullcontext()
+    return mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True)
 
 
 def keeping_simplified(simplify: Callable[[ir.Model], None]) -> Callable[[ir.Model], None]:
