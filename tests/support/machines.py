@@ -53,11 +53,14 @@ def this_machine(*, imported: bool = False) -> Facts:
 
 
 def install(site: Path, name: str, version: str, *files: str) -> None:
-    """A distribution as pip installs it: metadata and a list of its files."""
+    """A distribution as pip installs it: metadata, its files, and a list of them. Python 3.12 leaves out missing ones."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    for file in files:
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).touch()
 
 
 def installed(site: Path) -> list[Distribution]:
