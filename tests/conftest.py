@@ -49,16 +49,19 @@ def pytest_collectstart() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
-    """Import the test files from the last one on, in every other worker.
+    """Import the test files from another one on, in each worker.
 
-    In a fresh clone, pytest rewrites the assertions of each file, and keeps the result. Two workers that begin at both
-    ends do each a half; side by side, both would do all.
+    In a fresh clone, pytest rewrites the assertions of each file, and keeps the result. Workers that begin at as many
+    places do each a part; side by side, each would do all.
     """
-    worker = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"]
+    worker = getattr(session.config, "workerinput", {"workerid": "gw0", "workercount": 1})
     folders = [Path(argument) for argument in session.config.args]
-    if int(worker.removeprefix("gw")) % 2 and all(folder.is_dir() for folder in folders):
+    number = int(worker["workerid"].removeprefix("gw"))
+    if number and all(folder.is_dir() for folder in folders):
         gc.disable()
-        for path in sorted((path for folder in folders for path in folder.rglob("test_*.py")), reverse=True):
+        paths = sorted(path for folder in folders for path in folder.rglob("test_*.py"))
+        first = len(paths) * number // worker["workercount"]
+        for path in paths[first:] + paths[:first]:
             _ = pytest.Module.from_parent(session, path=path.absolute()).obj
 
 

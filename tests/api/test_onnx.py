@@ -27,6 +27,7 @@ from support.api import MODEL, A, B, Recorder, an_adapter
 from support.handmade import add_tensors
 from support.peft_models import fill
 from support.slow import slow
+from support.tied import WORDS, untied_llama
 
 INPUTS = {
     "rows": np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 3, 8),
@@ -217,11 +218,7 @@ def test_options_of_texts_alone_name_their_task(tmp_path: Path, options: dict[st
 def activated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama, `base`; PEFT's adapter of it, `alora`; and the proven graph of both, `nodes.onnx`."""
     folder = tmp_path_factory.mktemp("activated")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    module = transformers.LlamaForCausalLM(config).eval()
-    module.save_pretrained(folder / "base")
+    module = untied_llama(folder / "base").model
     fields = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     model = peft.get_peft_model(module, peft.LoraConfig(**fields, alora_invocation_tokens=[7, 8, 9]))
     fill(model, "lora_", std=0.4)
@@ -240,7 +237,7 @@ def with_tokens(folder: Path, tokens: list[int] | None, to: Path) -> Path:
 
 
 def test_an_activated_lora_computes_what_peft_computes(activated: Path) -> None:
-    ids = np.random.default_rng(0).integers(10, 61, (4, 20))
+    ids = np.random.default_rng(0).integers(10, WORDS, (4, 20))
     ids[0, 3:6], ids[1, 2:5], ids[1, 11:14], ids[2, 5:7] = (7, 8, 9), (7, 8, 9), (7, 8, 9), (7, 8)
     base = transformers.AutoModelForCausalLM.from_pretrained(activated / "base").eval()
     before, model = copy.deepcopy(base), peft.PeftModel.from_pretrained(base, activated / "alora").eval()

@@ -17,7 +17,7 @@ from lora_export.api import merge_graph
 from lora_export.errors import Different, InputRefused, MatchError
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.slow import slow
-from support.tied import WORDS, TiedModel, tied_model
+from support.tied import WORDS, TiedModel, tied_model, untied_llama
 
 TABLE = {
     "LlamaForCausalLM": "embed_tokens",
@@ -107,7 +107,7 @@ def test_rows_do_not_vanish_beside_the_head_of_another_adapter(
 @pytest.mark.parametrize("kind", ["saved head", slow("rows")])
 def test_own_values_are_quantised_with_the_graph(tmp_path: Path, kind: str) -> None:
     """The adapter's own values are what is rounded: a head of another training is different."""
-    model = tied_model(tmp_path / "base", tied=False, hidden_size=32, num_attention_heads=4)
+    model = untied_llama(tmp_path / "base")
     own = {"modules_to_save": ["lm_head"]} if kind == "saved head" else {"trainable_token_indices": {"lm_head": [3, 9]}}
     adapters = [model.adapter(tmp_path / f"{seed}", "v_proj", seed=seed, **own) for seed in (1, 2)]
     result = le.export_onnx(model.base, tmp_path / "m.onnx", adapters=adapters[0], quantize="int8")

@@ -134,18 +134,18 @@ def hashed_for_years() -> bytes:
     return content + b"K\x01u."
 
 
-COSTLY = {
-    "bytearray": pickle.dumps({"a": Called(bytearray, 3_400_000_000)}, 2),
-    "FloatTensor": pickle.dumps({"a": Called(torch.FloatTensor, 900_000_000)}, 2),
-    "opcodes": b"\x80\x02" + b"]" * 60_000_000 + b".",
-    "tuples": hashed_for_years(),
+COSTLY: dict[str, Callable[[], bytes]] = {
+    "bytearray": lambda: pickle.dumps({"a": Called(bytearray, 3_400_000_000)}, 2),
+    "FloatTensor": lambda: pickle.dumps({"a": Called(torch.FloatTensor, 900_000_000)}, 2),
+    "opcodes": lambda: b"\x80\x02" + b"]" * 60_000_000 + b".",
+    "tuples": hashed_for_years,
 }
 
 
 @pytest.mark.parametrize("what", COSTLY)
 def test_a_costly_pickle_is_refused(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_pickle, "MAX_OPCODES", 100_000)
-    path = with_pickle(tmp_path / "a.pt", COSTLY[what])
+    path = with_pickle(tmp_path / "a.pt", COSTLY[what]())
     begun = time.process_time()
     with pytest.raises(InputRefused, match=r"a\.pt cannot be read with weights_only=True"):
         open_pickle(path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 import torch
+from onnxscript.rewriter import RewriteRule
 from torch import nn
 
 from lora_export.layers.torch_internals import exchange_forward
@@ -116,3 +118,18 @@ def test_operators_get_their_objects_again_where_there_are_new_ones(monkeypatch:
     present.append("own::two")
     register()
     assert calls == ["aten::one", "aten::one", "own::two"]
+
+
+def test_a_rule_is_tried_on_the_operator_that_it_ends_with() -> None:
+    rule = RewriteRule(lambda op, x: op.Relu(op.Neg(x)), lambda op, x: op.Identity(x))
+    tried = kept_exports.of_its_operator(lambda rule, model, graph, node: node.op_type)
+    nodes = [ir.node(name, []) for name in ("Relu", "Neg", "Identity")]
+    assert [tried(rule, None, None, node) for node in nodes] == ["Relu", None, None]
+
+
+def test_only_models_that_are_loaded_are_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.models.own.modeling_own", sys)
+    found = kept_exports.of_loaded_models(lambda path, missing_ok: path)
+    loaded, idle = "transformers.models.own.modeling_own.Own", "transformers.models.idle.modeling_idle.Idle"
+    assert [found(loaded, True), found("torch.Tensor", True), found(idle, True)] == [loaded, "torch.Tensor", None]
+    assert found(idle) == idle  # an error, where it is missing

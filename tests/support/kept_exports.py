@@ -21,6 +21,7 @@ import importlib
 import io
 import pickle
 import sys
+import typing
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -250,9 +251,35 @@ def when_operators_changed(register: Callable[[], None]) -> Callable[[], None]:
     return registered
 
 
+def of_its_operator(try_rewrite: Callable[..., Any]) -> Callable[..., Any]:
+    """`try_rewrite` of onnxscript's rules, each of which is tried on each node: most begin at another operator."""
+
+    @functools.wraps(try_rewrite)
+    def tried(rule: Any, model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node, **options: Any) -> Any:
+        last = rule._target_pattern.output_nodes[0]
+        return try_rewrite(rule, model, graph, node, **options) if last.op.matches(node.op_type) else None
+
+    return tried
+
+
+def of_loaded_models(find: Callable[..., Any]) -> Callable[..., Any]:
+    """`import_dotted_path`, by which each export imports 30 models of transformers to change them, and runs one."""
+
+    @functools.wraps(find)
+    def found(path: str, missing_ok: bool = False) -> Any:
+        module = ".".join(path.split(".")[:4])  # transformers.models.bert.modeling_bert
+        is_idle = missing_ok and module.startswith("transformers.models.") and module not in sys.modules
+        return None if is_idle else find(path, missing_ok)
+
+    return found
+
+
 @functools.cache
 def install() -> None:
     """Exports of this process are kept from now on. What each of them would compute again is kept too."""
+    torch._ops.Callable = typing.Callable  # an annotation that each export evaluates 20,000 times; typing caches it
+    rules: Any = importlib.import_module("onnxscript.rewriter").RewriteRule
+    rules.try_rewrite = of_its_operator(rules.try_rewrite)
     registration: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
     registration.onnxscript_apis.get_torchlib_ops = functools.cache(registration.onnxscript_apis.get_torchlib_ops)
     registration._schemas.op_signature_from_function = functools.cache(registration._schemas.op_signature_from_function)
@@ -263,3 +290,5 @@ def install() -> None:
     with contextlib.suppress(ImportError):
         transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
         transformers.OnnxExporter.export = keeping(transformers.OnnxExporter.export, "program", 3)
+        patches: Any = importlib.import_module("transformers.exporters.utils")
+        patches.import_dotted_path = of_loaded_models(patches.import_dotted_path)

@@ -82,3 +82,8 @@ def tied_model(folder: Path, architecture: str = "LlamaForCausalLM", *, tied: bo
     model = cls(config).eval()
     model.save_pretrained(folder)
     return TiedModel(model, folder)
+
+
+def untied_llama(folder: Path) -> TiedModel:
+    """A Llama with a head of its own. Tests that have this one share its graph."""
+    return tied_model(folder, tied=False, hidden_size=32, num_attention_heads=4)

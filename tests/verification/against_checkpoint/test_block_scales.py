@@ -12,7 +12,7 @@ from lora_export.weights.gguf.new_scales import on_best_scales
 from support.slow import slow
 
 COUNT = 200
-FEW = 50  # of those with scales of their own groups, which take ten times as long
+FEW = 20  # of those with scales of their own groups, which take ten times as long
 EVERY = pytest.mark.parametrize("codec", CODECS.values(), ids=lambda codec: codec.type.name)
 
 

@@ -220,7 +220,7 @@ def test_fp16_graph_is_different_from_fp32_with_a_note(name: str, tmp_path: Path
     assert note_on_half() in verdict.notes
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", slow_but(["net"], SUBJECTS))
 def test_a_few_products_in_fp16_do_not_widen_the_limits(name: str, tmp_path: Path) -> None:
     """The limits of fp16 are for graphs that compute in it: a single small product does not make one."""
     adapter = subjects.adapter(name, "linear")
@@ -244,9 +244,10 @@ def test_a_few_products_in_fp16_do_not_widen_the_limits(name: str, tmp_path: Pat
     assert any("dtype is float32" in reason.text for reason in verdict.reasons)
 
 
-def test_quantised_graph_with_fp16_scales_is_judged_in_fp16(tmp_path: Path) -> None:
-    adapter = subjects.adapter("llama", "linear")
-    graph = quantised(in_fp16(subjects._exported("llama").clone()), bits=8)
+@pytest.mark.parametrize("name", slow_but(["net"], SUBJECTS))
+def test_quantised_graph_with_fp16_scales_is_judged_in_fp16(name: str, tmp_path: Path) -> None:
+    adapter = subjects.adapter(name, "linear")
+    graph = quantised(in_fp16(subjects._exported(name).clone()), bits=8)
     for node in graph.graph:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
@@ -254,7 +255,7 @@ def test_quantised_graph_with_fp16_scales_is_judged_in_fp16(tmp_path: Path) -> N
     insert_nodes(graph, found, plan.make([adapter], found.specs))
     runner = saved(graph, tmp_path)
     assert is_half_inside(runner)
-    verdict = prove(runner, PyTorchReferences(halved("llama"), [adapter])).verdict
+    verdict = prove(runner, PyTorchReferences(halved(name), [adapter])).verdict
     assert verdict.same, str(verdict)
 
 
