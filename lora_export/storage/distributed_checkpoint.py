@@ -110,6 +110,7 @@ class _Records(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         import torch
 
+        module = "pathlib" if module == "pathlib._local" else module  # its name where Python 3.13 wrote the file
         if name in _NAMES.get(module, ()):
             return getattr(importlib.import_module(module), name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):

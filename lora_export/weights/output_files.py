@@ -15,7 +15,7 @@ from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.checkpoint import CONFIG, Checkpoint
 from lora_export.weights.quantised import QUANTIZATION_FILES, file_with_floats, with_floats, without_quantisation
 from lora_export.weights.task_head import config_with_heads
-from lora_export.weights.tied_tensors import TIED, untied_config, word_tables
+from lora_export.weights.tied_tensors import TIED, can_untie, untied_config, word_tables
 
 
 def write_other_files(
@@ -70,9 +70,12 @@ def _float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str], 
 
 
 def _are_untied(plan: Plan, base: Checkpoint) -> bool:
-    """Whether the base stores several word tables, its config ties them, and they change differently."""
-    tables = changed_word_tables(plan, base)
-    if len(tables) < 2 or not base.config.get(TIED) or not tables.keys() <= {spec.name for spec in base.specs}:
+    """Whether the base stores several word tables, its config ties them, and they change differently.
+
+    Not of classes that are other models without this tie: transformers leaves tables of other values apart there, too.
+    """
+    tables, is_stated = changed_word_tables(plan, base), base.config.get(TIED) and can_untie(base.rules)
+    if len(tables) < 2 or not is_stated or not tables.keys() <= {spec.name for spec in base.specs}:
         return False
     first, *others = tables.values()
     return any(one is not first and (one is None or first is None or not are_same_change(first, one)) for one in others)

@@ -62,7 +62,7 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
             "scale its outputs, or stays tied"
         )
     if handling is Tied.UNTIE and bound:
-        raise InputRefused(f"{named('tied', 'untie')}: {bound}. Use {named('tied', 'both')}")
+        raise InputRefused(f"{named('tied', 'untie')}: {bound}. Use {named('tied', 'both')}, or leave it out")
     ties = _by_config(base, handling, rules, tied, bound)
     if tied_by_model is False:
         stored = {spec.name for spec in base.specs}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import peft
@@ -26,7 +29,16 @@ OUTER = ("", "model.", "app.model.")
 A, B = "base_model.model.fc.lora_A.default.weight", "base_model.model.fc.lora_B.default.weight"
 
 
-@pytest.mark.parametrize("save", [save_whole, save_in_shards])
+def save_by_python_3_13(folder: Path, state: dict[str, Any]) -> Path:
+    """There, the class of paths has the name of a module that no other version has."""
+    name = "pathlib._local"
+    with mock.patch.dict(sys.modules, {name: pathlib}), mock.patch.object(pathlib.PosixPath, "__module__", name):
+        save_whole(folder, state)
+    assert name.encode() in (folder / ".metadata").read_bytes()
+    return folder
+
+
+@pytest.mark.parametrize("save", [save_whole, save_in_shards, save_by_python_3_13])
 @pytest.mark.parametrize("outer", OUTER)
 def test_the_shards_are_one_adapter(tmp_path: Path, save: Callable[..., Path], outer: str):
     state = lora_state(outer)

@@ -53,7 +53,7 @@ def this_machine(*, imported: bool = False) -> Facts:
 
 
 def install(site: Path, name: str, version: str, *files: str) -> None:
-    """A distribution as pip installs it: metadata, its files, and a list of them. Python 3.12 leaves out missing ones."""
+    """A distribution as pip installs it: metadata, its files, and their list. Python 3.12 leaves missing files out."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
