@@ -58,9 +58,11 @@ test-slow: $(VENV)/dev.stamp ## the tests that take long
 test-kernel: $(VENV)/dev.stamp $(VENV)/kernel.stamp ## the tests of merges, with the compiled arithmetic in place of NumPy's
 	PYTHONPATH=$(CURDIR)/$(VENV)/kernel $(PYTEST) -m "not slow and not soak" tests/weights tests/graph/merge tests/api/test_merge.py
 
-# onnxruntime-genai, which some tests need, asks for a newer onnxruntime than we do.
+# onnxruntime-genai, which some tests need, asks for a newer onnxruntime than we do. What a start loads is promised of
+# the newest versions alone, and with PyTorch 2.11 the random Gemma 3 of a test repeats one token, whatever the image.
 test-oldest: $(VENV)/oldest/done.stamp ## the test suite with the oldest versions that pyproject.toml allows; takes 8 GB
-	$(PYTEST:$(BIN)%=$(VENV)/oldest/bin%) -m "not slow and not soak"
+	$(PYTEST:$(BIN)%=$(VENV)/oldest/bin%) -m "not slow and not soak" --ignore tests/cli/test_startup.py \
+	  -k "not (texts_are_those_of_transformers and gemma3)"
 
 # One after another: each is about a minute, and writes its row of the table. Some of them: make matrix ONLY="llama or vit"
 matrix: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## export small models of every architecture, and other tools beside; writes tests/README.md

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch.fx.experimental import symbolic_shapes
 
 from lora_export.api.generate import generate
@@ -62,6 +63,9 @@ def test_the_length_at_which_code_changes_its_way_is_found(
 ) -> None:
     monkeypatch.setattr(symbolic_shapes, "uninteresting_files", None)  # it imports more than a proof does
     model = with_traced_lengths(load_model(saved(make(), tmp_path)))
+    if make is deepseek and Version(torch.__version__) < Version("2.12"):
+        assert not model.traced  # there, min(k, length) is an expression, and no branch
+        return
     assert model.traced["sequence"][1] == length
     assert max(sizes["sequence"] for sizes in model.further) == long
     assert with_traced_lengths(model) is model
