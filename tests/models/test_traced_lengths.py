@@ -64,7 +64,7 @@ def test_the_length_at_which_code_changes_its_way_is_found(
     monkeypatch.setattr(symbolic_shapes, "uninteresting_files", None)  # it imports more than a proof does
     model = with_traced_lengths(load_model(saved(make(), tmp_path)))
     if make is deepseek and Version(torch.__version__) < Version("2.12"):
-        assert not model.traced  # there, min(k, length) is an expression, and no branch
+        assert not model.traced  # it records no comparison in this model: the length is not known there
         return
     assert model.traced["sequence"][1] == length
     assert max(sizes["sequence"] for sizes in model.further) == long
