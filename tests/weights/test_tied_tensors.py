@@ -391,6 +391,18 @@ def test_rows_of_tables_that_differ_where_the_model_ties_them_are_refused(
         assert verdict.outcome == "same", verdict
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_head_with_other_values_changes_alone_where_no_config_unties_it(stated, tmp_path):
+    """FLAN-T5, whose config states that it is tied where transformers 5 saved it."""
+    model = stored_twice(tmp_path / "base", "T5ForConditionalGeneration", 2, stated)
+    adapter = model.adapter(tmp_path / "adapter", "q", HEAD)
+    le.merge(model.base, adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is stated
+    expected = model.outputs(peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter))
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), expected)
+    assert le.verify(tmp_path / "out", base=model.base, adapters=adapter).verdict.outcome == "same"
+
+
 def test_a_conflict_of_adapters_is_not_one_of_ties(llama, tmp_path):
     """No option for tied tensors makes one head of two."""
     adapters = [llama.adapter(tmp_path / n, "q_proj", seed=int(n), modules_to_save=[HEAD]) for n in "12"]
