@@ -60,7 +60,7 @@ test-kernel: $(VENV)/dev.stamp $(VENV)/kernel.stamp ## the tests of merges, with
 
 # onnxruntime-genai, which some tests need, asks for a newer onnxruntime than we do. What a start loads is promised of
 # the newest versions alone, and with PyTorch 2.11 the random Gemma 3 of a test repeats one token, whatever the image.
-test-oldest: $(VENV)/oldest/done.stamp ## the test suite with the oldest versions that pyproject.toml allows; takes 8 GB
+test-oldest: $(VENV)/oldest/done.stamp ## the test suite with the oldest versions of pyproject.toml that go together; takes 8 GB
 	$(PYTEST:$(BIN)%=$(VENV)/oldest/bin%) -m "not slow and not soak" --ignore tests/cli/test_startup.py \
 	  -k "not (texts_are_those_of_transformers and gemma3)"
 

@@ -401,7 +401,6 @@ class Adapter:
     tied: Mapping[str, str] = field(default_factory=dict)  # module -> the module of which it repeats pair and table
     # The endings of the names of modules, and ParameterEnding, that the trainer targeted; empty where not fully known.
     targets: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()  # endings of modules that the trainer saved whole, and that the file lacks
     # Token ids: pairs act from the last occurrence of these on alone (aLoRA). Empty: on every token.
     invocation_tokens: tuple[int, ...] = ()
     flattened: bool = False  # whether `_` stands for the dots in the names of modules

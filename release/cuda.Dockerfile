@@ -3,7 +3,7 @@
 #   docker run --gpus all -v "$PWD:/work" lora-export doctor --provider cuda
 FROM python:3.12-slim
 COPY . /src
-RUN pip install --no-cache-dir "/src[hf,train,report,gguf]" "onnxruntime-gpu[cuda,cudnn]>=1.24" && rm -rf /src
+RUN pip install --no-cache-dir "/src[hf,train,report,gguf]" "onnxruntime-gpu[cuda,cudnn]>=1.29" && rm -rf /src
 RUN useradd --create-home --uid 1000 lora
 USER 1000
 WORKDIR /work

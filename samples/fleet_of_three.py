@@ -71,8 +71,9 @@ def main(out: Path) -> int:
     for job in status.jobs:
         print(f"{job.adapter}, {job.step}: {job.outcome}")
     print(f"exit code of the fleet: {status.exit_code}")
-    others = {job.outcome for job in status.jobs if job.adapter != LARGER}
-    return 0 if others == {"done", "same"} else status.exit_code
+    outcomes = {job.outcome for job in status.jobs if job.adapter != LARGER}
+    is_refused = all(job.outcome not in outcomes for job in status.jobs if job.adapter == LARGER)
+    return 0 if outcomes == {"done", "same"} and is_refused else status.exit_code or 1
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from lora_export.formats.adapter_files import (
     stated_rank_and_alpha,
     weights_of,
 )
-from lora_export.formats.peft_config import absent_modules, adapter_scale, checked_config, targets_of, value_for_module
+from lora_export.formats.peft_config import adapter_scale, checked_config, targets_of, value_for_module
 from lora_export.formats.peft_keys import (
     ADAPTER_CONFIG,
     B_BIAS,
@@ -136,7 +136,6 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
         experts=axes_of_experts(file, keys, config, pairs),
         tied=tied | tables_saved_again(rows, replaced),
         targets=targets_of(config),
-        absent=absent_modules([*pairs, *replaced, *rows], config),
         invocation_tokens=tuple(config.get("alora_invocation_tokens") or ()),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},

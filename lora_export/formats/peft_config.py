@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,19 +149,6 @@ def is_declared(tensor: str, config: Mapping[str, Any]) -> bool:
         return True
     parts, saved = module.split("."), tuple(config.get("modules_to_save") or ())
     return any(".".join(parts[: place + 1]).endswith(saved) for place in range(len(parts)))  # as PEFT compares them
-
-
-def absent_modules(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What `modules_to_save` names, and what none of these modules and tensors of the file belongs to.
-
-    A classifier's config names heads of several models, of which a model has one. The other tables of a model with
-    `ensure_weight_tying` have no tensors.
-    """
-    saved = config.get("modules_to_save")
-    if not isinstance(saved, list) or config.get("ensure_weight_tying"):
-        return ()
-    modules = {name[: dot.start()] for name in names for dot in re.finditer(r"\.|$", name)}
-    return tuple(each for each in saved if not any(module.endswith(each) for module in modules))
 
 
 def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:

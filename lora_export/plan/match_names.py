@@ -207,17 +207,7 @@ def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorS
     if of_stacks and not any(_OF_EXPERTS.search(f"{module}.") for module in (*adapted, *replaced)):
         stacks = {found[1]: None for name in base if (found := _ONE_EXPERT.match(name))}
         missing += [_without_tensors(adapter, stack) for stack in stacks]
-    return missing + [
-        Misfit(adapter.name, module, "saved whole by the adapter's config, but its file has no tensors for it")
-        for module in _absent_modules(adapter, base)
-    ]
-
-
-def _absent_modules(adapter: Adapter, base: Iterable[str]) -> list[str]:
-    """The modules of the base that the adapter's config saves whole, and that its file lacks."""
-    absent = frozenset(adapter.absent)
-    modules = (name[: dot.start()] for name in base for dot in DOT.finditer(name)) if absent else ()
-    return [module for module in dict.fromkeys(modules) if not absent.isdisjoint(endings(module))]
+    return missing
 
 
 def _without_tensors(adapter: Adapter, layer: str) -> Misfit:

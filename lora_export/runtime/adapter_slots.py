@@ -342,8 +342,9 @@ def _factors(
     factors = np.ones(ids.shape, np.float32)
     if scales is None:
         return factors
-    if len(scales) != len(ids) or any(len(row) > ids.shape[1] for row in scales):
+    rows = [np.asarray(row, np.float32) for row in scales]
+    if len(rows) != len(ids) or any(row.ndim != 1 or len(row) > ids.shape[1] for row in rows):
         raise InputRefused(f"scales need a list for each of {len(ids)} rows, of at most {ids.shape[1]} factors")
-    for own, row in zip(factors, scales, strict=True):
+    for own, row in zip(factors, rows, strict=True):
         own[: len(row)] = row
     return factors

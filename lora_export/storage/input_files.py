@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -67,7 +68,8 @@ def open_regular(path: Path) -> BufferedReader:
             return path.open_object()
         descriptor = os.open(path, flags)
     except OSError as error:
-        refuse_broken_link(path)
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            refuse_broken_link(path)
         raise InputRefused(f"{path}: {error.strerror}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or (not status.st_size and _is_generated(descriptor)):

@@ -156,16 +156,6 @@ def test_a_target_without_any_tensors_is_a_misfit():
     assert misfits([mine], tower("layer.0.query", "layer.0.value"))[0].startswith("layer.0.value: targeted")
 
 
-@pytest.mark.fault(17)
-def test_a_saved_module_without_tensors_is_a_misfit():
-    """PEFT refuses such a file, too. A model has one of the heads that the config of a classifier names."""
-    mine = holding(pairs={"layer.0.query": pair()}, absent=("score", "classifier"))
-    assert len(plan.make([mine], tower("layer.0.query", "subscore")).steps) == 1
-    assert misfits([mine], [*tower("layer.0.query", "model.score"), vector("model.score.bias")]) == [
-        "model.score: saved whole by the adapter's config, but its file has no tensors for it"
-    ]
-
-
 def test_a_targeted_parameter_is_no_module():
     """PEFT's `target_parameters`: `down_proj` are the stacked experts, and not a layer with this name."""
     mine = holding(pairs={"layer.0.query": pair()}, targets=("query", ParameterEnding("down_proj")))

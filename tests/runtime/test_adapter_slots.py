@@ -202,7 +202,7 @@ def test_several_adapters_of_a_row_are_added_up(tmp_path: Path) -> None:
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
     array = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     np.testing.assert_array_equal(slots.run({"x": X[:3]}, rows, scales=array)["y"], output)
-    for wrong in (scales[:2], [*scales[:2], [1.0, 1.0, 1.0]]):
+    for wrong in (scales[:2], [*scales[:2], [1.0, 1.0, 1.0]], np.ones(3), np.ones((3, 2, 1))):
         with pytest.raises(InputRefused, match="a list for each of 3 rows, of at most 2 factors"):
             slots.run({"x": X[:3]}, rows, scales=wrong)
     with pytest.raises(InputRefused, match="2 adapters on a row, not 3"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, refuse_problems, unwrapped
-from lora_export.formats.peft_config import absent_modules, checked_config, is_declared, targets_of, value_for_module
+from lora_export.formats.peft_config import checked_config, is_declared, targets_of, value_for_module
 from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER, is_of_trainer, whole_name
 from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
 from lora_export.formats.peft_records import layouts_of, metadata_of, read_token_rows
@@ -62,7 +62,6 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
         token_rows=rows,
         layouts=layouts_of(file, pairs, config),
         targets=targets_of(config) if pairs else (),
-        absent=absent_modules([*changes, *replaced, *rows], config),
         spelling=keys.spelling,
         scale_source=f"{kind.title}, by {ADAPTER_CONFIG}",
         metadata=metadata_of(folder, config),
