@@ -102,11 +102,11 @@ def make(
     spelled = [part.spelled(rules) for part in parts]
     of_rows = ties.of_stored_again() if ties.handling is Tied.ERROR else ties
     spelled = [replace(one, adapter=with_rows_of_all_names(one.adapter, of_rows, one.prefix)) for one in spelled]
+    one_table = ties.of_one_table()
     if ties.handling is Tied.UNTIE:
-        one_table = ties.of_one_table()
         spelled = [replace(one, adapter=with_saved_tables(one.adapter, one_table, one.prefix)) for one in spelled]
     if ties.handling is Tied.BOTH:
-        spelled = [replace(one, adapter=shared(one.adapter, ties, one.prefix)) for one in spelled]
+        spelled = [replace(one, adapter=shared(one.adapter, one_table, one.prefix)) for one in spelled]
     own, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
     base = BaseTensors([*base.values(), *{name: view for one in spelled for name, view in one.views.items()}.values()])
     base = settle_layouts(own, prefixes, base, layout or {})

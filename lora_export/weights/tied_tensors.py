@@ -8,7 +8,7 @@ files may name them in their headers, as safetensors' `save_model` does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,15 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
             f"{rules.architecture} without {TIED} is another model in transformers {table.version}, which does not "
             "scale its outputs, or stays tied"
         )
-    if handling is Tied.UNTIE and bound:
+    is_bound = handling is Tied.UNTIE and bool(bound)
+    if is_bound and base.config.get(TIED) is not False:
         raise InputRefused(f"{named('tied', 'untie')}: {bound}. Use {named('tied', 'both')}, or leave it out")
     ties = _by_config(base, handling, rules, tied, bound)
-    if tied_by_model is False:
+    if is_bound or tied_by_model is False:
+        # A config that states false stays as it is: tensors with a name of their own are apart, others stay tied.
         stored = {spec.name for spec in base.specs}
-        return replace(ties, tensors={name: of for name, of in ties.tensors.items() if name not in stored})
+        kept = {name: of for name, of in ties.tensors.items() if (name in stored) is is_bound}
+        return replace(ties, tensors=kept)
     return ties
 
 
@@ -75,22 +78,28 @@ def ties_with_rows(base: Checkpoint, handling: Tied | str, adapters: Sequence[Ad
 
     That includes equal tensors that the base stores under both names, where the model ties them. Reads both. Raises as
     `ties_of`, and InputRefused where the model ties tensors that differ: PEFT takes the rows for both, and transformers
-    does not tie them. `BOTH` is refused for all other changes of such tensors.
+    does not tie them. With an option for tied tensors, all other changes of such tensors stay apart.
     """
     ties = ties_of(base, handling)
     changed = [adapter for adapter in adapters if adapter.token_rows]
-    compared = {Tied.ERROR: bool(changed), Tied.UNTIE: any(map(_saves_a_table, adapters)), Tied.BOTH: True}
-    if not (compared[ties.handling] and is_tied(base)):
+    if (
+        not is_tied(base)
+        or not {
+            Tied.ERROR: bool(changed),
+            Tied.UNTIE: any(map(_saves_a_table, adapters)),
+            Tied.BOTH: any(_may_change(adapter, (*ties.tensors, *ties.tensors.values())) for adapter in adapters),
+        }[ties.handling]
+    ):
         return ties
     entries = {name: (file.path, entry) for file in base.shards.values() for name, entry in file.entries.items()}
     stored = {name: source for name, source in ties.tensors.items() if name in entries and source in entries}
     again = frozenset(name for name in stored if _have_equal_bytes(entries[name], entries[stored[name]]))
-    if ties.handling is Tied.UNTIE:
-        return replace(ties, apart=frozenset(stored.keys() - again))
+    apart = frozenset(stored.keys() - again)
     if ties.handling is Tied.BOTH:
-        _refuse_to_join(ties, stored.keys() - again, adapters)
-        return ties
-    for name in stored.keys() - again:
+        _refuse_rows_of_one(ties, apart, changed)
+    if ties.handling is not Tied.ERROR:
+        return replace(ties, apart=apart)
+    for name in apart:
         losing = (one.name for one in changed if _has_rows_of(one, stored[name]) and not _has_values_of(one, name))
         if owner := next(losing, None):
             can_be_both = not any(_has_other_rows(one, name, stored[name]) for one in adapters)
@@ -116,29 +125,32 @@ def is_tied(base: Checkpoint) -> bool | None:
     return None if name not in table.ties or name in table.tied_by_part else name in table.tied_by_default
 
 
-def _refuse_to_join(ties: Ties, apart: Collection[str], adapters: Sequence[Adapter]) -> None:
-    """Raise InputRefused for changes of tensors that the base stores with other values; rows of their source may be."""
+def _refuse_rows_of_one(ties: Ties, apart: Iterable[str], adapters: Sequence[Adapter]) -> None:
+    """Raise InputRefused for rows of a tensor alone whose source the base stores with other values."""
     for name in apart:
+        source = ties.tensors[name]
         for one in adapters:
-            changes_one = any(
-                is_weight_of(tensor, module) for tensor in (name, ties.tensors[name]) for module in _changed(one)
-            )
-            if changes_one or (_has_rows_of(one, name) and not _has_rows_of(one, ties.tensors[name])):
+            if _has_rows_of(one, name) and not _has_rows_of(one, source):
                 raise InputRefused(
-                    f"{named('tied', 'both')}: the base stores other values of {name} than of {ties.tensors[name]}, so "
-                    f"that its model does not tie them, and {one.name} changes one. Leave {named('tied')} out"
+                    f"{named('tied', 'both')}: the base stores other values of {name} than of {source}, so that its "
+                    f"model does not tie them, and {one.name} replaces rows of {name} alone. Leave {named('tied')} out"
                 )
+
+
+def _may_change(adapter: Adapter, names: Iterable[str]) -> bool:
+    """Whether an adapter changes a module with the last name of one of these tensors': prefixes are not known yet."""
+    ends = {_last_name(name) for name in names}
+    changed = (*adapter.pairs, *adapter.replaced, *adapter.token_rows)
+    return adapter.flattened or any(_last_name(name) in ends for name in changed)
+
+
+def _last_name(tensor: str) -> str:
+    return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
 def _saves_a_table(adapter: Adapter) -> bool:
     """Whether an adapter has the whole of a tensor beside a pair for it."""
     return any(name.removesuffix(".weight") in adapter.pairs for name in adapter.replaced)
-
-
-def _changed(adapter: Adapter) -> Iterator[str]:
-    """The modules that an adapter changes in another way than by rows of tokens alone."""
-    yield from adapter.pairs
-    yield from (name.removesuffix(".weight") for name in adapter.replaced if name not in adapter.token_rows)
 
 
 def _have_equal_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:

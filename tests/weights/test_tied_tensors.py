@@ -295,16 +295,38 @@ def test_a_class_that_ties_none_by_default_changes_each_table_alone(factor, tied
         assert is_near(model.outputs(model.reloaded(out)), model.outputs(attached))
 
 
-@pytest.mark.parametrize(
-    ("targets", "options"),
-    [((HEAD,), {}), ((TABLE,), {}), (("q_proj",), {"trainable_token_indices": {HEAD: [0, 5]}})],
-)
-def test_both_is_refused_where_the_base_stores_other_values(targets, options, tmp_path):
+@pytest.mark.parametrize("target", [HEAD, TABLE])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_both_joins_no_tables_of_other_values(architecture, target, tmp_path):
     """transformers does not tie them, and PEFT changes one."""
+    target = "shared" if architecture[:2] == "T5" and target == TABLE else target
+    model = stored_twice(tmp_path / "base", architecture, 2, True)
+    adapter = model.adapter(tmp_path / "adapter", target)
+    le.merge(model.base, adapter, tmp_path / "out", tied="both")
+    attached = peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter)
+    expected = model.outputs(
+        attached.merge_and_unload() if target == "shared" else attached
+    )  # T5 attached has no effect
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), expected)
+
+
+def test_both_is_refused_for_rows_of_a_head_with_other_values(tmp_path):
     model = stored_twice(tmp_path / "base", "LlamaForCausalLM", 2, True)
-    adapter = model.adapter(tmp_path / "adapter", *targets, **options)
+    adapter = model.adapter(tmp_path / "adapter", "q_proj", trainable_token_indices={HEAD: [0, 5]})
     with pytest.raises(InputRefused, match=r'tied="both": the base stores other values of lm_head\.weight than of .* '):
         le.merge(model.base, adapter, tmp_path / "out", tied="both")
+
+
+@pytest.mark.parametrize("tied", ["untie", "both"])
+@pytest.mark.parametrize("change", [{}, {"trainable_token_indices": {"shared": [0, 5]}}, HEAD])
+def test_flan_t5_takes_either_option(change, tied, tmp_path):
+    """Its config states no tie, and has the class T5."""
+    model = stored_twice(tmp_path / "base", "T5ForConditionalGeneration", 2, False)
+    targets, options = (["q", HEAD], {}) if change == HEAD else (["q"], change)
+    adapter = model.adapter(tmp_path / "adapter", *targets, **options)
+    le.merge(model.base, adapter, tmp_path / "out", tied=tied)
+    expected = model.outputs(peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter))
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), expected)
 
 
 @pytest.mark.parametrize("stated", [None, True, False])
