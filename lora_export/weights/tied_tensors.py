@@ -115,8 +115,10 @@ def ties_with_rows(base: Checkpoint, handling: Tied | str, adapters: Sequence[Ad
 
 def is_tied(base: Checkpoint) -> bool | None:
     """Whether the model of a base ties its tensors, by its config and its class. None where neither decides it."""
-    table, name = read_table(), "" if base.rules is None else base.rules.architecture
     text, stated = base.config.get("text_config"), base.config.get(TIED)
+    if base.rules is None:
+        return None if stated is None else bool(stated)
+    table, name = read_table(), base.rules.architecture
     by_text = name in table.tied_by_text and isinstance(text, Mapping) and bool(text.get(TIED))
     if by_text or name in table.tied_always:
         return True

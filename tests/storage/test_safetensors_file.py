@@ -189,7 +189,7 @@ def test_what_only_the_library_refuses_is_refused_in_its_words(path):
 
 def test_dangling_links_are_refused(path):
     path.symlink_to("nowhere")
-    assert refusal(path) == "FILE: No such file or directory"
+    assert refusal(path) == "FILE is a symbolic link to nowhere, which does not exist"
 
 
 # --- Files that change after they were opened ---

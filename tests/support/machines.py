@@ -19,7 +19,7 @@ ONE_GPU = Driver(cuda="13.0", gpus=1)
 HEALTHY = Facts(
     python="3.11.7",
     platform="Linux",
-    packages=(Package("onnxruntime-gpu", ">=1.24", "", "1.31.1"), Package("torch", ">=2.10", "", "2.13")),
+    packages=(Package("onnxruntime-gpu", ">=1.29", "", "1.31.1"), Package("torch", ">=2.10", "", "2.13")),
     owners={"lora-export-core": "0.1.0"},
     onnxruntimes={"onnxruntime-gpu": "1.31.1"},
     onnxruntime_cuda="13.0",
