@@ -257,6 +257,7 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, name, config, message):
     [
         ("RandLora: dense", {"save_projection": False}, "Save the adapter with save_projection=True"),
         ("TinyLora: tied vectors", {"save_projection": False}, "Save the adapter with save_projection=True"),
+        ("TinyLora: few numbers", {"r": 1, "projection_seed": 149430}, "tinylora_P is that of several layers by"),
         ("Frod: linear", {"save_projection": False}, "Save the adapter with save_projection=True"),
         ("UniLora: saved indices", {"save_indices": False}, "Save the adapter with save_indices=True"),
         ("HRA: linear", {"r": 6, "apply_GS": True}, r"point: hra_u is \(4, 6\): .* at most the number of inputs"),

@@ -154,6 +154,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield case("mini", peft.MissConfig, LINEAR, r=3, mini_r=3, init_weights="mini")
     yield case("one vector a layer", peft.TinyLoraConfig, (*LINEAR, "back"), r=2, u=5)
     yield case("tied vectors", peft.TinyLoraConfig, (*LINEAR, "back"), r=3, u=4, weight_tying=0.5)
+    yield case("few numbers", peft.TinyLoraConfig, (*LINEAR, "back"), r=2, u=1)
     yield case("a table", peft.TinyLoraConfig, ("table",), r=2, u=5)
     yield case("saved indices", peft.UniLoraConfig, (*LINEAR, "back"), r=2, theta_d_length=20, save_indices=True)
     yield case("biases", peft.BeftConfig, ("up",))

@@ -24,6 +24,7 @@ from lora_export.pairs.open_shape import MatrixShape, OpenPair
 WIDE_FROM = (1 << 32) // 20  # PyTorch shuffles so many numbers, or more, by draws of 64 bits
 LANES = 16  # numbers that PyTorch makes normal at a time
 FLOAT_BITS = 24  # of a draw that become a float32
+DOUBLE_BITS = 53  # of two draws that become a float64
 
 
 class Generator:
@@ -51,20 +52,27 @@ class Generator:
         return (unit * width + np.float64(np.float32(low))).astype(np.float32).reshape(shape)
 
     def normal(self, shape: tuple[int, ...], deviation: float) -> NDArray[np.float32]:
-        """`torch.empty(shape).normal_(0, deviation)`, but for the last bits. Raises InputRefused for fewer than 16.
+        """`torch.empty(shape).normal_(0, deviation)`, but for the last bits.
 
         PyTorch makes eight pairs of 16 uniform numbers at a time (Box and Muller 1958). The last 16 are drawn anew,
-        where the number of all is no multiple of 16.
+        where the number of all is no multiple of 16. Fewer than 16 are made one pair after the other, in fp64.
         """
         size = math.prod(shape)
         if size < LANES:
-            raise InputRefused(f"PyTorch draws {size} normal numbers in another way than is known here")
+            return (self._few_normal(size) * deviation).astype(np.float32).reshape(shape)
         values = self.uniform((size,), 0, 1)
         rest, normal = size % LANES, np.empty(size, np.float32)
         normal[: size - rest] = _box_muller(values[: size - rest].reshape(-1, LANES)).reshape(-1)
         if rest:
             normal[-LANES:] = _box_muller(self.uniform((1, LANES), 0, 1)).reshape(-1)
         return (normal * np.float32(deviation)).reshape(shape)
+
+    def _few_normal(self, size: int) -> NDArray[np.float64]:
+        """Normal numbers of deviation 1. Each pair is made of two numbers of 53 bits, the angle's first."""
+        high, low = self._draws(4 * -(-size // 2)).reshape(-1, 2).T
+        unit = (((high << np.uint64(32)) | low) & np.uint64((1 << DOUBLE_BITS) - 1)) * 2.0**-DOUBLE_BITS
+        angle, radius = 2 * np.pi * unit[::2], np.sqrt(-2 * np.log1p(-unit[1::2]))
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:size]
 
     def start_of_permutation(self, size: int, count: int) -> NDArray[np.int64]:
         """`torch.randperm(size)[:count]`: the first steps of a Fisher-Yates shuffle settle the first numbers.

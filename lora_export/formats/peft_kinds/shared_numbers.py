@@ -132,11 +132,13 @@ def _position(stored: Stored, p: NDArray[np.float32]) -> int:
     distances = np.abs(_starts(first, stored.modules, p.shape) - p.reshape(-1)[:LANES]).max(axis=1)
     if distances.min() > TOLERANCE:
         raise InputRefused(f"tinylora_P is that of no layer by {_SEED} {first}, so that its v is unknown")
+    if np.count_nonzero(distances <= TOLERANCE) > 1:  # of few numbers: with r and u of 1, P is one number
+        raise InputRefused(f"tinylora_P is that of several layers by {_SEED} {first}, so that its v is unknown")
     return int(distances.argmin())
 
 
 @functools.lru_cache(maxsize=8)
 def _starts(first: int, count: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The first numbers of P at each position (count, 16)."""
+    """The first numbers of P at each position (count, at most 16)."""
     drawn = (Generator(first + position, _SEED).normal(shape, shape[1] ** -0.5) for position in range(count))
     return np.stack([each.reshape(-1)[:LANES] for each in drawn])
