@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lora_export.formats import WriteOptions
 from lora_export.formats.lora_file import OneFileFormat, module_by_prefix
-from lora_export.formats.writing import OneFile, without_component
-from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, LoraPair, split_component
+from lora_export.formats.writing import OneFile, why_no_low_rank, without_component
+from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, split_component
 from lora_export.options.spelling import named
 
 DESCRIPTION = "a .safetensors file for ComfyUI, with keys such as diffusion_model.X.lora_A.weight"
@@ -45,6 +45,6 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         )
     file.add_changes(("lora_A.weight", "lora_B.weight"), with_alpha=False)
     file.write(path)
-    is_scaled = any(pair.scale != 1 for pair in adapter.pairs.values() if type(pair) is LoraPair)
+    is_scaled = any(pair.scale != 1 for pair in adapter.pairs.values() if not why_no_low_rank(pair))
     scaled = (f"{adapter.name}: scales are multiplied into B, because few readers of such a file take an alpha.",)
     return (*without_component(adapter), *(scaled if is_scaled else ()))

@@ -18,7 +18,14 @@ from lora_export.formats import WriteOptions
 from lora_export.formats.adapter_files import names_in, open_tensors, weights_of
 from lora_export.formats.lora_file import OneFileFormat, scale_by_alpha
 from lora_export.formats.peft_config import adapter_scale, checked_config, value_for_module
-from lora_export.formats.writing import OneFile, alpha_of, beyond_pairs, usual_and_patterns, without_component
+from lora_export.formats.writing import (
+    OneFile,
+    alpha_of,
+    beyond_pairs,
+    usual_and_patterns,
+    why_no_low_rank,
+    without_component,
+)
 from lora_export.lora import (
     DENOISER,
     SECOND_DENOISER,
@@ -156,7 +163,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         )
     by_folder: dict[str, dict[str, LoraPair]] = {}
     for name, pair in adapter.pairs.items():
-        if type(pair) is not LoraPair:
+        if why_no_low_rank(pair):
             continue  # `beyond_pairs` named it
         if pair.embedding or pair.as_stored:
             file.problems.append(f"{name}: no pair of a linear layer or a convolution")

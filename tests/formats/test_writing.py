@@ -63,11 +63,21 @@ def test_any_scale_has_an_alpha_that_float32_cannot_tell(rank: int, scale: float
     assert np.float32(alpha_of(scale, rank) / rank) == pytest.approx(np.float32(scale), rel=2**-23)
 
 
-def test_a_computed_pair_gets_a_scale_above_zero() -> None:
+def computed(scale: float) -> Adapter:
+    """Outputs of 2, 3, 4 and 5 times the scale, from four inputs."""
     settings = {"shape": (1, 4, 4), "factors": lambda stored, rows: (np.ones((1, 4), np.float32), stored["b"][rows])}
-    pair = FactoredPair({"b": np.array([[2], [3], [4], [5]], np.float32)}, -0.5, settings=settings)
-    (turned,) = with_positive_scales(adapter_of({"fc": pair})).pairs.values()
+    return adapter_of({"fc": FactoredPair({"b": np.array([[2], [3], [4], [5]], np.float32)}, scale, settings=settings)})
+
+
+def test_a_computed_pair_gets_a_scale_above_zero() -> None:
+    (turned,) = with_positive_scales(computed(-0.5)).pairs.values()
     assert turned.scale == 0.5 and turned.delta().tolist() == [[-0.5 * own] * 4 for own in (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "kohya", "comfyui", "diffusers", "openvino"])
+def test_a_computed_pair_is_written(to: str, tmp_path: Path) -> None:
+    (pair,) = converted(computed(0.5), tmp_path, to).pairs.values()
+    assert pair.delta().tolist() == [[0.5 * own] * 4 for own in (2, 3, 4, 5)]
 
 
 def test_what_is_no_pair_is_named() -> None:
