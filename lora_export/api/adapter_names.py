@@ -36,7 +36,7 @@ from lora_export.plan.diffusion import (
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.match_tensors import with_kernel_of
 from lora_export.plan.spelling import respelled, spell
-from lora_export.plan.types import TensorSpec
+from lora_export.plan.types import Step, TensorSpec
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import is_pipeline, open_pipeline
 from lora_export.weights.weight_files import variant_like
@@ -84,15 +84,12 @@ def with_shapes_of_base(adapter: Adapter, base: Path, layout: Mapping[str, str] 
 
 
 def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
-    """The adapter, whose pairs with kernels of 1 have the kernels of its base's weights: linear layers have none.
+    """The adapter, whose pairs have the kernels of its base's weights: linear layers have none.
 
-    An adapter without such pairs needs no base, and several models are not searched. What does not fit the base stays
-    as it is.
+    Of a pair with kernels of 1, and of a flat one whose kind has no kernels in its file (LoHa, LoKr). An adapter
+    without such pairs needs no base, and several models are not searched. What does not fit the base stays as it is.
     """
-    with_ones = [
-        pair for pair in adapter.pairs.values() if len(known_shape(pair)) > 2 and {*known_shape(pair)[2:]} == {1}
-    ]
-    if not with_ones or is_pipeline(base):
+    if is_pipeline(base) or not any(_lacks_kernel(pair) for pair in adapter.pairs.values()):
         return adapter
     checkpoint = open_checkpoint(base, variant=variant_like(base))
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True, "rules": checkpoint.rules}
@@ -102,9 +99,22 @@ def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
     except MatchError as error:
         others = {misfit.key for misfit in error.misfits}
         fitting = {name: pair for name, pair in adapter.pairs.items() if adapter.spelled(name) not in others}
+        if not fitting:
+            return adapter
         steps = plan.make([replace(pairs_alone, pairs=fitting)], checkpoint.specs, **how).low_rank
-    laid = {term.module: term.pair for step in steps for term in step.terms}
-    return replace(adapter, pairs={name: laid.get(name, pair) for name, pair in adapter.pairs.items()})
+    return _with_kernels(adapter, steps)
+
+
+def _lacks_kernel(pair: LoraPair) -> bool:
+    shape = known_shape(pair)
+    return {*shape[2:]} == {1} or (len(shape) == 2 and pair.is_structured)
+
+
+def _with_kernels(adapter: Adapter, steps: Iterable[Step]) -> Adapter:
+    """The adapter, whose pairs have the kernels of the weights that they change."""
+    specs = {term.module: step.spec for step in steps for term in step.terms}
+    laid = {name: with_kernel_of(specs[name], pair) for name, pair in adapter.pairs.items() if name in specs}
+    return replace(adapter, pairs={**adapter.pairs, **laid})
 
 
 def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
@@ -279,8 +289,9 @@ def named_for_pipeline(adapter: Adapter, base: Path, to: str) -> Adapter:
         folder = _folder_of(base, component, components)
         checkpoint = open_checkpoint(folder, variant=variant_like(folder))
         part = of_component(adapter, component)
-        plan.make([part], checkpoint.specs, identity_ok=True, unknown_layout_ok=True, rules=checkpoint.rules)
-        (named,) = respelled([part], checkpoint.specs, checkpoint.rules)
+        how: dict[str, Any] = {"identity_ok": True, "unknown_layout_ok": True, "rules": checkpoint.rules}
+        steps = plan.make([part], checkpoint.specs, **how).low_rank
+        (named,) = respelled([_with_kernels(part, steps)], checkpoint.specs, checkpoint.rules)
         if component in (CLIP, SECOND_CLIP):
             named = named.renamed(_with_text_model)
         elif to == "comfyui" or (to == "kohya" and _has_names_of_authors(checkpoint.config)):

@@ -103,7 +103,7 @@ def _converted(options: ConvertOptions, adapter: AdapterSource, base: Path | Non
     loaded = loaded if base is None else with_shapes_of_base(loaded, base, options.layout)
     layers: tuple[LayerShare, ...] = ()
     if options.rank is not None:
-        loaded = loaded if base is None else with_changes_of_base(loaded, base, options.layout)
+        loaded = loaded if base is None else with_kernels_of(with_changes_of_base(loaded, base, options.layout), base)
         of_adapter = loaded
         loaded, layers = as_lora(
             loaded, options.rank, options.min_kept, lambda module: name_in_patterns(of_adapter, module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import re
 import shutil
 from collections import defaultdict
@@ -26,7 +27,7 @@ from lora_export import formats
 from lora_export.api.adapter_names import _placed, family_of_base, named_for_pipeline
 from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import Adapter, LoraPair
-from lora_export.pairs.structured import WholePair
+from lora_export.pairs.structured import HadamardPair, WholePair
 from lora_export.plan import Layout, TensorSpec
 from lora_export.plan.diffusion import Family
 from lora_export.plan.match_names import BaseTensors
@@ -313,6 +314,25 @@ def test_flattened_names_get_their_dots_in_each_model(pipeline, tmp_path):
     )
     own = named.pairs["denoiser/mid_block.attentions.0.proj_in"]
     assert np.array_equal(own.a, pairs["unet.mid_block.attentions.0.proj_in"][0]) and own.scale == 0.5
+
+
+@pytest.mark.parametrize(
+    ("to", "part"), [("peft", "unet"), ("diffusers", "unet"), ("diffusers", "."), ("kohya", "unet"), ("kohya", ".")]
+)
+def test_pairs_made_of_flat_ones_get_the_kernels_of_the_base(to, part, pipeline, tmp_path):
+    component = "" if to == "peft" else "denoiser/"
+    pairs = {}
+    for name, (out, *inputs) in LAYERS.items():
+        a, b = np.ones((1, math.prod(inputs)), np.float32), np.arange(1, out + 1, dtype=np.float32)[:, None]
+        pairs[component + name] = HadamardPair({"a1": a, "b1": b, "a2": a, "b2": b}, 1.0)
+    base = pipeline / part
+    written = lora_export.convert(adapter_of(pairs), tmp_path / "out", to=to, base=base, as_kind="lora", rank=1).output
+    found = formats.load(written).pairs.values()
+    assert sorted((pair.a.shape, pair.b.shape) for pair in found) == [
+        ((1, 64, 1, 1), (64, 1, 1, 1)),
+        ((1, 96, 3, 3), (64, 1, 1, 1)),
+    ]
+    assert all(np.array_equal(pair.delta()[:, 0, 0, 0], np.arange(1, 65) ** 2) for pair in found)
 
 
 def test_the_names_of_the_authors_are_those_of_the_original_model(pipeline, tmp_path):
