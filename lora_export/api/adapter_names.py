@@ -87,9 +87,13 @@ def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
     """The adapter, whose pairs have the kernels of its base's weights: linear layers have none.
 
     Of a pair with kernels of 1, and of a flat one whose kind has no kernels in its file (LoHa, LoKr). An adapter
-    without such pairs needs no base, and several models are not searched. What does not fit the base stays as it is.
+    without such pairs needs no base, and several models are not searched. What does not fit the base stays as it is,
+    and so do flat pairs where only the config of the base can be read.
     """
-    if is_pipeline(base) or not any(_lacks_kernel(pair) for pair in adapter.pairs.values()):
+    pairs = adapter.pairs.values()
+    has_ones = any({*known_shape(pair)[2:]} == {1} for pair in pairs)
+    is_flat = any(pair.is_structured and len(known_shape(pair)) == 2 for pair in pairs)
+    if is_pipeline(base) or not (has_ones or (is_flat and _names_in(base))):
         return adapter
     checkpoint = open_checkpoint(base, variant=variant_like(base))
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True, "rules": checkpoint.rules}
@@ -103,11 +107,6 @@ def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
             return adapter
         steps = plan.make([replace(pairs_alone, pairs=fitting)], checkpoint.specs, **how).low_rank
     return _with_kernels(adapter, steps)
-
-
-def _lacks_kernel(pair: LoraPair) -> bool:
-    shape = known_shape(pair)
-    return {*shape[2:]} == {1} or (len(shape) == 2 and pair.is_structured)
 
 
 def _with_kernels(adapter: Adapter, steps: Iterable[Step]) -> Adapter:

@@ -335,6 +335,16 @@ def test_pairs_made_of_flat_ones_get_the_kernels_of_the_base(to, part, pipeline,
     assert all(np.array_equal(pair.delta()[:, 0, 0, 0], np.arange(1, 65) ** 2) for pair in found)
 
 
+def test_flat_pairs_need_no_weights_of_the_base(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    row, column = np.ones((1, 4), np.float32), np.ones((6, 1), np.float32)
+    given = adapter_of({"fc": HadamardPair({"a1": row, "b1": column, "a2": row, "b2": column}, 1.0)})
+    how = {"to": "peft", "as_kind": "lora", "rank": 1}
+    written = lora_export.convert(given, tmp_path / "out", base=tmp_path / "base", **how).output
+    assert formats.load(written).pairs["fc"].shape == (6, 4)
+
+
 def test_the_names_of_the_authors_are_those_of_the_original_model(pipeline, tmp_path):
     adapter = kohya(tmp_path, random_pairs({f"unet.{name}": shape for name, shape in LAYERS.items()}))
     named = named_for_pipeline(adapter, pipeline / "unet", "comfyui")
