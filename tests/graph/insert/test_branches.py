@@ -9,7 +9,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx.reference
 import onnx_ir as ir
 import pytest
 import torch
@@ -25,7 +24,7 @@ from lora_export.graph.site import find_readers
 from lora_export.lora import LoraPair
 from lora_export.models import export
 from support.exported_models import attached, eager
-from support.graphs import a_graph, an_adapter, contents, run, stored
+from support.graphs import a_graph, an_adapter, contents, evaluated, run, stored
 from support.insertion import (
     CONVOLUTION,
     CONVOLUTION_PAIR,
@@ -223,9 +222,7 @@ def test_bfloat16_block_is_padded_in_float32(mode: str) -> None:
         fed = onnx_adapter.input_values(insert_inputs(model, found, ["k.weight"]), steps, "default")
     assert {node.op_type: str(node.inputs[0].dtype) for node in model.graph}["Pad"] == "FLOAT"
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    (output,) = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(
-        None, {"x": X.astype(ml_dtypes.bfloat16), **fed}
-    )
+    output = evaluated(model, x=X.astype(ml_dtypes.bfloat16), **fed)
     weight = np.float32([[1, 3, 3], [4, 6, 4], [2, 1, 5], [5, 2, 6]])
     weight[1:] += pair.delta()
     assert np.array_equal(output.astype(np.float32), X @ weight.T)
