@@ -40,6 +40,7 @@ from lora_export.plan.ties import (
     Ties,
     rows_of_copies,
     shared,
+    tied_remedy,
     untied,
     untied_by_added,
     with_copies,
@@ -90,7 +91,7 @@ def make(
     layouts that are unknown or contradict the base.
     """
     strengths = checked_strengths(adapters, strengths, identity_ok=identity_ok)
-    ties, specs, around = ties or Ties(), tuple(specs), tuple(around)
+    has_ties, ties, specs, around = ties is not None, ties or Ties(), tuple(specs), tuple(around)
     base = BaseTensors(specs)
     stored = frozenset(base)
     if ties.handling is not Tied.ERROR and ties.tensors:
@@ -100,6 +101,7 @@ def make(
     check_stated(layout or {}, base)
     parts = [part for number, adapter in enumerate(adapters) for part in _parts(adapter, number, base)]
     spelled = [part.spelled(rules) for part in parts]
+    ties = ties.classified([(one.adapter, one.prefix) for one in spelled])
     of_rows = ties.of_stored_again() if ties.handling is Tied.ERROR else ties
     spelled = [replace(one, adapter=with_rows_of_all_names(one.adapter, of_rows, one.prefix)) for one in spelled]
     one_table = ties.of_one_table()
@@ -117,6 +119,8 @@ def make(
         by_weight = _match_all(spelled, of_parts, base, may_add=may_add, one_at_a_time=one_at_a_time)
     except MatchError as error:
         remedy = _prefix_remedy(spelled, base, rules) or resizing_remedy(own, prefixes, base)
+        if not remedy and has_ties:
+            remedy = tied_remedy(error.misfits, zip(own, prefixes, strict=True), ties, base.aliases)
         raise error.with_remedy(remedy or unknown_names(rules)) from None
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
@@ -152,6 +156,7 @@ def make(
         ),
         untied=own_tensors,
         tied=ties.handling,
+        apart=ties.apart,
     )
 
 

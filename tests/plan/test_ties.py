@@ -105,7 +105,7 @@ def test_a_whole_head_beside_rows_of_another_adapter_is_refused(order: int) -> N
 def test_rows_are_those_of_a_tied_head_that_is_stored_again() -> None:
     base = [*BASE, TensorSpec(HEAD, (5, 3), "float32", Layout.MATRIX)]
     for again, expected in (({HEAD}, {TABLE, HEAD}), ((), {TABLE})):
-        ties = Ties(tensors={HEAD: TABLE}, by_config=True, stored_again=frozenset(again))
+        ties = Ties(tensors={HEAD: TABLE}, by_config=True, stored=frozenset(again))
         assert plan.make([rows_of(embed=1)], base, ties=ties).by_weight.keys() == expected
 
 
