@@ -38,6 +38,7 @@ from lora_export.plan.spelling import layouts_within, spell, unknown_names
 from lora_export.plan.ties import (
     Tied,
     Ties,
+    notes_on_shared,
     rows_of_copies,
     shared,
     tied_remedy,
@@ -102,9 +103,9 @@ def make(
     parts = [part for number, adapter in enumerate(adapters) for part in _parts(adapter, number, base)]
     spelled = [part.spelled(rules) for part in parts]
     ties = ties.classified([(one.adapter, one.prefix) for one in spelled])
-    of_rows = ties.of_stored_again() if ties.handling is Tied.ERROR else ties
+    one_table, of_rows = ties.of_one_table(), ties.of_stored_again() if ties.handling is Tied.ERROR else ties
+    joined = [note for one in spelled for note in notes_on_shared(one.adapter, one_table, one.prefix)]
     spelled = [replace(one, adapter=with_rows_of_all_names(one.adapter, of_rows, one.prefix)) for one in spelled]
-    one_table = ties.of_one_table()
     if ties.handling is Tied.UNTIE:
         spelled = [replace(one, adapter=with_saved_tables(one.adapter, one_table, one.prefix)) for one in spelled]
     if ties.handling is Tied.BOTH:
@@ -148,7 +149,7 @@ def make(
         kept=tuple(
             name for name, spec in base.items() if spec.region is None and name not in changed and name not in unstored
         ),
-        notes=tuple(_notes(spelled, steps, name_prefix, base.aliases, own_tensors)),
+        notes=(*joined, *_notes(spelled, steps, name_prefix, base.aliases, own_tensors)),
         name_prefix=name_prefix,
         spellings=tuple(
             next((one.spelling for one in found if one.spelling is not Spelling.SAME), Spelling.SAME).value

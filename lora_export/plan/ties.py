@@ -341,6 +341,20 @@ def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[
     return adapter
 
 
+def notes_on_shared(adapter: Adapter, ties: Ties, prefix: Prefix) -> Iterator[str]:
+    """What `BOTH` changes, and PEFT's merge does not: the tensors tied to a saved module, or to a head with rows."""
+    for group in _named_groups(adapter, ties, prefix) if ties.handling is Tied.BOTH else ():
+        source, *_ = group.names
+        own = [each for each in group.names if group.is_saved(each) and not group.has_pair(each)]
+        own = own or [each for each in group.names if group.rows(each) and not group.rows(source)]
+        others = [each for each in group.names if each not in own]
+        if own and others:
+            yield (
+                f"PEFT trains {', '.join(own)} apart from tied tensors: {named('tied', 'both')} changes "
+                f"{', '.join(others)} too"
+            )
+
+
 def _of_adapter(tensor: str, prefix: Prefix) -> str | None:
     """The adapter's name for a tensor of the base; None where its prefix leaves none."""
     return prefix.adapter + tensor.removeprefix(prefix.base) if tensor.startswith(prefix.base) else None
