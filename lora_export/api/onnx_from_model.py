@@ -246,7 +246,7 @@ def check_fit(base: Model, options: OnnxRequest, future: list[Adapter]) -> None:
 
 
 def without_changed_ties(base: Model, options: OnnxRequest) -> Model:
-    """The model with a tensor of its own for each name that adapters change otherwise: a graph stores tied ones once."""
+    """The model with tensors of their own for names that adapters change otherwise: a graph stores tied ones once."""
     steps = options.plan(layers.specs(base.module)) if options.adapters else None
     if steps is None or not layers.has_changed_ties(base.module, steps):
         return base
