@@ -351,6 +351,7 @@ def test_both_is_refused_for_rows_of_a_head_with_other_values(tmp_path):
     adapter = model.adapter(tmp_path / "adapter", "q_proj", trainable_token_indices={HEAD: [0, 5]})
     with pytest.raises(InputRefused, match=r'tied="both": the base stores other values of lm_head\.weight than of .* '):
         le.merge(model.base, adapter, tmp_path / "out", tied="both")
+    assert le.check(adapter, base=model.base, runtimes=["vllm"]).outcomes  # it merges nothing
 
 
 @pytest.mark.parametrize("tied", ["untie", "both"])
