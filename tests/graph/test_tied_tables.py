@@ -182,7 +182,7 @@ OLD_LLAVA = ("language_model.model.embed_tokens", "language_model.lm_head")
     ],
 )
 @pytest.mark.parametrize("is_one", [True, False])
-def test_rows_of_tables_that_the_model_ties_and_the_checkpoint_stores_apart_are_refused(
+def test_rows_of_tables_that_the_checkpoint_stores_apart_are_refused(
     is_one: bool, architecture: str, model_type: str, saved: tuple, loaded: tuple, adapted: tuple, tmp_path: Path
 ) -> None:
     """The rows were trained for both. The tables of another generation of names are those, too."""

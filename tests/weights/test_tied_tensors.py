@@ -325,7 +325,7 @@ OLD_QWEN, NEW_NAMES = ("model.embed_tokens", "lm_head"), ("model.language_model.
         *itertools.product(["qwen2_vl"], *[(OLD_QWEN, NEW_NAMES)] * 2),
     ],
 )
-def test_rows_under_names_of_another_generation_miss_no_head_with_other_values(model_type, stored, trained, tmp_path):
+def test_rows_of_another_generation_miss_no_head_with_other_values(model_type, stored, trained, tmp_path):
     """transformers 5 saves such a head under either names, and PEFT takes rows of the table for it."""
     (tmp_path / "base").mkdir()
     architecture = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
@@ -463,7 +463,7 @@ def test_a_head_with_other_values_changes_alone_where_no_config_unties_it(stated
 
 
 @pytest.mark.parametrize("tied", ["error", "untie"])
-def test_a_saved_head_is_added_where_the_config_states_no_tie_and_the_class_has_one(tied, tmp_path):
+def test_a_saved_head_is_added_where_only_the_class_ties_it(tied, tmp_path):
     """A T5 without a head of its own: transformers 5 ties it, and loads one with other values apart."""
     model = tied_model(tmp_path / "base", "T5ForConditionalGeneration")
     config = json.loads((model.base / "config.json").read_text()) | {"tie_word_embeddings": False}
