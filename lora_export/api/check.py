@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
     checkpoint, ties = artifact.checkpoint, None
     adapter = adapter if artifact.kind is ArtifactKind.GGUF else with_shapes_of_base(adapter, path)
     with contextlib.suppress(InputRefused):  # which tensors are tied is not known
-        ties = ties_of(checkpoint, plan.Tied.BOTH)
+        ties = replace(ties_of(checkpoint, plan.Tied.BOTH), stored=frozenset())  # no tables are read, no rows refused
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True}
     plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=ties, **how)
     copies = {} if ties is None else ties.tensors

@@ -16,7 +16,7 @@ from lora_export.plan import Plan
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.merge import CheckpointMerge
-from lora_export.weights.tied_tensors import tied_as_remedy, ties_with_rows
+from lora_export.weights.tied_tensors import ties_of
 
 if TYPE_CHECKING:
     from lora_export.weights.calibrated_rounding import LayerInputs
@@ -43,9 +43,8 @@ def planned(
 
     Of one model of a pipeline, `together` are the names of all adapters. Raises MatchError for what does not fit.
     """
-    with tied_as_remedy(base, options.tied, adapters):
-        ties = ties_with_rows(base, options.tied, adapters)
-        steps = plan.make(adapters, base.specs, strengths=options.weights, rules=base.rules, ties=ties, **more)
+    ties = ties_of(base, options.tied)
+    steps = plan.make(adapters, base.specs, strengths=options.weights, rules=base.rules, ties=ties, **more)
     return combined_pairs(steps, options.combined, together)
 
 

@@ -246,12 +246,14 @@ def check_fit(base: Model, options: OnnxRequest, future: list[Adapter]) -> None:
 
 
 def without_changed_ties(base: Model, options: OnnxRequest) -> Model:
-    """The model with a tensor of its own for each name that adapters change: a graph stores a tied tensor once."""
+    """The model with tensors of their own for names that adapters change otherwise: a graph stores tied ones once."""
     steps = options.plan(layers.specs(base.module)) if options.adapters else None
     if steps is None or not layers.has_changed_ties(base.module, steps):
         return base
     module = copy.deepcopy(base.module)
-    untied = layers.untie(module, steps)
+    untied = layers.untie(module, steps, keep_equal=True)
+    if not untied:
+        return base
     options.on_message(
         f"note: {', '.join(untied)} is tied to another tensor in the model, and a tensor of its own here"
     )

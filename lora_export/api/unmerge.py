@@ -126,6 +126,7 @@ def _plan(residual: Residual, adapters: Sequence[Adapter], base: Checkpoint, set
         return None
     weights = [one["weight"] for one in residual.facts["adapters"]]
     renamed = load_adapters(adapters, settings.prefixes, of_models=True)
+    apart = frozenset(map(str, residual.facts.get("apart") or ()))
     steps = plan.make(
         renamed,
         base.specs,
@@ -133,6 +134,7 @@ def _plan(residual: Residual, adapters: Sequence[Adapter], base: Checkpoint, set
         may_add=True,
         layout=settings.layout,
         rules=base.rules,
-        ties=ties_of(base, settings.tied),  # without rows of a head that is stored again: the residual has them
+        # Merged tables show nothing of the base's. The residual has the rows of a table that is stored again.
+        ties=replace(ties_of(base, settings.tied), stored=frozenset(), apart=apart),
     )
     return combine_in_plan(steps, settings.combination)

@@ -6,7 +6,7 @@ ties. A graph alone does not: it stores the table once for all readers, or again
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,9 @@ from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.site import Site
 from lora_export.lora import Adapter
-from lora_export.plan import Layout, Plan, Step, TensorSpec
+from lora_export.plan import Layout, Plan, Step, TensorSpec, Tied
+from lora_export.plan.match_names import BaseTensors
+from lora_export.plan.spelling import spell
 from lora_export.plan.ties import refuse_lost_rows
 from lora_export.plan.types import are_same_change
 from lora_export.sums import ROWS_AT_ONCE
@@ -33,13 +35,16 @@ def with_rows_of_equal_tables(plan: Plan, sites: Sites, checkpoint: Checkpoint |
     A reader with rows or a table of its own in the plan keeps these, where they are of the same adapters. `checkpoint`
     is what the graph was exported from: where its model ties nothing, the plan stays. Reads the tables where there are
     such rows. Raises InputRefused where such a reader has no name, may have the table rounded, or changes in another
-    way.
+    way, and where the model ties tables that the checkpoint stores with other values.
     """
+    if not any(step.token_rows is not None for step in plan.steps):
+        return plan
     if checkpoint is not None:
         from lora_export.weights.tied_tensors import is_tied  # few graphs are given with their checkpoint
 
         if is_tied(checkpoint) is False:
             return plan
+        _refuse_rows_of_one(plan.adapters, checkpoint)
     tied: dict[str, Step] = {}
     for step in plan.steps:
         for other in _tied_steps(step, plan, sites) if step.token_rows is not None else ():
@@ -53,6 +58,18 @@ def tie_notes(before: Plan, after: Plan) -> list[str]:
     """What `with_rows_of_equal_tables` took for tied."""
     added = [step.weight for step in after.steps if step.weight not in before.by_weight]
     return [f"{', '.join(added)}: equal to the input embeddings, so taken for tied to them"] if added else []
+
+
+def _refuse_rows_of_one(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:
+    """Raise InputRefused as a merge into the checkpoint. The graph cannot show it: transformers ties equal tables."""
+    from lora_export.weights.tied_tensors import ties_of
+
+    base = BaseTensors(checkpoint.specs)
+    spelled = [spell(adapter, base, checkpoint.rules) for adapter in adapters if adapter.token_rows]
+    try:
+        ties_of(checkpoint, Tied.ERROR).classified((one.adapter, one.prefix) for one in spelled)
+    except InputRefused as error:
+        raise InputRefused(f"{error}. Merge the adapter into the checkpoint, and export that") from None
 
 
 def _tied_steps(step: Step, plan: Plan, sites: Sites) -> Iterator[Step]:

@@ -38,8 +38,10 @@ from lora_export.plan.spelling import layouts_within, spell, unknown_names
 from lora_export.plan.ties import (
     Tied,
     Ties,
+    notes_on_shared,
     rows_of_copies,
     shared,
+    tied_remedy,
     untied,
     untied_by_added,
     with_copies,
@@ -90,7 +92,7 @@ def make(
     layouts that are unknown or contradict the base.
     """
     strengths = checked_strengths(adapters, strengths, identity_ok=identity_ok)
-    ties, specs, around = ties or Ties(), tuple(specs), tuple(around)
+    has_ties, ties, specs, around = ties is not None, ties or Ties(), tuple(specs), tuple(around)
     base = BaseTensors(specs)
     stored = frozenset(base)
     if ties.handling is not Tied.ERROR and ties.tensors:
@@ -100,9 +102,10 @@ def make(
     check_stated(layout or {}, base)
     parts = [part for number, adapter in enumerate(adapters) for part in _parts(adapter, number, base)]
     spelled = [part.spelled(rules) for part in parts]
-    of_rows = ties.of_stored_again() if ties.handling is Tied.ERROR else ties
+    ties = ties.classified([(one.adapter, one.prefix) for one in spelled])
+    one_table, of_rows = ties.of_one_table(), ties.of_stored_again() if ties.handling is Tied.ERROR else ties
+    joined = [note for one in spelled for note in notes_on_shared(one.adapter, one_table, one.prefix)]
     spelled = [replace(one, adapter=with_rows_of_all_names(one.adapter, of_rows, one.prefix)) for one in spelled]
-    one_table = ties.of_one_table()
     if ties.handling is Tied.UNTIE:
         spelled = [replace(one, adapter=with_saved_tables(one.adapter, one_table, one.prefix)) for one in spelled]
     if ties.handling is Tied.BOTH:
@@ -117,6 +120,8 @@ def make(
         by_weight = _match_all(spelled, of_parts, base, may_add=may_add, one_at_a_time=one_at_a_time)
     except MatchError as error:
         remedy = _prefix_remedy(spelled, base, rules) or resizing_remedy(own, prefixes, base)
+        if not remedy and has_ties:
+            remedy = tied_remedy(error.misfits, zip(own, prefixes, strict=True), ties, base.aliases)
         raise error.with_remedy(remedy or unknown_names(rules)) from None
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
@@ -144,7 +149,7 @@ def make(
         kept=tuple(
             name for name, spec in base.items() if spec.region is None and name not in changed and name not in unstored
         ),
-        notes=tuple(_notes(spelled, steps, name_prefix, base.aliases, own_tensors)),
+        notes=(*joined, *_notes(spelled, steps, name_prefix, base.aliases, own_tensors)),
         name_prefix=name_prefix,
         spellings=tuple(
             next((one.spelling for one in found if one.spelling is not Spelling.SAME), Spelling.SAME).value
@@ -152,6 +157,7 @@ def make(
         ),
         untied=own_tensors,
         tied=ties.handling,
+        apart=ties.apart,
     )
 
 

@@ -7,16 +7,16 @@ the shared tensor: that is what PEFT's `merge_and_unload` does to it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
 
-from lora_export.errors import InputRefused, WrongUsage
-from lora_export.lora import Adapter, LoraPair, is_weight_of
+from lora_export.errors import InputRefused, Misfit, WrongUsage
+from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 from lora_export.options.spelling import named
-from lora_export.plan.match_names import Prefix
+from lora_export.plan.match_names import Prefix, apart_or_both
 from lora_export.plan.types import Step, TensorSpec, are_same_change
 
 
@@ -34,20 +34,39 @@ class Tied(StrEnum):
 
 @dataclass(frozen=True)
 class Ties:
-    """The tied tensors of a base, and what happens to those of which an adapter changes one."""
+    """The tied tensors of a base, what it stores of them, and what happens to those of which an adapter changes one.
+
+    The base stores nothing of a tied tensor, or stores it again (the same bits), or apart (other values: transformers
+    does not tie these). `classified` tells the last two from each other.
+    """
 
     handling: Tied = Tied.ERROR
     tensors: Mapping[str, str] = field(default_factory=dict)  # tied tensor -> the one whose values it has
     by_config: bool = False  # whether one value of the model's config ties all of them
-    loaded: Mapping[str, str] = field(default_factory=dict)  # tied tensor -> its name in the loaded model
+    loaded: Mapping[str, str] = field(default_factory=dict)  # tensor -> its name in the loaded model
     bound: str = ""  # why the config cannot untie them; empty where it can
-    stored_again: frozenset[str] = frozenset()  # tied tensors that the base stores under their own names, too
-    apart: frozenset[str] = frozenset()  # those that it stores with other values
+    stored: frozenset[str] = frozenset()  # tied tensors that the base stores under their own names, too
+    has_other_values: Callable[[str], bool] = lambda _: False  # whether it stores such a tensor apart; reads both
+    stored_again: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """The names of each tensor, the stored one first."""
         for stored in dict.fromkeys(self.tensors.values()):
             yield (stored, *(name for name, source in self.tensors.items() if source == stored))
+
+    def classified(self, adapters: Iterable[tuple[Adapter, Prefix]]) -> Ties:
+        """The ties with what the base stores of tensors where that matters to adapters, which have the base's names.
+
+        Reads these tensors. Raises InputRefused for rows of one of two tensors that differ, where PEFT has other rows.
+        """
+        groups = [group for adapter, prefix in adapters for group in _named_groups(adapter, self, prefix)]
+        matter = {tensor for group in groups if group.depends_on_values(self.handling) for tensor in group.names}
+        stored = self.stored & matter
+        apart = self.apart.union(filter(self.has_other_values, stored))
+        found = replace(self, stored_again=stored - apart, apart=apart)
+        _refuse_rows_of_one(found, groups)
+        return found
 
     def of_one_table(self) -> Ties:
         """The ties of tensors that are one in the loaded model."""
@@ -56,6 +75,97 @@ class Ties:
     def of_stored_again(self) -> Ties:
         """The ties of tensors that are stored under both names."""
         return replace(self, tensors={name: self.tensors[name] for name in self.tensors if name in self.stored_again})
+
+
+@dataclass(frozen=True)
+class _NamedGroup:
+    """The tensors of one table, under the names of an adapter."""
+
+    adapter: Adapter
+    names: Mapping[str, str]  # tensor of the base -> its name in the adapter; the stored one first
+
+    def rows(self, *tensors: str) -> list[TokenRows]:
+        """The rows of these tensors."""
+        found = (self.adapter.token_rows.get(self.names.get(tensor, "")) for tensor in tensors)
+        return [rows for rows in found if rows is not None]
+
+    def has_pair(self, tensor: str) -> bool:
+        return self.names[tensor].removesuffix(".weight") in self.adapter.pairs
+
+    def is_saved(self, tensor: str) -> bool:
+        return self.names[tensor] in self.adapter.replaced
+
+    def depends_on_values(self, handling: Tied) -> bool:
+        """Whether it makes a difference to the plan that tensors are stored with other values."""
+        source, *_ = self.names
+        if handling is Tied.ERROR:
+            return bool(self.rows(source))
+        if handling is Tied.UNTIE:
+            return any(self.has_pair(tensor) and self.is_saved(tensor) for tensor in self.names)
+        return any(self.has_pair(each) or self.is_saved(each) or self.rows(each) for each in self.names)
+
+    @property
+    def has_equal_rows(self) -> bool:
+        """Whether all its tensors that have rows have the same ones."""
+        rows = self.rows(*self.names)
+        return all(rows[0].equals(other) for other in rows)
+
+
+def _named_groups(adapter: Adapter, ties: Ties, prefix: Prefix) -> Iterator[_NamedGroup]:
+    for group in ties.groups():
+        names = {tensor: name for tensor in group if (name := _of_adapter(tensor, prefix)) is not None}
+        if names:
+            yield _NamedGroup(adapter, names)
+
+
+def _refuse_rows_of_one(ties: Ties, groups: Sequence[_NamedGroup]) -> None:
+    for group, tensor in ((each, name) for each in groups for name in each.names if name in ties.apart):
+        source, owner = ties.tensors[tensor], group.adapter.name
+        if ties.handling is Tied.BOTH and group.rows(tensor) and not group.rows(source):
+            raise InputRefused(
+                f"{named('tied', 'both')}: the base stores other values of {tensor} than of {source}, so that its "
+                f"model does not tie them, and {owner} replaces rows of {tensor} alone. Leave {named('tied')} out"
+            )
+        if ties.handling is Tied.ERROR and group.rows(source) and not group.rows(tensor) and not group.is_saved(tensor):
+            ways_out = apart_or_both(can_untie=not ties.bound, can_be_both=all(one.has_equal_rows for one in groups))
+            if not ties.bound and ties.stored == ties.tensors.keys():  # else a tensor would have no values
+                ways_out += f"; tie_word_embeddings = false in the base's config.json leaves {tensor} as it is"
+            raise InputRefused(
+                f"{owner} replaces rows of {source}, to which the model ties {tensor}, but the base stores other "
+                f"values of {tensor}. {ways_out}"
+            )
+
+
+def tied_remedy(
+    misfits: Iterable[Misfit], adapters: Iterable[tuple[Adapter, Prefix]], ties: Ties, aliases: Mapping[str, str]
+) -> str:
+    """Which option handles tied tensors that misfits are about, or that none does; empty where they are about none.
+
+    `aliases` are further tied tensors.
+    """
+    ties = replace(ties, tensors={**ties.tensors, **aliases})
+    about = (name for name in ties.tensors for misfit in misfits if _is_about(misfit, _names(name, ties)))
+    found = next(about, None)
+    if found is None or ties.handling is not Tied.ERROR:
+        return ""
+    source = ties.tensors[found]
+    groups = [one for adapter, prefix in adapters for one in _named_groups(adapter, ties, prefix) if found in one.names]
+    for group in groups:
+        modules = [name.removesuffix(".weight") for name in (group.names[found], *_names(found, ties))]
+        if group.rows(source) and not group.adapter.pairs.keys().isdisjoint(modules):
+            return (
+                f"{found} is tied to {source}. {group.adapter.name} replaces rows of one, and adds to the other: no "
+                "merge does both"
+            )
+    can_be_both = all(group.has_equal_rows for group in groups)
+    return f"{found} is tied to {source}. {apart_or_both(can_untie=not ties.bound, can_be_both=can_be_both)}"
+
+
+def _is_about(misfit: Misfit, tensors: Sequence[str]) -> bool:
+    modules = [tensor.removesuffix(".weight") for tensor in tensors]
+    return not misfit.is_conflict and any(
+        module in misfit.key or misfit.problem.startswith(module) for module in modules
+    )
 
 
 def with_copies(base: Iterable[TensorSpec], ties: Ties) -> list[TensorSpec]:
@@ -73,7 +183,7 @@ def untied(steps: Mapping[str, Step], ties: Ties, stored: Collection[str]) -> di
     These are the names of tensors that do not all change alike; where the config ties them, all names then. `stored`
     are the names that have a tensor of their own already.
     """
-    groups = list(ties.groups())
+    groups = list((ties.of_one_table() if ties.bound else ties).groups())  # tensors that stay as they are stored
     apart = [group for group in groups if not _change_alike([steps.get(name) for name in group])]
     if ties.by_config and apart:
         apart = groups
@@ -99,6 +209,8 @@ def untied_by_added(steps: Mapping[str, Step], ties: Ties, stored: Collection[st
         return next((steps[each] for each in _names(name, ties) if each in steps), None)
 
     groups = list(ties.groups())
+    if not ties.by_config:
+        return {}
     if all(_change_alike([change_of(name) for name in group if name in own]) for group in groups):
         return {}
     if ties.bound:
@@ -161,8 +273,8 @@ def with_rows_of_all_names(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adap
     these differ.
     """
     token_rows, replaced = dict(adapter.token_rows), dict(adapter.replaced)
-    for group in ties.groups():
-        names = [name for tensor in group if (name := _of_adapter(tensor, prefix)) is not None]
+    for group in _named_groups(adapter, ties, prefix):
+        names = list(group.names.values())
         with_rows = [name for name in names if name in token_rows]
         if not with_rows or (ties.handling is not Tied.BOTH and names[0] not in with_rows):
             continue
@@ -191,8 +303,8 @@ def with_saved_tables(adapter: Adapter, ties: Ties, prefix: Prefix) -> Adapter:
     a copy, which it trains apart.
     """
     replaced = dict(adapter.replaced)
-    for group in ties.groups():
-        names = [name for tensor in group if (name := _of_adapter(tensor, prefix)) is not None]
+    for group in _named_groups(adapter, ties, prefix):
+        names = list(group.names.values())
         saved = [name for name in names if name in replaced and name.removesuffix(".weight") in adapter.pairs]
         if saved:
             replaced = {**dict.fromkeys(names, replaced[saved[0]]), **replaced}
@@ -207,8 +319,8 @@ def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[
 
     Raises InputRefused for what no sum expresses: DoRA, and whole tensors beside pairs or other whole tensors.
     """
-    for group in ties.groups():
-        tables = {name: tensor in embeddings for tensor in group if (name := _of_adapter(tensor, prefix)) is not None}
+    for group in _named_groups(adapter, ties, prefix):
+        tables = {name: tensor in embeddings for tensor, name in group.names.items()}
         names = list(tables)
         modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
         pairs = [(name, adapter.pairs[name]) for name in modules if name in adapter.pairs and name not in adapter.tied]
@@ -227,6 +339,20 @@ def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[
             tied={**adapter.tied, **(dict.fromkeys(modules[1:], modules[0]) if modules else {})},
         )
     return adapter
+
+
+def notes_on_shared(adapter: Adapter, ties: Ties, prefix: Prefix) -> Iterator[str]:
+    """What `BOTH` changes, and PEFT's merge does not: the tensors tied to a saved module, or to a head with rows."""
+    for group in _named_groups(adapter, ties, prefix) if ties.handling is Tied.BOTH else ():
+        source, *_ = group.names
+        own = [each for each in group.names if group.is_saved(each) and not group.has_pair(each)]
+        own = own or [each for each in group.names if group.rows(each) and not group.rows(source)]
+        others = [each for each in group.names if each not in own]
+        if own and others:
+            yield (
+                f"PEFT trains {', '.join(own)} apart from tied tensors: {named('tied', 'both')} changes "
+                f"{', '.join(others)} too"
+            )
 
 
 def _of_adapter(tensor: str, prefix: Prefix) -> str | None:

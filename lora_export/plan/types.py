@@ -246,6 +246,7 @@ class Plan:
     spellings: tuple[str, ...] = ()  # of each adapter: how its names relate to the base's, see `spelling.Spelling`
     untied: Mapping[str, str] = field(default_factory=dict)  # new tensor -> the stored one whose values it starts from
     tied: str = Applied.tied  # what happens to tied tensors, see `ties.Tied`
+    apart: frozenset[str] = frozenset()  # tied tensors that the base stores with other values, where that matters
     by_weight: Mapping[str, Step] = field(init=False, repr=False)
     by_part: Mapping[str, tuple[Step, ...]] = field(init=False, repr=False)  # stored tensor -> the steps on parts of it
 

@@ -7,32 +7,31 @@ files may name them in their headers, as safetensors' `save_model` does.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_export.errors import InputRefused, MatchError, Misfit
-from lora_export.lora import Adapter, is_weight_of
+from lora_export.errors import InputRefused
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.names.table import is_embedding, read_table
 from lora_export.options.spelling import named
 from lora_export.plan import TensorSpec, Tied, Ties
-from lora_export.plan.match_names import apart_or_both
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.checkpoint import CONFIG, Checkpoint, tensor_aliases
+from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
 
 TIED = "tie_word_embeddings"
 TABLE_BYTES_AT_ONCE = 4 << 20  # of each of two tables that are compared
 
 
 def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
-    """The ties of a base, to be handled so. None where its model has none.
+    """The ties of a base, to be handled so, and what it stores of them. None where its model has none.
 
+    Reads headers only; `Ties.classified` reads the tables that the base stores twice, where an adapter changes them.
     Where the class of the model ties none by default, and its config states nothing, these are tensors without a name
     of their own in the files.
 
@@ -69,48 +68,20 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
         # A config that states false stays as it is: tensors with a name of their own are apart, others stay tied.
         stored = {spec.name for spec in base.specs}
         kept = {name: of for name, of in ties.tensors.items() if (name in stored) is is_bound}
-        return replace(ties, tensors=kept)
-    return ties
+        ties = replace(ties, tensors=kept)
+    return _with_stored(ties, base) if tied_by_model else ties
 
 
-def ties_with_rows(base: Checkpoint, handling: Tied | str, adapters: Sequence[Adapter]) -> Ties:
-    """The ties of a base for adapters, which may replace rows: PEFT trains these for all names that are tied.
-
-    That includes equal tensors that the base stores under both names, where the model ties them. Reads both. Raises as
-    `ties_of`, and InputRefused where the model ties tensors that differ: PEFT takes the rows for both, and transformers
-    does not tie them. With an option for tied tensors, all other changes of such tensors stay apart.
-    """
-    ties = ties_of(base, handling)
-    changed = [adapter for adapter in adapters if adapter.token_rows]
-    if (
-        not is_tied(base)
-        or not {
-            Tied.ERROR: bool(changed),
-            Tied.UNTIE: any(map(_saves_a_table, adapters)),
-            Tied.BOTH: any(_may_change(adapter, (*ties.tensors, *ties.tensors.values())) for adapter in adapters),
-        }[ties.handling]
-    ):
-        return ties
+def _with_stored(ties: Ties, base: Checkpoint) -> Ties:
+    """The ties with the tied tensors that a base stores, and the comparison of these with their sources."""
     entries = {name: (file.path, entry) for file in base.shards.values() for name, entry in file.entries.items()}
     stored = {name: source for name, source in ties.tensors.items() if name in entries and source in entries}
-    again = frozenset(name for name in stored if _have_equal_bytes(entries[name], entries[stored[name]]))
-    apart = frozenset(stored.keys() - again)
-    if ties.handling is Tied.BOTH:
-        _refuse_rows_of_one(ties, apart, changed)
-    if ties.handling is not Tied.ERROR:
-        return replace(ties, apart=apart)
-    for name in apart:
-        losing = (one.name for one in changed if _has_rows_of(one, stored[name]) and not _has_values_of(one, name))
-        if owner := next(losing, None):
-            can_be_both = not any(_has_other_rows(one, name, stored[name]) for one in adapters)
-            ways_out = apart_or_both(can_untie=can_untie(base.rules), can_be_both=can_be_both)
-            if can_untie(base.rules) and stored == ties.tensors:  # else a tensor would have no values
-                ways_out += f"; {TIED} = false in the base's {CONFIG} leaves {name} as it is"
-            raise InputRefused(
-                f"{owner} replaces rows of {stored[name]}, to which the model ties {name}, but the base stores other "
-                f"values of {name}. {ways_out}"
-            )
-    return replace(ties, stored_again=again)
+
+    @functools.cache
+    def has_other_values(name: str) -> bool:
+        return not _have_equal_bytes(entries[name], entries[stored[name]])
+
+    return replace(ties, stored=frozenset(stored), has_other_values=has_other_values)
 
 
 def is_tied(base: Checkpoint) -> bool | None:
@@ -125,34 +96,6 @@ def is_tied(base: Checkpoint) -> bool | None:
     if stated is not None:
         return bool(stated)
     return None if name not in table.ties or name in table.tied_by_part else name in table.tied_by_default
-
-
-def _refuse_rows_of_one(ties: Ties, apart: Iterable[str], adapters: Sequence[Adapter]) -> None:
-    """Raise InputRefused for rows of a tensor alone whose source the base stores with other values."""
-    for name in apart:
-        source = ties.tensors[name]
-        for one in adapters:
-            if _has_rows_of(one, name) and not _has_rows_of(one, source):
-                raise InputRefused(
-                    f"{named('tied', 'both')}: the base stores other values of {name} than of {source}, so that its "
-                    f"model does not tie them, and {one.name} replaces rows of {name} alone. Leave {named('tied')} out"
-                )
-
-
-def _may_change(adapter: Adapter, names: Iterable[str]) -> bool:
-    """Whether an adapter changes a module with the last name of one of these tensors': prefixes are not known yet."""
-    ends = {_last_name(name) for name in names}
-    changed = (*adapter.pairs, *adapter.replaced, *adapter.token_rows)
-    return adapter.flattened or any(_last_name(name) in ends for name in changed)
-
-
-def _last_name(tensor: str) -> str:
-    return tensor.removesuffix(".weight").rpartition(".")[2]
-
-
-def _saves_a_table(adapter: Adapter) -> bool:
-    """Whether an adapter has the whole of a tensor beside a pair for it."""
-    return any(name.removesuffix(".weight") in adapter.pairs for name in adapter.replaced)
 
 
 def _have_equal_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
@@ -206,60 +149,6 @@ def _last_part(tensor: str) -> str:
     return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
-@contextlib.contextmanager
-def tied_as_remedy(base: Checkpoint, handling: Tied | str, adapters: Sequence[Adapter]) -> Iterator[None]:
-    """Add to a MatchError about tied tensors that an option handles them; or that none does."""
-    try:
-        yield
-    except MatchError as error:
-        if Tied(handling) is not Tied.ERROR or error.remedy:
-            raise
-        rules = base.rules
-        names = read_table().ties.get(rules.architecture, {}) if rules is not None else {}
-        names = {**names, **tensor_aliases(base.shards.values())}
-        found = next((name for name in names if any(_is_about(misfit, name) for misfit in error.misfits)), None)
-        if found is None:
-            raise
-        if owner := next((one.name for one in adapters if _adds_to_rows(one, found, names[found])), None):
-            raise error.with_remedy(
-                f"{found} is tied to {names[found]}. {owner} replaces rows of one, and adds to the other: no merge "
-                "does both"
-            ) from None
-        can_be_both = not any(_has_other_rows(one, found, names[found]) for one in adapters)
-        ways_out = apart_or_both(can_untie=can_untie(rules), can_be_both=can_be_both)
-        raise error.with_remedy(f"{found} is tied to {names[found]}. {ways_out}") from None
-
-
-def _adds_to_rows(adapter: Adapter, tied: str, source: str) -> bool:
-    """Whether an adapter has a pair for a tied tensor, and rows of the source, which PEFT trains for both."""
-    return _has_rows_of(adapter, source) and any(is_weight_of(tied, module) for module in adapter.pairs)
-
-
-def _has_rows_of(adapter: Adapter, tensor: str) -> bool:
-    return any(is_weight_of(tensor, name.removesuffix(".weight")) for name in adapter.token_rows)
-
-
-def _has_values_of(adapter: Adapter, tensor: str) -> bool:
-    """Whether an adapter has rows of a tensor, or the whole of it."""
-    names = (*adapter.token_rows, *adapter.replaced)
-    return any(is_weight_of(tensor, name.removesuffix(".weight")) for name in names)
-
-
-def _has_other_rows(adapter: Adapter, tied: str, source: str) -> bool:
-    """Whether an adapter has rows of both tied tensors, and they differ."""
-    rows = [
-        rows
-        for name, rows in adapter.token_rows.items()
-        if any(is_weight_of(tensor, name.removesuffix(".weight")) for tensor in (tied, source))
-    ]
-    return not all(rows[0].equals(others) for others in rows)
-
-
-def _is_about(misfit: Misfit, tensor: str) -> bool:
-    module = tensor.removesuffix(".weight")
-    return not misfit.is_conflict and (module in misfit.key or misfit.problem.startswith(module))
-
-
 def tied_head(architecture: str) -> str:
     """The module whose weight a class of transformers ties to its input embeddings; empty unless it is just one."""
     names = [name for name in read_table().ties.get(architecture, ()) if name.endswith(".weight")]
@@ -289,8 +178,9 @@ def _by_config(base: Checkpoint, handling: Tied, rules: ArchitectureRules, tied:
             others = [name for name in group if name != first]
             spelled = {stored.get(name) or _as_spelled(name, first, stored[first], rules): name for name in others}
             tensors |= dict.fromkeys(spelled, stored[first])
-            own_names |= spelled
-    return Ties(handling, tensors, by_config=True, loaded=own_names, bound=bound)
+            own_names |= {**spelled, stored[first]: first}
+    by_config = not (bound and base.config.get(TIED) is False)  # else the class ties them
+    return Ties(handling, tensors, by_config=by_config, loaded=own_names, bound=bound)
 
 
 def _refuse_missing_prefix(stored: Mapping[str, str], tied: Mapping[str, str], handling: Tied) -> None:

@@ -42,6 +42,11 @@ def logits(graph: Path) -> NDArray[np.float32]:
     return OnnxRunner(graph, "cpu").run({name: every[name] for name in names})["logits"]
 
 
+def tables(graph: Path) -> int:
+    """How many initializers have a number of their own for each word."""
+    return sum(WORDS in tensor.dims for tensor in onnx.load(graph).graph.initializer)
+
+
 @pytest.mark.parametrize("lora", ["merged", slow("nodes")])
 @pytest.mark.parametrize(
     ("architecture", "tied"),
@@ -62,6 +67,7 @@ def test_graphs_compute_what_peft_computes(tmp_path: Path, architecture: str, ti
     le.merge(tmp_path / "base.onnx", adapter, tmp_path / "merged.onnx")
     for name in ("m", "again", "merged"):
         np.testing.assert_allclose(logits(tmp_path / f"{name}.onnx"), expected, rtol=1e-4, atol=1e-5)
+        assert tables(tmp_path / f"{name}.onnx") == tables(tmp_path / "base.onnx")  # one for a tied head, too
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,9 @@ def test_rows_are_those_of_each_head_with_this_table(change, graph: str, head: n
     model, sites, steps = planned_rows(graph)
     change(model, sites, steps)
     assert np.array_equal(run(model, ids=IDS)["y"], EXPECTED @ head.T)
-    assert np.array_equal(stored(model, "embed.weight"), EXPECTED)
+    name, *others = model.graph.initializers
+    assert np.array_equal(stored(model, name), EXPECTED)
+    assert others == ([] if graph == one_table() else ["head.weight"])  # a table for both is stored once
 
 
 def test_a_head_keeps_rows_of_its_own() -> None:
@@ -164,6 +166,41 @@ def test_a_config_that_ties_nothing_counts_more_than_equal_tables(tmp_path: Path
         tied = with_rows_of_equal_tables(steps, sites, open_checkpoint(tmp_path))
         assert [step.weight for step in tied.steps] == rows
         assert len(tie_notes(steps, tied)) == len(rows) - 1
+
+
+LLAMA, LLAVA = ("model.embed_tokens", "lm_head"), ("model.language_model.embed_tokens", "lm_head")
+OLD_LLAVA = ("language_model.model.embed_tokens", "language_model.lm_head")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "saved", "loaded", "adapted"),
+    [
+        ("LlamaForCausalLM", "llama", LLAMA, LLAMA, LLAMA),
+        ("LlavaForConditionalGeneration", "llava", OLD_LLAVA, LLAVA, LLAVA),
+        ("LlavaForConditionalGeneration", "llava", OLD_LLAVA, OLD_LLAVA, LLAVA),
+        ("LlavaForConditionalGeneration", "llava", LLAVA, LLAVA, OLD_LLAVA),
+    ],
+)
+@pytest.mark.parametrize("is_one", [True, False])
+def test_rows_of_tables_that_the_checkpoint_stores_apart_are_refused(
+    is_one: bool, architecture: str, model_type: str, saved: tuple, loaded: tuple, adapted: tuple, tmp_path: Path
+) -> None:
+    """The rows were trained for both. The tables of another generation of names are those, too."""
+    config = {"architectures": [architecture], "model_type": model_type, "tie_word_embeddings": True}
+    head = TABLE if is_one else OTHER
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    own = dict(zip([f"{name}.weight" for name in saved], [TABLE, head], strict=True))
+    save_file(own, tmp_path / "base" / "model.safetensors")
+    graph = (
+        two_tables(head).replace("embed.weight", f"{loaded[0]}.weight").replace("head.weight", f"{loaded[1]}.weight")
+    )
+    save_graph(a_graph(graph), tmp_path, "m.onnx")
+    adapter = an_adapter({}, token_rows={f"{adapted[0]}.weight": ROWS})
+    why = rf"the base stores other values of {saved[1]}\.weight\. .*\. Merge the adapter into the checkpoint, and"
+    with nullcontext() if is_one else pytest.raises(InputRefused, match=why):
+        le.merge(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx", checkpoint=tmp_path / "base")
+        assert np.array_equal(stored(load_graph(tmp_path / "out.onnx"), f"{loaded[1]}.weight"), EXPECTED.T)
 
 
 def test_a_head_in_another_precision_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.names.table import read_table
 from lora_export.plan import Tied
 from lora_export.storage.hashes import file_hash
@@ -307,6 +308,42 @@ def test_both_joins_no_tables_of_other_values(architecture, target, tmp_path):
     # T5's stacks have embeddings of their own, with the same tensor: a pair on `shared` acts where it is merged.
     expected = model.outputs(attached.merge_and_unload() if target == "shared" else attached)
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), expected)
+    stored = [load_file(folder / "model.safetensors").keys() for folder in (model.base, tmp_path / "out")]
+    assert stored[0] == stored[1]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is (architecture[:2] == "T5")  # false makes another model of it
+
+
+OLD_LLAVA = ("language_model.model.embed_tokens", "language_model.lm_head")
+OLD_QWEN, NEW_NAMES = ("model.embed_tokens", "lm_head"), ("model.language_model.embed_tokens", "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stored", "trained"),
+    [
+        *itertools.product(["llava", "paligemma"], *[(OLD_LLAVA, NEW_NAMES)] * 2),
+        *itertools.product(["qwen2_vl"], *[(OLD_QWEN, NEW_NAMES)] * 2),
+    ],
+)
+def test_rows_of_another_generation_miss_no_head_with_other_values(model_type, stored, trained, tmp_path):
+    """transformers 5 saves such a head under either names, and PEFT takes rows of the table for it."""
+    (tmp_path / "base").mkdir()
+    architecture = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
+    config = {"architectures": [architecture], "model_type": model_type, "tie_word_embeddings": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    table = np.arange(15, dtype=np.float32).reshape(5, 3)
+    tensors = {f"{name}.weight": factor * table for factor, name in enumerate(stored, 1)}
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    rows = TokenRows(np.array([1]), np.ones((1, 3), np.float32))
+    of_table, of_head = (Adapter("one", "peft", {}, token_rows={f"{name}.weight": rows}) for name in trained)
+    with pytest.raises(InputRefused, match=rf"the base stores other values of {stored[1]}\.weight\. tied=\"untie\""):
+        le.merge(tmp_path / "base", of_table, tmp_path / "out")
+    with pytest.raises(InputRefused, match=rf"one replaces rows of {stored[1]}\.weight alone"):
+        le.merge(tmp_path / "base", of_head, tmp_path / "out", tied="both")
+    for tied in ("untie", "both"):
+        le.merge(tmp_path / "base", of_table, tmp_path / tied, tied=tied)
+        for name, own in load_file(tmp_path / tied / "model.safetensors").items():
+            np.testing.assert_array_equal(own, np.where(np.arange(5)[:, None] == 1, 1, tensors[name]))
 
 
 def test_both_is_refused_for_rows_of_a_head_with_other_values(tmp_path):
@@ -314,6 +351,7 @@ def test_both_is_refused_for_rows_of_a_head_with_other_values(tmp_path):
     adapter = model.adapter(tmp_path / "adapter", "q_proj", trainable_token_indices={HEAD: [0, 5]})
     with pytest.raises(InputRefused, match=r'tied="both": the base stores other values of lm_head\.weight than of .* '):
         le.merge(model.base, adapter, tmp_path / "out", tied="both")
+    assert le.check(adapter, base=model.base, runtimes=["vllm"]).outcomes  # it merges nothing
 
 
 @pytest.mark.parametrize("tied", ["untie", "both"])
@@ -424,6 +462,21 @@ def test_a_head_with_other_values_changes_alone_where_no_config_unties_it(stated
     assert le.verify(tmp_path / "out", base=model.base, adapters=adapter).verdict.outcome == "same"
 
 
+@pytest.mark.parametrize("tied", ["error", "untie"])
+def test_a_saved_head_is_added_where_only_the_class_ties_it(tied, tmp_path):
+    """A T5 without a head of its own: transformers 5 ties it, and loads one with other values apart."""
+    model = tied_model(tmp_path / "base", "T5ForConditionalGeneration")
+    config = json.loads((model.base / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (model.base / "config.json").write_text(json.dumps(config))
+    adapter = model.adapter(tmp_path / "adapter", "q", modules_to_save=[HEAD])
+    le.merge(model.base, adapter, tmp_path / "out", tied=tied)
+    expected = model.outputs(peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter))
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), expected)
+    added = load_file(tmp_path / "out" / "model.safetensors").keys() - load_file(model.base / "model.safetensors")
+    assert added == {"lm_head.weight"}
+    assert le.verify(tmp_path / "out", base=model.base, adapters=adapter, tied=tied).verdict.outcome == "same"
+
+
 def test_a_conflict_of_adapters_is_not_one_of_ties(llama, tmp_path):
     """No option for tied tensors makes one head of two."""
     adapters = [llama.adapter(tmp_path / n, "q_proj", seed=int(n), modules_to_save=[HEAD]) for n in "12"]
@@ -444,12 +497,16 @@ def test_two_tables_that_change_apart_are_not_tied_again(llama, tmp_path):
 
 
 @pytest.mark.parametrize("tied", ["untie", "both"])
-def test_the_base_is_made_again_from_a_residual(llama, tied, tmp_path):
-    adapter = llama.adapter(tmp_path / "adapter", HEAD, TABLE)
-    le.merge(llama.base, adapter, tmp_path / "out", tied=tied, keep_residual=tmp_path / "residual")
+@pytest.mark.parametrize(("factor", "saved"), [(None, True), (None, False), (1, False), (2, False)])
+def test_the_base_is_made_again_from_a_residual(llama, factor, saved, tied, tmp_path):
+    """The factor is that of a head of the base. Tables that are saved beside pairs take the place of the base's."""
+    base = llama.base if factor is None else stored_twice(tmp_path / "base", "LlamaForCausalLM", factor, True).base
+    adapter = tmp_path / "adapter"
+    llama.trained(HEAD, TABLE).save_pretrained(adapter, save_embedding_layers=saved)
+    le.merge(base, adapter, tmp_path / "out", tied=tied, keep_residual=tmp_path / "residual")
     le.unmerge(tmp_path / "out", adapter, tmp_path / "again", base_from=tmp_path / "residual")
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (llama.base / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (base / name).read_bytes()
 
 
 @pytest.mark.parametrize(

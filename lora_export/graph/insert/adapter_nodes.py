@@ -37,7 +37,7 @@ from lora_export.graph.insert.node_factory import (
     layer_input,
     sizes_of,
 )
-from lora_export.graph.merge.fold import change_weight
+from lora_export.graph.merge.fold import change_weights
 from lora_export.graph.refusals import refuse_steps_without_branch
 from lora_export.graph.site import Site, common_dtype
 from lora_export.lora import Scaling
@@ -153,17 +153,15 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan, *, strength_input: b
     if strength_input:
         refuse_steps_without_strength(plan)
     # First, because the insertion of branches moves biases.
-    merged = [change_weight(model, sites, step) for step in plan.steps if not step.terms or step.is_vector]
-    for step in plan.low_rank:
-        if step.replace is not None:
-            change_weight(model, sites, replace(step, terms=()))
+    merged = change_weights(model, sites, [step for step in plan.steps if not step.terms or step.is_vector])
+    change_weights(model, sites, [replace(step, terms=()) for step in plan.low_rank if step.replace is not None])
     inserter, names = Inserter(model), [adapter.name for adapter in plan.adapters]
     strengths = StrengthInput(model, inserter.factory, names) if strength_input else None
     active = ActiveTokens(inserter.factory, plan)
     for step in (step for step in plan.low_rank if not step.is_vector):
         _NodesOfStep(inserter, step, strengths, active, is_alone=len(names) == 1).insert(sites)
     inserter.finish()
-    return [result for result in merged if result is not None]
+    return merged
 
 
 class _NodesOfStep:

@@ -1,12 +1,12 @@
 """Merging a plan into a graph's weights in memory: W' = W + ΔW, in place of W.
 
 Readers of tied or equal weights share one initializer. A reader whose weight changes gets a new one, so that all other
-readers keep theirs.
+readers keep theirs; readers that get the same rows keep one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,8 +60,36 @@ class InitializerChange:
         return Patch(self.step, slice(above + first, above + last), columns[0] if columns else EVERY_ROW)
 
 
-def isolate_changes(model: ir.Model, sites: Sites, step: Step) -> list[InitializerChange]:
-    """Find the initializers that a step changes, and give each of them to the step's readers alone.
+def with_readers_alike(sites: Sites, steps: Iterable[Step]) -> list[tuple[Step, list[Site]]]:
+    """Each step with the readers of other weights that get the same rows of the same initializer, as of a tied table.
+
+    Such steps are one here, the first of them: the initializer changes once.
+    """
+    found: list[tuple[Step, list[Site]]] = []
+    for step in steps:
+        first = next((alike for other, alike in found if _replace_one_table(step, other, sites)), None)
+        if first is None:
+            found.append((step, []))
+        else:
+            first.extend(sites.by_name[step.weight])
+    return found
+
+
+def _replace_one_table(step: Step, other: Step, sites: Sites) -> bool:
+    """Whether two steps replace the same rows of the one initializer that the readers of both read."""
+    if not (step.replaces_only_rows and other.replaces_only_rows):
+        return False
+    readers = [(each, site) for each in (step, other) for site in sites.by_name[each.weight]]
+    value = readers[0][1].value
+    rows = [as_stored(each, site).token_rows for each, site in readers]
+    return all(site.value is value and site.block is None and site.expert is None for _, site in readers) and all(
+        rows[0] is not None and one is not None and rows[0].equals(one) and rows[0].is_transposed is one.is_transposed
+        for one in rows
+    )
+
+
+def isolate_changes(model: ir.Model, sites: Sites, step: Step, alike: Sequence[Site] = ()) -> list[InitializerChange]:
+    """Find the initializers that a step changes, and give each of them to the step's readers and those `alike`.
 
     Reads and copies no data: a new initializer holds the old one's tensor. Nodes between an initializer and its reader
     (Transpose, Cast) are copied. Raises InputRefused for a block of a packed initializer that has other readers.
@@ -74,7 +102,7 @@ def isolate_changes(model: ir.Model, sites: Sites, step: Step) -> list[Initializ
         by_initializer.setdefault((site.value, site.expert, site.block), []).append(site)
     return [
         InitializerChange(
-            _isolate_weight(model, sites, value, readers, step),
+            _isolate_weight(model, sites, value, readers, step, alike),
             as_stored(step, readers[0]),
             readers[0].block_slices,
             expert,
@@ -122,8 +150,11 @@ def as_stored(step: Step, site: Site) -> Step:
     return replace(step, spec=stored, replace=whole, token_rows=rows)
 
 
-def _isolate_weight(model: ir.Model, sites: Sites, value: ir.Value, readers: Sequence[Site], step: Step) -> ir.Value:
-    """The initializer that only these readers of the step's weight read: `value` itself, or a new one."""
+def _isolate_weight(
+    model: ir.Model, sites: Sites, value: ir.Value, readers: Sequence[Site], step: Step, alike: Sequence[Site]
+) -> ir.Value:
+    """The initializer that only these readers of the step's weight read, and those alike: `value`, or a new one."""
+    readers = [*readers, *(site for site in alike if site.node_input not in {each.node_input for each in readers})]
     inputs = {site.node_input for site in readers}
     expert = readers[0].expert
     others = [
@@ -226,18 +257,20 @@ def fold_graph(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     Raises InputRefused where a result is not finite. The graph is then partly changed and must not be used.
     """
     refuse_unsupported_steps(plan)
-    for step in plan.steps:
+    return change_weights(model, sites, plan.steps)
+
+
+def change_weights(model: ir.Model, sites: Sites, steps: Sequence[Step]) -> list[StepResult]:
+    """Apply steps to every initializer that holds their weights. Nothing returned is of a weight that is replaced."""
+    for step in steps:
         refuse_quantised(step, sites)
-    return [result for step in plan.steps if (result := change_weight(model, sites, step)) is not None]
-
-
-def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | None:
-    """Apply one step to every initializer that holds its weight. None where a whole tensor replaces the weight."""
-    refuse_quantised(step, sites)
-    statistics = Statistics(step.weight)
-    for change in isolate_changes(model, sites, step):
-        statistics.merge(change_in_memory(change))
-    return None if step.is_replacement else statistics.result()
+    results = []
+    for step, alike in with_readers_alike(sites, steps):
+        statistics = Statistics(step.weight)
+        for change in isolate_changes(model, sites, step, alike):
+            statistics.merge(change_in_memory(change))
+        results += [] if step.is_replacement else [statistics.result()]
+    return results
 
 
 def change_in_memory(change: InitializerChange) -> Statistics:

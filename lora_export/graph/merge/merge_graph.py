@@ -26,7 +26,7 @@ from lora_export.errors import InputRefused
 from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.merge.copy_parts import MergeRun, MovedTensor, copy_parts, graph_file_parts, write_data_file
-from lora_export.graph.merge.fold import InitializerChange, change_in_memory, isolate_changes
+from lora_export.graph.merge.fold import InitializerChange, change_in_memory, isolate_changes, with_readers_alike
 from lora_export.graph.onnx_file.reading import GraphFile
 from lora_export.graph.onnx_file.shared_weights import SharedTensor, share_weights
 from lora_export.graph.onnx_file.writing import append_metadata
@@ -144,8 +144,8 @@ class _DeferredChanges:
 def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -> _DeferredChanges:
     """Change the weights that are in memory. Returns the changes of those in files."""
     deferred, quantised = _DeferredChanges(), dict[ir.Value, list[InitializerChange]]()
-    for step in plan.steps:
-        for change in isolate_changes(model, sites, step):
+    for step, alike in with_readers_alike(sites, plan.steps):
+        for change in isolate_changes(model, sites, step, alike):
             if is_quantised(change.value):
                 quantised.setdefault(change.value, []).append(change)
             elif isinstance(change.value.const_value, ir.ExternalTensor):

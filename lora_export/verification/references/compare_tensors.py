@@ -25,7 +25,7 @@ from lora_export.errors import InputRefused, count
 from lora_export.graph.content_match import Spellings
 from lora_export.graph.exporter_names import parameter_of
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.merge.fold import InitializerChange, isolate_changes
+from lora_export.graph.merge.fold import InitializerChange, isolate_changes, with_readers_alike
 from lora_export.graph.onnx_file.reading import moved_to
 from lora_export.graph.site import NameSource
 from lora_export.graph.values import initializers, stored_dtype, stored_shape, tensor_of
@@ -291,12 +291,12 @@ def compare_initializers(
     by_name: dict[str, list[Step]] = {}
     left_out: set[str] = set()
     steps = changes.steps if changes is not None else ()
-    for step in steps if merged else _without_pairs(steps):
+    for step, alike in with_readers_alike(sites, steps if merged else _without_pairs(steps)):
         for site in sites.by_name[step.weight]:
             inputs = () if site.quantised is None else site.quantised.node.inputs
             left_out |= {str(value.name) for value in inputs if value is not None}  # outputs judge them
         with contextlib.suppress(InputRefused):
-            for change in isolate_changes(base, sites, step):
+            for change in isolate_changes(base, sites, step, alike):
                 if stored_dtype(change.value) in FLOATS:
                     by_name.setdefault(str(change.value.name), []).append(_in_initializer(change))
     values = {str(value.name): value for value in stored_floats(base)}

@@ -196,6 +196,7 @@ def write_residual(
             "hashing": hashing,
             "is_folder": base.is_folder,
             "name_prefix": plan.name_prefix,
+            "apart": sorted(plan.apart),
             "adapters": provenance.adapter_records(plan.adapters, plan.strengths) if needs_adapters(plan) else [],
             "settings": dict(settings or {}),
             "shards": shards,
