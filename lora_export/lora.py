@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -271,6 +272,11 @@ def is_weight_of(tensor: str, ending: str) -> bool:
     return f".{tensor}".endswith(f".{ending}.weight")
 
 
+def is_in_module(tensor: str, endings: tuple[str, ...]) -> bool:
+    """Whether a tensor is in a module whose name ends so, as PEFT compares it: `norm` ends `input_layernorm`, too."""
+    return bool(endings) and any(tensor.endswith(endings, 0, dot.start()) for dot in re.finditer(r"\.", tensor))
+
+
 def multiply(b: NDArray[np.float32], a: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """`b @ a`, (rows, rank) by (rank, columns), into `out`; a low rank in blocks of the size that suits OpenBLAS.
 
@@ -401,6 +407,7 @@ class Adapter:
     tied: Mapping[str, str] = field(default_factory=dict)  # module -> the module of which it repeats pair and table
     # The endings of the names of modules, and ParameterEnding, that the trainer targeted; empty where not fully known.
     targets: tuple[str, ...] = ()
+    saved_whole: tuple[str, ...] = ()  # the endings of the names of modules that the trainer saved with all tensors
     # Token ids: pairs act from the last occurrence of these on alone (aLoRA). Empty: on every token.
     invocation_tokens: tuple[int, ...] = ()
     flattened: bool = False  # whether `_` stands for the dots in the names of modules

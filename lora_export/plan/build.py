@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lora_export.errors import InputRefused, MatchError, Misfit, WrongUsage, count
-from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.errors import InputRefused, MatchError, Misfit, WrongUsage, count, first_of
+from lora_export.lora import Adapter, LoraPair, TokenRows, is_in_module
 from lora_export.options.spelling import named
 from lora_export.pairs.open_shape import OpenPair
 from lora_export.plan.attempts import SpelledAdapter, Spelling
@@ -53,6 +53,7 @@ from lora_export.plan.types import Layout, Plan, Step, TensorSpec
 if TYPE_CHECKING:
     from lora_export.names.architecture import ArchitectureRules
 
+SHOWN_TENSORS = 3  # names that a note lists
 SMALLEST_NONZERO, LARGEST_STRENGTH = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 
 
@@ -139,6 +140,9 @@ def make(
     by_number: list[list[SpelledAdapter]] = [[] for _ in adapters]
     for one, part in zip(spelled, parts, strict=True):
         by_number[part.number].append(one)
+    kept = tuple(
+        name for name, spec in base.items() if spec.region is None and name not in changed and name not in unstored
+    )
     return Plan(
         adapters=tuple(
             joined_components(adapter, [one.adapter for one in found]) if len(found) > 1 else found[0].adapter
@@ -146,10 +150,8 @@ def make(
         ),
         strengths=strengths,
         steps=tuple(steps),
-        kept=tuple(
-            name for name, spec in base.items() if spec.region is None and name not in changed and name not in unstored
-        ),
-        notes=(*joined, *_notes(spelled, steps, name_prefix, base.aliases, own_tensors)),
+        kept=kept,
+        notes=(*joined, *_notes(spelled, steps, name_prefix, base.aliases, own_tensors, kept)),
         name_prefix=name_prefix,
         spellings=tuple(
             next((one.spelling for one in found if one.spelling is not Spelling.SAME), Spelling.SAME).value
@@ -194,9 +196,15 @@ def _notes(
     name_prefix: str,
     aliases: Mapping[str, str],
     untied: Mapping[str, str],
+    kept: Iterable[str],
 ) -> Iterator[str]:
-    for adapter in spelled:
-        yield from adapter.notes
+    for one in spelled:
+        yield from one.notes
+        if unsaved := [name for name in kept if is_in_module(name, one.adapter.saved_whole)]:
+            yield (
+                f"modules_to_save of {one.adapter.name} names {', '.join(one.adapter.saved_whole)}, and its file lacks "
+                f"{first_of(unsaved, SHOWN_TENSORS)}: the base's own stay."
+            )
     for step in steps:
         if step.added:
             tie = f", and no longer tied to {aliases[step.weight]}" if step.weight in aliases else ""

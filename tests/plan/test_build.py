@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,24 @@ def test_a_whole_tensor_replaces_that_of_the_base():
     (step,) = made.steps
     assert step.replace is head and step.spec is spec and not step.added
     assert made.kept == ("head.bias",)
+
+
+@pytest.mark.parametrize(
+    ("saved", "lacking"),
+    [
+        (("classifier", "score"), "classifier.bias, pre_classifier.weight"),  # as PEFT compares them: by any ending
+        (("pre_classifier",), "pre_classifier.weight"),
+        (("fc", "score", "class"), ""),
+        ((), ""),
+    ],
+)
+def test_whole_modules_that_the_file_lacks_are_noted(saved, lacking):
+    names = "fc.weight", "classifier.weight", "classifier.bias", "pre_classifier.weight"
+    whole = {"classifier.weight": np.ones((2, 3), np.float32)}
+    mine = dataclasses.replace(holding(pairs={"fc": pair()}, replaced=whole), saved_whole=saved)
+    made = plan.make([mine], [vector(name) if name.endswith("bias") else matrix(name) for name in names])
+    note = f"modules_to_save of mine names {', '.join(saved)}, and its file lacks {lacking}: the base's own stay."
+    assert made.notes == ((note,) if lacking else ())
 
 
 def test_a_pair_is_added_to_the_whole_tensor_of_its_adapter():
