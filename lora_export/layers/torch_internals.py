@@ -1,4 +1,4 @@
-"""Private names of PyTorch and transformers, each behind a function that states what it is needed for.
+"""Private names of PyTorch, transformers and onnxscript, each behind a function that states what it is needed for.
 
 No public name does the same. A release may rename any of them: `tests/layers/test_torch_internals.py` then fails with
 the name, and a user gets EnvironmentLacking with it.
@@ -98,8 +98,13 @@ def changes_of(tensor: Tensor) -> int:
 
 
 def schema_of(operator: Any) -> Any:
-    """An operator's arguments and results, with which of them it writes into."""
-    return operator._schema
+    """An operator's arguments and results, with which of them it writes into; None for another function."""
+    return operator._schema if isinstance(operator, torch._ops.OpOverload) else None
+
+
+def is_composite(operator: Any) -> bool:
+    """Whether PyTorch computes an operator by others, for every device and with gradients."""
+    return bool(operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
 
 
 def grouped_products() -> Callable[..., Tensor]:
@@ -211,3 +216,11 @@ def exchange_forward(module: nn.Module, forward: Callable[..., Any], **attribute
     cls = type(module)
     names = {"forward": forward, "__module__": cls.__module__, **attributes}
     exchange_class(module, type(cls.__name__, (cls,), names))
+
+
+# --- onnxscript ---
+
+
+def can_match(rule: Any, operator: str) -> bool:
+    """Whether the pattern of a rewriting rule can be what ends in a node of this operator."""
+    return bool(rule._target_pattern.output_nodes[0].op.matches(operator))
