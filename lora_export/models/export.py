@@ -23,7 +23,16 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
-from lora_export.layers.torch_internals import can_match, forget_kernels, is_stateful, own_buffers, own_parameters
+from lora_export.layers.torch_internals import (
+    can_match,
+    forget_kernels,
+    functions_read_once,
+    is_stateful,
+    loaded_models_alone,
+    own_buffers,
+    own_parameters,
+    without_stack_traces,
+)
 from lora_export.models.decompositions import decomposed_in_place
 from lora_export.models.model import Axes
 from lora_export.models.tracing import (
@@ -32,6 +41,7 @@ from lora_export.models.tracing import (
     is_hugging_face,
     named_failures,
     named_outputs,
+    names_operator,
     tracing,
     without_cache,
 )
@@ -280,7 +290,8 @@ def _exported_by_transformers(
     config = transformers.OnnxConfig(optimize=False, dynamic_shapes=dict(dynamic), opset_version=opset)
     own = set(vars(module))
     try:
-        program = transformers.OnnxExporter().export(module, dict(inputs), config=config).program
+        with loaded_models_alone():
+            program = transformers.OnnxExporter().export(module, dict(inputs), config=config).program
     finally:
         for name in vars(module).keys() - own:  # `forward`, which the class has already
             delattr(module, name)
@@ -291,12 +302,23 @@ def _exported_by_transformers(
 def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model], *ways: str) -> ir.Model:
     """What an exporter makes, simplified. Raises RuntimeRefused where it refuses, or writes another operator set."""
     with exporter_refusals(module, *ways):
-        with decomposed_in_place():
-            model = export()
+        with decomposed_in_place(), functions_read_once():
+            model = _exported(export)
         simplify(model)
     if opset is not None and model.opset_imports[""] != opset:
         raise RuntimeRefused(f"the exporter wrote opset {model.opset_imports['']} in place of the requested {opset}")
     return model
+
+
+def _exported(export: Callable[[], ir.Model]) -> ir.Model:
+    """What an exporter makes. The places in the code are recorded where it refuses an operator: the message has one."""
+    try:
+        with without_stack_traces():
+            return export()
+    except Exception as error:
+        if not names_operator(error):
+            raise
+    return export()
 
 
 def refuse_unused_inputs(model: ir.Model, inputs: Iterable[str]) -> None:
