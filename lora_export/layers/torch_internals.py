@@ -1,4 +1,4 @@
-"""Private names of PyTorch and transformers, each behind a function that states what it is needed for.
+"""Private names of PyTorch, transformers and onnxscript, each behind a function that states what it is needed for.
 
 No public name does the same. A release may rename any of them: `tests/layers/test_torch_internals.py` then fails with
 the name, and a user gets EnvironmentLacking with it.
@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 from unittest import mock
@@ -98,8 +98,13 @@ def changes_of(tensor: Tensor) -> int:
 
 
 def schema_of(operator: Any) -> Any:
-    """An operator's arguments and results, with which of them it writes into."""
-    return operator._schema
+    """An operator's arguments and results, with which of them it writes into; None for another function."""
+    return operator._schema if isinstance(operator, torch._ops.OpOverload) else None
+
+
+def is_composite(operator: Any) -> bool:
+    """Whether PyTorch computes an operator by others, for every device and with gradients."""
+    return bool(operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
 
 
 def grouped_products() -> Callable[..., Tensor]:
@@ -211,3 +216,51 @@ def exchange_forward(module: nn.Module, forward: Callable[..., Any], **attribute
     cls = type(module)
     names = {"forward": forward, "__module__": cls.__module__, **attributes}
     exchange_class(module, type(cls.__name__, (cls,), names))
+
+
+# --- Exporters. Where a release lacks one of these names, an export takes longer ---
+
+
+def can_match(rule: Any, operator: str) -> bool:
+    """Whether the pattern of a rewriting rule can be what ends in a node of this operator."""
+    pattern = getattr(rule, "_target_pattern", None)
+    return pattern is None or bool(pattern.output_nodes[0].op.matches(operator))
+
+
+def functions_read_once() -> AbstractContextManager[Any]:
+    """A context in which PyTorch's exporter reads the sources of onnxscript's functions in the first export alone."""
+    imported: Any = importlib.import_module("torch.onnx._internal._lazy_import")
+    apis: Any = getattr(imported, "onnxscript_apis", None)
+    if not hasattr(apis, "get_torchlib_ops"):
+        return contextlib.nullcontext()
+    return mock.patch.object(apis, "get_torchlib_ops", partial(_read_once, apis.get_torchlib_ops))
+
+
+@cache
+def _read_once(read: Callable[[], Any]) -> Any:
+    return read()
+
+
+def loaded_models_alone() -> AbstractContextManager[Any]:
+    """A context in which transformers' exporter imports no models: those that it prepares for an export are loaded.
+
+    It would import some 30, for the sake of one.
+    """
+    utils: Any = importlib.import_module("transformers.exporters.utils")
+    find = getattr(utils, "import_dotted_path", None)
+    if find is None:
+        return contextlib.nullcontext()
+
+    def find_loaded(path: str, missing_ok: bool = False) -> Any:
+        module = ".".join(path.split(".")[:4])  # transformers.models.bert.modeling_bert
+        is_idle = missing_ok and module.startswith("transformers.models.") and module not in sys.modules
+        return None if is_idle else find(path, missing_ok)
+
+    return mock.patch.object(utils, "import_dotted_path", find_loaded)
+
+
+def without_stack_traces() -> AbstractContextManager[Any]:
+    """A context in which a trace does not record for each node the code that it is from."""
+    if not hasattr(torch.fx.config, "do_not_emit_stack_traces"):  # PyTorch 2.11 and older
+        return contextlib.nullcontext()
+    return mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True)

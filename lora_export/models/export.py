@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import onnx_ir as ir
 import torch
@@ -22,7 +23,17 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
-from lora_export.layers.torch_internals import forget_kernels, is_stateful, own_buffers, own_parameters
+from lora_export.layers.torch_internals import (
+    can_match,
+    forget_kernels,
+    functions_read_once,
+    is_stateful,
+    loaded_models_alone,
+    own_buffers,
+    own_parameters,
+    without_stack_traces,
+)
+from lora_export.models.decompositions import decomposed_in_place
 from lora_export.models.model import Axes
 from lora_export.models.tracing import (
     USE_CACHE,
@@ -30,6 +41,7 @@ from lora_export.models.tracing import (
     is_hugging_face,
     named_failures,
     named_outputs,
+    names_operator,
     tracing,
     without_cache,
 )
@@ -60,7 +72,8 @@ def simplify(model: ir.Model) -> None:
     for value, _ in hidden:
         value.const_value = None
         graph.inputs.append(value)
-    optimize_ir(model)
+    with _rules_by_operator():
+        optimize_ir(model)
     del graph.inputs[count:]
     for value, tensor in hidden:
         if value.uses() or value.is_graph_output():
@@ -69,6 +82,28 @@ def simplify(model: ir.Model) -> None:
     for value, _ in weights:
         if value.is_initializer():
             _store_transposed(value, FOLDED_FROM_KEY)
+
+
+@contextlib.contextmanager
+def _rules_by_operator() -> Iterator[None]:
+    """While the context is active, a rule of the optimiser is tried at nodes of its operator alone.
+
+    The optimiser tries each of some 60 rules at each node. For a pattern that ends in several nodes it lists all nodes
+    of the graph each time, so that its time grows with their square (onnxscript 0.7.2, rewriter/_matcher.py).
+    """
+    from onnxscript.rewriter.pattern import RewriteRule
+
+    try_rewrite = RewriteRule.try_rewrite
+    possible: dict[tuple[RewriteRule, str], bool] = {}
+
+    def try_where_possible(rule: RewriteRule, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
+        key = rule, node.op_type
+        if key not in possible:
+            possible[key] = can_match(rule, node.op_type)
+        return try_rewrite(rule, model, graph, node, **options) if possible[key] else None
+
+    with mock.patch.object(RewriteRule, "try_rewrite", try_where_possible):
+        yield
 
 
 def _remove_idle_squeezes(graph: ir.Graph) -> None:
@@ -255,7 +290,8 @@ def _exported_by_transformers(
     config = transformers.OnnxConfig(optimize=False, dynamic_shapes=dict(dynamic), opset_version=opset)
     own = set(vars(module))
     try:
-        program = transformers.OnnxExporter().export(module, dict(inputs), config=config).program
+        with loaded_models_alone():
+            program = transformers.OnnxExporter().export(module, dict(inputs), config=config).program
     finally:
         for name in vars(module).keys() - own:  # `forward`, which the class has already
             delattr(module, name)
@@ -266,11 +302,23 @@ def _exported_by_transformers(
 def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model], *ways: str) -> ir.Model:
     """What an exporter makes, simplified. Raises RuntimeRefused where it refuses, or writes another operator set."""
     with exporter_refusals(module, *ways):
-        model = export()
+        with decomposed_in_place(), functions_read_once():
+            model = _exported(export)
         simplify(model)
     if opset is not None and model.opset_imports[""] != opset:
         raise RuntimeRefused(f"the exporter wrote opset {model.opset_imports['']} in place of the requested {opset}")
     return model
+
+
+def _exported(export: Callable[[], ir.Model]) -> ir.Model:
+    """What an exporter makes. The places in the code are recorded where it refuses an operator: the message has one."""
+    try:
+        with without_stack_traces():
+            return export()
+    except Exception as error:
+        if not names_operator(error):
+            raise
+    return export()
 
 
 def refuse_unused_inputs(model: ir.Model, inputs: Iterable[str]) -> None:

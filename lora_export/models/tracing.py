@@ -278,6 +278,11 @@ def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
         raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", *ways, remedy) from error
 
 
+def names_operator(error: BaseException) -> bool:
+    """Whether an exporter refused an operator that ONNX lacks."""
+    return MISSING_OPERATOR.search(innermost_cause(error)) is not None
+
+
 def _place(error: BaseException) -> str:
     """The module and the line of the model's code that made the node on which the exporter failed; empty if unknown."""
     node = _failing_node(error)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import sys
 from typing import Any
 
 import pytest
 import torch
+from onnxscript.rewriter.rules.common import _basic_rules
 from torch import nn
 
 from lora_export.errors import EnvironmentLacking
@@ -60,7 +63,9 @@ NAMES = [
     ("torch", "_C", "_jit_get_all_schemas"),
     ("torch._dynamo.exc", "TorchDynamoException"),
     ("torch.utils._python_dispatch", "TorchDispatchMode"),
+    ("torch.onnx._internal._lazy_import", "onnxscript_apis", "get_torchlib_ops"),
     ("torch.utils._pytree", "tree_map"),
+    ("transformers.exporters.utils", "import_dotted_path"),
     ("transformers", "PreTrainedConfig", "_experts_implementation"),
     ("transformers", "PreTrainedModel", "_is_stateful"),
     ("transformers.conversion_mapping", "_MODEL_TO_CONVERSION_PATTERN"),  # which PEFT reads: a note is about it
@@ -72,6 +77,7 @@ OF_OBJECTS = [
     (nn.Linear(1, 1), ("_parameters", "_buffers", "_modules")),
     (torch.zeros(1), ("_version",)),
     (torch.ops.aten.lstm.input, ("_schema", "_dispatch_cache")),
+    (_basic_rules.basic_optimization_rules().rules[0], ("_target_pattern",)),
 ]
 
 
@@ -80,7 +86,7 @@ def test_a_private_name_exists(names: tuple[str, ...]) -> None:
     assert torch_internals.private(*names) is not None
 
 
-@pytest.mark.parametrize(("owner", "names"), OF_OBJECTS, ids=["module", "tensor", "operator"])
+@pytest.mark.parametrize(("owner", "names"), OF_OBJECTS, ids=["module", "tensor", "operator", "rule"])
 def test_a_private_attribute_exists(owner: object, names: tuple[str, ...]) -> None:
     assert [name for name in names if not hasattr(owner, name)] == []
 
@@ -96,6 +102,39 @@ def test_changes_in_place_are_counted() -> None:
     before = torch_internals.changes_of(tensor)
     tensor.add_(1)
     assert torch_internals.changes_of(tensor) == before + 1
+
+
+def test_a_rule_is_tried_where_its_pattern_can_end() -> None:
+    possible = [
+        (name, operator)
+        for rule in _basic_rules.basic_optimization_rules()
+        for operator in ("Cast", "Transpose", "Add")
+        if (name := str(rule)) in ("CastCast", "TransposeTranspose") and torch_internals.can_match(rule, operator)
+    ]
+    assert possible == [("CastCast", "Cast"), ("TransposeTranspose", "Transpose")]
+
+
+def test_only_models_that_are_loaded_are_prepared_for_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = importlib.import_module("transformers.exporters.utils")
+    monkeypatch.setattr(utils, "import_dotted_path", lambda path, missing_ok=False: path)
+    monkeypatch.setitem(sys.modules, "transformers.models.own.modeling_own", sys)
+    loaded, idle = "transformers.models.own.modeling_own.Own", "transformers.models.idle.modeling_idle.Idle"
+    with torch_internals.loaded_models_alone():
+        found = utils.import_dotted_path
+        assert [found(loaded, True), found("torch.Tensor", True), found(idle, True)] == [loaded, "torch.Tensor", None]
+        assert found(idle) == idle  # an error, where it is missing
+    assert utils.import_dotted_path(idle, True) == idle
+
+
+def test_the_functions_of_onnxscript_are_read_once() -> None:
+    apis = torch_internals.private("torch.onnx._internal._lazy_import", "onnxscript_apis")
+    with torch_internals.functions_read_once():
+        first = apis.get_torchlib_ops()
+        assert apis.get_torchlib_ops() is first
+    with torch_internals.functions_read_once():
+        assert apis.get_torchlib_ops() is first
+    outside = apis.get_torchlib_ops()
+    assert outside is not first and len(outside) == len(first) > 400
 
 
 def test_one_fusion_of_the_cpu_makes_attention_over_a_cache() -> None:

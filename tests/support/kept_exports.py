@@ -6,10 +6,7 @@ known by all that goes in: the module with its settings and code, the inputs, th
 parameters, it depends on shapes and kinds, not on numbers. A kept graph gets those of the module. Whatever cannot be
 pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept graph.
 
-What the package's `simplify` makes of a kept graph is kept beside it: that depends on no weight's numbers either. Each
-export of torch.onnx would parse its 500 operators again. They are parsed once a process.
-
-A kept graph has no stack traces: to find them took a tenth of an export, and no file of the package contains them.
+What the package's `simplify` makes of a kept graph is kept beside it: that depends on no weight's numbers either.
 """
 
 from __future__ import annotations
@@ -21,13 +18,10 @@ import importlib
 import io
 import pickle
 import sys
-import typing
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import onnx_ir as ir
 import pytest
@@ -195,18 +189,10 @@ def keeping(export: Callable[..., Any], attribute: str, arguments: int) -> Calla
         path = use.folder / f"{name}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                with without_stack_traces():
-                    save(getattr(export(*args, **options), attribute), path, module)
+                save(getattr(export(*args, **options), attribute), path, module)
         return SimpleNamespace(**{attribute: load(path, module)})
 
     return exported
-
-
-def without_stack_traces() -> AbstractContextManager[Any]:
-    """A context in which exported graphs have no places of code: no file has them."""
-    if not hasattr(torch.fx.config, "do_not_emit_stack_traces"):  # PyTorch 2.11 and older
-        return contextlib.nullcontext()
-    return mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True)
 
 
 def keeping_simplified(simplify: Callable[[ir.Model], None]) -> Callable[[ir.Model], None]:
@@ -237,58 +223,11 @@ def folder(config: pytest.Config) -> Path:
     return place
 
 
-def when_operators_changed(register: Callable[[], None]) -> Callable[[], None]:
-    """`register`, which gives each of PyTorch's operators a Python object, and is called 20 times an export."""
-    known: list[str] = []
-
-    @functools.wraps(register)
-    def registered() -> None:
-        present = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
-        if present != known:
-            known[:] = present
-            register()
-
-    return registered
-
-
-def of_its_operator(try_rewrite: Callable[..., Any]) -> Callable[..., Any]:
-    """`try_rewrite` of onnxscript's rules, each of which is tried on each node: most begin at another operator."""
-
-    @functools.wraps(try_rewrite)
-    def tried(rule: Any, model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node, **options: Any) -> Any:
-        last = rule._target_pattern.output_nodes[0]
-        return try_rewrite(rule, model, graph, node, **options) if last.op.matches(node.op_type) else None
-
-    return tried
-
-
-def of_loaded_models(find: Callable[..., Any]) -> Callable[..., Any]:
-    """`import_dotted_path`, by which each export imports 30 models of transformers to change them, and runs one."""
-
-    @functools.wraps(find)
-    def found(path: str, missing_ok: bool = False) -> Any:
-        module = ".".join(path.split(".")[:4])  # transformers.models.bert.modeling_bert
-        is_idle = missing_ok and module.startswith("transformers.models.") and module not in sys.modules
-        return None if is_idle else find(path, missing_ok)
-
-    return found
-
-
 @functools.cache
 def install() -> None:
-    """Exports of this process are kept from now on. What each of them would compute again is kept too."""
-    torch._ops.Callable = typing.Callable  # an annotation that each export evaluates 20,000 times; typing caches it
-    rules: Any = importlib.import_module("onnxscript.rewriter").RewriteRule
-    rules.try_rewrite = of_its_operator(rules.try_rewrite)
-    registration: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
-    registration.onnxscript_apis.get_torchlib_ops = functools.cache(registration.onnxscript_apis.get_torchlib_ops)
-    registration._schemas.op_signature_from_function = functools.cache(registration._schemas.op_signature_from_function)
-    operators: Any = importlib.import_module("torch._export.utils")
-    operators._materialize_cpp_cia_ops = when_operators_changed(operators._materialize_cpp_cia_ops)
+    """Exports of this process are kept from now on."""
     torch.onnx.export = keeping(torch.onnx.export, "model", 1)
     package_export.simplify = keeping_simplified(package_export.simplify)
     with contextlib.suppress(ImportError):
         transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
         transformers.OnnxExporter.export = keeping(transformers.OnnxExporter.export, "program", 3)
-        patches: Any = importlib.import_module("transformers.exporters.utils")
-        patches.import_dotted_path = of_loaded_models(patches.import_dotted_path)

@@ -1,0 +1,132 @@
+"""Operators that ONNX lacks are exchanged without a second trace, and the numbers stay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from lora_export.models import decompositions, export
+from support.exported_models import LLAMA, exported, inputs
+from support.graphs import run
+
+pytestmark = pytest.mark.exports
+
+
+class Computed(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[ExportedProgram]:
+    """The programs that are traced a second time."""
+    found, original = [], ExportedProgram.run_decompositions
+
+    def counted(program: ExportedProgram, *args: Any, **kwargs: Any) -> ExportedProgram:
+        found.append(program)
+        return original(program, *args, **kwargs)
+
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", counted)
+    return found
+
+
+def graph_of(function: Callable[[Tensor], Tensor], *, axes: int = 1) -> ir.Model:
+    symbols = {axis: f"size{axis}" for axis in range(axes)}
+    return export.to_onnx(Computed(function).eval(), {"x": torch.rand(3, 2, 4)}, axes={"x": symbols})
+
+
+def written_after_a_view(x: Tensor) -> Tensor:
+    doubled = x * 2
+    view = doubled[:, 0]
+    doubled += x
+    return view
+
+
+def read_again(x: Tensor) -> Tensor:
+    doubled = x * 2
+    return doubled.add_(x) * doubled
+
+
+def added(x: Tensor) -> Tensor:
+    doubled = x * 2
+    tripled = doubled + x
+    doubled += x
+    return doubled * tripled
+
+
+def operators(graph: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(graph.graph))
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: F.dropout(x, 0.5, training=False) * 2,
+    "a result": lambda x: F.dropout(x * 2, 0.5, training=False),
+    "to its own dtype": lambda x: x.to(torch.float32) * 2,
+    "to another dtype": lambda x: (x * 3).to(torch.int32).to(torch.float64),
+    "to that of another": lambda x: (x > 0.5).to(x),
+    "contiguous": lambda x: x.transpose(1, 2).contiguous().view(x.shape[0], 2, 4),
+    "reshape": lambda x: x.transpose(1, 2).reshape(x.shape[0], 8),
+    "reshape to an open size": lambda x: x.transpose(0, 1).reshape(2, -1),
+    "flatten": lambda x: x.transpose(1, 2).flatten(1),
+    "chunk": lambda x: torch.cat(x.chunk(3, -1)[::-1], -1),
+    "added in place": added,
+    "added in place and read again": read_again,
+    "minimum": lambda x: torch.min(x, -x) - torch.max(x, x * x),
+    "and, or": lambda x: (((x > 0.2) & (x < 0.4)) | (x > 0.8)) * x,
+}
+TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a view of what is written": written_after_a_view,
+    "another operator": lambda x: x.narrow(1, 0, 1) * 2,
+    "another dtype in place": lambda x: (x > 0.5).int().add_((x > 0.2).int()),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_operators_are_exchanged_in_place(name: str, traces: list[ExportedProgram]) -> None:
+    function = IN_PLACE[name]
+    graph = graph_of(function)
+    assert not traces
+    for batch in (1, 5, 0):
+        x = torch.rand(batch, 2, 4)
+        (value,) = run(graph, x=x.numpy()).values()
+        expected = function(x).numpy()
+        assert value.dtype == expected.dtype and value.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", TRACED_AGAIN)
+def test_what_is_not_exchanged_is_traced_again(name: str, traces: list[ExportedProgram]) -> None:
+    function = TRACED_AGAIN[name]
+    graph = graph_of(function)
+    assert len(traces) == 1
+    x = torch.rand(5, 2, 4)
+    (value,) = run(graph, x=x.numpy()).values()
+    assert value.tolist() == function(x).tolist()
+
+
+def test_two_open_sizes_are_not_flattened_in_place(traces: list[ExportedProgram]) -> None:
+    graph = graph_of(lambda x: x.unsqueeze(-1).flatten(2), axes=2)
+    assert len(traces) == 1 and run(graph, x=torch.ones(2, 5, 4).numpy())["output_0"].shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize("name", ["bert", LLAMA])
+def test_a_second_trace_makes_the_same_graph(name: str, traces: list[ExportedProgram]) -> None:
+    in_place = exported(name)
+    module, feeds = in_place.module, inputs(name)
+    assert not traces
+    with mock.patch.dict(decompositions.EXCHANGES, clear=True):
+        traced_again = export.to_onnx(module, feeds, axes=in_place.axes)
+    assert len(traces) == 1
+    assert operators(in_place.graph) == operators(traced_again)
