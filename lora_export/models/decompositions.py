@@ -65,10 +65,11 @@ def _exchanges(program: ExportedProgram, table: Collection[Any]) -> dict[Node, E
         return None
     found: dict[Node, Exchange] = {}
     for node in program.graph.nodes:
+        if "val" not in node.meta and node.op != "output":  # put in after the first trace: what it returns is unknown
+            return None
         if node.op != "call_function" or _stays(node.target, table):
             continue
-        is_known = all("val" in each.meta for each in (node, *node.all_input_nodes))
-        exchange = EXCHANGES[node.target](node) if is_known and node.target in EXCHANGES else None
+        exchange = EXCHANGES[node.target](node) if node.target in EXCHANGES else None
         if exchange is None:
             return None
         found[node] = exchange
@@ -151,15 +152,22 @@ def _chunk(node: Node) -> Exchange | None:
     return Exchange(aten.split.Tensor, (node.args[0], size, axis)) if isinstance(size, int) else None
 
 
-def _add(node: Node) -> Exchange | None:
-    """The sum as a tensor of its own, where nothing else reads what it would have been written into."""
-    x, y = node.args
-    if not isinstance(x, Node) or not isinstance(y, Node):
-        return None
-    earlier = set(itertools.takewhile(lambda each: each is not node, node.graph.nodes))
-    is_alone = _is_new(x) and all(user is node or (user in earlier and _is_new(user)) for user in x.users)
-    is_same = node.meta["val"].dtype == torch.result_type(x.meta["val"], y.meta["val"])
-    return Exchange(aten.add.Tensor, node.args, node.kwargs) if is_alone and is_same else None
+def _apart(other: Any) -> Callable[[Node], Exchange | None]:
+    """The operator that returns a tensor of its own, where nothing else reads what the node would write into."""
+
+    def exchange(node: Node) -> Exchange | None:
+        x, *others = node.all_input_nodes
+        earlier = set(itertools.takewhile(lambda each: each is not node, node.graph.nodes))
+        is_alone = _is_new(x) and all(user is node or (user in earlier and _is_new(user)) for user in x.users)
+        kept = all(_result_type(x, each) == x.meta["val"].dtype for each in others)
+        return Exchange(other, node.args, node.kwargs) if is_alone and kept else None
+
+    return exchange
+
+
+def _result_type(x: Node, y: Node) -> torch.dtype | None:
+    values = x.meta["val"], y.meta["val"]
+    return torch.result_type(*values) if all(isinstance(each, torch.Tensor) for each in values) else None
 
 
 def _is_new(node: Node) -> bool:
@@ -191,7 +199,9 @@ EXCHANGES: Mapping[Any, Callable[[Node], Exchange | None]] = {
     aten.reshape.default: _reshape,
     aten.flatten.using_ints: _flatten,
     aten.chunk.default: _chunk,
-    aten.add_.Tensor: _add,
+    aten.add_.Tensor: _apart(aten.add.Tensor),
+    aten.clamp_.default: _apart(aten.clamp.default),
+    aten.scatter_add_.default: _apart(aten.scatter_add.default),
     aten.min.other: _as(aten.minimum.default),
     aten.max.other: _as(aten.maximum.default),
     aten.__and__.Tensor: _as(aten.bitwise_and.Tensor),

@@ -84,6 +84,8 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "chunk": lambda x: torch.cat(x.chunk(3, -1)[::-1], -1),
     "added in place": added,
     "added in place and read again": read_again,
+    "clamped in place": lambda x: (x * 2).clamp_(0.5, 1.5),
+    "scattered in place": lambda x: (x * 2).scatter_add_(2, (x > 0.5).long(), x),
     "minimum": lambda x: torch.min(x, -x) - torch.max(x, x * x),
     "and, or": lambda x: (((x > 0.2) & (x < 0.4)) | (x > 0.8)) * x,
 }
@@ -114,6 +116,15 @@ def test_what_is_not_exchanged_is_traced_again(name: str, traces: list[ExportedP
     x = torch.rand(5, 2, 4)
     (value,) = run(graph, x=x.numpy()).values()
     assert value.tolist() == function(x).tolist()
+
+
+def test_a_node_of_which_nothing_is_known_is_traced_again(traces: list[ExportedProgram]) -> None:
+    program = torch.export.export(Computed(lambda x: x.contiguous() * 2), (torch.ones(2, 2, 4),))
+    with decompositions.decomposed_in_place():
+        assert program.run_decompositions({}) is program and not traces
+        del next(node for node in program.graph.nodes if node.op == "call_function").meta["val"]
+        program.run_decompositions({})
+    assert traces == [program]
 
 
 def test_two_open_sizes_are_not_flattened_in_place(traces: list[ExportedProgram]) -> None:
