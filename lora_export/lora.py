@@ -272,9 +272,13 @@ def is_weight_of(tensor: str, ending: str) -> bool:
     return f".{tensor}".endswith(f".{ending}.weight")
 
 
-def is_in_module(tensor: str, endings: tuple[str, ...]) -> bool:
-    """Whether a tensor is in a module whose name ends so, as PEFT compares it: `norm` ends `input_layernorm`, too."""
-    return bool(endings) and any(tensor.endswith(endings, 0, dot.start()) for dot in re.finditer(r"\.", tensor))
+def saved_module(tensor: str, endings: tuple[str, ...]) -> str:
+    """The outermost module around a tensor whose name ends so; empty where none does.
+
+    Endings are compared as PEFT compares `modules_to_save`: `norm` names `input_layernorm`, too.
+    """
+    ends = (dot.start() for dot in re.finditer(r"\.", tensor)) if endings else ()
+    return next((tensor[:end] for end in ends if tensor.endswith(endings, 0, end)), "")
 
 
 def multiply(b: NDArray[np.float32], a: NDArray[np.float32], out: NDArray[np.float32]) -> None:

@@ -36,7 +36,7 @@ from lora_export.plan.diffusion import (
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.match_tensors import with_kernel_of
 from lora_export.plan.spelling import respelled, spell
-from lora_export.plan.types import Step, TensorSpec
+from lora_export.plan.types import Plan, TensorSpec
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import is_pipeline, open_pipeline
 from lora_export.weights.weight_files import variant_like
@@ -99,21 +99,22 @@ def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True, "rules": checkpoint.rules}
     pairs_alone = replace(adapter, replaced={}, biases={}, added={}, token_rows={}, targets=())
     try:
-        steps = plan.make([pairs_alone], checkpoint.specs, **how).low_rank
+        return _with_kernels(adapter, plan.make([pairs_alone], checkpoint.specs, **how))
     except MatchError as error:
         others = {misfit.key for misfit in error.misfits}
-        fitting = {name: pair for name, pair in adapter.pairs.items() if adapter.spelled(name) not in others}
-        if not fitting:
-            return adapter
-        steps = plan.make([replace(pairs_alone, pairs=fitting)], checkpoint.specs, **how).low_rank
-    return _with_kernels(adapter, steps)
+    fitting = {name: pair for name, pair in adapter.pairs.items() if adapter.spelled(name) not in others}
+    if len(fitting) in (0, len(adapter.pairs)):  # nothing fits, or a tensor is refused that has another name, too
+        return adapter
+    return _with_kernels(adapter, plan.make([replace(pairs_alone, pairs=fitting)], checkpoint.specs, **how))
 
 
-def _with_kernels(adapter: Adapter, steps: Iterable[Step]) -> Adapter:
-    """The adapter, whose pairs have the kernels of the weights that they change."""
-    specs = {term.module: step.spec for step in steps for term in step.terms}
-    laid = {name: with_kernel_of(specs[name], pair) for name, pair in adapter.pairs.items() if name in specs}
-    return replace(adapter, pairs={**adapter.pairs, **laid})
+def _with_kernels(adapter: Adapter, laid: Plan) -> Adapter:
+    """The adapter, whose pairs have the kernels of the weights that they change in its plan."""
+    (spelled,) = laid.adapters  # under the names of the base
+    specs = {spelled.spelled(term.module): step.spec for step in laid.low_rank for term in step.terms}
+    keys = {name: adapter.spelled(name) for name in adapter.pairs}
+    kernels = {name: with_kernel_of(specs[key], adapter.pairs[name]) for name, key in keys.items() if key in specs}
+    return replace(adapter, pairs={**adapter.pairs, **kernels})
 
 
 def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
@@ -289,8 +290,8 @@ def named_for_pipeline(adapter: Adapter, base: Path, to: str) -> Adapter:
         checkpoint = open_checkpoint(folder, variant=variant_like(folder))
         part = of_component(adapter, component)
         how: dict[str, Any] = {"identity_ok": True, "unknown_layout_ok": True, "rules": checkpoint.rules}
-        steps = plan.make([part], checkpoint.specs, **how).low_rank
-        (named,) = respelled([_with_kernels(part, steps)], checkpoint.specs, checkpoint.rules)
+        part = _with_kernels(part, plan.make([part], checkpoint.specs, **how))
+        (named,) = respelled([part], checkpoint.specs, checkpoint.rules)
         if component in (CLIP, SECOND_CLIP):
             named = named.renamed(_with_text_model)
         elif to == "comfyui" or (to == "kohya" and _has_names_of_authors(checkpoint.config)):

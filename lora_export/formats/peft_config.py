@@ -15,7 +15,7 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import WRAPPERS, positive_number, unwrapped
 from lora_export.formats.patterns import Patterns
-from lora_export.lora import ParameterEnding, is_in_module
+from lora_export.lora import ParameterEnding, saved_module
 
 # `of_every_kind` and `of_lora` are fields that the readers use, or that do not affect the weights. Some belong to
 # `init_lora_weights`, such as `loftq_config`: PEFT leaves them beside `true` in an adapter that it has converted.
@@ -147,7 +147,7 @@ def is_declared(tensor: str, config: Mapping[str, Any]) -> bool:
     """Whether a config declares that this tensor is saved whole."""
     if tensor.rpartition(".")[2] == "bias" and config.get("bias", "none") != "none":
         return True
-    return is_in_module(tensor, tuple(config.get("modules_to_save") or ()))
+    return bool(saved_module(tensor, tuple(config.get("modules_to_save") or ())))
 
 
 def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -66,10 +66,8 @@ def _refuse_rows_of_one(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> 
 
     base = BaseTensors(checkpoint.specs)
     spelled = [spell(adapter, base, checkpoint.rules) for adapter in adapters if adapter.token_rows]
-    try:
-        ties_of(checkpoint, Tied.ERROR).classified((one.adapter, one.prefix) for one in spelled)
-    except InputRefused as error:
-        raise InputRefused(f"{error}. Merge the adapter into the checkpoint, and export that") from None
+    ties = replace(ties_of(checkpoint, Tied.ERROR), remedy="Merge the adapter into the checkpoint, and export that")
+    ties.classified((one.adapter, one.prefix) for one in spelled)
 
 
 def _tied_steps(step: Step, plan: Plan, sites: Sites) -> Iterator[Step]:

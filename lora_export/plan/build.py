@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit, WrongUsage, count, first_of
-from lora_export.lora import Adapter, LoraPair, TokenRows, is_in_module
+from lora_export.lora import Adapter, LoraPair, TokenRows, saved_module
 from lora_export.options.spelling import named
 from lora_export.pairs.open_shape import OpenPair
 from lora_export.plan.attempts import SpelledAdapter, Spelling
@@ -38,7 +38,6 @@ from lora_export.plan.spelling import layouts_within, spell, unknown_names
 from lora_export.plan.ties import (
     Tied,
     Ties,
-    notes_on_shared,
     rows_of_copies,
     shared,
     tied_remedy,
@@ -53,7 +52,7 @@ from lora_export.plan.types import Layout, Plan, Step, TensorSpec
 if TYPE_CHECKING:
     from lora_export.names.architecture import ArchitectureRules
 
-SHOWN_TENSORS = 3  # names that a note lists
+SHOWN_MODULES = 3  # names that a note lists
 SMALLEST_NONZERO, LARGEST_STRENGTH = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 
 
@@ -105,7 +104,6 @@ def make(
     spelled = [part.spelled(rules) for part in parts]
     ties = ties.classified([(one.adapter, one.prefix) for one in spelled])
     one_table, of_rows = ties.of_one_table(), ties.of_stored_again() if ties.handling is Tied.ERROR else ties
-    joined = [note for one in spelled for note in notes_on_shared(one.adapter, one_table, one.prefix)]
     spelled = [replace(one, adapter=with_rows_of_all_names(one.adapter, of_rows, one.prefix)) for one in spelled]
     if ties.handling is Tied.UNTIE:
         spelled = [replace(one, adapter=with_saved_tables(one.adapter, one_table, one.prefix)) for one in spelled]
@@ -151,7 +149,7 @@ def make(
         strengths=strengths,
         steps=tuple(steps),
         kept=kept,
-        notes=(*joined, *_notes(spelled, steps, name_prefix, base.aliases, own_tensors, kept)),
+        notes=tuple(_notes(spelled, steps, name_prefix, base.aliases, own_tensors, kept)),
         name_prefix=name_prefix,
         spellings=tuple(
             next((one.spelling for one in found if one.spelling is not Spelling.SAME), Spelling.SAME).value
@@ -200,10 +198,10 @@ def _notes(
 ) -> Iterator[str]:
     for one in spelled:
         yield from one.notes
-        if unsaved := [name for name in kept if is_in_module(name, one.adapter.saved_whole)]:
+        if unsaved := _unsaved(one.adapter, steps, kept):
             yield (
-                f"modules_to_save of {one.adapter.name} names {', '.join(one.adapter.saved_whole)}, and its file lacks "
-                f"{first_of(unsaved, SHOWN_TENSORS)}: the base's own stay."
+                f"modules_to_save of {one.adapter.name} names {first_of(unsaved, SHOWN_MODULES)}, and its file has "
+                "nothing of that: the base's own stay."
             )
     for step in steps:
         if step.added:
@@ -214,6 +212,16 @@ def _notes(
         yield f"{name} is no longer tied to {source}: it gets a tensor of its own."
     if name_prefix:
         yield f"the base's tensors gain the prefix `{name_prefix}`, so that the added head finds its model."
+
+
+def _unsaved(adapter: Adapter, steps: Iterable[Step], kept: Iterable[str]) -> list[str]:
+    """The modules that the adapter's config saves whole, of which no tensor changes.
+
+    Of other modules a base may have tensors that the model does not load, such as buffers of an older release.
+    """
+    changed = {saved_module(step.spec.stored_name, adapter.saved_whole) for step in steps}
+    modules = dict.fromkeys(saved_module(name, adapter.saved_whole) for name in kept)
+    return [module for module in modules if module and module not in changed]
 
 
 # --- Before anything is matched ---

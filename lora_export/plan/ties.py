@@ -45,6 +45,7 @@ class Ties:
     by_config: bool = False  # whether one value of the model's config ties all of them
     loaded: Mapping[str, str] = field(default_factory=dict)  # tensor -> its name in the loaded model
     bound: str = ""  # why the config cannot untie them; empty where it can
+    remedy: str = ""  # what to do where no option of a merge helps
     stored: frozenset[str] = frozenset()  # tied tensors that the base stores under their own names, too
     has_other_values: Callable[[str], bool] = lambda _: False  # whether it stores such a tensor apart; reads both
     stored_again: frozenset[str] = frozenset()
@@ -127,8 +128,11 @@ def _refuse_rows_of_one(ties: Ties, groups: Sequence[_NamedGroup]) -> None:
                 f"model does not tie them, and {owner} replaces rows of {tensor} alone. Leave {named('tied')} out"
             )
         if ties.handling is Tied.ERROR and group.rows(source) and not group.rows(tensor) and not group.is_saved(tensor):
-            ways_out = apart_or_both(can_untie=not ties.bound, can_be_both=all(one.has_equal_rows for one in groups))
-            if not ties.bound and ties.stored == ties.tensors.keys():  # else a tensor would have no values
+            can_be_both = all(one.has_equal_rows for one in groups)
+            ways_out = ties.remedy or apart_or_both(can_untie=not ties.bound, can_be_both=can_be_both)
+            if (
+                not ties.remedy and not ties.bound and ties.stored == ties.tensors.keys()
+            ):  # else a tensor would have no values
                 ways_out += f"; tie_word_embeddings = false in the base's config.json leaves {tensor} as it is"
             raise InputRefused(
                 f"{owner} replaces rows of {source}, to which the model ties {tensor}, but the base stores other "
@@ -209,7 +213,7 @@ def untied_by_added(steps: Mapping[str, Step], ties: Ties, stored: Collection[st
         return next((steps[each] for each in _names(name, ties) if each in steps), None)
 
     groups = list(ties.groups())
-    if not ties.by_config:
+    if not ties.by_config and not any(group[0] in steps for group in groups):
         return {}
     if all(_change_alike([change_of(name) for name in group if name in own]) for group in groups):
         return {}
@@ -339,20 +343,6 @@ def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[
             tied={**adapter.tied, **(dict.fromkeys(modules[1:], modules[0]) if modules else {})},
         )
     return adapter
-
-
-def notes_on_shared(adapter: Adapter, ties: Ties, prefix: Prefix) -> Iterator[str]:
-    """What `BOTH` changes, and PEFT's merge does not: the tensors tied to a saved module, or to a head with rows."""
-    for group in _named_groups(adapter, ties, prefix) if ties.handling is Tied.BOTH else ():
-        source, *_ = group.names
-        own = [each for each in group.names if group.is_saved(each) and not group.has_pair(each)]
-        own = own or [each for each in group.names if group.rows(each) and not group.rows(source)]
-        others = [each for each in group.names if each not in own]
-        if own and others:
-            yield (
-                f"PEFT trains {', '.join(own)} apart from tied tensors: {named('tied', 'both')} changes "
-                f"{', '.join(others)} too"
-            )
 
 
 def _of_adapter(tensor: str, prefix: Prefix) -> str | None:

@@ -316,17 +316,20 @@ def test_flattened_names_get_their_dots_in_each_model(pipeline, tmp_path):
     assert np.array_equal(own.a, pairs["unet.mid_block.attentions.0.proj_in"][0]) and own.scale == 0.5
 
 
+@pytest.mark.parametrize("has_dots", [True, False])
 @pytest.mark.parametrize(
     ("to", "part"), [("peft", "unet"), ("diffusers", "unet"), ("diffusers", "."), ("kohya", "unet"), ("kohya", ".")]
 )
-def test_pairs_made_of_flat_ones_get_the_kernels_of_the_base(to, part, pipeline, tmp_path):
+def test_pairs_made_of_flat_ones_get_the_kernels_of_the_base(to, part, has_dots, pipeline, tmp_path):
     component = "" if to == "peft" else "denoiser/"
     pairs = {}
     for name, (out, *inputs) in LAYERS.items():
         a, b = np.ones((1, math.prod(inputs)), np.float32), np.arange(1, out + 1, dtype=np.float32)[:, None]
         pairs[component + name] = HadamardPair({"a1": a, "b1": b, "a2": a, "b2": b}, 1.0)
-    base = pipeline / part
-    written = lora_export.convert(adapter_of(pairs), tmp_path / "out", to=to, base=base, as_kind="lora", rank=1).output
+    base, given = pipeline / part, adapter_of(pairs)
+    if not has_dots:
+        given = given.renamed(lambda name: name.replace(".", "_"), flattened=True)
+    written = lora_export.convert(given, tmp_path / "out", to=to, base=base, as_kind="lora", rank=1).output
     found = formats.load(written).pairs.values()
     assert sorted((pair.a.shape, pair.b.shape) for pair in found) == [
         ((1, 64, 1, 1), (64, 1, 1, 1)),

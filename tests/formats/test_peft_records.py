@@ -48,7 +48,7 @@ def test_an_undeclared_whole_tensor_is_read_and_noted(tmp_path, saved, is_declar
         peft_adapter(tmp_path, {"fc": ([[1]], [[1]])}, {"embed.weight": np.ones((2, 1))}, modules_to_save=saved)
     )
     note = "embed.weight is saved whole, and the config does not declare it: it replaces the base's tensor"
-    assert adapter.notes == (() if is_declared else (note,))
+    assert adapter.notes == (() if is_declared else (note,)) and adapter.saved_whole == tuple(saved or ())
 
 
 def test_the_models_config_beside_the_adapter_describes_its_head(tmp_path):

@@ -71,18 +71,19 @@ def test_a_whole_tensor_replaces_that_of_the_base():
 @pytest.mark.parametrize(
     ("saved", "lacking"),
     [
-        (("classifier", "score"), "classifier.bias, pre_classifier.weight"),  # as PEFT compares them: by any ending
-        (("pre_classifier",), "pre_classifier.weight"),
+        (("classifier", "score"), "pre_classifier"),  # as PEFT compares them: by any ending
         (("fc", "score", "class"), ""),
+        (("head",), "head, a.head, b.head and 1 more"),
         ((), ""),
     ],
 )
 def test_whole_modules_that_the_file_lacks_are_noted(saved, lacking):
     names = "fc.weight", "classifier.weight", "classifier.bias", "pre_classifier.weight"
+    names += "head.weight", "head.bias", "a.head.weight", "b.head.weight", "c.head.weight"
     whole = {"classifier.weight": np.ones((2, 3), np.float32)}
     mine = dataclasses.replace(holding(pairs={"fc": pair()}, replaced=whole), saved_whole=saved)
     made = plan.make([mine], [vector(name) if name.endswith("bias") else matrix(name) for name in names])
-    note = f"modules_to_save of mine names {', '.join(saved)}, and its file lacks {lacking}: the base's own stay."
+    note = f"modules_to_save of mine names {lacking}, and its file has nothing of that: the base's own stay."
     assert made.notes == ((note,) if lacking else ())
 
 

@@ -144,28 +144,6 @@ def test_a_whole_head_replaces_the_shared_table() -> None:
     assert step.weight == TABLE and step.replace is not None and step.replace.tolist() == value.tolist()
 
 
-SAVED = np.arange(15, dtype=np.float32).reshape(5, 3)
-
-
-@pytest.mark.parametrize(
-    ("change", "own", "other"),
-    [
-        (Adapter("one", "peft", {}, replaced={HEAD: SAVED}), HEAD, TABLE),
-        (Adapter("one", "peft", {}, replaced={TABLE: SAVED}), TABLE, HEAD),
-        (rows_of(head=1), HEAD, TABLE),
-        (Adapter("one", "peft", {}, replaced={HEAD: SAVED, TABLE: SAVED}), "", ""),  # with ensure_weight_tying
-        (rows_of(embed=1), "", ""),  # PEFT trains these for both
-        (rows_of(embed=1, head=1), "", ""),
-        (adapter(head=LINEAR), "", ""),  # PEFT's merge adds it to both
-        (Adapter("one", "peft", {"head": LINEAR}, replaced={HEAD: SAVED}), "", ""),  # the table beside the pair
-    ],
-)
-def test_a_note_names_what_both_changes_and_peft_does_not(change: Adapter, own: str, other: str) -> None:
-    note = f'PEFT trains {own} apart from tied tensors: tied="both" changes {other} too'
-    assert made(change, Tied.BOTH).notes == ((note,) if own else ())
-    assert not any("apart from" in note for note in made(change, Tied.UNTIE).notes)
-
-
 @pytest.mark.parametrize(
     ("changed", "why"),
     [

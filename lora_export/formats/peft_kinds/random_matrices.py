@@ -55,7 +55,8 @@ class Generator:
         """`torch.empty(shape).normal_(0, deviation)`, but for the last bits.
 
         PyTorch makes eight pairs of 16 uniform numbers at a time (Box and Muller 1958). The last 16 are drawn anew,
-        where the number of all is no multiple of 16. Fewer than 16 are made one pair after the other, in fp64.
+        where the number of all is no multiple of 16. Fewer than 16 are made one pair after the other, in fp64; of an
+        odd number of these, the next draw of PyTorch begins with the last pair's other number, and this one does not.
         """
         size = math.prod(shape)
         if size < LANES:

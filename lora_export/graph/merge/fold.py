@@ -67,7 +67,8 @@ def with_readers_alike(sites: Sites, steps: Iterable[Step]) -> list[tuple[Step, 
     """
     found: list[tuple[Step, list[Site]]] = []
     for step in steps:
-        first = next((alike for other, alike in found if _replace_one_table(step, other, sites)), None)
+        others = found if step.replaces_only_rows else ()
+        first = next((alike for other, alike in others if _replace_one_table(step, other, sites)), None)
         if first is None:
             found.append((step, []))
         else:
@@ -77,7 +78,7 @@ def with_readers_alike(sites: Sites, steps: Iterable[Step]) -> list[tuple[Step, 
 
 def _replace_one_table(step: Step, other: Step, sites: Sites) -> bool:
     """Whether two steps replace the same rows of the one initializer that the readers of both read."""
-    if not (step.replaces_only_rows and other.replaces_only_rows):
+    if not other.replaces_only_rows:
         return False
     readers = [(each, site) for each in (step, other) for site in sites.by_name[each.weight]]
     value = readers[0][1].value
