@@ -475,6 +475,9 @@ def test_a_saved_head_is_added_where_only_the_class_ties_it(tied, tmp_path):
     added = load_file(tmp_path / "out" / "model.safetensors").keys() - load_file(model.base / "model.safetensors")
     assert added == {"lm_head.weight"}
     assert le.verify(tmp_path / "out", base=model.base, adapters=adapter, tied=tied).verdict.outcome == "same"
+    with_table = model.adapter(tmp_path / "table", "shared", modules_to_save=[HEAD])  # encoder and decoder read it, too
+    with pytest.raises(InputRefused, match=r"^the adapter adds lm_head\.weight, which the model ties\. "):
+        le.merge(model.base, with_table, tmp_path / "other")
 
 
 def test_a_conflict_of_adapters_is_not_one_of_ties(llama, tmp_path):
