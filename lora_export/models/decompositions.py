@@ -65,7 +65,9 @@ def _exchanges(program: ExportedProgram, table: Collection[Any]) -> dict[Node, E
         return None
     found: dict[Node, Exchange] = {}
     for node in program.graph.nodes:
-        if "val" not in node.meta and node.op != "output":  # put in after the first trace: what it returns is unknown
+        if node.target in LIKE_FIRST and "val" in node.args[0].meta:
+            node.meta.setdefault("val", node.args[0].meta["val"])
+        if "val" not in node.meta and node.op != "output":  # what it returns is unknown
             return None
         if node.op != "call_function" or _stays(node.target, table):
             continue
@@ -109,6 +111,8 @@ OF_NUMBERS = frozenset(
         *(torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not),
     }
 )
+# Operators that transformers puts into a program after the trace. They return what their first argument is like.
+LIKE_FIRST = frozenset({aten.detach.default, aten.index_put.default})
 CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
 
 
@@ -173,6 +177,8 @@ def _result_type(x: Node, y: Node) -> torch.dtype | None:
 def _is_new(node: Node) -> bool:
     """Whether an operator returns a tensor with memory of its own, and writes into none."""
     schema = schema_of(node.target)
+    if EXCHANGES.get(node.target) is _to:
+        return bool(node.args[0].meta["val"].dtype != node.meta["val"].dtype)  # type: ignore[union-attr]
     if schema is None or is_composite(node.target):
         return False
     return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))

@@ -85,6 +85,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "added in place": added,
     "added in place and read again": read_again,
     "clamped in place": lambda x: (x * 2).clamp_(0.5, 1.5),
+    "clamped in place after a cast": lambda x: (x * 9).to(torch.int64).clamp_(0, 3),
     "scattered in place": lambda x: (x * 2).scatter_add_(2, (x > 0.5).long(), x),
     "minimum": lambda x: torch.min(x, -x) - torch.max(x, x * x),
     "and, or": lambda x: (((x > 0.2) & (x < 0.4)) | (x > 0.8)) * x,
@@ -92,7 +93,8 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "a view of what is written": written_after_a_view,
     "another operator": lambda x: x.narrow(1, 0, 1) * 2,
-    "another dtype in place": lambda x: (x > 0.5).int().add_((x > 0.2).int()),
+    "clamped in place after no cast": lambda x: (y := x * 2).to(torch.float32).clamp_(0.5, 1.5) * y,
+    "another dtype in place": lambda x: (x > 0.5).int().add_((x > 0.2).long()),
 }
 
 
@@ -125,6 +127,15 @@ def test_a_node_of_which_nothing_is_known_is_traced_again(traces: list[ExportedP
         del next(node for node in program.graph.nodes if node.op == "call_function").meta["val"]
         program.run_decompositions({})
     assert traces == [program]
+
+
+def test_what_transformers_puts_into_a_program_is_known(traces: list[ExportedProgram]) -> None:
+    program = torch.export.export(Computed(lambda x: (x * 2).detach() + 1), (torch.ones(2, 2, 4),))
+    added = next(node for node in program.graph.nodes if "detach" in str(node.target))
+    del added.meta["val"]
+    with decompositions.decomposed_in_place():
+        assert program.run_decompositions({}) is program and not traces
+    assert added.meta["val"].shape == (2, 2, 4)
 
 
 def test_two_open_sizes_are_not_flattened_in_place(traces: list[ExportedProgram]) -> None:
