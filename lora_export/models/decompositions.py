@@ -140,7 +140,8 @@ def _reshape(node: Node) -> Exchange:
     return _view(node, [size if each == -1 and isinstance(size, int) else each for each, size in sizes])
 
 
-def _flatten(node: Node) -> Exchange | None:
+def _resized(node: Node) -> Exchange | None:
+    """A view of the shape of the result, where one size at most is open."""
     sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
     return None if sizes.count(-1) > 1 else _view(node, sizes)
 
@@ -148,6 +149,16 @@ def _flatten(node: Node) -> Exchange | None:
 def _view(node: Node, shape: Sequence[Any]) -> Exchange:
     """A view of a contiguous copy. The exporter's Reshape of a view keeps sizes of 0, that of `reshape` does not."""
     return Exchange(aten.view.default, (node.args[0], list(shape)), copies=True)
+
+
+def _transposed(node: Node) -> Exchange:
+    axes = len(node.meta["val"].shape)
+    return Exchange(aten.permute.default, (node.args[0], list(reversed(range(axes)))))
+
+
+def _reversed_sub(node: Node) -> Exchange | None:
+    x, other = node.args[:2]
+    return Exchange(aten.sub.Tensor, (other, x)) if _arguments(node)["alpha"] == 1 else None
 
 
 def _chunk(node: Node) -> Exchange | None:
@@ -203,11 +214,14 @@ EXCHANGES: Mapping[Any, Callable[[Node], Exchange | None]] = {
     aten.to.dtype_layout: _to,
     aten.to.other: _to,
     aten.reshape.default: _reshape,
-    aten.flatten.using_ints: _flatten,
+    aten.flatten.using_ints: _resized,
+    aten.unflatten.int: _resized,
+    aten.numpy_T.default: _transposed,
     aten.chunk.default: _chunk,
     aten.add_.Tensor: _apart(aten.add.Tensor),
     aten.clamp_.default: _apart(aten.clamp.default),
     aten.scatter_add_.default: _apart(aten.scatter_add.default),
+    aten.rsub.Scalar: _reversed_sub,
     aten.min.other: _as(aten.minimum.default),
     aten.max.other: _as(aten.maximum.default),
     aten.__and__.Tensor: _as(aten.bitwise_and.Tensor),

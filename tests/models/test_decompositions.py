@@ -81,6 +81,8 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "reshape": lambda x: x.transpose(1, 2).reshape(x.shape[0], 8),
     "reshape to an open size": lambda x: x.transpose(0, 1).reshape(2, -1),
     "flatten": lambda x: x.transpose(1, 2).flatten(1),
+    "unflatten": lambda x: x.unflatten(2, (2, -1)).transpose(2, 3),
+    "transposed, from a number": lambda x: x.transpose(1, 2) * (1 - torch.arange(8.0).reshape(2, 4).T),
     "chunk": lambda x: torch.cat(x.chunk(3, -1)[::-1], -1),
     "added in place": added,
     "added in place and read again": read_again,
