@@ -13,6 +13,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from lora_export.layers.torch_internals import is_composite, schema_of
+from lora_export.models.shared_context import SharedContext
 
 aten: Any = torch.ops.aten
 
@@ -36,12 +38,24 @@ class Exchange(NamedTuple):
 
 @contextlib.contextmanager
 def decomposed_in_place() -> Iterator[None]:
-    """While the context is active, programs are decomposed in place where that gives the same."""
+    """While the context is active, this thread's programs are decomposed in place where that gives the same."""
+    before = _IS_EXPORTING.set(True)
+    try:
+        with _PATCHED:
+            yield
+    finally:
+        _IS_EXPORTING.reset(before)
+
+
+_IS_EXPORTING = ContextVar("_IS_EXPORTING", default=False)
+
+
+def _patched() -> contextlib.AbstractContextManager[Any]:
     traced_again: Callable[..., ExportedProgram] = ExportedProgram.run_decompositions
 
     def run_decompositions(program: ExportedProgram, *args: Any, **kwargs: Any) -> ExportedProgram:
         table = args[0] if args else kwargs.get("decomp_table")
-        exchanges = None if table is None else _exchanges(program, table)
+        exchanges = _exchanges(program, table) if _IS_EXPORTING.get() and table is not None else None
         if exchanges is None:
             return traced_again(program, *args, **kwargs)
         for node, exchange in exchanges.items():
@@ -49,8 +63,10 @@ def decomposed_in_place() -> Iterator[None]:
         program.graph_module.recompile()
         return program
 
-    with mock.patch.object(ExportedProgram, "run_decompositions", run_decompositions):
-        yield
+    return mock.patch.object(ExportedProgram, "run_decompositions", run_decompositions)
+
+
+_PATCHED = SharedContext(_patched)
 
 
 def _exchanges(program: ExportedProgram, table: Collection[Any]) -> dict[Node, Exchange] | None:
@@ -99,7 +115,7 @@ def _exchange(node: Node, exchange: Exchange) -> None:
         with node.graph.inserting_before(node):
             first, *others = node.args
             copy = node.graph.call_function(aten.clone.default, (first,), CONTIGUOUS)
-        copy.meta = dict(first.meta)  # type: ignore[union-attr]
+        copy.meta = {**node.meta, "val": first.meta["val"]}  # type: ignore[union-attr]
         node.args = (copy, *others)
 
 
@@ -143,7 +159,8 @@ def _reshape(node: Node) -> Exchange:
 def _resized(node: Node) -> Exchange | None:
     """A view of the shape of the result, where one size at most is open."""
     sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-    return None if sizes.count(-1) > 1 else _view(node, sizes)
+    is_certain = -1 not in sizes or (sizes.count(-1) == 1 and 0 not in sizes)
+    return _view(node, sizes) if is_certain else None
 
 
 def _view(node: Node, shape: Sequence[Any]) -> Exchange:
@@ -164,7 +181,7 @@ def _reversed_sub(node: Node) -> Exchange | None:
 def _chunk(node: Node) -> Exchange | None:
     axis = _arguments(node)["dim"]
     size = node.meta["val"][0].shape[axis]
-    return Exchange(aten.split.Tensor, (node.args[0], size, axis)) if isinstance(size, int) else None
+    return Exchange(aten.split.Tensor, (node.args[0], size, axis)) if isinstance(size, int) and size else None
 
 
 def _apart(other: Any) -> Callable[[Node], Exchange | None]:

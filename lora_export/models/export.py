@@ -13,6 +13,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -35,6 +36,7 @@ from lora_export.layers.torch_internals import (
 )
 from lora_export.models.decompositions import decomposed_in_place
 from lora_export.models.model import Axes
+from lora_export.models.shared_context import SharedContext
 from lora_export.models.tracing import (
     USE_CACHE,
     exporter_refusals,
@@ -72,7 +74,7 @@ def simplify(model: ir.Model) -> None:
     for value, _ in hidden:
         value.const_value = None
         graph.inputs.append(value)
-    with _rules_by_operator():
+    with RULES_BY_OPERATOR:
         optimize_ir(model)
     del graph.inputs[count:]
     for value, tensor in hidden:
@@ -84,9 +86,8 @@ def simplify(model: ir.Model) -> None:
             _store_transposed(value, FOLDED_FROM_KEY)
 
 
-@contextlib.contextmanager
-def _rules_by_operator() -> Iterator[None]:
-    """While the context is active, a rule of the optimiser is tried at nodes of its operator alone.
+def _rules_by_operator() -> AbstractContextManager[Any]:
+    """A context in which a rule of the optimiser is tried at nodes of its operator alone.
 
     The optimiser tries each of some 60 rules at each node. For a pattern that ends in several nodes it lists all nodes
     of the graph each time, so that its time grows with their square (onnxscript 0.7.2, rewriter/_matcher.py).
@@ -102,8 +103,12 @@ def _rules_by_operator() -> Iterator[None]:
             possible[key] = can_match(rule, node.op_type)
         return try_rewrite(rule, model, graph, node, **options) if possible[key] else None
 
-    with mock.patch.object(RewriteRule, "try_rewrite", try_where_possible):
-        yield
+    return mock.patch.object(RewriteRule, "try_rewrite", try_where_possible)
+
+
+RULES_BY_OPERATOR = SharedContext(_rules_by_operator)
+READ_ONCE, LOADED_ALONE = SharedContext(functions_read_once), SharedContext(loaded_models_alone)
+WITHOUT_STACK_TRACES = SharedContext(without_stack_traces)
 
 
 def _remove_idle_squeezes(graph: ir.Graph) -> None:
@@ -290,7 +295,7 @@ def _exported_by_transformers(
     config = transformers.OnnxConfig(optimize=False, dynamic_shapes=dict(dynamic), opset_version=opset)
     own = set(vars(module))
     try:
-        with loaded_models_alone():
+        with LOADED_ALONE:
             program = transformers.OnnxExporter().export(module, dict(inputs), config=config).program
     finally:
         for name in vars(module).keys() - own:  # `forward`, which the class has already
@@ -302,7 +307,7 @@ def _exported_by_transformers(
 def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model], *ways: str) -> ir.Model:
     """What an exporter makes, simplified. Raises RuntimeRefused where it refuses, or writes another operator set."""
     with exporter_refusals(module, *ways):
-        with decomposed_in_place(), functions_read_once():
+        with decomposed_in_place(), READ_ONCE:
             model = _exported(export)
         simplify(model)
     if opset is not None and model.opset_imports[""] != opset:
@@ -313,7 +318,7 @@ def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Mo
 def _exported(export: Callable[[], ir.Model]) -> ir.Model:
     """What an exporter makes. The places in the code are recorded where it refuses an operator: the message has one."""
     try:
-        with without_stack_traces():
+        with WITHOUT_STACK_TRACES:
             return export()
     except Exception as error:
         if not names_operator(error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -96,6 +97,7 @@ TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "a view of what is written": written_after_a_view,
     "another operator": lambda x: x.narrow(1, 0, 1) * 2,
     "clamped in place after no cast": lambda x: (y := x * 2).to(torch.float32).clamp_(0.5, 1.5) * y,
+    "chunks of an axis of size 0": lambda x: torch.cat((*x[:, :0].chunk(3, 1), x), 1),
     "another dtype in place": lambda x: (x > 0.5).int().add_((x > 0.2).long()),
 }
 
@@ -128,6 +130,13 @@ def test_a_node_of_which_nothing_is_known_is_traced_again(traces: list[ExportedP
         assert program.run_decompositions({}) is program and not traces
         del next(node for node in program.graph.nodes if node.op == "call_function").meta["val"]
         program.run_decompositions({})
+    assert traces == [program]
+
+
+def test_programs_of_other_threads_are_traced_again(traces: list[ExportedProgram]) -> None:
+    program = torch.export.export(Computed(lambda x: x.contiguous() * 2), (torch.ones(2, 2, 4),))
+    with decompositions.decomposed_in_place(), ThreadPoolExecutor(1) as threads:
+        assert threads.submit(program.run_decompositions, {}).result() is not program
     assert traces == [program]
 
 
