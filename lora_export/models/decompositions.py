@@ -168,6 +168,15 @@ def _view(node: Node, shape: Sequence[Any]) -> Exchange:
     return Exchange(aten.view.default, (node.args[0], list(shape)), copies=True)
 
 
+def _expanded(node: Node) -> Exchange | None:
+    """An expansion to known sizes. One that is open must be that of the argument, which keeps it (-1)."""
+    before, after = list(node.args[0].meta["val"].shape), list(node.meta["val"].shape)  # type: ignore[union-attr]
+    before = [1] * (len(after) - len(before)) + before
+    sizes = [size if isinstance(size, int) else -1 for size in after]
+    is_known = all(size != -1 or str(old) == str(new) for size, old, new in zip(sizes, before, after, strict=True))
+    return Exchange(aten.expand.default, (node.args[0], sizes)) if is_known else None
+
+
 def _transposed(node: Node) -> Exchange:
     axes = len(node.meta["val"].shape)
     return Exchange(aten.permute.default, (node.args[0], list(reversed(range(axes)))))
@@ -233,6 +242,7 @@ EXCHANGES: Mapping[Any, Callable[[Node], Exchange | None]] = {
     aten.reshape.default: _reshape,
     aten.flatten.using_ints: _resized,
     aten.unflatten.int: _resized,
+    aten.expand_as.default: _expanded,
     aten.numpy_T.default: _transposed,
     aten.chunk.default: _chunk,
     aten.add_.Tensor: _apart(aten.add.Tensor),

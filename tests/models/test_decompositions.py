@@ -82,6 +82,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "reshape": lambda x: x.transpose(1, 2).reshape(x.shape[0], 8),
     "reshape to an open size": lambda x: x.transpose(0, 1).reshape(2, -1),
     "flatten": lambda x: x.transpose(1, 2).flatten(1),
+    "expanded": lambda x: x[:, :1].expand_as(x) * x[0:0].new_ones(4).expand_as(torch.zeros(2, 4)) + x,
     "unflatten": lambda x: x.unflatten(2, (2, -1)).transpose(2, 3),
     "transposed, from a number": lambda x: x.transpose(1, 2) * (1 - torch.arange(8.0).reshape(2, 4).T),
     "chunk": lambda x: torch.cat(x.chunk(3, -1)[::-1], -1),
@@ -97,6 +98,7 @@ TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "a view of what is written": written_after_a_view,
     "another operator": lambda x: x.narrow(1, 0, 1) * 2,
     "clamped in place after no cast": lambda x: (y := x * 2).to(torch.float32).clamp_(0.5, 1.5) * y,
+    "expanded to an open size": lambda x: x.new_ones(1, 2, 4).expand_as(x) + x,
     "chunks of an axis of size 0": lambda x: torch.cat((*x[:, :0].chunk(3, 1), x), 1),
     "another dtype in place": lambda x: (x > 0.5).int().add_((x > 0.2).long()),
 }
