@@ -241,6 +241,30 @@ def _read_once(read: Callable[[], Any]) -> Any:
     return read()
 
 
+def types_promoted_as_traced() -> AbstractContextManager[Any]:
+    """A context in which PyTorch's exporter runs no operator again to find where ONNX needs a Cast.
+
+    The trace has recorded what each operator returns. One whose arguments are cast is run, as without this context.
+    """
+    promotion: Any = importlib.import_module("torch.onnx._internal.fx.passes.type_promotion")
+    interpreter: Any = getattr(promotion, "_TypePromotionInterpreter", None)
+    names = "run_node", "_maybe_promote_node", "_set_current_node"
+    if not (hasattr(promotion, "get_type_promotion_rule") and all(hasattr(interpreter, each) for each in names)):
+        return contextlib.nullcontext()
+    run = interpreter.run_node
+
+    def run_node(self: Any, node: torch.fx.Node) -> Any:
+        if node.op != "call_function" or "val" not in node.meta:
+            return run(self, node)
+        rule = promotion.get_type_promotion_rule(node, self.type_promotion_table)
+        if rule:
+            with self._set_current_node(node):
+                self._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    return mock.patch.object(interpreter, "run_node", run_node)
+
+
 def loaded_models_alone() -> AbstractContextManager[Any]:
     """A context in which transformers' exporter imports no models: those that it prepares for an export are loaded.
 

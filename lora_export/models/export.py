@@ -32,6 +32,7 @@ from lora_export.layers.torch_internals import (
     loaded_models_alone,
     own_buffers,
     own_parameters,
+    types_promoted_as_traced,
     without_stack_traces,
 )
 from lora_export.models.decompositions import decomposed_in_place
@@ -107,7 +108,8 @@ def _rules_by_operator() -> AbstractContextManager[Any]:
 
 
 RULES_BY_OPERATOR = SharedContext(_rules_by_operator)
-READ_ONCE, LOADED_ALONE = SharedContext(functions_read_once), SharedContext(loaded_models_alone)
+READ_ONCE = SharedContext(functions_read_once, types_promoted_as_traced)
+LOADED_ALONE = SharedContext(loaded_models_alone)
 WITHOUT_STACK_TRACES = SharedContext(without_stack_traces)
 
 

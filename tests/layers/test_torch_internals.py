@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from onnxscript.rewriter.rules.common import _basic_rules
-from torch import nn
+from torch import Tensor, nn
 
 from lora_export.errors import EnvironmentLacking
 from lora_export.layers import torch_internals
@@ -54,6 +55,7 @@ def test_reshaped_values_are_no_view() -> None:
     assert reshaped.shape == (3, 2) and not reshaped._is_view() and (x * 2).view(3, 2)._is_view()
 
 
+PROMOTION = "torch.onnx._internal.fx.passes.type_promotion"
 FUSIONS = "transformers.exporters.onnxruntime_fusions"
 NAMES = [
     ("torch", "_grouped_mm"),
@@ -64,6 +66,10 @@ NAMES = [
     ("torch._dynamo.exc", "TorchDynamoException"),
     ("torch.utils._python_dispatch", "TorchDispatchMode"),
     ("torch.onnx._internal._lazy_import", "onnxscript_apis", "get_torchlib_ops"),
+    (PROMOTION, "get_type_promotion_rule"),
+    (PROMOTION, "_TypePromotionInterpreter", "run_node"),
+    (PROMOTION, "_TypePromotionInterpreter", "_maybe_promote_node"),
+    (PROMOTION, "_TypePromotionInterpreter", "_set_current_node"),
     ("torch.utils._pytree", "tree_map"),
     ("transformers.exporters.utils", "import_dotted_path"),
     ("transformers", "PreTrainedConfig", "_experts_implementation"),
@@ -135,6 +141,30 @@ def test_the_functions_of_onnxscript_are_read_once() -> None:
         assert apis.get_torchlib_ops() is first
     outside = apis.get_torchlib_ops()
     assert outside is not first and len(outside) == len(first) > 400
+
+
+class Promoting(nn.Module):
+    def forward(self, x: Tensor, half: Tensor, numbers: Tensor) -> list[Tensor]:
+        positive = x > 0
+        several = [x + half, x * positive, numbers + x, numbers / 2, numbers**0.5, positive.sum(), positive + numbers]
+        return [*several, torch.where(positive, x, numbers), torch.where(positive, half, 1.5), half * 2, x.mean(0)]
+
+
+def test_casts_are_found_without_running_the_operators_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    run = torch.fx.Interpreter.call_function
+    monkeypatch.setattr(torch.fx.Interpreter, "call_function", lambda *args: ran.append(args[1]) or run(*args))
+    inputs = torch.rand(2, 3), torch.rand(2, 3).half(), torch.randint(1, 5, (2, 3))
+    graphs = []
+    for context in (contextlib.nullcontext(), torch_internals.types_promoted_as_traced()):
+        ran.clear()
+        with context:
+            program = torch.onnx.export(Promoting().eval(), inputs, dynamo=True, optimize=False, verbose=False)
+        nodes = [(node.op_type, [str(value.dtype) for value in node.outputs]) for node in program.model.graph]
+        graphs.append((nodes, len(ran)))
+    (expected, all_run), (found, run_again) = graphs
+    assert found == expected and sum(name == "Cast" for name, _ in found) > 8
+    assert 0 < run_again < all_run
 
 
 def test_one_fusion_of_the_cpu_makes_attention_over_a_cache() -> None:
