@@ -256,7 +256,8 @@ class _StoredPairs:
                 "channels of all groups, which no weight of a grouped convolution can do: it cannot be merged"
             )
         if (a.shape[0], b.shape[1]) != (rank, rank):
-            raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
+            why = self._why_other_rank(module)
+            raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}{why}")
         return LoraPair(
             a=a,
             b=b,
@@ -264,6 +265,17 @@ class _StoredPairs:
             magnitude=self._magnitude(module, b),
             embedding=embedding,
             as_stored=module in self.keys[PARAMETER],
+        )
+
+    def _why_other_rank(self, module: str) -> str:
+        """That several patterns state a rank of this module; empty where they do not."""
+        ranks = dict.fromkeys(self.config["rank_pattern"].values(targeted_name(module, self.keys)))
+        if len(ranks) < 2:
+            return ""
+        return (
+            f". Patterns of rank_pattern with the ranks {', '.join(map(str, ranks))} match it. PEFT takes the first. It "
+            f"saves them sorted, whatever their order was in training: restore that order in {ADAPTER_CONFIG}, in "
+            "alpha_pattern too"
         )
 
     def _magnitude(self, module: str, b: NDArray[Any]) -> NDArray[Any] | None:

@@ -531,6 +531,11 @@ ADAPTERS = [
     wrong(6, f"1 of 1 {MISFITS}", OTHER_SHAPE, tensors={A_KEY: np.eye(2, 5)}),
     wrong(8, f"{FILE_ERROR}  dense: A (2, 8) and B (8, 2) disagree with the config's rank 3\n", r=3),
     wrong(8, "dense: A (2, 8) and B (8, 3) disagree with the config's rank 2", tensors={B_KEY: np.ones((8, 3))}),
+    wrong(
+        8,
+        "disagree with the config's rank 4. Patterns of rank_pattern with the ranks 4, 2 match it. PEFT takes the first. ",
+        rank_pattern={"[d]ense": 4, "dense": 2},
+    ),
     *(
         wrong(9, f"{CONFIG_ERROR}{field} is {value!r}; it must be a positive number\n", **{field: value})
         for field in ("r", "lora_alpha")

@@ -16,10 +16,11 @@ from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, r
 from lora_export.formats.peft_config import checked_config, is_declared, targets_of, value_for_module
 from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER, is_of_trainer, whole_name
 from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
-from lora_export.formats.peft_records import layouts_of, metadata_of, read_token_rows
+from lora_export.formats.peft_records import layouts_of, metadata_of, notes_of_alphas, read_token_rows
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 
 ROOT = "base_model."  # before the names of shared tensors
+_ALPHAS = "alpha_pattern"
 
 
 @functools.cache
@@ -66,10 +67,13 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
         spelling=keys.spelling,
         scale_source=f"{kind.title}, by {ADAPTER_CONFIG}",
         metadata=metadata_of(folder, config),
-        notes=tuple(
-            f"{tensor} is saved whole, and the config does not declare it: it replaces the base's tensor"
-            for tensor in keys.whole
-            if not is_declared(tensor, config)
+        notes=(
+            *(notes_of_alphas({module: module for module in keys.parts}, config) if _ALPHAS in kind.patterns else ()),
+            *(
+                f"{tensor} is saved whole, and the config does not declare it: it replaces the base's tensor"
+                for tensor in keys.whole
+                if not is_declared(tensor, config)
+            ),
         ),
         sha256=hash_of_unchanged(file, folder / ADAPTER_CONFIG),
     )
