@@ -273,8 +273,8 @@ class _StoredPairs:
         if len(ranks) < 2:
             return ""
         return (
-            f". Patterns of rank_pattern with the ranks {', '.join(map(str, ranks))} match it. PEFT takes the first. It "
-            f"saves them sorted, whatever their order was in training: restore that order in {ADAPTER_CONFIG}, in "
+            f". Patterns of rank_pattern with the ranks {', '.join(map(str, ranks))} match it. PEFT takes the first, "
+            f"and saves them sorted, whatever their order was in training: restore it in {ADAPTER_CONFIG}, in "
             "alpha_pattern too"
         )
 

@@ -533,7 +533,7 @@ ADAPTERS = [
     wrong(8, "dense: A (2, 8) and B (8, 3) disagree with the config's rank 2", tensors={B_KEY: np.ones((8, 3))}),
     wrong(
         8,
-        "disagree with the config's rank 4. Patterns of rank_pattern with the ranks 4, 2 match it. PEFT takes the first. ",
+        "disagree with the config's rank 4. Patterns of rank_pattern with the ranks 4, 2 match it. PEFT takes",
         rank_pattern={"[d]ense": 4, "dense": 2},
     ),
     *(
