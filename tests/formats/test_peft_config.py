@@ -64,7 +64,7 @@ def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
         ({"target_modules": 3}, "target_modules is 3; its type must be str or list"),
         ({"rank_pattern": []}, "rank_pattern is []; its type must be dict"),
         ({"r": "16"}, "r is '16'; it must be a positive number"),
-        ({"lora_alpha": None}, "lora_alpha is None; it must be a positive number"),
+        ({"lora_alpha": None}, "lora_alpha is None; it must be a number other than 0"),
         ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias: PEFT allows only one of them"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
         ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
@@ -98,7 +98,7 @@ def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
         ({"peft_type": "PREFIX_TUNING"}, "cannot be merged into weights: it puts trained keys and values before those"),
         ({"rank_pattern": [1]}, "rank_pattern is [1]; its type must be dict"),
         ({"rank_pattern": {"fc": 0}}, "rank_pattern['fc'] is 0; it must be a positive number"),
-        ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a positive number"),
+        ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a number other than 0"),
         ({"alpha_pattern": {"(": 8}}, "alpha_pattern: the pattern '(' is not a regular expression"),
     ],
 )

@@ -537,9 +537,9 @@ ADAPTERS = [
         rank_pattern={"[d]ense": 4, "dense": 2},
     ),
     *(
-        wrong(9, f"{CONFIG_ERROR}{field} is {value!r}; it must be a positive number\n", **{field: value})
-        for field in ("r", "lora_alpha")
-        for value in (None, "16", 0, -16, True, [16], float("nan"), float("inf"), 10**400)
+        wrong(9, f"{CONFIG_ERROR}{field} is {value!r}; it must be a {what}\n", **{field: value})
+        for field, what, more in (("r", "positive number", [-16]), ("lora_alpha", "number other than 0", []))
+        for value in (None, "16", 0, True, [16], float("nan"), float("inf"), 10**400, *more)
     ),
     *(
         wrong(9, f"dense: lora_alpha {alpha:g} and rank 2 make a scale of {scale}, {TOO_WIDE}", lora_alpha=alpha)
