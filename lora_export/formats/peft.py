@@ -26,6 +26,7 @@ from lora_export.formats.adapter_files import (
     is_tensor_file,
     names_in,
     open_tensors,
+    read_floats,
     refuse_problems,
     stated_rank_and_alpha,
     weights_of,
@@ -216,7 +217,7 @@ class _StoredPairs:
 
     def _pairs_of(self, module: str) -> dict[str, LoraPair]:
         """The pair of a module; of a stacked parameter, the pair of each expert."""
-        a, b = (self.file.read(self.keys[side][module]) for side in (A, B))
+        a, b = (read_floats(self.file, self.keys[side][module]) for side in (A, B))
         targeted = targeted_name(module, self.keys)
         rank = value_for_module(targeted, self.config, "rank_pattern", "r")
         scale = adapter_scale(rank, value_for_module(targeted, self.config, "alpha_pattern", "lora_alpha"), self.config)

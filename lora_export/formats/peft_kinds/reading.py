@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from lora_export.errors import InputRefused, refuse_unprintable
-from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, refuse_problems, unwrapped
+from lora_export.formats.adapter_files import (
+    TensorSource,
+    hash_of_unchanged,
+    read_floats,
+    refuse_problems,
+    unwrapped,
+)
 from lora_export.formats.peft_config import checked_config, is_declared, targets_of, value_for_module
 from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER, is_of_trainer, whole_name
 from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
@@ -21,6 +27,7 @@ from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 
 ROOT = "base_model."  # before the names of shared tensors
 _ALPHAS = "alpha_pattern"
+_INTEGERS = "indices"  # in the names of parts that may have them
 
 
 @functools.cache
@@ -179,7 +186,7 @@ def _changes(
             continue
         values = {default: value_for_module(module, config, each, default) for each, default in kind.patterns.items()}
         try:
-            parts = {part: file.read(key) for part, key in own.items()}
+            parts = {part: file.read(key) if _INTEGERS in part else read_floats(file, key) for part, key in own.items()}
             change = kind.function(Stored(parts, {**config, **values}, shared, module, len(keys.parts), kind.title))
         except InputRefused as error:
             problems.append(f"{module}: {error}")
