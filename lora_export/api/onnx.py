@@ -144,6 +144,10 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
     _refuse_beside_parts(options)
     if not options.verify:
         _note_unused(options, is_graph=is_graph)
+        if options.dtype == "bfloat16" and options.provider == "cpu":  # a verdict names what ran the graph
+            options.on_message(
+                "note: onnxruntime's CPU provider has no kernels for bfloat16: it does not load the graph"
+            )
     if any(adapter.invocation_tokens for adapter in adapters):
         _refuse_activated(options, is_graph=is_graph)
     if options.dora and options.per_row > 1:
