@@ -137,7 +137,7 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
         experts=axes_of_experts(file, keys, config, pairs),
         tied=tied | tables_saved_again(rows, replaced),
         targets=targets_of(config),
-        saved_whole=tuple(config.get("modules_to_save") or ()),
+        saved_whole=config["modules_to_save"],
         invocation_tokens=tuple(config.get("alora_invocation_tokens") or ()),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},

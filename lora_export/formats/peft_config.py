@@ -15,7 +15,7 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import WRAPPERS, positive_number, unwrapped
 from lora_export.formats.patterns import Patterns
-from lora_export.lora import ParameterEnding, saved_module
+from lora_export.lora import ModuleEndings, ParameterEnding
 
 # `of_every_kind` and `of_lora` are fields that the readers use, or that do not affect the weights. Some belong to
 # `init_lora_weights`, such as `loftq_config`: PEFT leaves them beside `true` in an adapter that it has converted.
@@ -83,6 +83,7 @@ def checked_config(config: dict[str, Any], source: str, fields: ConfigFields = O
     for name in ("target_modules", "target_parameters", "modules_to_save"):
         if isinstance(config.get(name), list):
             config[name] = [unwrapped(each) for each in config[name]]
+    config["modules_to_save"] = ModuleEndings(config.get("modules_to_save") or ())
     return config
 
 
@@ -162,7 +163,8 @@ def is_declared(tensor: str, config: Mapping[str, Any]) -> bool:
     """Whether a config declares that this tensor is saved whole."""
     if tensor.rpartition(".")[2] == "bias" and config.get("bias", "none") != "none":
         return True
-    return bool(saved_module(tensor, tuple(config.get("modules_to_save") or ())))
+    saved: ModuleEndings | None = config.get("modules_to_save")
+    return bool(saved and saved.module_around(tensor))
 
 
 def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
         token_rows=rows,
         layouts=layouts_of(file, pairs, config),
         targets=targets_of(config) if pairs else (),
-        saved_whole=tuple(config.get("modules_to_save") or ()),
+        saved_whole=config["modules_to_save"],
         spelling=keys.spelling,
         scale_source=f"{kind.title}, by {ADAPTER_CONFIG}",
         metadata=metadata_of(folder, config),
