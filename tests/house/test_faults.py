@@ -46,7 +46,7 @@ FAULTS = {
     6: "an adapter for a base of other shapes",
     7: "an adapter for other weights of the same shapes",
     8: "A, B and the config name different ranks",
-    9: "an alpha that is missing, no number, not positive, or too large",
+    9: "an alpha that is missing, no number, zero, or too large",
     10: "a rank or a dimension of zero",
     11: "an adapter that changes nothing",
     12: "NaN, infinity or minus infinity among the values",
