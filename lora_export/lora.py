@@ -272,13 +272,27 @@ def is_weight_of(tensor: str, ending: str) -> bool:
     return f".{tensor}".endswith(f".{ending}.weight")
 
 
-def saved_module(tensor: str, endings: tuple[str, ...]) -> str:
-    """The outermost module around a tensor whose name ends so; empty where none does.
+class ModuleEndings(tuple[str, ...]):
+    """Endings of the names of modules, compared as PEFT compares `modules_to_save`: `norm` names `input_norm`, too."""
 
-    Endings are compared as PEFT compares `modules_to_save`: `norm` names `input_layernorm`, too.
-    """
-    ends = (dot.start() for dot in re.finditer(r"\.", tensor)) if endings else ()
-    return next((tensor[:end] for end in ends if tensor.endswith(endings, 0, end)), "")
+    @functools.cached_property
+    def _by_length(self) -> list[tuple[int, set[str]]]:
+        by_length: dict[int, set[str]] = {}
+        for ending in self:
+            by_length.setdefault(len(ending), set()).add(ending)
+        return sorted(by_length.items())
+
+    def module_around(self, tensor: str) -> str:
+        """The outermost module around a tensor whose name ends so; empty where none does.
+
+        Of many endings, each length costs as much as one.
+        """
+        for dot in re.finditer(r"\.", tensor) if self else ():
+            end = dot.start()
+            for length, endings in self._by_length:
+                if length <= end and tensor[end - length : end] in endings:
+                    return tensor[:end]
+        return ""
 
 
 def multiply(b: NDArray[np.float32], a: NDArray[np.float32], out: NDArray[np.float32]) -> None:

@@ -143,7 +143,7 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(f"MODEL is a graph already: name the adapters to put into it ({named('adapters')})")
     _refuse_beside_parts(options)
     if not options.verify:
-        _note_unused(options, is_graph=is_graph)
+        _note_without_proof(options, is_graph=is_graph)
     if any(adapter.invocation_tokens for adapter in adapters):
         _refuse_activated(options, is_graph=is_graph)
     if options.dora and options.per_row > 1:
@@ -163,8 +163,8 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(f"{named('reference')} names a PyTorch model; without it the graph is compared with itself")
 
 
-def _note_unused(options: OnnxRequest, *, is_graph: bool) -> None:
-    """Name the options of the proof, where there is none.
+def _note_without_proof(options: OnnxRequest, *, is_graph: bool) -> None:
+    """Name the options of the proof, where there is none, and a provider that the proof would find lacking.
 
     The shapes of a graph for rows may be measured by a run. An export may have no other example than `inputs`. Whether
     there is a provider for bf16 is checked before a graph is quantised.
@@ -175,6 +175,8 @@ def _note_unused(options: OnnxRequest, *, is_graph: bool) -> None:
         unused += [] if options.quantize and options.dtype == "bfloat16" else ["provider"]
     if names := [named(name) for name in unused if name in options.chosen()]:
         options.on_message(f"note: no effect without a proof ({named('verify', False)}): {' and '.join(names)}")
+    if options.dtype == "bfloat16" and options.provider == "cpu":
+        options.on_message("note: onnxruntime's CPU provider has no kernels for bfloat16: it does not load the graph")
 
 
 def _refuse_beside_parts(options: OnnxRequest) -> None:

@@ -229,6 +229,19 @@ def _sha256(path: Path, _state: tuple[int, ...]) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def read_floats(file: TensorSource, key: str) -> NDArray[Any]:
+    """A tensor of a pair. Raises InputRefused for integers, which a quantised tensor has in the place of its values."""
+    tensor = file.read(key)
+    refuse_integers(key, tensor)
+    return tensor
+
+
+def refuse_integers(key: str, tensor: NDArray[Any]) -> None:
+    """Raise InputRefused for integers, which a quantised tensor has in the place of its values."""
+    if tensor.dtype.kind in "iub":
+        raise InputRefused(f"{key} holds integers ({tensor.dtype}). If it is quantised, save the adapter in floats")
+
+
 # --- Numbers ---
 
 
@@ -318,7 +331,7 @@ def read_pairs(
             problems.append(f"{module}: {' and '.join(missing).upper()} is missing")
             continue
         try:
-            built = build(module, {side: file.read(key) for side, key in sides.items()})
+            built = build(module, {side: read_floats(file, key) for side, key in sides.items()})
         except InputRefused as error:
             problems.append(f"{module}: {error}")
             continue

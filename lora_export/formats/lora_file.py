@@ -20,6 +20,7 @@ from lora_export.formats.adapter_files import (
     is_pickle,
     names_in,
     open_tensors,
+    refuse_integers,
     refuse_problems,
     weights_of,
 )
@@ -153,6 +154,8 @@ class _FileChanges:
         first = next(iter(keys.values()))
         try:
             tensors = {part: self.file.read(key) for part, key in keys.items()}
+            for part in tensors.keys() - {KeyPart.ALPHA, KeyPart.ON_INPUT}:
+                refuse_integers(keys[part], tensors[part])
             if bad := [keys[part] for part, tensor in tensors.items() if not is_finite(tensor)]:
                 raise InputRefused(f"{', '.join(bad)} holds values that are not finite (NaN or infinity)")
             self._add(module, keys, tensors)

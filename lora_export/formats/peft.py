@@ -26,6 +26,7 @@ from lora_export.formats.adapter_files import (
     is_tensor_file,
     names_in,
     open_tensors,
+    read_floats,
     refuse_problems,
     stated_rank_and_alpha,
     weights_of,
@@ -136,7 +137,7 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
         experts=axes_of_experts(file, keys, config, pairs),
         tied=tied | tables_saved_again(rows, replaced),
         targets=targets_of(config),
-        saved_whole=tuple(config.get("modules_to_save") or ()),
+        saved_whole=config["modules_to_save"],
         invocation_tokens=tuple(config.get("alora_invocation_tokens") or ()),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},
@@ -216,7 +217,7 @@ class _StoredPairs:
 
     def _pairs_of(self, module: str) -> dict[str, LoraPair]:
         """The pair of a module; of a stacked parameter, the pair of each expert."""
-        a, b = (self.file.read(self.keys[side][module]) for side in (A, B))
+        a, b = (read_floats(self.file, self.keys[side][module]) for side in (A, B))
         targeted = targeted_name(module, self.keys)
         rank = value_for_module(targeted, self.config, "rank_pattern", "r")
         scale = adapter_scale(rank, value_for_module(targeted, self.config, "alpha_pattern", "lora_alpha"), self.config)
@@ -256,7 +257,8 @@ class _StoredPairs:
                 "channels of all groups, which no weight of a grouped convolution can do: it cannot be merged"
             )
         if (a.shape[0], b.shape[1]) != (rank, rank):
-            raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
+            why = self._why_other_rank(module)
+            raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}{why}")
         return LoraPair(
             a=a,
             b=b,
@@ -264,6 +266,17 @@ class _StoredPairs:
             magnitude=self._magnitude(module, b),
             embedding=embedding,
             as_stored=module in self.keys[PARAMETER],
+        )
+
+    def _why_other_rank(self, module: str) -> str:
+        """That several patterns state a rank of this module; empty where they do not."""
+        ranks = dict.fromkeys(self.config["rank_pattern"].values(targeted_name(module, self.keys)))
+        if len(ranks) < 2:
+            return ""
+        return (
+            f". Patterns of rank_pattern with the ranks {', '.join(map(str, ranks))} match it. PEFT takes the first, "
+            f"and saves them sorted, whatever their order was in training: restore it in {ADAPTER_CONFIG}, in "
+            "alpha_pattern too"
         )
 
     def _magnitude(self, module: str, b: NDArray[Any]) -> NDArray[Any] | None:

@@ -15,7 +15,7 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import WRAPPERS, positive_number, unwrapped
 from lora_export.formats.patterns import Patterns
-from lora_export.lora import ParameterEnding, saved_module
+from lora_export.lora import ModuleEndings, ParameterEnding
 
 # `of_every_kind` and `of_lora` are fields that the readers use, or that do not affect the weights. Some belong to
 # `init_lora_weights`, such as `loftq_config`: PEFT leaves them beside `true` in an adapter that it has converted.
@@ -48,12 +48,19 @@ class ConfigFields(NamedTuple):
     """The fields that the config of a kind of adapter may have."""
 
     supported: frozenset[str]
-    numbers: tuple[str, ...] = ()  # positive; there is no default: a missing alpha would silently become another scale
+    numbers: tuple[str, ...] = ()  # there is no default: a missing alpha would silently become another scale
     patterns: tuple[str, ...] = ()  # tables of patterns of modules
+    signed: frozenset[str] = frozenset()  # numbers and patterns that may be negative: PEFT subtracts the change then
     refused: Mapping[str, str] = {}  # field -> why a true value is refused
 
 
-OF_LORA = ConfigFields(SUPPORTED, ("r", "lora_alpha"), ("rank_pattern", "alpha_pattern"), REFUSED_FIELDS)
+OF_LORA = ConfigFields(
+    SUPPORTED,
+    ("r", "lora_alpha"),
+    ("rank_pattern", "alpha_pattern"),
+    frozenset({"lora_alpha", "alpha_pattern"}),
+    REFUSED_FIELDS,
+)
 
 
 def checked_config(config: dict[str, Any], source: str, fields: ConfigFields = OF_LORA) -> dict[str, Any]:
@@ -65,18 +72,27 @@ def checked_config(config: dict[str, Any], source: str, fields: ConfigFields = O
     if refused:
         raise InputRefused(f"{source}: " + "; ".join(refused))
     for name in fields.numbers:
-        positive_number(source, name, config.get(name), sys.float_info.max)
+        _refuse_other_number(source, name, config.get(name), is_signed=name in fields.signed)
     for name in fields.patterns:
         patterns = config.get(name) or {}
         for pattern, value in patterns.items():
-            positive_number(source, f"{name}[{pattern!r}]", value, sys.float_info.max)
+            _refuse_other_number(source, f"{name}[{pattern!r}]", value, is_signed=name in fields.signed)
             if wrappers := [wrapper for wrapper in WRAPPERS if wrapper in pattern]:
                 raise InputRefused(f"{source}: {name}[{pattern!r}] names {wrappers[0]}, which no module of a base has")
         config[name] = Patterns(patterns, source=f"{source}: {name}")
     for name in ("target_modules", "target_parameters", "modules_to_save"):
         if isinstance(config.get(name), list):
             config[name] = [unwrapped(each) for each in config[name]]
+    config["modules_to_save"] = ModuleEndings(config.get("modules_to_save") or ())
     return config
+
+
+def _refuse_other_number(source: str, name: str, value: Any, *, is_signed: bool) -> None:
+    """Raise InputRefused unless it is a positive number, or a negative one where it may be."""
+    if not is_signed:
+        positive_number(source, name, value, sys.float_info.max)
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) <= sys.float_info.max:
+        raise InputRefused(f"{source}: {name} is {value!r}; it must be a number other than 0")
 
 
 def _refused_of_lora(config: Mapping[str, Any]) -> list[str]:
@@ -138,7 +154,7 @@ def value_for_module(module: str, config: Mapping[str, Any], patterns: str, defa
 def adapter_scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
     """The factor of B A. Raises InputRefused where float32 cannot hold it: the change would be zero or infinite."""
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+    if not SMALLEST_SCALE <= abs(scale) <= LARGEST_SCALE:
         raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
     return scale
 
@@ -147,7 +163,8 @@ def is_declared(tensor: str, config: Mapping[str, Any]) -> bool:
     """Whether a config declares that this tensor is saved whole."""
     if tensor.rpartition(".")[2] == "bias" and config.get("bias", "none") != "none":
         return True
-    return bool(saved_module(tensor, tuple(config.get("modules_to_save") or ())))
+    saved: ModuleEndings | None = config.get("modules_to_save")
+    return bool(saved and saved.module_around(tensor))
 
 
 def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -38,12 +38,7 @@ def attention_note(module: str) -> str:
 def notes_of(keys: Keys, config: Mapping[str, Any], tied: Mapping[str, str]) -> tuple[str, ...]:
     """Choices of this reader that may surprise the user."""
     notes = [attention_note(module) for module, key in keys[A].items() if OUT_PROJ in key]
-    # PEFT saves its patterns sorted. Where several match, it may have trained with another one.
-    notes += [
-        f"{module}: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does"
-        for module in keys[A]
-        if len(set(config["alpha_pattern"].values(targeted_name(module, keys)))) > 1
-    ]
+    notes += notes_of_alphas({module: targeted_name(module, keys) for module in keys[A]}, config)
     notes += [
         f"{tensor} is saved whole, and the config does not declare it: it replaces the base's tensor"
         for tensor in keys[WHOLE]
@@ -65,6 +60,18 @@ def notes_of(keys: Keys, config: Mapping[str, Any], tied: Mapping[str, str]) -> 
         more = f" and {len(unused) - SHOWN_TENSORS} more" if len(unused) > SHOWN_TENSORS else ""
         notes.append(f"tensors that only training uses are left out: {', '.join(unused[:SHOWN_TENSORS])}{more}")
     return tuple(notes)
+
+
+def notes_of_alphas(modules: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
+    """The modules, by the names that patterns match, for which several patterns have different values of alpha.
+
+    PEFT saves its patterns sorted: it may have trained with another one.
+    """
+    return [
+        f"{module}: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does"
+        for module, name in modules.items()
+        if len(set(config["alpha_pattern"].values(name))) > 1
+    ]
 
 
 def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mapping[str, Any]) -> dict[str, str]:

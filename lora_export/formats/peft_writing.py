@@ -49,6 +49,7 @@ KEPT_FACTS = ("task_type", "base_model_name_or_path")
 HEADS_OF_TASKS = {
     "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)
 }  # fmt: skip
+NO_MODULES = "dummy-target-modules"  # PEFT refuses an empty list, and takes its defaults for none
 NEW_PEFT = "0.19.0"  # the first whose axes of stacked parameters are those that are written
 
 
@@ -238,7 +239,7 @@ def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[st
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": sorted(ends) if known else modules,
+        "target_modules": sorted(ends) if known else modules if pairs else NO_MODULES,
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": None,
         "bias": adapter.metadata.get("bias", "none"),

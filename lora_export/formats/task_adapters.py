@@ -23,6 +23,7 @@ from lora_export.formats.adapter_files import (
     names_in,
     open_tensors,
     positive_number,
+    read_floats,
     refuse_problems,
     stated_rank_and_alpha,
 )
@@ -118,7 +119,7 @@ def _scale(
 def _pair(file: TensorSource, module: str, sides: Mapping[str, str], task: int, scale: float) -> LoraPair:
     if missing := sorted({"A", "B"} - sides.keys()):
         raise InputRefused(f"lora_{missing[0]} is missing")
-    a, b = (file.read(sides[side]) for side in "AB")
+    a, b = (read_floats(file, sides[side]) for side in "AB")
     a, b = (one[None] if one.ndim == 2 else one for one in (a, b))
     if a.ndim != 3 or b.ndim != 3:
         raise InputRefused(

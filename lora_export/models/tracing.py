@@ -25,6 +25,7 @@ from lora_export.isolation.bounds import is_out_of_memory
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import ModelInputs
 from lora_export.models.stored_parameter import StoredParameter
+from lora_export.options.spelling import named
 
 USE_CACHE = "use_cache"
 
@@ -218,6 +219,7 @@ DEPENDS_ON_VALUES = (
     "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
     "export only the part of the model that a graph can contain."
 )
+OF_HALF_ALONE = re.compile(r"`.*\btorch\.float16\b.*`")  # such a line of BART's encoder looks for overflow
 NOT_IN_ONNX = "Compute it there with operators that ONNX has, or export only the part of the model before it."
 
 
@@ -275,6 +277,9 @@ def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
         cause, remedy = innermost_cause(error), DEPENDS_ON_VALUES
         if missing := MISSING_OPERATOR.search(cause):
             cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
+        elif OF_HALF_ALONE.search(cause):
+            others = f"{named('dtype', 'float32')} or {named('dtype', 'bfloat16')}"
+            remedy = f"That line depends on values in float16 alone: export in another precision ({others}). {remedy}"
         raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", *ways, remedy) from error
 
 

@@ -2,7 +2,8 @@
 
 A change under one name would silently change the others. Without a decision it is refused. `UNTIE` gives each name a
 tensor of its own: that is what PEFT's layers compute, as each adds its pair beside the shared weight. `BOTH` changes
-the shared tensor: that is what PEFT's `merge_and_unload` does to it.
+the shared tensor: that is what PEFT's `merge_and_unload` does to it with A and B. Of a module that the adapter saves
+whole, PEFT's merge is that of `UNTIE`.
 """
 
 from __future__ import annotations

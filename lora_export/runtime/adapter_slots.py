@@ -331,7 +331,8 @@ def _factors(
 ) -> NDArray[np.float32] | None:
     """The factors of the adapters of each row; None where each row has one, at full strength.
 
-    Raises InputRefused for factors of single adapters, which no run would use, and for more rows or factors than ids.
+    Raises InputRefused for factors of single adapters, which no run would use, for more rows or factors than ids, and
+    for factors that are not finite.
     """
     if ids.ndim == 1:
         if scales is not None:
@@ -342,9 +343,12 @@ def _factors(
     factors = np.ones(ids.shape, np.float32)
     if scales is None:
         return factors
-    rows = [np.asarray(row, np.float32) for row in scales]
+    with np.errstate(over="ignore"):  # it is refused
+        rows = [np.asarray(row, np.float32) for row in scales]
     if len(rows) != len(ids) or any(row.ndim != 1 or len(row) > ids.shape[1] for row in rows):
         raise InputRefused(f"scales need a list for each of {len(ids)} rows, of at most {ids.shape[1]} factors")
     for own, row in zip(factors, rows, strict=True):
         own[: len(row)] = row
+    if not np.isfinite(factors).all():
+        raise InputRefused("scales must be finite numbers in float32")
     return factors

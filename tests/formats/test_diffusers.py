@@ -97,7 +97,7 @@ def recorded(**fields: object) -> dict[str, str]:
         (recorded(r=3), None, "its rank is 2, and lora_adapter_metadata in the header of .* states 3"),
         (recorded(), 4.0, "it has an alpha of its own beside lora_adapter_metadata"),
         (recorded(use_qalora=True), None, "use_qalora: QA-LoRA is not supported"),
-        (recorded(lora_alpha=0), None, "lora_alpha is 0; it must be a positive number"),
+        (recorded(lora_alpha=0), None, "lora_alpha is 0; it must be a number other than 0"),
         ({"lora_adapter_metadata": "["}, None, "lora_adapter_metadata in the header of .* is not JSON"),
         (
             {"lora_adapter_metadata": '{"r": 2, "lora_alpha": 16}'},

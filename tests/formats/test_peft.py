@@ -42,6 +42,7 @@ def mlp() -> Mlp:
     "config",
     [
         {"r": 3, "lora_alpha": 7, "target_modules": ["first", "last"], "use_rslora": True},
+        {"lora_alpha": -7, "target_modules": ["first", "last"], "alpha_pattern": {"last": -2}},
         {
             "r": 2,
             "lora_alpha": 4,

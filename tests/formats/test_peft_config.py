@@ -12,7 +12,7 @@ import torch
 
 from lora_export import formats
 from support.peft_folders import refusal, simple
-from support.peft_models import Mlp, agrees, read_back, trained
+from support.peft_models import Mlp, fill, read_back, trained
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +22,23 @@ def mlp() -> Mlp:
 
 
 @pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    "kind", [peft.LoraConfig(r=2, lora_alpha=4, target_modules=["up"]), peft.LoHaConfig(r=2, target_modules=["up"])]
+)
 @pytest.mark.fault(18)
-def test_the_first_matching_pattern_is_used_and_others_are_noted(mlp, tmp_path, order):
+def test_the_first_matching_pattern_is_used_and_others_are_noted(mlp, tmp_path, kind, order):
     # PEFT saves its patterns sorted, whatever their order was when it trained: what it reads back is the truth.
-    trained(mlp, r=2, lora_alpha=4, target_modules=["up", "last"]).save_pretrained(tmp_path)
+    model = peft.get_peft_model(copy.deepcopy(mlp), copy.deepcopy(kind))
+    fill(model)
+    model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["alpha_pattern"] = dict([("blocks.1.up", 5), (r"blocks\.\d\.up", 6)][::order])
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     adapter = formats.load(tmp_path)
-    assert agrees(adapter, peft.PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path))
-    assert adapter.pairs["blocks.1.up"].scale == (2.5 if order == 1 else 3)
+    layer = peft.PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path).get_submodule("base_model.model.blocks.1.up")
+    pair = adapter.pairs["blocks.1.up"]
+    assert torch.allclose(layer.get_delta_weight("default"), torch.tensor(pair.delta()), rtol=1e-5)
+    assert pair.scale == (2.5 if order == 1 else 3)
     assert adapter.notes == (
         "blocks.1.up: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does",
     )
@@ -57,7 +64,7 @@ def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
         ({"target_modules": 3}, "target_modules is 3; its type must be str or list"),
         ({"rank_pattern": []}, "rank_pattern is []; its type must be dict"),
         ({"r": "16"}, "r is '16'; it must be a positive number"),
-        ({"lora_alpha": None}, "lora_alpha is None; it must be a positive number"),
+        ({"lora_alpha": None}, "lora_alpha is None; it must be a number other than 0"),
         ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias: PEFT allows only one of them"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
         ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
@@ -91,7 +98,7 @@ def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
         ({"peft_type": "PREFIX_TUNING"}, "cannot be merged into weights: it puts trained keys and values before those"),
         ({"rank_pattern": [1]}, "rank_pattern is [1]; its type must be dict"),
         ({"rank_pattern": {"fc": 0}}, "rank_pattern['fc'] is 0; it must be a positive number"),
-        ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a positive number"),
+        ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a number other than 0"),
         ({"alpha_pattern": {"(": 8}}, "alpha_pattern: the pattern '(' is not a regular expression"),
     ],
 )

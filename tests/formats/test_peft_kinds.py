@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft.tuners.frod import model as peft_frod
 from safetensors.numpy import load_file, save_file
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
@@ -229,7 +230,12 @@ def test_a_damaged_adapter_is_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("LoHa: linear", {"alpha": None}, "alpha is None; it must be a positive number"),
+        ("LoHa: linear", {"alpha": None}, "alpha is None; it must be a number other than 0"),
+        (
+            "AdaLora: linear",
+            {"lora_alpha": -3},
+            "lora_alpha is -3; it must be a positive number",
+        ),  # PEFT takes the rank
         ("LoHa: linear", {"r": 3}, "up: its tensors have the rank 2, the config's is 3"),
         ("LoHa: linear", {"new_idea": 1}, "unknown fields: new_idea"),
         ("C3A: blocks", {"block_size": 3}, r"up: c3a_kernel is \(3, 2, 6\), the config's block_size is 3"),
@@ -252,6 +258,22 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, name, config, message):
         le.merge(one.base, one.adapter, tmp_path / "out.safetensors", layout=LAYOUT)
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_layer_of_prime_width_is_not_rotated(tmp_path, is_shared):
+    """PEFT makes blocks of one input of it, whatever the size that the config has."""
+    net = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 4))
+    save_file({name: value.numpy() for name, value in net.state_dict().items()}, tmp_path / "base.safetensors")
+    config = peft.OFTConfig(target_modules=["0", "1"], oft_block_size=3, block_share=is_shared)
+    model = peft.get_peft_model(net, config)
+    fill(model)
+    model.save_pretrained(tmp_path / "one")
+    le.merge(tmp_path / "base.safetensors", tmp_path / "one", tmp_path / "out.safetensors", layout={"*": "out_in"})
+    merged = load_file(tmp_path / "out.safetensors")
+    for name, value in model.merge_and_unload().state_dict().items():
+        np.testing.assert_allclose(merged[name], value, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(merged["1.weight"], load_file(tmp_path / "base.safetensors")["1.weight"])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -261,8 +283,6 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, name, config, message):
         ("Frod: linear", {"save_projection": False}, "Save the adapter with save_projection=True"),
         ("UniLora: saved indices", {"save_indices": False}, "Save the adapter with save_indices=True"),
         ("HRA: linear", {"r": 6, "apply_GS": True}, r"point: hra_u is \(4, 6\): .* at most the number of inputs"),
-        ("OFT: exact", {"oft_block_size": 1}, r"is \(12, 0\): blocks of size 1 have no rotation, and change nothing"),
-        ("OFT: shared block", {"oft_block_size": 1}, r"is \(1, 0\): blocks of size 1 have no rotation"),
     ],
 )
 def test_options_that_leave_no_matrix_are_named(tmp_path, name, options, message):

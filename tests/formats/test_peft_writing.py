@@ -172,24 +172,26 @@ def loaded_by_peft(folder: Path) -> tuple[Nested, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("replaced", "saved", "bias"),
+    ("pairs", "replaced", "saved", "bias"),
     [
-        (WHOLE | BIAS, ["norm"], "lora_only"),
-        (NORM_BIAS, None, "all"),
-        (BIAS | NORM_BIAS, None, "all"),
-        (OF_BIAS, ["position_bias"], "none"),
-        (OF_BIAS | NORM_BIAS, None, "all"),
+        (PAIRS, WHOLE | BIAS, ["norm"], "lora_only"),
+        (PAIRS, NORM_BIAS, None, "all"),
+        (PAIRS, BIAS | NORM_BIAS, None, "all"),
+        (PAIRS, OF_BIAS, ["position_bias"], "none"),
+        (PAIRS, OF_BIAS | NORM_BIAS, None, "all"),
+        ({}, WHOLE, ["norm"], "none"),
+        ({}, NORM_BIAS, None, "all"),
     ],
 )
 def test_peft_applies_each_pair_and_whole_tensor(
-    tmp_path: Path, replaced: dict[str, np.ndarray], saved: list[str] | None, bias: str
+    tmp_path: Path, pairs: dict[str, LoraPair], replaced: dict[str, np.ndarray], saved: list[str] | None, bias: str
 ) -> None:
-    write_any_ranks(Adapter("x", "made", PAIRS, replaced=replaced), tmp_path)
+    write_any_ranks(Adapter("x", "made", pairs, replaced=replaced), tmp_path)
     config = read_json(tmp_path / "adapter_config.json")
     assert (config["modules_to_save"], config["bias"]) == (saved, bias)
     plain, found = loaded_by_peft(tmp_path)
     state = plain.state_dict()
-    for module, own in PAIRS.items():
+    for module, own in pairs.items():
         state[f"{module}.weight"] += torch.from_numpy(own.delta())
     state.update({name: torch.from_numpy(value) for name, value in replaced.items()})
     before = plain(X).detach()

@@ -46,7 +46,7 @@ FAULTS = {
     6: "an adapter for a base of other shapes",
     7: "an adapter for other weights of the same shapes",
     8: "A, B and the config name different ranks",
-    9: "an alpha that is missing, no number, not positive, or too large",
+    9: "an alpha that is missing, no number, zero, or too large",
     10: "a rank or a dimension of zero",
     11: "an adapter that changes nothing",
     12: "NaN, infinity or minus infinity among the values",
@@ -531,10 +531,15 @@ ADAPTERS = [
     wrong(6, f"1 of 1 {MISFITS}", OTHER_SHAPE, tensors={A_KEY: np.eye(2, 5)}),
     wrong(8, f"{FILE_ERROR}  dense: A (2, 8) and B (8, 2) disagree with the config's rank 3\n", r=3),
     wrong(8, "dense: A (2, 8) and B (8, 3) disagree with the config's rank 2", tensors={B_KEY: np.ones((8, 3))}),
+    wrong(
+        8,
+        "disagree with the config's rank 4. Patterns of rank_pattern with the ranks 4, 2 match it. PEFT takes",
+        rank_pattern={"[d]ense": 4, "dense": 2},
+    ),
     *(
-        wrong(9, f"{CONFIG_ERROR}{field} is {value!r}; it must be a positive number\n", **{field: value})
-        for field in ("r", "lora_alpha")
-        for value in (None, "16", 0, -16, True, [16], float("nan"), float("inf"), 10**400)
+        wrong(9, f"{CONFIG_ERROR}{field} is {value!r}; it must be a {what}\n", **{field: value})
+        for field, what, more in (("r", "positive number", [-16]), ("lora_alpha", "number other than 0", []))
+        for value in (None, "16", 0, True, [16], float("nan"), float("inf"), 10**400, *more)
     ),
     *(
         wrong(9, f"dense: lora_alpha {alpha:g} and rank 2 make a scale of {scale}, {TOO_WIDE}", lora_alpha=alpha)

@@ -166,6 +166,22 @@ def test_an_operator_that_onnx_lacks_is_named_with_its_module_and_line() -> None
     assert remedy.startswith("Compute it there with operators that ONNX has")
 
 
+class OfHalf(nn.Module):
+    """As BART's encoder looks for overflow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16 and not torch.isfinite(x).all():
+            x = x.clamp(-1, 1)
+        return x + 1
+
+
+def test_another_precision_is_a_way_out_of_a_line_for_float16() -> None:
+    with pytest.raises(RuntimeRefused, match=r"in forward: `if .*`") as caught:
+        to_onnx(OfHalf().eval(), {"x": torch.ones(4, 4, dtype=torch.float16)}, axes={})
+    assert '(dtype="float32" or dtype="bfloat16"). Change that line' in str(caught.value)
+    to_onnx(OfHalf().eval(), {"x": torch.ones(4, 4)}, axes={})
+
+
 def test_other_refusals_have_their_cause_and_the_ways_out() -> None:
     cause = ValueError("no such thing\n\nand much more")
     with pytest.raises(RuntimeRefused) as caught, exporter_refusals(nn.Linear(1, 1), "Another way."):

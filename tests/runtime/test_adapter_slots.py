@@ -205,6 +205,9 @@ def test_several_adapters_of_a_row_are_added_up(tmp_path: Path) -> None:
     for wrong in (scales[:2], [*scales[:2], [1.0, 1.0, 1.0]], np.ones(3), np.ones((3, 2, 1))):
         with pytest.raises(InputRefused, match="a list for each of 3 rows, of at most 2 factors"):
             slots.run({"x": X[:3]}, rows, scales=wrong)
+    for bad in (np.nan, -np.inf, 1e39):
+        with pytest.raises(InputRefused, match="scales must be finite numbers in float32"):
+            slots.run({"x": X[:3]}, rows, scales=[[1.0, bad], [1.0], [1.0]])
     with pytest.raises(InputRefused, match="2 adapters on a row, not 3"):
         slots.run({"x": X[:1]}, [["a", "b", "c"]])
 

@@ -59,7 +59,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     def case(name: str, config: Any, targets: tuple[str, ...] = LINEAR, **options: Any) -> tuple[str, Case]:
         return f"{config.__name__.removesuffix('Config')}: {name}", Case(config, targets, options)
 
-    patterns = {"rank_pattern": {"down": 2}, "alpha_pattern": {"down": 5}}
+    patterns = {"rank_pattern": {"down": 2}, "alpha_pattern": {"down": -5}}
     for config in (peft.LoHaConfig, peft.LoKrConfig):
         yield case("linear", config, r=2, alpha=3)
         yield case("patterns", config, r=3, alpha=4, **patterns)

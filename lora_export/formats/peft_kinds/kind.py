@@ -16,6 +16,7 @@ from lora_export.formats.peft_config import OF_EVERY_KIND, ConfigFields
 from lora_export.lora import LoraPair, TokenRows
 
 Config = Mapping[str, Any]
+_SIGNED = frozenset({"alpha", "alpha_pattern", "randlora_alpha"})  # not AdaLoRA's: PEFT takes the rank for it then
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Kind:
     @property
     def config_fields(self) -> ConfigFields:
         supported = OF_EVERY_KIND | {*self.fields, *self.numbers, *self.patterns, *self.patterns.values()}
-        return ConfigFields(supported, tuple(self.numbers), tuple(self.patterns), self.refused)
+        return ConfigFields(supported, tuple(self.numbers), tuple(self.patterns), _SIGNED, self.refused)
 
     @property
     def function(self) -> Callable[[Stored], LoraPair | ModuleChange]:

@@ -12,14 +12,22 @@ from typing import Any
 import numpy as np
 
 from lora_export.errors import InputRefused, refuse_unprintable
-from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, refuse_problems, unwrapped
+from lora_export.formats.adapter_files import (
+    TensorSource,
+    hash_of_unchanged,
+    read_floats,
+    refuse_problems,
+    unwrapped,
+)
 from lora_export.formats.peft_config import checked_config, is_declared, targets_of, value_for_module
 from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER, is_of_trainer, whole_name
 from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
-from lora_export.formats.peft_records import layouts_of, metadata_of, read_token_rows
+from lora_export.formats.peft_records import layouts_of, metadata_of, notes_of_alphas, read_token_rows
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 
 ROOT = "base_model."  # before the names of shared tensors
+_ALPHAS = "alpha_pattern"
+_INTEGERS = "indices"  # in the names of parts that may have them
 
 
 @functools.cache
@@ -62,14 +70,17 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
         token_rows=rows,
         layouts=layouts_of(file, pairs, config),
         targets=targets_of(config) if pairs else (),
-        saved_whole=tuple(config.get("modules_to_save") or ()),
+        saved_whole=config["modules_to_save"],
         spelling=keys.spelling,
         scale_source=f"{kind.title}, by {ADAPTER_CONFIG}",
         metadata=metadata_of(folder, config),
-        notes=tuple(
-            f"{tensor} is saved whole, and the config does not declare it: it replaces the base's tensor"
-            for tensor in keys.whole
-            if not is_declared(tensor, config)
+        notes=(
+            *(notes_of_alphas({module: module for module in keys.parts}, config) if _ALPHAS in kind.patterns else ()),
+            *(
+                f"{tensor} is saved whole, and the config does not declare it: it replaces the base's tensor"
+                for tensor in keys.whole
+                if not is_declared(tensor, config)
+            ),
         ),
         sha256=hash_of_unchanged(file, folder / ADAPTER_CONFIG),
     )
@@ -175,7 +186,7 @@ def _changes(
             continue
         values = {default: value_for_module(module, config, each, default) for each, default in kind.patterns.items()}
         try:
-            parts = {part: file.read(key) for part, key in own.items()}
+            parts = {part: file.read(key) if _INTEGERS in part else read_floats(file, key) for part, key in own.items()}
             change = kind.function(Stored(parts, {**config, **values}, shared, module, len(keys.parts), kind.title))
         except InputRefused as error:
             problems.append(f"{module}: {error}")

@@ -20,15 +20,16 @@ _Wide = NDArray[np.float64]
 def oft(stored: Stored) -> WeightTransform:
     """OFT in PEFT: each block of a layer's inputs is rotated, W' = W Rᵀ (Qiu et al. 2023). Of a table, its columns are.
 
-    A rotation is the Cayley transform of a skew-symmetric matrix, or the first terms of its series.
+    A rotation is the Cayley transform of a skew-symmetric matrix, or the first terms of its series. That of a block of
+    size 1, which PEFT makes of a layer of prime width, changes nothing.
     """
     config, parts = stored.config, stored.parts
     if len(parts) != 1:
         raise InputRefused("it has rotations of a layer and of a table")
     (part,) = parts
-    if parts[part].shape[-1:] == (0,):
-        raise InputRefused(f"{part} is {parts[part].shape}: blocks of size 1 have no rotation, and change nothing")
-    rows, embedding = stored.part(part, 2), part == _OF_TABLE
+    stands_still = parts[part].ndim == 2 and parts[part].shape[1] == 0 < len(parts[part])  # blocks of size 1
+    rows = parts[part].astype(np.float32) if stands_still else stored.part(part, 2)
+    embedding = part == _OF_TABLE
     block = (1 + math.isqrt(1 + 8 * rows.shape[-1])) // 2  # rows.shape[1] = block (block - 1) / 2
     if block * (block - 1) != 2 * rows.shape[1]:
         raise InputRefused(f"{part} is {rows.shape}; it has the upper half of a square matrix for each block")
