@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import ml_dtypes
 import numpy as np
@@ -217,10 +216,7 @@ def test_an_adapter_counts_its_parameters_and_knows_its_keys():
         adapter.pairs["y"] = pair()
 
 
-def test_many_names_of_saved_modules_cost_little():
-    """Each name of a tensor was compared with each of them: 100,000 and 10,000 took 24 seconds."""
-    endings = ModuleEndings(f"head{number}" for number in range(5_000))
-    start = time.process_time()
-    assert not any(endings.module_around(f"model.layers.{number}.q_proj.weight") for number in range(20_000))
-    assert time.process_time() - start < 1
-    assert endings.module_around("model.a_head7.head8.weight") == "model.a_head7"
+def test_the_outermost_saved_module_around_a_tensor_is_found():
+    endings = ModuleEndings(["head8", "a_head7", "norm"])
+    tensors = ["m.a_head7.head8.weight", "m.input_norm.weight", "norm.bias", "m.head81.weight", "m.norm", "head"]
+    assert [endings.module_around(each) for each in tensors] == ["m.a_head7", "m.input_norm", "norm", "", "", ""]
