@@ -29,7 +29,7 @@ def test_a_targeted_layer_without_tensors_is_missing(own, stored, parts):
 
 
 @pytest.mark.parametrize(("own", "stored"), [(NEW, OLD), (OLD, NEW)])
-def test_a_target_that_is_the_name_of_one_layer_is_no_target_of_the_others(own, stored):
+def test_a_target_that_names_one_layer_is_no_target_of_the_others(own, stored):
     some = holding(pairs=numbered(own[1:3]), targets=tuple(own[1:3]))  # v_proj of layer 0, q_proj of layer 1
     assert [step.weight for step in plan.make([some], base(stored), rules=VIT).steps] == [
         f"{name}.weight" for name in stored[1:3]
@@ -37,7 +37,7 @@ def test_a_target_that_is_the_name_of_one_layer_is_no_target_of_the_others(own, 
 
 
 @pytest.mark.parametrize("target", ["vit.pooler.dense", "pooler.dense"])
-def test_a_target_of_several_parts_is_no_target_of_each_layer_with_its_last_part(target):
+def test_a_target_of_several_parts_is_no_target_by_its_last_part(target):
     targets = (OLD[0], "layer.1.dense", target)
     some = holding(pairs=numbered([OLD[0], "other.layer.1.dense", "vit.pooler.dense"]), targets=targets)
     stored = [NEW[0], "other.layer.0.dense", "other.layer.1.dense", "vit.pooler.dense"]

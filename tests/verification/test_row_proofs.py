@@ -174,7 +174,7 @@ def test_mixed_batch_is_judged_from_each_rows_first_token(
         ((3, 3), (0, 1), parity.Outcome.DIFFERENT),  # three numbers of each row, for all that is known
     ],
 )
-def test_numbers_between_rows_of_different_adapters_are_not_judged(
+def test_numbers_between_rows_of_other_adapters_are_not_judged(
     batches: tuple[int, int], wrong: tuple[int, int], outcome: parity.Outcome
 ) -> None:
     rng = np.random.default_rng(0)
