@@ -25,6 +25,7 @@ OVERSAMPLING = 10  # columns beyond the rank, at least
 CONVERGED = 1e-4  # part of the share that is captured which an iteration adds, at least
 FIRST_RANK = 16  # that a search for a rank begins with
 GRAM_FROM = 4  # a rank above 1/4 of the largest one is found faster by the Gram matrix
+LEAST_OUTSIDE = 0.1  # length outside of a span of a unit vector that is a new direction, and no rounding
 RowBlock = tuple[slice, NDArray[np.float32]]  # rows, and these rows of the matrix
 
 
@@ -171,8 +172,9 @@ class BlockedMatrix(ABC):
             if basis.shape[1] + width > min(self.shape):
                 break
             q = self.times(_orthonormal(turned))
-            for _ in range(2):  # the second time mends what rounding left of the first
-                q = _orthonormal(q - basis @ (basis.T @ q))
+            q = _orthonormal(q - basis @ (basis.T @ q))
+            # What rounding left of the first time may be inside of the span: next to nothing of that is left now.
+            q = _orthonormal(q - basis @ (basis.T @ q), least=LEAST_OUTSIDE)
             basis = np.hstack([basis, q])
         best = vectors[:, ::-1][:, :width]
         own = basis[:, : len(best)]
@@ -211,15 +213,16 @@ def _from_basis(basis: NDArray[np.float64], products: NDArray[np.float64], energ
     return SingularValues(basis, s, (products / np.where(s, s, 1)).T, energy)
 
 
-def _orthonormal(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+def _orthonormal(matrix: NDArray[np.float32], *, least: float = 0) -> NDArray[np.float32]:
     """Orthonormal columns that span those of a tall matrix, but for directions below a millionth of the largest.
 
+    Directions shorter than `least` are left out, too. There may be none.
     By the eigenvectors of the small Gram matrix, twice: the second time mends what rounding left of the first. LAPACK's
     QR took half of the time of an extraction.
     """
     columns = matrix.astype(np.float64)
     for _ in range(2):
         values, vectors = np.linalg.eigh(columns.T @ columns)
-        found = values > values[-1] * 1e-12
+        found = values > max(values.max(initial=0) * 1e-12, least**2)
         columns = columns @ (vectors[:, found] / np.sqrt(values[found]))
     return columns.astype(np.float32)

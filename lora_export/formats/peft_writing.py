@@ -286,7 +286,8 @@ def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArra
         if module in adapter.pairs and kind == "bias" and fields["bias"] == "none":
             fields["bias"] = "lora_only"
     heads = HEADS_OF_TASKS.get(fields.get("task_type", ""), ())
-    if heads and (not saved or any(_head_around(module, heads) for module in adapter.pairs)):
+    has_head = any(_head_around(module, heads) for module in saved)
+    if heads and (not has_head or any(_head_around(module, heads) for module in adapter.pairs)):
         heads = ()
         del fields["task_type"]  # PEFT would look for a head that is not there
     fields["modules_to_save"] = sorted({_head_around(module, heads) or module for module in saved}) or None

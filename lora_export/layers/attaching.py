@@ -58,7 +58,7 @@ def attach(
 
     A and B are registered as `X.lora_A.NAME` and `X.lora_B.NAME`, DoRA's magnitude as `X.lora_magnitude.NAME`;
     all other names stay. A convolution's A has its stride, padding and dilation, so that the branch is W + ΔW
-    (PEFT gives it no dilation, and cannot run it then). With `trainable`, the base is frozen, and A, B, the
+    (PEFT gives it no dilation, and runs it beside "same" alone). With `trainable`, the base is frozen, and A, B, the
     magnitudes and the replaced tensors require gradients. Rows of a table are then a parameter `X.lora_rows` of their
     own, which all names of a tied table share; and a pair may be trained on one name of a tied weight, since W does
     not change. `dropout` is the part of the inputs of A that is dropped in train mode. An embedding has none.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lora_export.errors import InputRefused, Misfit
-from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
+from lora_export.lora import Adapter, ExpertAxes, LoraPair, ParameterEnding, split_part
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
 from lora_export.names.loaded_names import Conversion, LoadedNames, LoadedTensor
@@ -203,14 +203,21 @@ class AsOriginal(_ByTransformers):
         return None if spec is None else spec.shape
 
     def misfits(self, spelled: Adapter) -> list[Misfit]:
-        targets = set(self.adapter.targets)
-        new = {
-            name.rpartition(".")[2]
-            for module in self.adapter.pairs
-            if any(f".{module}".endswith(f".{target}") for target in targets)
-            for name in (module_of_tensor(split_part(tensor)[0]) for tensor in self.weights_of(module))
-        }
-        return missing_targets(replace(spelled, targets=tuple(sorted(new))), self.prefix, self.base)
+        return missing_targets(replace(spelled, targets=tuple(sorted(self._targets_in_base()))), self.prefix, self.base)
+
+    def _targets_in_base(self) -> set[str]:
+        """The adapter's targets in the base's names: as they are, whole names of single layers, or the last part."""
+        numbered = [name for name in self.adapter.targets if any(part.isdigit() for part in name.split("."))]
+        tensors = [f"{name}.weight" for name in numbered if not isinstance(name, ParameterEnding)]
+        loaded = LoadedNames(self.rules, tensors)
+        found = {module_of_tensor(self.prefix.to_base(name) or name) for name in loaded}
+        of_one = {*numbered, *self.adapter.pairs}
+        for module in self.adapter.pairs:
+            names = [module_of_tensor(split_part(tensor)[0]) for tensor in self.weights_of(module)]
+            for target in (each for each in self.adapter.targets if f".{module}".endswith(f".{each}")):
+                kept = {target for name in names if f".{name}".endswith(f".{target}")}
+                found |= kept or {name if target in of_one else name.rpartition(".")[2] for name in names}
+        return found
 
 
 def converted_attempts(

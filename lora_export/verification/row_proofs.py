@@ -224,13 +224,33 @@ def mixed_rows(adapters: int, per_row: int) -> list[MixedRow]:
 
 def _judged(proofs: Sequence[Proof], cases: Sequence[parity.Case]) -> Proof:
     first, last = proofs[0], proofs[-1]
-    verdict = parity.judge(cases, dtype=last.verdict.dtype)
+    notes = tuple(
+        f"{name} has numbers between the rows of a batch: those between rows with different adapters were not judged"
+        for name in _outputs_between_rows(first)
+    )
+    verdict = parity.judge(cases, dtype=last.verdict.dtype, findings=parity.Findings(notes))
     return Proof(verdict, first.placement, last.about, first.inputs, tuple(cases))
+
+
+def _outputs_between_rows(proof: Proof) -> list[str]:
+    """The outputs with numbers for each two rows of a batch, as CLIP has them for each image and text.
+
+    Their first two axes have the size of the batch, whatever this is: nothing is known from batches of one size.
+    """
+    sizes = [len(next(iter(arrays.values()))) for arrays in proof.inputs.values()]
+    if len(set(sizes)) < 2:
+        return []
+    return [
+        name
+        for name in proof.cases[0].reference
+        if all(case.reference[name].shape[:2] == (size, size) for case, size in zip(proof.cases, sizes, strict=True))
+    ]
 
 
 def _mixed_cases(candidate: Runner, proofs: Sequence[Proof], rows: Sequence[MixedRow]) -> list[parity.Case]:
     """A case for each of the inputs, whose rows are these, over and over."""
     cases = []
+    between_rows = _outputs_between_rows(proofs[0])
     for number, (name, arrays) in enumerate(proofs[0].inputs.items()):
         alone = [proof.cases[number] for proof in proofs]
         batch = len(next(iter(arrays.values())))
@@ -240,7 +260,9 @@ def _mixed_cases(candidate: Runner, proofs: Sequence[Proof], rows: Sequence[Mixe
         outputs = named_as(alone[0].reference, candidate.run(arrays))
         own = [rows[row % len(rows)] for row in range(batch)]
         places = np.array([row.proof for row in own])
-        cases.append(_mixed(alone, places, {key: outputs[key] for key in by_row}, ", ".join(map(str, own))))
+        mixed = _mixed(alone, places, {key: outputs[key] for key in by_row}, ", ".join(map(str, own)))
+        apart = dict.fromkeys(between_rows, places[:, None] != places)
+        cases.append(replace(mixed, unjudged_by_output={**mixed.unjudged_by_output, **apart}))
     return cases
 
 

@@ -154,6 +154,7 @@ class Nested(nn.Module):
 PAIRS = {"q": pair(4, 5, 3), "inner.q": pair(4, 4, 1), "inner.axq": pair(4, 4, 3)}
 WHOLE = {"norm.weight": np.full(4, 2, np.float32), "norm.bias": np.full(4, 3, np.float32)}
 NORM_BIAS = {"norm.bias": WHOLE["norm.bias"]}
+CLASSIFIER = {"classifier.dense.weight": np.ones((4, 4), np.float32), "classifier.out.bias": np.ones(2, np.float32)}
 BIAS = {"inner.q.bias": np.full(4, 5, np.float32)}
 OF_BIAS = {"position_bias.weight": RNG.normal(size=(4, 4)).astype(np.float32)}  # a weight, by its last word
 X = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
@@ -201,12 +202,13 @@ def test_peft_applies_each_pair_and_whole_tensor(
 
 
 def test_our_reader_finds_the_same_adapter(tmp_path: Path) -> None:
-    made = Adapter("x", "made", PAIRS, replaced=WHOLE, layouts={"q": "out_in"}, metadata={"task_type": "SEQ_CLS"})
+    whole = WHOLE | CLASSIFIER
+    made = Adapter("x", "made", PAIRS, replaced=whole, layouts={"q": "out_in"}, metadata={"task_type": "SEQ_CLS"})
     write_any_ranks(made, tmp_path, metadata={"more": "1"})
     read = formats.load(tmp_path)
     assert {m: (p.rank, p.scale) for m, p in read.pairs.items()} == {m: (p.rank, 1.0) for m, p in PAIRS.items()}
     assert all(np.array_equal(read.pairs[m].delta(), p.delta()) for m, p in PAIRS.items())
-    assert sorted(read.replaced) == sorted(WHOLE) and dict(read.layouts) == {"q": "out_in"}
+    assert sorted(read.replaced) == sorted(whole) and dict(read.layouts) == {"q": "out_in"}
     assert read.metadata["task_type"] == "SEQ_CLS" and read.notes == ()
 
 
@@ -255,14 +257,12 @@ def test_what_such_a_file_cannot_hold_is_an_error(tmp_path: Path, fields: dict[s
         write_any_ranks(replace(Adapter("x", "made", PAIRS), **fields), tmp_path)
 
 
-CLASSIFIER = {"classifier.dense.weight": np.ones((4, 4), np.float32), "classifier.out.bias": np.ones(2, np.float32)}
-
-
 @pytest.mark.parametrize(
     ("pairs", "replaced", "saved", "task"),
     [
         (("encoder.q",), CLASSIFIER, ["classifier"], "SEQ_CLS"),  # PEFT looks for a whole `classifier`
         (("encoder.q",), {}, None, None),  # and for its tensors in the file
+        (("encoder.q",), {"norm.weight": np.ones(4, np.float32)}, ["norm"], None),
         (("classifier.dense",), {"norm.weight": np.ones(4, np.float32)}, ["norm"], None),
     ],
 )

@@ -17,13 +17,32 @@ from support.spellings import MIXTRAL, NEW, OLD, VIT, base, experts, numbered
 
 
 @pytest.mark.parametrize(("own", "stored"), [(NEW, OLD), (OLD, NEW)])
-def test_a_targeted_layer_without_tensors_is_missing(own, stored):
-    short = holding(pairs=numbered(own[:-1]), targets=(own[0].rpartition(".")[2], own[1].rpartition(".")[2]))
+@pytest.mark.parametrize("parts", [1, 99], ids=["last-part", "whole-name"])
+def test_a_targeted_layer_without_tensors_is_missing(own, stored, parts):
+    targets = {".".join(name.split(".")[-parts:]) for name in own}
+    short = holding(pairs=numbered(own[:-1]), targets=tuple(targets))
     with pytest.raises(MatchError) as refused:
         plan.make([short], base(stored), rules=VIT)
     assert [misfit.problem for misfit in refused.value.misfits] == [
         "targeted by the adapter's config, but its file has no tensors for it"
     ]
+
+
+@pytest.mark.parametrize(("own", "stored"), [(NEW, OLD), (OLD, NEW)])
+def test_a_target_that_names_one_layer_is_no_target_of_the_others(own, stored):
+    some = holding(pairs=numbered(own[1:3]), targets=tuple(own[1:3]))  # v_proj of layer 0, q_proj of layer 1
+    assert [step.weight for step in plan.make([some], base(stored), rules=VIT).steps] == [
+        f"{name}.weight" for name in stored[1:3]
+    ]
+
+
+@pytest.mark.parametrize("target", ["vit.pooler.dense", "pooler.dense"])
+def test_a_target_of_several_parts_is_no_target_by_its_last_part(target):
+    targets = (OLD[0], "layer.1.dense", target)
+    some = holding(pairs=numbered([OLD[0], "other.layer.1.dense", "vit.pooler.dense"]), targets=targets)
+    stored = [NEW[0], "other.layer.0.dense", "other.layer.1.dense", "vit.pooler.dense"]
+    made = plan.make([some], base(stored), rules=VIT)
+    assert {step.weight.removesuffix(".weight") for step in made.steps} == {*stored} - {"other.layer.0.dense"}
 
 
 def test_pairs_of_single_experts_are_parts_of_the_stacked_tensor():

@@ -164,6 +164,46 @@ def test_mixed_batch_is_judged_from_each_rows_first_token(
     assert verdict.outcome is (parity.Outcome.DIFFERENT if len(set(labels)) > 1 else outcome)
 
 
+# The rows of a batch of three have the adapters 1, 0 and 1. A wrong number, as [row, row], and what is to be found.
+@pytest.mark.parametrize(
+    ("batches", "wrong", "outcome"),
+    [
+        ((2, 3), (0, 1), parity.Outcome.SAME),  # between rows of different adapters
+        ((2, 3), (0, 2), parity.Outcome.DIFFERENT),
+        ((2, 3), (1, 1), parity.Outcome.DIFFERENT),
+        ((3, 3), (0, 1), parity.Outcome.DIFFERENT),  # three numbers of each row, for all that is known
+    ],
+)
+def test_numbers_between_rows_of_other_adapters_are_not_judged(
+    batches: tuple[int, int], wrong: tuple[int, int], outcome: parity.Outcome
+) -> None:
+    rng = np.random.default_rng(0)
+    inputs = {f"{place}: {batch}": {"x": rng.standard_normal((batch, 4))} for place, batch in enumerate(batches)}
+    alone = []
+    for adapter in range(2):
+        cases = []
+        for name, arrays in inputs.items():
+            y = arrays["x"] @ arrays["x"].T
+            base, truth, scaled = ({"y": y + adapter * factor} for factor in (0, 1, 1.1))
+            deployed = {"y": truth["y"].astype(np.float32)}
+            cases.append(parity.Case(name, "", truth, deployed, deployed, base=base, scaled=scaled))
+        alone.append(Proof(parity.judge(cases), None, {}, inputs, tuple(cases)))
+
+    class Mixing(torch_runners.ModuleRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            ids = np.resize([1, 0, 1], len(inputs["x"]))
+            y = inputs["x"] @ inputs["x"].T + np.sqrt(np.outer(ids, ids))
+            if len(y) == 3:
+                y[wrong] += 1
+            return {"y": y.astype(np.float32)}
+
+    verdict = judge_mixed(Mixing(nn.Identity()), alone, [1, 0, 1]).verdict
+    assert verdict.outcome is outcome, str(verdict)
+    assert any("between rows with different adapters" in note for note in verdict.notes) == (batches == (2, 3))
+    if outcome is parity.Outcome.DIFFERENT and batches == (2, 3):
+        assert f"the element at {list(wrong)}" in str(verdict)
+
+
 # --- strengths that a run chooses ---
 
 

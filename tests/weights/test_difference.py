@@ -69,10 +69,20 @@ def test_an_energy_finds_the_least_rank(tmp_path: Path, energy: float) -> None:
     assert capped.rank_of(found.singular_values(capped)) == min(5, truncation.rank_of(values))
 
 
-def test_a_change_of_low_rank_is_found_whole(tmp_path: Path) -> None:
-    change = matrix(200, 100, rank=2, noise=0)
-    values = Difference(*stored(tmp_path, 0 * change, change)).singular_values(Truncation(rank=8))
-    a, b = values.factors(8)
+# Beyond a rank of 2, rounding leaves a little or nothing.
+LOW = {
+    "random": matrix(200, 100, rank=2, noise=0),
+    "equal rows": np.ones((200, 100), np.float32),
+    "one row": np.float32(np.arange(200) == 5)[:, None] * matrix(1, 100, rank=1, noise=0),
+    "two rows": np.float32([np.arange(100) % 2 == row - 5 if row in (5, 6) else np.zeros(100) for row in range(200)]),
+}
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("change", LOW.values(), ids=LOW)
+def test_a_change_of_low_rank_is_found_whole(change: np.ndarray, rank: int, tmp_path: Path) -> None:
+    values = Difference(*stored(tmp_path, 0 * change, change)).singular_values(Truncation(rank=rank))
+    a, b = values.factors(min(rank, len(values.s)))
     np.testing.assert_allclose(b @ a, change, atol=1e-5)
     assert values.captured(2) == pytest.approx(1, abs=1e-6)
 

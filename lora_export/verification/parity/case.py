@@ -29,7 +29,7 @@ class Case:
 
     `unjudged` are positions whose outputs mean nothing: a decoder attends to nothing before a row's first token, and
     with a cache it computes other numbers there than without. They are left out of every figure (`judged`), and so are
-    those of `unjudged_by_output`, in these outputs alone.
+    those of `unjudged_by_output`, in these outputs alone: on their first two axes, whatever these are.
     """
 
     name: str
@@ -87,12 +87,12 @@ class Case:
         return replace(self, **reduced, unjudged=None, unjudged_by_output={}, positions=positions)
 
     def _judged_positions(self, output: str) -> NDArray[np.bool_] | None:
-        """Bool (batch, sequence); None where the output has other axes, or not the same shape in every run."""
+        """Bool, the output's first two axes; None where these are no positions, or other ones in a run."""
         arrays = [outputs[output] for outputs in self.runs.values() if output in outputs]
         shape = self.reference[output].shape
-        given = (self.unjudged, self.unjudged_by_output.get(output))
+        given = (self.unjudged if len(shape) > 2 else None, self.unjudged_by_output.get(output))
         unjudged = [positions for positions in given if positions is not None and positions.shape == shape[:2]]
-        if len(shape) <= 2 or not unjudged or any(array.shape != shape for array in arrays):
+        if not unjudged or any(array.shape != shape for array in arrays):
             return None
         finite = np.all([np.isfinite(array).reshape(*shape[:2], -1).all(-1) for array in arrays], axis=0)
         judged: NDArray[np.bool_] = ~(np.any(unjudged, axis=0) & finite)

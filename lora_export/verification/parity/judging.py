@@ -108,6 +108,8 @@ def judge(
     found = findings or Findings()
     prepared = [without_fill(case.judged(), dtype) for case in cases]
     untied = [without_ties(each.case, dtype) for each in prepared]
+    judged = zip(cases, untied, strict=True)
+    is_padded = any(given.unjudged is not None and each.case.positions for given, each in judged)
     cases = [each.case for each in untied]
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
     peer = cases[0].peer if cases else PYTORCH
@@ -136,7 +138,7 @@ def judge(
         dtype=dtype,
         notes=(
             *found.notes,
-            *([PADDED] if any(case.positions for case in cases) else []),
+            *([PADDED] if is_padded else []),
             *(note for each in (*prepared, *untied) for note in each.notes),
             *notes_on_scope(comparisons, sensitivity, peer, adapted=adapted),
         ),
