@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import operator
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from lora_export.layers.torch_internals import is_composite, schema_of
 from lora_export.models.shared_context import SharedContext
@@ -28,12 +29,12 @@ aten: Any = torch.ops.aten
 
 
 class Exchange(NamedTuple):
-    """What takes the place of a node: an operator and its arguments."""
+    """What takes the place of a node: an operator and its arguments, some of which may be such operators themselves."""
 
     operator: Any
     positional: tuple[Any, ...]
     named: Mapping[str, Any] = {}
-    copies: bool = False  # whether the first argument is copied before
+    value: Any = None  # what an argument is; PyTorch computes it where it is not stated
 
 
 @contextlib.contextmanager
@@ -105,18 +106,29 @@ def _stays(target: Any, table: Collection[Any]) -> bool:
 @functools.cache
 def _kept_whole() -> frozenset[Any]:
     """The operators made of others that PyTorch keeps whole unless a table has them."""
-    return frozenset(torch.export.default_decompositions())
+    return frozenset(torch.export.default_decompositions()) | UPSAMPLING
 
 
 def _exchange(node: Node, exchange: Exchange) -> None:
     """Put an operator into the place of a node. Its name stays: the program's outputs are known by names."""
-    node.target, node.args, node.kwargs = exchange.operator, exchange.positional, dict(exchange.named)
-    if exchange.copies:
-        with node.graph.inserting_before(node):
-            first, *others = node.args
-            copy = node.graph.call_function(aten.clone.default, (first,), CONTIGUOUS)
-        copy.meta = {**node.meta, "val": first.meta["val"]}  # type: ignore[union-attr]
-        node.args = (copy, *others)
+    with node.graph.inserting_before(node), torch.no_grad():
+        node.args = tuple(_inserted(node, each) for each in exchange.positional)
+    node.target, node.kwargs = exchange.operator, dict(exchange.named)
+
+
+def _inserted(node: Node, argument: Any) -> Any:
+    """An argument of a node. Each operator in it becomes a node before this one."""
+    if isinstance(argument, list):
+        return [_inserted(node, each) for each in argument]
+    if not isinstance(argument, Exchange):
+        return argument
+    args = tuple(_inserted(node, each) for each in argument.positional)
+    made = node.graph.call_function(argument.operator, args, dict(argument.named))
+    value = argument.value
+    if value is None:
+        value = argument.operator(*map_arg(args, lambda each: each.meta["val"]), **argument.named)
+    made.meta = {**node.meta, "val": value}
+    return made
 
 
 # Functions of Python that compute with sizes, or take one of several results.
@@ -127,8 +139,14 @@ OF_NUMBERS = frozenset(
         *(torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not),
     }
 )
+# PyTorch keeps these whole too, and leaves them out of the table of all others.
+UPSAMPLING = frozenset({aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec})
 # Operators that transformers puts into a program after the trace. They return what their first argument is like.
 LIKE_FIRST = frozenset({aten.detach.default, aten.index_put.default})
+# Operators made of others that return none of their arguments, and no view of one.
+NEW = frozenset(
+    {aten.matmul.default, aten.linear.default, aten.batch_norm.default, aten.conv1d.default, aten.conv2d.default}
+)
 CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
 
 
@@ -157,15 +175,28 @@ def _reshape(node: Node) -> Exchange:
 
 
 def _resized(node: Node) -> Exchange | None:
-    """A view of the shape of the result, where one size at most is open."""
-    sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-    is_certain = -1 not in sizes or (sizes.count(-1) == 1 and 0 not in sizes)
-    return _view(node, sizes) if is_certain else None
+    """A view of the shape of the result. Where several sizes are open, each must be that of a known axis."""
+    shape = node.meta["val"].shape
+    sizes: list[Any] = [size if isinstance(size, int) else -1 for size in shape]
+    if sizes.count(-1) > 1 or 0 in sizes:
+        sizes = [size if isinstance(size, int) else _open_size(node, size) for size in shape]
+    return None if None in sizes else _view(node, sizes)
+
+
+def _open_size(node: Node, size: Any) -> Exchange | None:
+    """A size that an input of the program has, or the argument of a node."""
+    for each in (*reversed(node.graph.find_nodes(op="placeholder")), node.args[0]):
+        shape = getattr(each.meta["val"], "shape", ())
+        for axis, known in enumerate(shape):
+            if not isinstance(known, int) and str(known) == str(size):
+                return Exchange(aten.sym_size.int, (each, axis), value=known)
+    return None
 
 
 def _view(node: Node, shape: Sequence[Any]) -> Exchange:
     """A view of a contiguous copy. The exporter's Reshape of a view keeps sizes of 0, that of `reshape` does not."""
-    return Exchange(aten.view.default, (node.args[0], list(shape)), copies=True)
+    x: Any = node.args[0]
+    return Exchange(aten.view.default, (Exchange(aten.clone.default, (x,), CONTIGUOUS, x.meta["val"]), list(shape)))
 
 
 def _expanded(node: Node) -> Exchange | None:
@@ -193,13 +224,67 @@ def _chunk(node: Node) -> Exchange | None:
     return Exchange(aten.split.Tensor, (node.args[0], size, axis)) if isinstance(size, int) and size else None
 
 
+def _diff(node: Node) -> Exchange | None:
+    x, n, axis, before, after = _arguments(node).values()
+    if n != 1 or node.meta["val"].dtype == torch.bool:
+        return None
+    parts = [each for each in (before, x, after) if each is not None]
+    joined = x if len(parts) == 1 else Exchange(aten.cat.default, (parts, axis))
+    later, earlier = (Exchange(aten.slice.Tensor, (joined, axis, *ends)) for ends in ((1, sys.maxsize), (0, -1)))
+    return Exchange(aten.sub.Tensor, (later, earlier))
+
+
+def _unpadded(node: Node) -> Exchange | None:
+    given = _arguments(node)
+    x, weight, bias, stride, padding, dilation, groups = given.values()
+    axes = len(node.meta["val"].shape) - 2
+    if padding != "valid":
+        return None
+    args = (x, weight, bias, _each(stride, axes), [0] * axes, _each(dilation, axes), False, [0] * axes, groups)
+    return Exchange(aten.convolution.default, args)
+
+
+def _each(number: Any, axes: int) -> list[int]:
+    """A number of each axis, where one can be stated for all."""
+    numbers = number if isinstance(number, list | tuple) else [number]
+    return list(numbers) * axes if len(numbers) == 1 else list(numbers)
+
+
+def _normalised(node: Node) -> Exchange | None:
+    x, weight, bias, mean, variance, is_training, momentum, epsilon, _ = _arguments(node).values()
+    if is_training or mean is None or variance is None:
+        return None
+    value, empty = node.meta["val"], node.meta["val"].new_empty(0)
+    args = (x, weight, bias, mean, variance, momentum, epsilon)
+    results = Exchange(aten._native_batch_norm_legit_no_training.default, args, value=(value, empty, empty))
+    return Exchange(operator.getitem, (results, 0))
+
+
+def _weight_norm(node: Node) -> Exchange:
+    direction, length, axis = _arguments(node).values()
+    axes = len(direction.meta["val"].shape)
+    others = [each for each in range(axes) if each != axis]
+    norm = Exchange(aten.linalg_vector_norm.default, (direction, 2, others, True))
+    return Exchange(aten.mul.Tensor, (direction, Exchange(aten.div.Tensor, (length, norm))))
+
+
+def _mean_of_line(node: Node) -> Exchange | None:
+    x, sizes = node.args
+    line = Exchange(aten.unsqueeze.default, (x, -2))
+    return Exchange(aten.squeeze.dim, (Exchange(aten.mean.dim, (line, [-1, -2], True)), -2)) if sizes == [1] else None
+
+
+def _mean_of_plane(node: Node) -> Exchange | None:
+    x, sizes = node.args
+    return Exchange(aten.mean.dim, (x, [-1, -2], True)) if sizes == [1, 1] else None
+
+
 def _apart(other: Any) -> Callable[[Node], Exchange | None]:
     """The operator that returns a tensor of its own, where nothing else reads what the node would write into."""
 
     def exchange(node: Node) -> Exchange | None:
         x, *others = node.all_input_nodes
-        earlier = set(itertools.takewhile(lambda each: each is not node, node.graph.nodes))
-        is_alone = _is_new(x) and all(user is node or (user in earlier and _is_new(user)) for user in x.users)
+        is_alone = _is_new(x) and all(user is node or (user < node and _is_new(user)) for user in x.users)
         kept = all(_result_type(x, each) == x.meta["val"].dtype for each in others)
         return Exchange(other, node.args, node.kwargs) if is_alone and kept else None
 
@@ -213,10 +298,13 @@ def _result_type(x: Node, y: Node) -> torch.dtype | None:
 
 def _is_new(node: Node) -> bool:
     """Whether an operator returns a tensor with memory of its own, and writes into none."""
+    if node.target is operator.getitem:  # one of several results
+        results: Any = node.args[0]
+        return _is_new(results) and sum(each.args == node.args for each in results.users) == 1
     schema = schema_of(node.target)
     if EXCHANGES.get(node.target) is _to:
         return bool(node.args[0].meta["val"].dtype != node.meta["val"].dtype)  # type: ignore[union-attr]
-    if schema is None or is_composite(node.target):
+    if schema is None or (is_composite(node.target) and node.target not in NEW):
         return False
     return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
 
@@ -245,7 +333,18 @@ EXCHANGES: Mapping[Any, Callable[[Node], Exchange | None]] = {
     aten.expand_as.default: _expanded,
     aten.numpy_T.default: _transposed,
     aten.chunk.default: _chunk,
+    aten.diff.default: _diff,
+    aten.conv1d.padding: _unpadded,
+    aten.conv2d.padding: _unpadded,
+    aten.batch_norm.default: _normalised,
+    aten._weight_norm.default: _weight_norm,
+    aten.adaptive_avg_pool1d.default: _mean_of_line,
+    aten.adaptive_avg_pool2d.default: _mean_of_plane,
     aten.add_.Tensor: _apart(aten.add.Tensor),
+    aten.sub_.Tensor: _apart(aten.sub.Tensor),
+    aten.mul_.Tensor: _apart(aten.mul.Tensor),
+    aten.div_.Tensor: _apart(aten.div.Tensor),
+    aten.relu_.default: _apart(aten.relu.default),
     aten.clamp_.default: _apart(aten.clamp.default),
     aten.scatter_add_.default: _apart(aten.scatter_add.default),
     aten.rsub.Scalar: _reversed_sub,

@@ -23,7 +23,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.utils._pytree import tree_flatten
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models.export import check_axes
+from lora_export.models.export import LOADED_ALONE, WITHOUT_STACK_TRACES, check_axes
 from lora_export.models.model import Axes
 from lora_export.models.tracing import (
     USE_CACHE,
@@ -62,7 +62,7 @@ def to_program(
         copied = copy.deepcopy(module).requires_grad_(False)
     # A file cannot name the classes of other packages.
     convert_outputs(copied, lambda outputs: named_outputs(outputs) if isinstance(outputs, Mapping) else outputs)
-    with tracing(copied), without_cache(copied), exporter_refusals(module):
+    with tracing(copied), without_cache(copied), exporter_refusals(module), WITHOUT_STACK_TRACES:
         program = _exported(copied, inputs, dynamic)
     _refuse_unwritable(module, program)
     for graph in program.graph_module.modules():
@@ -79,7 +79,8 @@ def _exported(
         return torch.export.export(module, (), dict(inputs), dynamic_shapes=dict(dynamic))
     transformers: Any = importlib.import_module("transformers.exporters.exporter_dynamo")
     config = transformers.DynamoConfig(dynamic_shapes=dict(dynamic))
-    program = transformers.DynamoExporter().export(module, {**inputs, USE_CACHE: False}, config=config).program
+    with LOADED_ALONE:
+        program = transformers.DynamoExporter().export(module, {**inputs, USE_CACHE: False}, config=config).program
     assert isinstance(program, ExportedProgram)
     return program
 

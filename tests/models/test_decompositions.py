@@ -68,6 +68,44 @@ def added(x: Tensor) -> Tensor:
     return doubled * tripled
 
 
+def whole(x: Tensor) -> Tensor:
+    """Whole numbers, whose sums are exact."""
+    return (x * 8).floor()
+
+
+def enlarged(x: Tensor) -> Tensor:
+    image = whole(x)[:, None]
+    return F.interpolate(image, size=(4, 8)) * F.interpolate(image, scale_factor=2.0, mode="bilinear")
+
+
+def subtracted(x: Tensor) -> Tensor:
+    product = whole(x).transpose(1, 2) @ whole(x)
+    product -= x.new_ones(4)
+    return product
+
+
+def divided(x: Tensor) -> Tensor:
+    values, places = x.topk(2)
+    values /= values.sum(-1, keepdim=True)
+    return values * places
+
+
+def divided_as_read(x: Tensor) -> Tensor:
+    values, places = x.topk(2)
+    other = values.view(-1, 4)
+    values /= values.sum(-1, keepdim=True)
+    return values * places + other.view(-1, 2, 2)
+
+
+def normalised(x: Tensor) -> Tensor:
+    mean, variance, factor = torch.arange(2.0), torch.full((2,), 3.75), torch.arange(1.0, 3.0)
+    return F.batch_norm(whole(x), mean, variance, factor, mean, eps=0.25)
+
+
+def with_normalised_weights(x: Tensor) -> Tensor:
+    return F.linear(whole(x), torch._weight_norm(torch.full((3, 4), 2.0), torch.arange(8.0, 11.0)[:, None]))
+
+
 def operators(graph: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(graph.graph))
 
@@ -83,6 +121,13 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "reshape to an open size": lambda x: x.transpose(0, 1).reshape(2, -1),
     "flatten": lambda x: x.transpose(1, 2).flatten(1),
     "expanded": lambda x: x[:, :1].expand_as(x) * x[0:0].new_ones(4).expand_as(torch.zeros(2, 4)) + x,
+    "pooled": lambda x: F.adaptive_avg_pool1d(whole(x), 1) + F.adaptive_avg_pool2d(whole(x), 1) * 3,
+    "differences": lambda x: torch.cat((x.diff(), x.diff(dim=1, prepend=x[:, :1]).diff(append=x[:, :, 1:2])), 2),
+    "enlarged": enlarged,
+    "convolved": lambda x: F.conv1d(whole(x), torch.ones(1, 2, 2), padding="valid", stride=2),
+    "convolved in two axes": lambda x: F.conv2d(whole(x)[:, None], torch.ones(1, 1, 1, 2), padding="valid"),
+    "weights of known length": with_normalised_weights,
+    "normalised": normalised,
     "unflatten": lambda x: x.unflatten(2, (2, -1)).transpose(2, 3),
     "transposed, from a number": lambda x: x.transpose(1, 2) * (1 - torch.arange(8.0).reshape(2, 4).T),
     "chunk": lambda x: torch.cat(x.chunk(3, -1)[::-1], -1),
@@ -91,6 +136,10 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "clamped in place": lambda x: (x * 2).clamp_(0.5, 1.5),
     "clamped in place after a cast": lambda x: (x * 9).to(torch.int64).clamp_(0, 3),
     "scattered in place": lambda x: (x * 2).scatter_add_(2, (x > 0.5).long(), x),
+    "subtracted in place": subtracted,
+    "multiplied in place": lambda x: F.linear(whole(x), torch.ones(4, 4)).mul_(x),
+    "divided in place": divided,
+    "relu in place": lambda x: (x - 0.5).relu_(),
     "minimum": lambda x: torch.min(x, -x) - torch.max(x, x * x),
     "and, or": lambda x: (((x > 0.2) & (x < 0.4)) | (x > 0.8)) * x,
 }
@@ -100,6 +149,13 @@ TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "clamped in place after no cast": lambda x: (y := x * 2).to(torch.float32).clamp_(0.5, 1.5) * y,
     "expanded to an open size": lambda x: x.new_ones(1, 2, 4).expand_as(x) + x,
     "chunks of an axis of size 0": lambda x: torch.cat((*x[:, :0].chunk(3, 1), x), 1),
+    "divided in place, with a view": divided_as_read,
+    "second differences": lambda x: x.diff(n=2),
+    "differences of bools": lambda x: (x > 0.5).diff(),
+    "convolved to the same size": lambda x: F.conv1d(whole(x), torch.ones(1, 2, 2), padding="same"),
+    "pooled to two": lambda x: F.adaptive_avg_pool1d(whole(x), 2),
+    "pooled to a plane of 2 by 1": lambda x: F.adaptive_avg_pool2d(whole(x), (2, 1)),
+    "normalised by itself": lambda x: F.batch_norm(x * 0, None, None, training=True) + x,
     "another dtype in place": lambda x: (x > 0.5).int().add_((x > 0.2).long()),
 }
 
@@ -151,9 +207,19 @@ def test_what_transformers_puts_into_a_program_is_known(traces: list[ExportedPro
     assert added.meta["val"].shape == (2, 2, 4)
 
 
-def test_two_open_sizes_are_not_flattened_in_place(traces: list[ExportedProgram]) -> None:
-    graph = graph_of(lambda x: x.unsqueeze(-1).flatten(2), axes=2)
-    assert len(traces) == 1 and run(graph, x=torch.ones(2, 5, 4).numpy())["output_0"].shape == (2, 5, 4)
+@pytest.mark.parametrize("axes", [2, 3])
+def test_open_sizes_that_are_known_stay_in_place(axes: int, traces: list[ExportedProgram]) -> None:
+    graph = graph_of(lambda x: (x * 2).unsqueeze(-1).flatten(2), axes=axes)
+    assert not traces
+    for shape in [(2, 5, 4), (0, 3, 4), (3, 0, 4)]:
+        assert run(graph, x=torch.ones(shape).numpy())["output_0"].shape == shape
+
+
+def test_open_sizes_that_are_computed_are_traced_again(traces: list[ExportedProgram]) -> None:
+    graph = graph_of(lambda x: x.transpose(1, 2).flatten(1), axes=3)
+    assert len(traces) == 1
+    for shape in [(2, 5, 4), (0, 3, 4), (3, 0, 4)]:
+        assert run(graph, x=torch.ones(shape).numpy())["output_0"].shape == (shape[0], shape[1] * 4)
 
 
 @pytest.mark.parametrize("name", ["bert", LLAMA])

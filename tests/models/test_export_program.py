@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from transformers.exporters import utils
 
 import lora_export as le
 from lora_export.errors import RuntimeRefused, WrongUsage
@@ -68,6 +69,22 @@ def test_the_same_module_gives_the_same_bytes_without_paths(tmp_path: Path) -> N
     assert content == (tmp_path / "b.pt2").read_bytes()
     for own in (b".py", b"site-packages", str(Path(__file__).parent).encode(), b"self.up("):
         assert own not in content
+
+
+def test_a_trace_records_no_code_and_imports_no_other_models() -> None:
+    found, seen = utils.import_dotted_path, []
+    config = hf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    module = hf.BertModel(config).eval()
+    records = not hasattr(torch.fx.config, "do_not_emit_stack_traces")  # PyTorch 2.11 and older
+
+    def look(*_: Any) -> None:
+        is_silent = records or torch.fx.config.do_not_emit_stack_traces
+        seen.append(is_silent and utils.import_dotted_path is not found)
+
+    module.embeddings.register_forward_pre_hook(look)
+    to_program(module, {"input_ids": torch.ones(2, 3, dtype=torch.long)}, axes={})
+    assert seen[-1]
+    assert utils.import_dotted_path is found
 
 
 def test_the_module_itself_is_not_changed() -> None:
