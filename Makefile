@@ -107,8 +107,9 @@ test-triton: $(VENV)/dev.stamp ## the sample for Triton, and its configuration b
 soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 	$(BIN)/python -m pytest -s -m "soak and not matrix"
 
+# All of it writes the tables; a part is compared with them: make defects ONLY="another_form and llava"
 defects: $(VENV)/dev.stamp ## break right exports in every way known; needs polygraphy and optimum-onnx for their columns
-	$(BIN)/python -m pytest -s -m slow --keep tests/defects/test_defects.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -s -m slow $(if $(ONLY),-k "$(ONLY)",--keep) tests/defects/test_defects.py
 
 # Faults are put into copies, never into the checkout. It goes on where it was stopped; FLAGS="--help" lists its options.
 mutants: $(VENV)/dev.stamp ## put small faults into the package, and see whether the quick tests find them

@@ -63,19 +63,25 @@ CALIBRATING_SEEDS = range(101, 106)
 class Measured:
     """The errors of a right export as multiples of PyTorch's own: what the ratio limit must allow."""
 
+    export: str  # with its adapter's seed, the output and the case
     storage: str
     elements: int
     error: float
     tail: float
 
+    @property
+    def largest(self) -> float:
+        return max(self.error, self.tail)
+
 
 def measured(right: Right, seed: int) -> Iterator[Measured]:
     result = right.judged(seed)
     assert result.proof, result.verdict
-    for _, figures in result.proof.verdict.measured:
+    for comparison, figures in result.proof.verdict.measured:
         gates = {gate.name: figures.ratio_limit * gate.value / gate.allowed for gate in figures.gates if gate.allowed}
         elements = int(np.prod(figures.shape))
-        yield Measured(right.column.storage, elements, gates.get("error", 0.0), gates.get("tail", 0.0))
+        export = f"{right}, seed {seed}, {comparison.output} of {comparison.case}"
+        yield Measured(export, right.column.storage, elements, gates.get("error", 0.0), gates.get("tail", 0.0))
 
 
 def table(found: Sequence[Measured]) -> str:
@@ -83,7 +89,7 @@ def table(found: Sequence[Measured]) -> str:
     few = parity.gates.FEW_ELEMENTS
     sizes = {f"up to {few}": (0, few), f"{few + 1} to 500": (few + 1, 500), "more": (501, 10**9)}
     columns = ["outputs of", "stored in", "compared", "error, median", "99 %", "largest", "tail, median", "99 %"]
-    columns += ["largest", "limit"]
+    columns += ["largest", "limit", "export that needs most"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for size, (least, most) in sizes.items():
         for storage in ("float32", *LOW):
@@ -96,5 +102,6 @@ def table(found: Sequence[Measured]) -> str:
                 for number in (np.median(of), np.quantile(of, 0.99), max(of))
             ]
             k = parity.ratio_limit(most, "float32")
-            lines.append(f"| {size} | {storage} | {len(mine)} | {' | '.join(cells)} | {k:g} |")
+            most_needed = max(mine, key=lambda each: each.largest).export
+            lines.append(f"| {size} | {storage} | {len(mine)} | {' | '.join(cells)} | {k:g} | {most_needed} |")
     return "\n".join(lines)

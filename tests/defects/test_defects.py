@@ -13,7 +13,7 @@ import torch
 
 from defects import judging, other_tools, right_exports, subjects
 from defects.judging import SAME, Judged
-from defects.right_exports import CALIBRATING, CALIBRATING_SEEDS, JUDGING, JUDGING_SEEDS
+from defects.right_exports import CALIBRATING, CALIBRATING_SEEDS, JUDGING, JUDGING_SEEDS, Measured, Right
 from defects.seeded_defects import DEFECTS
 from defects.subjects import Column
 from lora_export.verification import parity
@@ -107,20 +107,36 @@ def test_table_has_all_defects_and_at_least_forty() -> None:
         assert set(verdicts) != {NOT_BROKEN}, f"{name} breaks nothing"
 
 
-@pytest.mark.slow
-def test_every_defect_in_every_column(request: pytest.FixtureRequest) -> None:
-    found = {
-        name: {column: judging.judged_defect(defect, column) for column in COLUMNS} for name, defect in DEFECTS.items()
-    }
-    cells = as_cells(found)
-    if request.config.getoption("--keep"):
+@pytest.fixture(scope="module")
+def found_in(pytestconfig: pytest.Config) -> Iterator[dict[Column, dict[str, Judged | None]]]:
+    """By column and defect. The tables are written once every column was judged."""
+    found: dict[Column, dict[str, Judged | None]] = {}
+    yield found
+    if pytestconfig.getoption("--keep") and len(found) == len(COLUMNS):
+        cells = as_cells({name: {column: found[column][name] for column in COLUMNS} for name in DEFECTS})
         tables.put(README, "defects", tables.table(cells, "defect"))
         tables.put(README, "misses", misses(cells))
-    assert [f"{name}: {column}" for name, row in cells.items() for column in row if row[column] == SAME] == []
-    stored = tables.rows(tables.text(README, "defects"))
-    assert {name: {column: row[column] for column in map(str, COLUMNS)} for name, row in stored.items()} == {
-        name: {column: row[column] for column in map(str, COLUMNS)} for name, row in cells.items()
-    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("column", COLUMNS, ids=str)
+def test_every_defect_in_a_column(
+    column: Column, found_in: dict[Column, dict[str, Judged | None]], pytestconfig: pytest.Config
+) -> None:
+    found_in[column] = {name: judging.judged_defect(defect, column) for name, defect in DEFECTS.items()}
+    assert_as_stored("defects", column, verdicts(found_in[column]), pytestconfig)
+
+
+def verdicts(found: dict[str, Judged | None]) -> dict[str, str]:
+    return {name: result.verdict if result else NOT_BROKEN for name, result in found.items()}
+
+
+def assert_as_stored(table: str, column: Column, cells: dict[str, str], pytestconfig: pytest.Config) -> None:
+    """No verdict of a column is `same`, and each is the table's, unless that is written anew."""
+    assert [name for name, verdict in cells.items() if verdict == SAME] == []
+    if not pytestconfig.getoption("--keep"):
+        stored = tables.rows(tables.text(README, table))
+        assert {name: row[str(column)] for name, row in stored.items()} == cells
 
 
 def as_cells(found: dict[str, dict[Column, Judged | None]]) -> dict[str, dict[str, str]]:
@@ -173,13 +189,23 @@ def test_defects_of_other_forms_are_judged_as_stored(column: Column, name: str) 
     ]
 
 
-@pytest.mark.slow
-def test_every_defect_in_other_forms(request: pytest.FixtureRequest) -> None:
-    cells = {name: {str(column): judged_in(name, column) for column in OTHER_FORMS} for name in DEFECTS}
-    if request.config.getoption("--keep"):
+@pytest.fixture(scope="module")
+def cells_of_forms(pytestconfig: pytest.Config) -> Iterator[dict[Column, dict[str, str]]]:
+    """By column and defect. The table is written once every column was judged."""
+    found: dict[Column, dict[str, str]] = {}
+    yield found
+    if pytestconfig.getoption("--keep") and len(found) == len(OTHER_FORMS):
+        cells = {name: {str(column): found[column][name] for column in OTHER_FORMS} for name in DEFECTS}
         tables.put(README, "other forms", tables.table(cells, "defect"))
-    assert [f"{name}: {column}" for name, row in cells.items() for column in row if row[column] == SAME] == []
-    assert tables.rows(tables.text(README, "other forms")) == cells
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("column", OTHER_FORMS, ids=str)
+def test_every_defect_in_another_form(
+    column: Column, cells_of_forms: dict[Column, dict[str, str]], pytestconfig: pytest.Config
+) -> None:
+    cells_of_forms[column] = {name: judged_in(name, column) for name in DEFECTS}
+    assert_as_stored("other forms", column, cells_of_forms[column], pytestconfig)
 
 
 def judged_in(name: str, column: Column) -> str:
@@ -193,48 +219,55 @@ def judged_in(name: str, column: Column) -> str:
 # --- no false alarms -----------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def judged_exports(pytestconfig: pytest.Config) -> Iterator[dict[Right, list[Judged]]]:
+    """A verdict for each seed. The table is written once every export was judged."""
+    found: dict[Right, list[Judged]] = {}
+    yield found
+    if pytestconfig.getoption("--keep") and len(found) == len(JUDGING):
+        tables.put(README, "false alarms", alarmed([each for results in found.values() for each in results]))
+
+
 @pytest.mark.slow
-def test_every_right_export_is_judged_same(request: pytest.FixtureRequest) -> None:
-    alarms: dict[str, list[str]] = {"verify": []}
-    closest = 0.0
-    for one in JUDGING:
-        for seed in JUDGING_SEEDS:
-            result = one.judged(seed)
-            case = f"{one}, seed {seed}: {result.verdict}"
-            print(case, flush=True)
-            if result.verdict != SAME:
-                print(result.proof and result.proof.verdict, flush=True)
-                alarms["verify"].append(case)
-            closest = max(closest, judging.limit_used(result.proof) if result.proof else 0.0)
-            for name, _ in other_tools.present():
-                alarms.setdefault(name, []).extend([case] * (name not in result.passed_by))
-    assert len(JUDGING) >= 25 and len(JUDGING_SEEDS) >= 5
-    if request.config.getoption("--keep"):
-        tables.put(README, "false alarms", alarmed(alarms, closest))
-    assert alarms["verify"] == []
+@pytest.mark.parametrize("right", JUDGING, ids=str)
+def test_a_right_export_is_judged_same(right: Right, judged_exports: dict[Right, list[Judged]]) -> None:
+    found = judged_exports[right] = [right.judged(seed) for seed in JUDGING_SEEDS]
+    for seed, result in zip(JUDGING_SEEDS, found, strict=True):
+        assert result.verdict == SAME, (seed, result.proof and str(result.proof.verdict))
 
 
-def alarmed(alarms: dict[str, list[str]], closest: float) -> str:
+def alarmed(found: list[Judged]) -> str:
     """How many right exports each tool refuses, and how close ours came to its limits."""
-    count = len(JUDGING) * len(JUDGING_SEEDS)
-    lines = [f"| {name} | {len(cases)} of {count} |" for name, cases in alarms.items()]
+    refused = {"verify": sum(result.verdict != SAME for result in found)}
+    refused |= {name: sum(name not in result.passed_by for result in found) for name, _ in other_tools.present()}
+    lines = [f"| {name} | {number} of {len(found)} |" for name, number in refused.items()]
     head = "| | right exports refused |\n|---|---|\n"
+    closest = max(judging.limit_used(result.proof) for result in found if result.proof)
     used = f"The most that a right export used of a limit: {100 * closest:.0f} %."
     return f"{head}{chr(10).join(lines)}\n\n{used}"
 
 
-@pytest.mark.slow
-def test_ratio_limit_allows_what_right_exports_need(request: pytest.FixtureRequest) -> None:
-    found = [each for one in CALIBRATING for seed in CALIBRATING_SEEDS for each in right_exports.measured(one, seed)]
-    table = right_exports.table(found)
-    print(table, flush=True)
-    if request.config.getoption("--keep"):
+@pytest.fixture(scope="module")
+def calibration(pytestconfig: pytest.Config) -> Iterator[dict[Right, list[Measured]]]:
+    """What each export needs. The table is shown, and written once every export was measured."""
+    found: dict[Right, list[Measured]] = {}
+    yield found
+    table = right_exports.table([each for results in found.values() for each in results])
+    print(f"\n{table}", flush=True)
+    if pytestconfig.getoption("--keep") and len(found) == len(CALIBRATING):
         tables.put(README, "calibration", table)
-    for each in found:
-        assert max(each.error, each.tail) <= parity.ratio_limit(each.elements, "float32"), each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("right", CALIBRATING, ids=str)
+def test_ratio_limit_allows_what_a_right_export_needs(right: Right, calibration: dict[Right, list[Measured]]) -> None:
+    calibration[right] = [each for seed in CALIBRATING_SEEDS for each in right_exports.measured(right, seed)]
+    for each in calibration[right]:
+        assert each.largest <= parity.ratio_limit(each.elements, "float32"), each
 
 
 def test_calibration_and_test_exports_are_disjoint() -> None:
     assert not {right.column.subject for right in CALIBRATING} & {right.column.subject for right in JUDGING}
     assert not set(CALIBRATING_SEEDS) & set(JUDGING_SEEDS)
     assert len(set(map(str, JUDGING))) == len(JUDGING) >= 25
+    assert len(JUDGING_SEEDS) >= 5
