@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from lora_export.layers.torch_internals import is_composite, schema_of
@@ -61,6 +61,7 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
             return traced_again(program, *args, **kwargs)
         for node, exchange in exchanges.items():
             _exchange(node, exchange)
+        _remove_checks(program.graph)
         program.graph_module.recompile()
         return program
 
@@ -131,12 +132,19 @@ def _inserted(node: Node, argument: Any) -> Any:
     return made
 
 
+def _remove_checks(graph: Graph) -> None:
+    """Remove checks of sizes, which no graph of ONNX has, and what is computed for them alone."""
+    for node in reversed(graph.nodes):
+        if node.target is aten._assert_scalar.default or (node.target in OF_NUMBERS and not node.users):
+            graph.erase_node(node)
+
+
 # Functions of Python that compute with sizes, or take one of several results.
 OF_NUMBERS = frozenset(
     {
         *(operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg),
         *(operator.truediv, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
-        *(torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not),
+        *(operator.and_, operator.or_, torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not),
     }
 )
 # PyTorch keeps these whole too, and leaves them out of the table of all others.
@@ -214,8 +222,11 @@ def _transposed(node: Node) -> Exchange:
 
 
 def _reversed_sub(node: Node) -> Exchange | None:
-    x, other = node.args[:2]
-    return Exchange(aten.sub.Tensor, (other, x)) if _arguments(node)["alpha"] == 1 else None
+    """The number less the tensor, in the result's dtype: the exporter casts no tensor behind a number."""
+    x, other, alpha = _arguments(node).values()
+    dtype = node.meta["val"].dtype
+    cast = x if x.meta["val"].dtype == dtype else Exchange(aten._to_copy.default, (x,), {"dtype": dtype})
+    return Exchange(aten.sub.Tensor, (other, cast)) if alpha == 1 else None
 
 
 def _chunk(node: Node) -> Exchange | None:

@@ -106,6 +106,11 @@ def with_normalised_weights(x: Tensor) -> Tensor:
     return F.linear(whole(x), torch._weight_norm(torch.full((3, 4), 2.0), torch.arange(8.0, 11.0)[:, None]))
 
 
+def checked(x: Tensor) -> Tensor:
+    torch._check((x.shape[0] % 2 == 0) | (x.shape[0] % 2 == 1))
+    return x * 2
+
+
 def operators(graph: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(graph.graph))
 
@@ -130,6 +135,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "normalised": normalised,
     "unflatten": lambda x: x.unflatten(2, (2, -1)).transpose(2, 3),
     "transposed, from a number": lambda x: x.transpose(1, 2) * (1 - torch.arange(8.0).reshape(2, 4).T),
+    "whole numbers, from a number": lambda x: 1.5 - (x * 9).long(),
     "chunk": lambda x: torch.cat(x.chunk(3, -1)[::-1], -1),
     "added in place": added,
     "added in place and read again": read_again,
@@ -140,6 +146,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "multiplied in place": lambda x: F.linear(whole(x), torch.ones(4, 4)).mul_(x),
     "divided in place": divided,
     "relu in place": lambda x: (x - 0.5).relu_(),
+    "checked": checked,
     "minimum": lambda x: torch.min(x, -x) - torch.max(x, x * x),
     "and, or": lambda x: (((x > 0.2) & (x < 0.4)) | (x > 0.8)) * x,
 }
