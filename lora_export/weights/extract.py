@@ -21,14 +21,14 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.names.table import is_embedding
 from lora_export.options.spelling import named
-from lora_export.plan import FLOATS, Layout, TensorSpec, Tied
+from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.plan.layouts import LayoutEvidence, check_stated, stated_layout
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.merge import WORD_HEAD
 from lora_export.weights.merge_report import OnBytesWritten
-from lora_export.weights.tied_tensors import TIED, tied_head, ties_of, word_tables
+from lora_export.weights.tied_tensors import TIED, tied_head, word_tables
 
 BLOCK_ENTRIES = 1 << 22  # of a difference in memory at once: 16 MiB in fp32
 CACHED_ENTRIES = 1 << 25  # of a difference that is kept: 128 MiB in fp32
@@ -181,8 +181,6 @@ class _Extraction:
         old, _ = _tensors(self.base)
         prefix = _prefix(old, self.new)
         self.old = {prefix + name: tensor for name, tensor in old.items()}
-        self.sizes = {name: tensor.entry.nbytes for name, tensor in self.old.items()}  # of what BASE stores
-        self._name_tied_tensors()
         self.specs = {spec.name: spec for spec in self.base.specs}
         self.evidence = LayoutEvidence(self.specs, {})
         self.pairs: dict[str, LoraPair] = {}
@@ -192,23 +190,6 @@ class _Extraction:
         self.excluded: list[str] = []
         self.others: list[str] = []  # tensors that differ and get no pair
         self.problems: list[str] = []
-
-    def _name_tied_tensors(self) -> None:
-        """Give each model the tied tensors that only the other one stores, with the values that it loads there.
-
-        A tensor that TUNED stores again, where BASE ties it, is left out: the pair of its table is that of both.
-        """
-        for name, source in _unstored_ties(self.base).items():
-            table = self.new.get(source)
-            if name not in self.new or source not in self.old:
-                continue
-            if table is not None and _are_equal(self.new[name], table):
-                del self.new[name]
-            else:
-                self.old[name] = self.old[source]
-        for name, source in _unstored_ties(self.tuned).items():
-            if name in self.old and source in self.new:
-                self.new[name] = self.new[source]
 
     def result(self, name: str) -> Extracted:
         for glob in self.exclude:
@@ -220,7 +201,7 @@ class _Extraction:
                     self.excluded.append(tensor)
             else:
                 self._take(tensor)
-            self.progress(self.sizes.get(tensor, 0))
+            self.progress(self.old[tensor].entry.nbytes if tensor in self.old else 0)
         whole = dict(self._whole_tensors())
         if self.problems:
             raise InputRefused(
@@ -241,7 +222,7 @@ class _Extraction:
         if tensor not in self.new or tensor not in self.old:
             return True
         old, new = self.old[tensor], self.new[tensor]
-        return not _are_equal(old, new)
+        return old.entry.shape != new.entry.shape or not have_equal_bits(old, new)
 
     # --- one tensor ---
 
@@ -283,7 +264,7 @@ class _Extraction:
         spec = self._spec(tensor)
         if tensor in self.converted:
             return "transformers joins it with other tensors, or splits it, when it loads the model"
-        if self._layout(tensor) is Layout.UNKNOWN:
+        if self._layout(spec) is Layout.UNKNOWN:
             stated = named("layout", {tensor: "out_in"})
             return f"how it is stored is unknown. State it by {stated} (nn.Linear), or as in_out (Conv1D)"
         if spec.aliases:
@@ -295,11 +276,10 @@ class _Extraction:
             )
         return ""
 
-    def _layout(self, tensor: str) -> Layout:
-        spec = self._spec(tensor)
+    def _layout(self, spec: TensorSpec) -> Layout:
         if len(spec.shape) > 2:
             return Layout.OUT_IN
-        if is_embedding(tensor.removesuffix(".weight")):
+        if is_embedding(spec.name.removesuffix(".weight")):
             return Layout.EMBEDDING
         if spec.layout is Layout.UNKNOWN:
             stated = stated_layout(spec.name, self.layout)
@@ -313,8 +293,6 @@ class _Extraction:
 
     def _is_tied_table(self, tensor: str) -> bool:
         """Whether a tensor is the input embeddings of a language model, which are the output embeddings too."""
-        if f"{tied_head(self._architecture)}.weight" in self.old:
-            return False
         tables = word_tables(self.base, self.specs.values())
         is_tied = len(tables) == 1 and self.base.config.get(TIED, True)
         has_head = WORD_HEAD.search(self._architecture) is not None
@@ -327,7 +305,7 @@ class _Extraction:
 
     def _add_pair(self, tensor: str, difference: Difference) -> None:
         spec = self._spec(tensor)
-        values, layout = difference.singular_values(self.truncation), self._layout(tensor)
+        values, layout = difference.singular_values(self.truncation), self._layout(spec)
         rank = self.truncation.rank_of(values)
         module = tensor.removesuffix(".weight")
         shape = spec.shape[::-1] if layout.is_transposed else spec.shape
@@ -377,21 +355,6 @@ def _tensors(checkpoint: Checkpoint) -> tuple[dict[str, TensorInFile], set[str]]
         return stored, set()
     loaded = {tensor.stored: name for name, tensor in LoadedNames(checkpoint.rules, stored).items() if tensor.stored}
     return {loaded.get(name, name): tensor for name, tensor in stored.items()}, set(stored) - set(loaded)
-
-
-def _unstored_ties(checkpoint: Checkpoint) -> dict[str, str]:
-    """The tied tensors that a checkpoint does not store -> those whose values they have. Names of the loaded model."""
-    ties = ties_of(checkpoint, Tied.ERROR)
-    stored = {spec.name for spec in checkpoint.specs}
-    return {
-        ties.loaded.get(name, name): ties.loaded.get(source, source)
-        for name, source in ties.tensors.items()
-        if name not in stored
-    }
-
-
-def _are_equal(one: TensorInFile, other: TensorInFile) -> bool:
-    return one.entry.shape == other.entry.shape and have_equal_bits(one, other)
 
 
 def _prefix(old: Iterable[str], new: Collection[str]) -> str:

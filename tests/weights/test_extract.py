@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.extract import extract_adapter
 from support.fine_tuned import MODELS, RANK, base_and_tuned, inputs_of
 from support.handmade import base_file
-from support.tied import tied_model
 
 CHANGED = {
     "llama": ("",),
@@ -65,38 +63,6 @@ def test_a_head_that_the_base_lacks_is_saved_whole(tmp_path: Path) -> None:
     tuned, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("tuned", "merged"))
     assert tuned.keys() == merged.keys()
     assert all(np.allclose(merged[name], value, atol=2e-6) for name, value in tuned.items())
-
-
-@pytest.mark.parametrize(
-    ("of_base", "of_tuned", "targets", "tied"),
-    [
-        (None, "again", ["model.embed_tokens"], "error"),
-        (None, "apart", ["lm_head", "model.embed_tokens"], "untie"),
-        ("again", None, ["lm_head", "model.embed_tokens"], "error"),
-        ("apart", None, ["lm_head", "model.embed_tokens"], "error"),
-    ],
-)
-def test_a_tied_head_may_be_stored_by_one_of_the_two(
-    tmp_path: Path, of_base: str | None, of_tuned: str | None, targets: list[str], tied: str
-) -> None:
-    """transformers stores it only where it differs; others store it in any case."""
-    model = tied_model(tmp_path / "model")
-    table, rng = "model.embed_tokens.weight", np.random.default_rng(0)
-    for folder, head in (("base", of_base), ("tuned", of_tuned)):
-        shutil.copytree(tmp_path / "model", tmp_path / folder)
-        weights = load_file(tmp_path / "model/model.safetensors")
-        weights[table] += 0 if folder == "base" else rng.normal(size=weights[table].shape).astype(np.float32)
-        own = {"again": weights[table], "apart": rng.normal(size=weights[table].shape).astype(np.float32)}
-        weights |= {} if head is None else {"lm_head.weight": own[head]}
-        save_file(weights, tmp_path / folder / "model.safetensors", {"format": "pt"})
-    le.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=8)
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert (config["target_modules"], config["modules_to_save"]) == (targets, None)
-    le.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", tied=tied)
-    loaded = peft.PeftModel.from_pretrained(model.reloaded(tmp_path / "base"), tmp_path / "adapter")
-    expected = model.outputs(model.reloaded(tmp_path / "tuned"))
-    for found in (loaded, model.reloaded(tmp_path / "out")):
-        torch.testing.assert_close(model.outputs(found), expected, atol=1e-5, rtol=1e-5)
 
 
 def two(tmp_path: Path, old: dict[str, np.ndarray], new: dict[str, np.ndarray], **config: object) -> tuple[Path, Path]:
