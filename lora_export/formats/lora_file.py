@@ -154,8 +154,9 @@ class _FileChanges:
         first = next(iter(keys.values()))
         try:
             tensors = {part: self.file.read(key) for part, key in keys.items()}
-            for part in tensors.keys() - {KeyPart.ALPHA, KeyPart.ON_INPUT}:
-                refuse_integers(keys[part], tensors[part])
+            for part, tensor in tensors.items():
+                if part not in (KeyPart.ALPHA, KeyPart.ON_INPUT):
+                    refuse_integers(keys[part], tensor)
             if bad := [keys[part] for part, tensor in tensors.items() if not is_finite(tensor)]:
                 raise InputRefused(f"{', '.join(bad)} holds values that are not finite (NaN or infinity)")
             self._add(module, keys, tensors)

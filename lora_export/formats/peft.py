@@ -212,7 +212,8 @@ class _StoredPairs:
         """What is added to biases, by module."""
         keys = self.keys[B_BIAS]
         return {
-            name: np.float32(pairs[name].scale) * self.file.read(key).astype(np.float32) for name, key in keys.items()
+            name: np.float32(pairs[name].scale) * read_floats(self.file, key).astype(np.float32)
+            for name, key in keys.items()
         }
 
     def _pairs_of(self, module: str) -> dict[str, LoraPair]:
@@ -290,7 +291,7 @@ class _StoredPairs:
             )
         if key is None:
             return None
-        magnitude = self.file.read(key)
+        magnitude = read_floats(self.file, key)
         if magnitude.shape != magnitude_shape(b):
             raise InputRefused(f"the magnitude is {magnitude.shape}, B {b.shape} needs {magnitude_shape(b)}")
         return magnitude.reshape(-1)

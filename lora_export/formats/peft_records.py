@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
-from lora_export.formats.adapter_files import TensorSource, by_headers, refuse_problems
+from lora_export.formats.adapter_files import TensorSource, by_headers, read_floats, refuse_problems
 from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, Keys, targeted_name
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, TokenRows, expert_name, is_weight_of, split_part
@@ -207,7 +207,7 @@ def read_token_rows(file: TensorSource, keys: Mapping[str, str], config: Mapping
         else:
             try:
                 heads = [head.removesuffix(".weight") for head, table in repeated.items() if table == tensor]
-                found[tensor] = TokenRows(np.array(own, np.int64), file.read(key), (*tied, *heads))
+                found[tensor] = TokenRows(np.array(own, np.int64), read_floats(file, key), (*tied, *heads))
             except InputRefused as error:
                 problems.append(f"{tensor}: {error}")
     refuse_problems(file, problems)

@@ -91,7 +91,7 @@ def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
 
 
 def with_positive_scales(adapter: Adapter) -> Adapter:
-    """The adapter with the sign of each pair's scale in its B: readers take no alpha below zero for right."""
+    """The adapter with the sign of each pair's scale in its B: a reader may refuse an alpha below zero."""
     turned = {
         name: LoraPair(pair.a, -pair.b, -pair.scale, pair.magnitude, pair.embedding, pair.as_stored)
         for name, pair in adapter.pairs.items()

@@ -248,8 +248,8 @@ def _diff(node: Node) -> Exchange | None:
 def _unpadded(node: Node) -> Exchange | None:
     given = _arguments(node)
     x, weight, bias, stride, padding, dilation, groups = given.values()
-    axes = len(node.meta["val"].shape) - 2
-    if padding != "valid":
+    axes = len(weight.meta["val"].shape) - 2
+    if padding != "valid" or len(x.meta["val"].shape) != axes + 2:  # it has no batch
         return None
     args = (x, weight, bias, _each(stride, axes), [0] * axes, _each(dilation, axes), False, [0] * axes, groups)
     return Exchange(aten.convolution.default, args)
@@ -271,8 +271,10 @@ def _normalised(node: Node) -> Exchange | None:
     return Exchange(operator.getitem, (results, 0))
 
 
-def _weight_norm(node: Node) -> Exchange:
+def _weight_norm(node: Node) -> Exchange | None:
     direction, length, axis = _arguments(node).values()
+    if axis < -1:  # -1 is the norm of all axes
+        return None
     axes = len(direction.meta["val"].shape)
     others = [each for each in range(axes) if each != axis]
     norm = Exchange(aten.linalg_vector_norm.default, (direction, 2, others, True))

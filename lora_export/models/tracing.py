@@ -219,7 +219,7 @@ DEPENDS_ON_VALUES = (
     "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
     "export only the part of the model that a graph can contain."
 )
-OF_HALF_ALONE = re.compile(r"`.*\btorch\.float16\b.*`")  # such a line of BART's encoder looks for overflow
+OF_HALF = re.compile(r"`.*\btorch\.float16\b.*`")  # a line of BART's encoder looks for overflow in this precision
 NOT_IN_ONNX = "Compute it there with operators that ONNX has, or export only the part of the model before it."
 
 
@@ -277,9 +277,8 @@ def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
         cause, remedy = innermost_cause(error), DEPENDS_ON_VALUES
         if missing := MISSING_OPERATOR.search(cause):
             cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
-        elif OF_HALF_ALONE.search(cause):
-            others = f"{named('dtype', 'float32')} or {named('dtype', 'bfloat16')}"
-            remedy = f"That line depends on values in float16 alone: export in another precision ({others}). {remedy}"
+        elif OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
+            remedy = f"Where that line is about float16 alone, export in {named('dtype', 'float32')}. {remedy}"
         raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", *ways, remedy) from error
 
 

@@ -211,13 +211,20 @@ class AsOriginal(_ByTransformers):
         tensors = [f"{name}.weight" for name in numbered if not isinstance(name, ParameterEnding)]
         loaded = LoadedNames(self.rules, tensors)
         found = {module_of_tensor(self.prefix.to_base(name) or name) for name in loaded}
-        of_one = {*numbered, *self.adapter.pairs}
+        targets, of_one = set(self.adapter.targets), {*numbered, *self.adapter.pairs}
         for module in self.adapter.pairs:
             names = [module_of_tensor(split_part(tensor)[0]) for tensor in self.weights_of(module)]
-            for target in (each for each in self.adapter.targets if f".{module}".endswith(f".{each}")):
+            for target in targets.intersection(_endings(module)):
                 kept = {target for name in names if f".{name}".endswith(f".{target}")}
                 found |= kept or {name if target in of_one else name.rpartition(".")[2] for name in names}
         return found
+
+
+def _endings(module: str) -> Iterator[str]:
+    """The name, and its last parts."""
+    yield module
+    while module := module.partition(".")[2]:
+        yield module
 
 
 def converted_attempts(

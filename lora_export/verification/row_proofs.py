@@ -235,10 +235,12 @@ def _judged(proofs: Sequence[Proof], cases: Sequence[parity.Case]) -> Proof:
 def _outputs_between_rows(proof: Proof) -> list[str]:
     """The outputs with numbers for each two rows of a batch, as CLIP has them for each image and text.
 
-    Their first two axes have the size of the batch, whatever this is: nothing is known from batches of one size.
+    Their first two axes have the size of the batch, whatever this is: nothing is known from batches of one size, or
+    where texts always have as many tokens.
     """
     sizes = [len(next(iter(arrays.values()))) for arrays in proof.inputs.values()]
-    if len(set(sizes)) < 2:
+    each_alike = zip(proof.inputs.values(), sizes, strict=True)
+    if len(set(sizes)) < 2 or all(any(x.shape[1:2] == (size,) for x in each.values()) for each, size in each_alike):
         return []
     return [
         name

@@ -118,26 +118,31 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     ]
 
 
+PAIR = ("base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight")
+
+
 @pytest.mark.parametrize(
     ("names", "config"),
     [
-        (("base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight"), {}),
+        (PAIR, {}),
         (
             tuple(f"base_model.model.fc.hada_{factor}_{side}" for factor in ("w1", "w2") for side in "ab"),
             {"peft_type": "LOHA", "r": 1, "alpha": 1},
         ),
+        ((*PAIR, "base_model.model.fc.lora_magnitude_vector"), {"use_dora": True}),
+        ((*PAIR, "base_model.model.fc.lora_B.bias"), {"lora_bias": True}),
         (("lora_unet_fc.lora_down.weight", "lora_unet_fc.lora_up.weight"), None),
         (("fc.lora_A", "fc.lora_B"), None),
     ],
-    ids=["peft", "loha", "kohya", "loralib"],
+    ids=["peft", "loha", "dora", "bias", "kohya", "loralib"],
 )
 def test_integers_are_no_pair(tmp_path: Path, names: tuple[str, ...], config: dict[str, Any] | None) -> None:
     """Of what is quantised, such as uint8 of bitsandbytes, they are the codes."""
     path = tmp_path / "adapter_model.safetensors"
     save_file({name: np.ones((1, 1), np.uint8 if name == names[-1] else np.float32) for name in names}, path)
     if config is not None:
-        lora = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config or lora))
+        lora = {} if "peft_type" in config else {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**lora, **config}))
     stated = {"lora_rank": 1, "lora_alpha": 1.0} if names[0] == "fc.lora_A" else {}
     with pytest.raises(InputRefused, match=rf"{names[-1]} holds integers \(uint8\)\. If it is quantised, save"):
         formats.load(path, options=ReadOptions(**stated))

@@ -160,6 +160,10 @@ TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "second differences": lambda x: x.diff(n=2),
     "differences of bools": lambda x: (x > 0.5).diff(),
     "convolved to the same size": lambda x: F.conv1d(whole(x), torch.ones(1, 2, 2), padding="same"),
+    "convolved without a batch": lambda x: F.conv1d(whole(x)[0], torch.ones(1, 2, 2), padding="valid"),
+    "lengths by an axis from the end": lambda x: F.linear(
+        x, torch._weight_norm(torch.ones(3, 4), torch.ones(3, 1), -2)
+    ),
     "pooled to two": lambda x: F.adaptive_avg_pool1d(whole(x), 2),
     "pooled to a plane of 2 by 1": lambda x: F.adaptive_avg_pool2d(whole(x), (2, 1)),
     "normalised by itself": lambda x: F.batch_norm(x * 0, None, None, training=True) + x,

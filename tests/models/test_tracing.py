@@ -166,20 +166,30 @@ def test_an_operator_that_onnx_lacks_is_named_with_its_module_and_line() -> None
     assert remedy.startswith("Compute it there with operators that ONNX has")
 
 
-class OfHalf(nn.Module):
+class OfHalf(nn.Linear):
     """As BART's encoder looks for overflow."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16 and not torch.isfinite(x).all():
             x = x.clamp(-1, 1)
-        return x + 1
+        return super().forward(x)
+
+
+class TooLarge(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if (x.abs() > torch.finfo(torch.float16).max).any():
+            x = x.clamp(-1, 1)
+        return super().forward(x)
 
 
 def test_another_precision_is_a_way_out_of_a_line_for_float16() -> None:
     with pytest.raises(RuntimeRefused, match=r"in forward: `if .*`") as caught:
-        to_onnx(OfHalf().eval(), {"x": torch.ones(4, 4, dtype=torch.float16)}, axes={})
-    assert '(dtype="float32" or dtype="bfloat16"). Change that line' in str(caught.value)
-    to_onnx(OfHalf().eval(), {"x": torch.ones(4, 4)}, axes={})
+        to_onnx(OfHalf(4, 4).half().eval(), {"x": torch.ones(4, 4, dtype=torch.float16)}, axes={})
+    assert 'Where that line is about float16 alone, export in dtype="float32". Change that line' in str(caught.value)
+    to_onnx(OfHalf(4, 4).eval(), {"x": torch.ones(4, 4)}, axes={})
+    with pytest.raises(RuntimeRefused, match=r"in forward: `if .*float16.*`") as caught:
+        to_onnx(TooLarge(4, 4).eval(), {"x": torch.ones(4, 4)}, axes={})
+    assert "float32" not in str(caught.value)
 
 
 def test_other_refusals_have_their_cause_and_the_ways_out() -> None:

@@ -166,19 +166,22 @@ def test_mixed_batch_is_judged_from_each_rows_first_token(
 
 # The rows of a batch of three have the adapters 1, 0 and 1. A wrong number, as [row, row], and what is to be found.
 @pytest.mark.parametrize(
-    ("batches", "wrong", "outcome"),
+    ("batches", "wrong", "tokens", "outcome"),
     [
-        ((2, 3), (0, 1), parity.Outcome.SAME),  # between rows of different adapters
-        ((2, 3), (0, 2), parity.Outcome.DIFFERENT),
-        ((2, 3), (1, 1), parity.Outcome.DIFFERENT),
-        ((3, 3), (0, 1), parity.Outcome.DIFFERENT),  # three numbers of each row, for all that is known
+        ((2, 3), (0, 1), 4, parity.Outcome.SAME),  # between rows of different adapters
+        ((2, 3), (0, 2), 4, parity.Outcome.DIFFERENT),
+        ((2, 3), (1, 1), 4, parity.Outcome.DIFFERENT),
+        ((3, 3), (0, 1), 4, parity.Outcome.DIFFERENT),  # three numbers of each row, for all that is known
+        ((2, 3), (0, 1), 0, parity.Outcome.DIFFERENT),  # as many tokens as rows, which the numbers may be of
     ],
 )
 def test_numbers_between_rows_of_other_adapters_are_not_judged(
-    batches: tuple[int, int], wrong: tuple[int, int], outcome: parity.Outcome
+    batches: tuple[int, int], wrong: tuple[int, int], tokens: int, outcome: parity.Outcome
 ) -> None:
     rng = np.random.default_rng(0)
-    inputs = {f"{place}: {batch}": {"x": rng.standard_normal((batch, 4))} for place, batch in enumerate(batches)}
+    inputs = {
+        f"{place}: {batch}": {"x": rng.standard_normal((batch, tokens or batch))} for place, batch in enumerate(batches)
+    }
     alone = []
     for adapter in range(2):
         cases = []
@@ -199,7 +202,8 @@ def test_numbers_between_rows_of_other_adapters_are_not_judged(
 
     verdict = judge_mixed(Mixing(nn.Identity()), alone, [1, 0, 1]).verdict
     assert verdict.outcome is outcome, str(verdict)
-    assert any("between rows with different adapters" in note for note in verdict.notes) == (batches == (2, 3))
+    is_noted = any("between rows with different adapters" in note for note in verdict.notes)
+    assert is_noted == (batches == (2, 3) and tokens > 0)
     if outcome is parity.Outcome.DIFFERENT and batches == (2, 3):
         assert f"the element at {list(wrong)}" in str(verdict)
 

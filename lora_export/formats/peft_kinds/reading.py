@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.adapter_files import (
@@ -27,7 +28,7 @@ from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 
 ROOT = "base_model."  # before the names of shared tensors
 _ALPHAS = "alpha_pattern"
-_INTEGERS = "indices"  # in the names of parts that may have them
+_INTEGERS = ("indices", "_size")  # in the names of what may have them
 
 
 @functools.cache
@@ -178,7 +179,7 @@ def _changes(
     file: TensorSource, keys: _Keys, kind: Kind, config: Mapping[str, Any]
 ) -> tuple[dict[str, ModuleChange], list[str]]:
     """The change of each module, and a line for everything that is wrong."""
-    shared = {name: file.read(key) for name, key in keys.shared.items()}
+    shared = {name: _read(file, name, key) for name, key in keys.shared.items()}
     changes, problems = {}, []
     for module, own in keys.parts.items():
         if missing := [part for part in (kind.parts if kind.needed is None else kind.needed) if part not in own]:
@@ -186,10 +187,14 @@ def _changes(
             continue
         values = {default: value_for_module(module, config, each, default) for each, default in kind.patterns.items()}
         try:
-            parts = {part: file.read(key) if _INTEGERS in part else read_floats(file, key) for part, key in own.items()}
+            parts = {part: _read(file, part, key) for part, key in own.items()}
             change = kind.function(Stored(parts, {**config, **values}, shared, module, len(keys.parts), kind.title))
         except InputRefused as error:
             problems.append(f"{module}: {error}")
             continue
         changes[module] = ModuleChange(change) if isinstance(change, LoraPair) else change
     return changes, problems
+
+
+def _read(file: TensorSource, name: str, key: str) -> NDArray[Any]:
+    return file.read(key) if any(each in name for each in _INTEGERS) else read_floats(file, key)
