@@ -239,7 +239,8 @@ def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[st
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": sorted(ends) if known else modules if pairs else NO_MODULES,
+        # PEFT ties a head by itself only to tables that are called embed_tokens.
+        "target_modules": sorted({*(ends if known else modules), *adapter.tied}) if pairs else NO_MODULES,
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": None,
         "bias": adapter.metadata.get("bias", "none"),

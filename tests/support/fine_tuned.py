@@ -15,15 +15,10 @@ LLAMA = transformers.LlamaConfig(
 )
 TIED = transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=2, tie_word_embeddings=True)
 BERT = transformers.BertConfig(**SIZES, intermediate_size=24, max_position_embeddings=32)
-GPT2 = transformers.GPT2Config(
-    vocab_size=50,
-    n_embd=16,
-    n_layer=2,
-    n_head=2,
-    n_positions=32,
-    tie_word_embeddings=False,
-    bos_token_id=0,
-    eos_token_id=0,
+GPT2_SIZES = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+GPT2, TIED_GPT2 = (
+    transformers.GPT2Config(**GPT2_SIZES, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0)
+    for tied in (False, True)
 )
 VIT = transformers.ViTConfig(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
@@ -34,6 +29,8 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "bert": (transformers.BertForMaskedLM, BERT),
     "bert-classifier": (transformers.BertForSequenceClassification, BERT),
     "gpt2": (transformers.GPT2LMHeadModel, GPT2),
+    "tied gpt2": (transformers.GPT2LMHeadModel, TIED_GPT2),
+    "tied bert": (transformers.BertForMaskedLM, BERT),
     "vit": (transformers.ViTForImageClassification, VIT),
 }
 RANK = 2  # of every change of a matrix

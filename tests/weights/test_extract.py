@@ -25,6 +25,8 @@ CHANGED = {
     "tied": ("",),
     "bert": ("encoder", "LayerNorm", "predictions.transform"),
     "gpt2": ("",),
+    "tied gpt2": ("",),
+    "tied bert": ("encoder", "word_embeddings"),
     "vit": ("encoder", "layers", "layernorm", "classifier", "patch_embeddings"),
 }
 
