@@ -21,14 +21,14 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.names.table import is_embedding
 from lora_export.options.spelling import named
-from lora_export.plan import FLOATS, Layout, TensorSpec
+from lora_export.plan import FLOATS, Layout, TensorSpec, Tied
 from lora_export.plan.layouts import LayoutEvidence, check_stated, stated_layout
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.merge import WORD_HEAD
 from lora_export.weights.merge_report import OnBytesWritten
-from lora_export.weights.tied_tensors import TIED, tied_head, word_tables
+from lora_export.weights.tied_tensors import TIED, tied_head, ties_of, word_tables
 
 BLOCK_ENTRIES = 1 << 22  # of a difference in memory at once: 16 MiB in fp32
 CACHED_ENTRIES = 1 << 25  # of a difference that is kept: 128 MiB in fp32
@@ -182,6 +182,8 @@ class _Extraction:
         prefix = _prefix(old, self.new)
         self.old = {prefix + name: tensor for name, tensor in old.items()}
         self.specs = {spec.name: spec for spec in self.base.specs}
+        ties = ties_of(self.base, Tied.ERROR)
+        self.unstored = {name: of for name, of in ties.tensors.items() if name not in self.specs}  # tied tensors
         self.evidence = LayoutEvidence(self.specs, {})
         self.pairs: dict[str, LoraPair] = {}
         self.layouts: dict[str, str] = {}
@@ -269,6 +271,10 @@ class _Extraction:
             return f"how it is stored is unknown. State it by {stated} (nn.Linear), or as in_out (Conv1D)"
         if spec.aliases:
             return f"it is {' and '.join(spec.aliases)} too (the header of the file ties them)"
+        heads = (f"{tied_head(self._architecture)}.weight",) if self._is_tied_table(tensor) else ()
+        names = [name for name, of in self.unstored.items() if of == spec.name and name not in heads]
+        if names and self._layout(spec) is Layout.EMBEDDING:
+            return f"it is {', '.join(names)} too, which BASE does not store: a pair would change the table alone"
         if self._is_tied_table(tensor) and not tied_head(self._architecture):
             return (
                 "the input embeddings are the output embeddings too (tie_word_embeddings), and the name of these in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.extract import extract_adapter
 from support.fine_tuned import MODELS, RANK, base_and_tuned, inputs_of
 from support.handmade import base_file
+from support.tied import tied_model
 
 CHANGED = {
     "llama": ("",),
@@ -149,6 +151,20 @@ def test_tied_embeddings_of_an_unknown_head_are_refused(tmp_path: Path) -> None:
         InputRefused, match=r"model.embed_tokens.weight: the input embeddings are the output embeddings"
     ):
         extracted(tmp_path, old, {**old, "model.embed_tokens.weight": 2 * table}, config=config)
+
+
+@pytest.mark.parametrize("stored", [(), ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")])
+def test_a_table_under_several_names_is_refused(tmp_path: Path, stored: tuple[str, ...]) -> None:
+    """Of T5, whose head would stay the base's in PEFT."""
+    tied_model(tmp_path / "base", "T5ForConditionalGeneration")
+    shutil.copytree(tmp_path / "base", tmp_path / "tuned")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    for folder in ("base", "tuned"):
+        weights["shared.weight"] += 0 if folder == "base" else np.eye(*weights["shared.weight"].shape, dtype=np.float32)
+        tables = dict.fromkeys(stored, weights["shared.weight"])
+        save_file(weights | tables, tmp_path / folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputRefused, match=r"shared.weight: it is (.*, )?lm_head.weight too, which BASE does not"):
+        le.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=2)
 
 
 def test_a_depthwise_convolution_is_saved_whole(tmp_path: Path) -> None:
