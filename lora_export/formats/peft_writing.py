@@ -233,14 +233,14 @@ def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[st
     modules = sorted(name for name in pairs if name not in parameters and name not in adapter.tied)
     known = modules and all(any(f".{name}".endswith(f".{ending}") for ending in adapter.targets) for name in modules)
     ends = [target for target in adapter.targets if any(f".{name}".endswith(f".{target}") for name in modules)]
+    heads = adapter.tied.keys() & pairs.keys()  # PEFT ties a head by itself only to a table called embed_tokens
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        # PEFT ties a head by itself only to tables that are called embed_tokens.
-        "target_modules": sorted({*(ends if known else modules), *adapter.tied}) if pairs else NO_MODULES,
+        "target_modules": sorted({*(ends if known else modules), *heads}) if pairs else NO_MODULES,
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": None,
         "bias": adapter.metadata.get("bias", "none"),
