@@ -231,11 +231,8 @@ def test_a_damaged_adapter_is_refused(tmp_path, name):
     ("name", "config", "message"),
     [
         ("LoHa: linear", {"alpha": None}, "alpha is None; it must be a number other than 0"),
-        (
-            "AdaLora: linear",
-            {"lora_alpha": -3},
-            "lora_alpha is -3; it must be a positive number",
-        ),  # PEFT takes the rank
+        # PEFT takes the rank in its place
+        ("AdaLora: linear", {"lora_alpha": -3}, "lora_alpha is -3; it must be a positive number"),
         ("LoHa: linear", {"r": 3}, "up: its tensors have the rank 2, the config's is 3"),
         ("LoHa: linear", {"new_idea": 1}, "unknown fields: new_idea"),
         ("C3A: blocks", {"block_size": 3}, r"up: c3a_kernel is \(3, 2, 6\), the config's block_size is 3"),
