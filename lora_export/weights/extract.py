@@ -6,6 +6,7 @@ Every tensor that differs is in the adapter, or the pair of checkpoints is refus
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -297,17 +298,15 @@ class _Extraction:
     def _architecture(self) -> str:
         return str((self.base.config.get("architectures") or [""])[0])
 
-    def _is_tied_table(self, tensor: str) -> bool:
-        """Whether a tensor is the input embeddings of a language model, which are the output embeddings too."""
+    @functools.cached_property
+    def _tied_table(self) -> str:
+        """The input embeddings of a language model that are the output embeddings too; empty where none are."""
         tables = word_tables(self.base, self.specs.values())
-        is_tied = len(tables) == 1 and self.base.config.get(TIED, True)
-        has_head = WORD_HEAD.search(self._architecture) is not None
-        return bool(
-            is_tied
-            and has_head
-            and is_embedding(tensor.removesuffix(".weight"))
-            and tables == [self._spec(tensor).name]
-        )
+        is_tied = len(tables) == 1 and self.base.config.get(TIED, True) and WORD_HEAD.search(self._architecture)
+        return tables[0] if is_tied else ""
+
+    def _is_tied_table(self, tensor: str) -> bool:
+        return is_embedding(tensor.removesuffix(".weight")) and self._spec(tensor).name == self._tied_table
 
     def _add_pair(self, tensor: str, difference: Difference) -> None:
         spec = self._spec(tensor)

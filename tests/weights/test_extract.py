@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 import lora_export as le
 from lora_export.adapters.singular_values import Truncation
 from lora_export.errors import InputRefused
+from lora_export.weights import extract
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.extract import extract_adapter
+from lora_export.weights.tied_tensors import word_tables
 from support.fine_tuned import MODELS, RANK, base_and_tuned, inputs_of
 from support.handmade import base_file
 from support.tied import tied_model
@@ -51,6 +53,15 @@ def test_peft_computes_what_the_tuned_model_computes_and_a_merge_is_it(tmp_path:
     assert wanted.keys() == merged.keys()
     for tensor, value in wanted.items():
         np.testing.assert_allclose(merged[tensor], value, atol=2e-6, err_msg=tensor)
+
+
+def test_the_tables_of_words_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each matrix, among all tensors, the time grew with their square."""
+    looked = []
+    monkeypatch.setattr(extract, "word_tables", lambda *given: looked.append(given) or word_tables(*given))
+    base_and_tuned("tied", tmp_path)
+    result = le.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=RANK)
+    assert len(result.layers) > 10 and len(looked) == 1
 
 
 def test_a_head_that_the_base_lacks_is_saved_whole(tmp_path: Path) -> None:
