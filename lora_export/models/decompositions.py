@@ -246,8 +246,7 @@ def _diff(node: Node) -> Exchange | None:
 
 
 def _unpadded(node: Node) -> Exchange | None:
-    given = _arguments(node)
-    x, weight, bias, stride, padding, dilation, groups = given.values()
+    x, weight, bias, stride, padding, dilation, groups = _arguments(node).values()
     axes = len(weight.meta["val"].shape) - 2
     if padding != "valid" or len(x.meta["val"].shape) != axes + 2:  # it has no batch
         return None
