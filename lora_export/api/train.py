@@ -26,9 +26,11 @@ from lora_export.api.training_strategies import (
     Trainer,
     TrainingRun,
     heads_of,
+    note_on_attention,
     note_on_other_names,
     note_on_peft_experts,
     note_on_tied_rows,
+    note_on_uncalled,
     note_on_unknown_head,
     note_on_untrained,
     refuse_rank_beyond_layers,
@@ -169,7 +171,6 @@ def train(options: TrainOptions) -> TrainResult:
     if checkpoints is not None and process_rank() == 0:
         checkpoints.remove()
     wait_for_all()
-    _note_on_attention(options, new)
     places = [output / f"rank-{rank}" for rank in new] if len(new) > 1 else [output]
     return TrainResult(output, tuple(map(formats.load, places)), tuple(runs))
 
@@ -255,6 +256,7 @@ def _show_notes(options: TrainOptions, loaded: Model, new: Mapping[int, Adapter]
     for adapter in () if options.continue_from else new.values():
         refuse_rank_beyond_layers(adapter, named=options.names_layers, on_message=options.on_message)
     notes = (
+        note_on_attention(first),
         note_on_other_names(loaded, first),
         note_on_peft_experts(loaded, first),
         note_on_tied_rows(loaded.module, first),
@@ -298,21 +300,12 @@ def _write_run(
     on_message(str(run.history))
     if (settings.keep_best or settings.patience) and (best := run.history.best):
         on_message(f"kept: step {best.step}, with the lowest held-out loss ({best.held_out_loss:.4g})")
-    if note := note_on_untrained(run):
+    for note in filter(None, (note_on_untrained(run), note_on_uncalled(run))):
         on_message(note)
     facts = facts_for_card(base.model, learnt, run, base.sha256, base.quantised, options)
     write_trained_adapter(folder, base.model, learnt, run, new, facts)
     if not facts["plot"]:
         on_message(f"note: the losses are not drawn: matplotlib is missing ({pip_install('plot')})")
-
-
-def _note_on_attention(options: TrainOptions, new: Mapping[int, Adapter]) -> None:
-    names = {name for adapter in new.values() for name in adapter.pairs}
-    if any(name.endswith(".out_proj") and name.removesuffix(".out_proj") in names for name in names):
-        options.on_message(
-            "note: PEFT reads adapters of nn.MultiheadAttention in another way: it ignores the output projection of "
-            "this adapter, and adds it twice in its own. lora-export and this adapter agree with each other"
-        )
 
 
 # --- the adapters that it starts from ---

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class TrainingRun:
     score: Score | None  # on the held-out examples
     score_without: Score | None = None  # of an adapter: with the same head, and the adapter off
     adapter: Adapter | None = None  # as it was trained
+    uncalled: tuple[str, ...] = ()  # layers that it changed, and that the model never calls
 
     @property
     def label(self) -> str:
@@ -112,15 +114,17 @@ class Trainer:
             if self.options.shard_base:
                 shard_base(self.module, self.options.device)
             more = {"checkpoints": checkpoints, "resume": self.options.resume}
-            history = self._fit(self.module, self.settings, f"training, rank {rank}", f"rank-{rank}", **more)
+            with _uncalled(self.module, [] if self.settings.compile else start.pairs) as uncalled:
+                history = self._fit(self.module, self.settings, f"training, rank {rank}", f"rank-{rank}", **more)
             trained = layers.read_back(self.module, start)
+            changed = tuple(name for name in uncalled if (trained.pairs[name].b != start.pairs[name].b).any())
             trained = as_plain_lora(trained, start) if frozen else trained
             score = self._score(self.module)
             with layers.scale_adapters(self.module, 0, keep_replaced=True):
                 without = self._score(self.module)
         finally:
             layers.detach(self.module)
-        return TrainingRun("lora", rank, count, history, self.settings, score, without, trained)
+        return TrainingRun("lora", rank, count, history, self.settings, score, without, trained, changed)
 
     def whole_model(self) -> TrainingRun:
         """Train all weights of a copy, with a lower learning rate."""
@@ -160,6 +164,24 @@ class Trainer:
         size = min(self.settings.batch_size, 64)  # a user's own batches are one row each
         device, precision = self.options.device, self.settings.precision
         return evaluate(module, self.held_out, batch_size=size, device=device, precision=precision)
+
+
+@contextlib.contextmanager
+def _uncalled(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Those of these modules, by name, that are not called within. A call removes the module's hook.
+
+    The output projection of nn.MultiheadAttention is left out: see `note_on_attention`.
+    """
+    modules = dict(module.named_modules())
+    left: dict[str, Any] = {}
+    for name in names:
+        if name in modules and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            left[name] = modules[name].register_forward_pre_hook(lambda *_, name=name: left.pop(name).remove())
+    try:
+        yield left
+    finally:
+        for handle in left.values():
+            handle.remove()
 
 
 def _step_progress(stage: str, on_progress: OnProgress) -> OnStep:
@@ -253,6 +275,27 @@ def note_on_other_names(loaded: Model, new: Adapter) -> str:
 
 # Names of layers that PEFT takes for those of experts, in the models that transformers converts as this type
 TAKEN_FOR_EXPERTS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
+
+
+def note_on_attention(new: Adapter) -> str:
+    """A note on the output projection of an nn.MultiheadAttention, which PEFT reads otherwise; empty without one."""
+    if not any(name.endswith(".out_proj") and name.removesuffix(".out_proj") in new.pairs for name in new.pairs):
+        return ""
+    return (
+        "note: PEFT reads adapters of nn.MultiheadAttention in another way: it ignores the output projection of this "
+        "adapter, and adds it twice in its own. lora-export and this adapter agree with each other"
+    )
+
+
+def note_on_uncalled(run: TrainingRun) -> str:
+    """A note on layers whose weight the model reads itself, so that PEFT's layer is not run; empty without such."""
+    if not run.uncalled:
+        return ""
+    return (
+        f"note: the model reads the weights of {count(len(run.uncalled), 'layer')} itself, such as "
+        f"{run.uncalled[0]}. PEFT's attached model leaves out the change of such a layer. lora-export trains, merges "
+        "and exports it, and PEFT's merge adds it"
+    )
 
 
 def note_on_peft_experts(loaded: Model, new: Adapter) -> str:

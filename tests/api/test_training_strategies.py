@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lora_export as le
 from lora_export import layers, plan
-from lora_export.api.training_strategies import HEADS, Trainer, losses_of
+from lora_export.api.training_strategies import HEADS, Trainer, losses_of, note_on_uncalled
 from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
 from lora_export.options.train import Init, TrainingSettings, TrainOptions
@@ -275,6 +275,38 @@ def test_of_all_linear_layers_some_may_be_smaller_than_the_rank(tmp_path: Path) 
         le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=4, epochs=1, rank_pattern={"0": 9})
     with pytest.raises(InputRefused, match=r"larger than 1 of 2 layers.*\n  `1` is 2 × 6, its rank 3"):
         le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=2, epochs=1, rank_pattern={"1": 3})
+
+
+class ReadNet(Net):
+    """Its forward reads the weight of `read`, as Mamba that of `dt_proj` and WavLM those of its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(torch.tanh(self.body(x)) @ self.read.weight)
+        return scores
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_a_layer_that_peft_does_not_run_is_noted(init: Init) -> None:
+    work = trainer([], heads=())
+    module = ReadNet().eval()
+    work = replace(work, module=module, options=replace(work.options, init=init))
+    x, before = work.data.inputs["x"], copy.deepcopy(module)
+    targets = ["body", "read", "unused"]
+    run = work.adapter(layers.create_adapter(module, targets=targets, rank=2, alpha=4, seed=0), 2)
+    assert run.uncalled == ("read",)
+    assert "the weights of 1 layer itself, such as read." in note_on_uncalled(run)
+    assert note_on_uncalled(replace(run, uncalled=())) == ""
+
+    theirs = peft.get_peft_model(before, peft.LoraConfig(r=2, target_modules=targets))
+    with torch.no_grad():
+        base = theirs(x)
+        for name, changed in (("read", False), ("body", True)):
+            nn.init.ones_(theirs.base_model.model.get_submodule(name).lora_B["default"].weight)
+            assert bool((theirs(x) != base).any()) == changed
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "mixtral", "llama"])
