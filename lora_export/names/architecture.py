@@ -141,6 +141,14 @@ class ArchitectureRules:
     own: int  # how many of them are of this architecture; the others apply to every model
     is_known: bool  # whether the parts of this architecture are known
 
+    @property
+    def are_undone(self) -> bool:
+        """Whether transformers undoes any of the architecture's rules when it stores the model.
+
+        It cannot for one that only removes the beginning of a name, as those of CLIPVisionModel.
+        """
+        return any(target != r"\1" for rule in [*self.converters, *self.renames][: self.own] for target in rule.targets)
+
 
 def rules_of(config: Mapping[str, Any]) -> ArchitectureRules | None:
     """The rules for the model that a config describes; None where it names no model of transformers.
