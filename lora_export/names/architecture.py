@@ -60,6 +60,11 @@ class RenameRule:
     def is_converter(self) -> bool:
         return bool(self.operations)
 
+    @property
+    def stacks(self) -> bool:
+        """Whether it stacks tensors, which adds a dimension."""
+        return any(operation["name"] == "MergeModulelist" for operation in self.operations)
+
     def reset(self) -> None:
         """Forget the names that were seen: see `kind` "group"."""
         self._is_active = False
