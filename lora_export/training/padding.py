@@ -40,7 +40,7 @@ class TextParts:
         """The batch as `parts_with_less_padding`, on the device."""
         if self._ignores_padding is False:
             return [batch_on_device(batch, self._device)]
-        lengths = text_lengths_of(batch)
+        lengths = text_lengths_of(batch) if self._loss.rows_per_label else []
         parts = parts_with_less_padding(batch, self._loss, self._device.type, lengths)
         if len(parts) > 1 and self._ignores_padding is None:
             self._ignores_padding = ignores_padding(self._module, batch_on_device(batch, self._device), lengths)

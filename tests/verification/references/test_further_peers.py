@@ -75,7 +75,7 @@ def test_results_of_functions_are_the_neighbours_of_right_ones() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "chosen"), [(torch.float32, [0, 1]), (torch.bfloat16, [0, 2])])
-def test_the_last_of_a_top_k_is_the_next_one_where_the_two_nearly_tie(dtype: torch.dtype, chosen: list[int]) -> None:
+def test_a_near_tie_is_chosen_otherwise(dtype: torch.dtype, chosen: list[int]) -> None:
     scores = torch.tensor([[0.75, 0.5, 0.499, 0.0], [0.75, 0.5, 0.25, -torch.inf]])
     with OtherChoices(dtype) as choices:
         values, indices = scores.topk(2)
