@@ -425,7 +425,9 @@ class Adapter:
     tied: Mapping[str, str] = field(default_factory=dict)  # module -> the module of which it repeats pair and table
     # The endings of the names of modules, and ParameterEnding, that the trainer targeted; empty where not fully known.
     targets: tuple[str, ...] = ()
-    saved_whole: tuple[str, ...] = ()  # the endings of the names of modules that the trainer saved with all tensors
+    saved_whole: ModuleEndings = field(
+        default_factory=ModuleEndings
+    )  # of modules that the trainer saved with all tensors
     # Token ids: pairs act from the last occurrence of these on alone (aLoRA). Empty: on every token.
     invocation_tokens: tuple[int, ...] = ()
     flattened: bool = False  # whether `_` stands for the dots in the names of modules

@@ -42,11 +42,12 @@ from lora_export.weights.pipeline import is_pipeline, open_pipeline
 from lora_export.weights.weight_files import variant_like
 
 
-def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
+def named_for(adapter: Adapter, names: str | None, base: Path) -> Adapter:
     """The adapter under the names of a checkpoint on disk, or (transformers5) of the model that is loaded from it.
 
-    Reads headers only. Raises InputRefused (MatchError) where the adapter does not fit the base, where the base lacks
-    the names that are wanted, and for pairs that have no place under them.
+    None: those that the authors of the model and transformers give it on disk. Reads headers only. Raises InputRefused
+    (MatchError) where the adapter does not fit the base, where the base lacks the names that are wanted, and for pairs
+    that have no place under them.
     """
     checkpoint = open_checkpoint(base)
     rules = checkpoint.rules
@@ -62,10 +63,12 @@ def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
     loaded = loaded_names(specs, rules)
     if names == "transformers5":
         return _as_loaded(renamed, loaded, specs)
-    if rules.own and all(tensor.stored == tensor.name for tensor in loaded.values()):
+    may_lack = rules.are_undone if names is None else rules.own
+    if may_lack and all(tensor.stored == tensor.name for tensor in loaded.values()):
+        wants = "this format" if names is None else named("names", names)
         raise InputRefused(
-            f"{base} has the names of the model as transformers 5 loads it, and {named('names', names)} needs those of "
-            f"the original checkpoint. Give that one as {named('base')}"
+            f"{base} has the names of the model as transformers 5 loads it, and {wants} needs those of the original "
+            f"checkpoint. Give that one as {named('base')}"
         )
     return renamed
 

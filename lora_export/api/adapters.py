@@ -187,7 +187,10 @@ def _extracted(options: ExtractOptions, base: Path, tuned: Path) -> ExtractResul
         facts: dict[str, Any] = {"base_model_name_or_path": hub_name(base) or str(base)}
         if task := next((task for ending, task in TASKS.items() if architecture.endswith(ending)), ""):
             facts["task_type"] = task
-        write_any_ranks(replace(found.adapter, metadata=facts), stage, metadata={provenance.KEY: json.dumps(record)})
+        metadata = {provenance.KEY: json.dumps(record)}
+        write_any_ranks(
+            replace(found.adapter, metadata=facts), stage, metadata=metadata, as_parameters=found.as_parameters
+        )
         for checkpoint in (one, other):
             checkpoint.refuse_changed_files("read")
         write_manifest(stage, {"made_by": record["made_by"], "settings": record["settings"]})

@@ -36,7 +36,7 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
     if checkpoint is not None:
         request = replace(request, adapters=respelled(request.adapters, sites.specs, checkpoint.rules))
     helped = base_as_remedy(sites) if checkpoint is None else contextlib.nullcontext()
-    with checkpoint_as_remedy(request.adapters), helped:
+    with checkpoint_as_remedy(request.adapters, has_checkpoint=checkpoint is not None), helped:
         steps = plan.make(request.adapters, sites.specs, strengths=request.weights)
     alone, steps = steps, with_rows_of_equal_tables(steps, sites, checkpoint)
     steps = combined_pairs(steps, request.combined)

@@ -81,7 +81,7 @@ def locate_steps(
     if not is_existing and not whole:  # the model's ties are known: the adapters have rows for each name
         options = replace(options, adapters=[without_unread_rows(one, sites.by_name) for one in options.adapters])
     helped = base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext()
-    with checkpoint_as_remedy(options.adapters), helped:
+    with checkpoint_as_remedy(options.adapters, has_checkpoint=checkpoint is not None), helped:
         elsewhere = weights_elsewhere(sites, whole)
         steps = options.plan([*sites.specs, *elsewhere]) if options.adapters else None
     if steps and elsewhere:

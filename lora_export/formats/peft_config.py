@@ -83,7 +83,7 @@ def checked_config(config: dict[str, Any], source: str, fields: ConfigFields = O
     for name in ("target_modules", "target_parameters", "modules_to_save"):
         if isinstance(config.get(name), list):
             config[name] = [unwrapped(each) for each in config[name]]
-    config["modules_to_save"] = ModuleEndings(config.get("modules_to_save") or ())
+    config["modules_to_save"] = ModuleEndings(config.get("modules_to_save") or ())  # of one string its letters, as PEFT
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,15 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     return ()
 
 
-def write_any_ranks(adapter: Adapter, folder: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+def write_any_ranks(
+    adapter: Adapter, folder: Path, *, metadata: Mapping[str, str] | None = None, as_parameters: Collection[str] = ()
+) -> None:
     """Write an adapter of pairs of scale 1 and whole tensors, with their types.
 
-    Each alpha is the rank. The caller stages `folder`. `metadata` is added to the header of the file of tensors. Raises
-    ValueError for what such a file cannot hold: another scale, DoRA, bare parameters, additions to vectors, rows of
-    tokens, and two ranks where PEFT has one.
+    Each alpha is the rank. The caller stages `folder`. `metadata` is added to the header of the file of tensors. PEFT
+    finds the modules of `as_parameters` by the names of their weights (`target_parameters`). Raises ValueError for what
+    such a file cannot hold: another scale, DoRA, bare parameters, additions to vectors, rows of tokens, and two ranks
+    where PEFT has one.
     """
     beyond = {kind for kind, names in adapter.beyond_pairs.items() if names} - {"replaced", "tied"}
     problems = _different_ranks(adapter, adapter.pairs)
@@ -104,8 +107,10 @@ def write_any_ranks(adapter: Adapter, folder: Path, *, metadata: Mapping[str, st
         raise ValueError(f"a PEFT adapter of scale 1 cannot hold everything in {adapter.name}")
     facts = {key: value for key, value in adapter.metadata.items() if key in KEPT_FACTS}
     plain = replace(adapter, metadata=facts)
-    named_pairs = {name_in_patterns(adapter, name): pair for name, pair in adapter.pairs.items()}
-    fields = _config(plain, named_pairs, [], dora=False)
+    parameters = {name: f"{name}.weight" for name in as_parameters}
+    names = {name: parameters.get(name) or name_in_patterns(adapter, name) for name in adapter.pairs}
+    named_pairs = {names[name]: pair for name, pair in adapter.pairs.items()}
+    fields = _config(plain, named_pairs, sorted(parameters.values()), dora=False)
     tensors = _pair_tensors(adapter) | _whole_tensors(plain, fields)
     _write_files(folder, tensors, fields, adapter.layouts, metadata or {})
 

@@ -118,7 +118,7 @@ def refuse_full_rank(plan: Plan, *, but_kronecker: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def checkpoint_as_remedy(adapters: Sequence[Adapter]) -> Iterator[None]:
+def checkpoint_as_remedy(adapters: Sequence[Adapter], *, has_checkpoint: bool) -> Iterator[None]:
     """Add to a MatchError where to merge rows of a table that the graph has under no name, or under another one."""
     try:
         yield
@@ -128,9 +128,10 @@ def checkpoint_as_remedy(adapters: Sequence[Adapter]) -> Iterator[None]:
         lost = [name for adapter, name in tables if (adapter.name, adapter.spelled(name)) in missing]
         if not lost or error.remedy:
             raise
+        found = "" if has_checkpoint else f"{named('checkpoint', 'CHECKPOINT')} finds a tied table. Or merge"
         raise error.with_remedy(
-            f"The graph may have {', '.join(lost)} under another name. Merge the adapter into the checkpoint, and "
-            "export that"
+            f"The graph may have {', '.join(lost)} under another name. {found or 'Merge'} the adapter into the "
+            "checkpoint, and export that"
         ) from error
 
 

@@ -56,6 +56,8 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
 
     def run_decompositions(program: ExportedProgram, *args: Any, **kwargs: Any) -> ExportedProgram:
         table = args[0] if args else kwargs.get("decomp_table")
+        if _IS_EXPORTING.get():
+            _state_sizes_of_parts(program.graph)
         exchanges = _exchanges(program, table) if _IS_EXPORTING.get() and table is not None else None
         if exchanges is None:
             return traced_again(program, *args, **kwargs)
@@ -69,6 +71,25 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
 
 
 _PATCHED = SharedContext(_patched)
+
+
+def _state_sizes_of_parts(graph: Graph) -> None:
+    """State the size of each part of an axis that is split into parts of an open size.
+
+    The optimiser of onnxscript 0.7.2 fails on a single size that is no constant (`split_to_sequence`).
+    """
+    for node in graph.nodes:
+        if node.target not in (aten.chunk.default, aten.split.Tensor) or "val" not in node.meta:
+            continue
+        x, number, axis = _arguments(node).values()
+        parts = node.meta["val"]
+        if not isinstance(parts[0].shape[axis], torch.SymInt):
+            continue
+        whole, size = Exchange(aten.sym_size.int, (x, axis)), number
+        if node.target is aten.chunk.default:
+            size = Exchange(operator.floordiv, (Exchange(operator.add, (whole, number - 1)), number))
+        last = Exchange(operator.sub, (whole, Exchange(operator.mul, (size, len(parts) - 1))))
+        _exchange(node, Exchange(aten.split_with_sizes.default, (x, [*[size] * (len(parts) - 1), last], axis)))
 
 
 def _exchanges(program: ExportedProgram, table: Collection[Any]) -> dict[Node, Exchange] | None:

@@ -60,6 +60,11 @@ class RenameRule:
     def is_converter(self) -> bool:
         return bool(self.operations)
 
+    @property
+    def stacks(self) -> bool:
+        """Whether it stacks tensors, which adds a dimension."""
+        return any(operation["name"] == "MergeModulelist" for operation in self.operations)
+
     def reset(self) -> None:
         """Forget the names that were seen: see `kind` "group"."""
         self._is_active = False
@@ -140,6 +145,14 @@ class ArchitectureRules:
     config: Mapping[str, Any]
     own: int  # how many of them are of this architecture; the others apply to every model
     is_known: bool  # whether the parts of this architecture are known
+
+    @property
+    def are_undone(self) -> bool:
+        """Whether transformers undoes any of the architecture's rules when it stores the model.
+
+        It cannot for one that only removes the beginning of a name, as those of CLIPVisionModel.
+        """
+        return any(target != r"\1" for rule in [*self.converters, *self.renames][: self.own] for target in rule.targets)
 
 
 def rules_of(config: Mapping[str, Any]) -> ArchitectureRules | None:

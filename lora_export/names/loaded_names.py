@@ -44,7 +44,7 @@ class Conversion:
     @property
     def stacks(self) -> bool:
         """Whether it stacks tensors, which adds a dimension."""
-        return any(operation["name"] == "MergeModulelist" for operation in self.rule.operations)
+        return self.rule.stacks
 
     @property
     def names(self) -> list[str]:

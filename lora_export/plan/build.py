@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit, WrongUsage, count, first_of
-from lora_export.lora import Adapter, LoraPair, ModuleEndings, TokenRows
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.options.spelling import named
 from lora_export.pairs.open_shape import OpenPair
 from lora_export.plan.attempts import SpelledAdapter, Spelling
@@ -219,11 +219,10 @@ def _unsaved(adapter: Adapter, steps: Iterable[Step], kept: Iterable[str]) -> li
 
     Of other modules a base may have tensors that the model does not load, such as buffers of an older release.
     """
-    endings = ModuleEndings(adapter.saved_whole)
-    if not endings:
+    if not adapter.saved_whole:
         return []
-    changed = {endings.module_around(step.spec.stored_name) for step in steps}
-    modules = dict.fromkeys(map(endings.module_around, kept))
+    changed = {adapter.saved_whole.module_around(step.spec.stored_name) for step in steps}
+    modules = dict.fromkeys(map(adapter.saved_whole.module_around, kept))
     return [module for module in modules if module and module not in changed]
 
 

@@ -187,14 +187,14 @@ def print_shares(
     from lora_export.adapters.low_rank import total_share  # a merge has no shares
 
     ranks = sorted({layer.rank for layer in layers})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
-    total = total_share(layers)
-    to.print(f"wrote {one_line(str(output))}: {count(len(layers), 'pair')} of {rank}, {_percent(total)} of ‖ΔW‖²")
+    rank = f" of rank {ranks[0]}" if len(ranks) == 1 else f" of rank {ranks[0]} to {ranks[-1]}" if ranks else ""
+    share = f", {_percent(total_share(layers))} of ‖ΔW‖²" if ranks else ""
+    to.print(f"wrote {one_line(str(output))}: {count(len(layers), 'pair')}{rank}{share}")
     if tensors:
         names = first_of(tensors, len(tensors) if whole else LISTED_LAYERS)
         to.print(one_line(f"{count(len(tensors), 'tensor')} saved whole: {names}"))
     least = sorted(layers, key=lambda layer: layer.share)[: None if whole else LISTED_LAYERS]
-    if not whole and all(layer.share > 0.9995 for layer in least):
+    if not least or (not whole and all(layer.share > 0.9995 for layer in least)):
         return
     rows = [["layers with the least share" if not whole else "layer", "shape", "rank", "of", "‖ΔW‖", "share"]]
     for layer in least:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats.onnx_adapter import import_onnxruntime
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
-from lora_export.options.spelling import command
+from lora_export.options.spelling import command, named
 from lora_export.runtime.environment_probes import PROVIDERS
 
 LOG_ERRORS, LOG_FATAL = 3, 4  # onnxruntime's log severity levels
+NOT_IN_BFLOAT16 = "Type 'tensor(bfloat16)' of input"  # ONNX has an operator, such as TopK, for other types alone
 NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -83,7 +84,9 @@ def raising_refusals(graph: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # onnxruntime's exceptions share no base class but this one
-        raise RuntimeRefused(f"onnxruntime refused {graph}: {str(error).strip()}") from error
+        message = str(error).strip()
+        remedy = [f"Export the model in float16 ({named('dtype', 'float16')})"] if NOT_IN_BFLOAT16 in message else []
+        raise RuntimeRefused(f"onnxruntime refused {graph}: {message}", *remedy) from error
 
 
 def _available(provider: str) -> str:

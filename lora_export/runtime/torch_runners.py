@@ -102,9 +102,10 @@ class ModuleRunner(PlainRunner):
         dtype = self.dtype
         tensors = {name: to_tensor(value).to(self.device) for name, value in inputs.items()}
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+        sized = [f"{name} {list(value.shape)}" for name, value in tensors.items()]  # which no user may have chosen
         limit = contextlib.nullcontext() if math.isinf(timeout) else _TimeLimit(self.path, timeout)
         shared = contextlib.nullcontext() if meet is by_itself else _SharedWeights(meet)
-        with torch.no_grad(), named_failures(self.module, inputs), limit, shared:
+        with torch.no_grad(), named_failures(self.module, sized), limit, shared:
             outputs = named_outputs(self.module(**tensors))
         self.names_known = have_names(outputs)
         if self.has_fp32_outputs:

@@ -38,9 +38,11 @@ class TextParts:
 
     def of(self, batch: Batch) -> list[Batch]:
         """The batch as `parts_with_less_padding`, on the device."""
-        parts = parts_with_less_padding(batch, self._loss, self._device.type)
+        if self._ignores_padding is False:
+            return [batch_on_device(batch, self._device)]
+        lengths = text_lengths_of(batch) if self._loss.rows_per_label else []
+        parts = parts_with_less_padding(batch, self._loss, self._device.type, lengths)
         if len(parts) > 1 and self._ignores_padding is None:
-            lengths = text_lengths_of(batch)
             self._ignores_padding = ignores_padding(self._module, batch_on_device(batch, self._device), lengths)
         return [batch_on_device(part, self._device) for part in (parts if self._ignores_padding else [batch])]
 
@@ -77,14 +79,14 @@ def _is_alike(module: nn.Module, padded: Mapping[str, Tensor], length: int) -> b
     return expected.shape == found.shape and bool((expected - found).abs().max() <= most)
 
 
-def parts_with_less_padding(batch: Batch, loss: Loss, device: str) -> list[Batch]:
+def parts_with_less_padding(batch: Batch, loss: Loss, device: str, lengths: Sequence[int] | None = None) -> list[Batch]:
     """The rows of a batch in parts that are as wide as their longest text, the one of most tokens first.
 
     It is the batch itself where nothing is saved: without `attention_mask`, with padding in front, and for losses that
-    are no sum over rows.
+    are no sum over rows. `lengths` are those of `text_lengths_of`, where they are known.
     """
-    lengths = text_lengths_of(batch) if loss.rows_per_label else []
-    if not lengths:
+    lengths = text_lengths_of(batch) if lengths is None else lengths
+    if not lengths or not loss.rows_per_label:
         return [batch]
     count = len(lengths) // loss.rows_per_label
     widths = [max(lengths[label::count]) for label in range(count)]  # of the texts of a label

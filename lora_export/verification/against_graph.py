@@ -359,8 +359,10 @@ def control_graph_pairs(
 
 
 def _has_effect(term: Term) -> bool:
-    """Whether a pair's product is not zero: whether a pair of zeros is there makes no difference."""
+    """Whether a pair changes a weight: whether a pair of zeros is there, or a turn by nothing, makes no difference."""
     pair = term.pair
+    if pair.needs_weight:
+        return bool(term.scale) and not pair.is_identity
     return pair.depends_on_weight or bool(term.scale and pair.a.any() and pair.b.any())
 
 

@@ -184,6 +184,27 @@ def test_a_base_that_has_not_the_names_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", ["mlx", "openvino"])
+def test_a_base_that_transformers_stores_as_it_loads_it_has_the_names(tmp_path: Path, to: str) -> None:
+    """It removes `vision_model.` from the names of CLIP's image tower, and does not put it back."""
+    module = "encoder.layers.0.self_attn.q_proj"
+    given = peft_adapter(tmp_path / "adapter", {module: ([[1.0, 2.0]], [[1.0]])})
+    bases = {}
+    for name, model_type in (("CLIPVisionModel", "clip_vision_model"), ("LlavaForConditionalGeneration", "llava")):
+        bases[name] = tmp_path / name
+        bases[name].mkdir()
+        base_file(bases[name] / "model.safetensors", {f"{module}.weight": [[1.0, 2.0]]})
+        config = {"model_type": model_type, "architectures": [name]}
+        (bases[name] / "config.json").write_text(json.dumps(config))
+    clip, llava = bases.values()
+    written = lora_export.convert(given, tmp_path / "out", to=to, base=clip).output  # type: ignore[arg-type]
+    assert [*lora_export.load_adapter(written).pairs] == [module]
+    with pytest.raises(InputRefused, match="this format needs those of the original checkpoint"):
+        lora_export.convert(given, tmp_path / "no", to=to, base=llava)  # type: ignore[arg-type]
+    with pytest.raises(InputRefused, match='names="transformers4" needs those of the original checkpoint'):
+        lora_export.convert(given, tmp_path / "no", to="peft", names="transformers4", base=clip)
+
+
 def test_an_expert_that_is_stored_transposed_has_a_transposed_pair() -> None:
     spec = TensorSpec("moe.up.weight[1]", (4, 3), "float32", Layout.IN_OUT)
     pair = low_rank(3, 4, 2)

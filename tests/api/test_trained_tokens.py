@@ -144,5 +144,8 @@ def test_tables_are_in_graphs_under_the_names_that_are_looked_up(tmp_path: Path,
     for output in ("m.onnx", "folder"):
         task = {} if output == "m.onnx" else {"task": "text2text-generation"}
         assert le.export_onnx(model.base, tmp_path / output, adapters=adapter, **task).proof
-    with pytest.raises(MatchError, match=r"The graph may have .*shared\.weight under another name\. Merge the adapter"):
-        le.export_onnx(tmp_path / "m.onnx", tmp_path / "again.onnx", adapters=adapter)
+    exported = {"output": tmp_path / "again.onnx", "adapters": adapter}
+    with pytest.raises(MatchError, match=r'shared\.weight under another name\. checkpoint="CHECKPOINT" finds a tied'):
+        le.export_onnx(tmp_path / "m.onnx", **exported)
+    plain = le.export_onnx(model.base, tmp_path / "plain.onnx").output
+    assert le.export_onnx(plain, checkpoint=model.base, **exported).proof

@@ -55,6 +55,18 @@ def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
         assert tuple(sorted(read_back(trained(mlp, **config), tmp_path / str(number)).targets)) == targets
 
 
+@pytest.mark.parametrize("saved", ["head", ["head"]])
+def test_modules_to_save_in_one_string_are_its_letters(tmp_path, saved):
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("up", "fc", "head", "first", "a")})
+    model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["up"], modules_to_save=saved))
+    fill(model)
+    model.save_pretrained(tmp_path)
+    adapter = formats.load(tmp_path)
+    named = {name for name in net if adapter.saved_whole.module_around(f"{name}.weight")}
+    assert {f"{name}.{kind}" for name in named for kind in ("weight", "bias")} == adapter.replaced.keys()
+    assert named == ({"head", "a"} if saved == "head" else {"head"})
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -9,7 +9,7 @@ import pytest
 
 from lora_export import plan, sums
 from lora_export.errors import InputRefused, MatchError, WrongUsage
-from lora_export.lora import Adapter, TokenRows
+from lora_export.lora import Adapter, ModuleEndings, TokenRows
 from lora_export.plan import Layout
 from support.plans import BA, adapter, changes, holding, matrix, misfits, pair, rows, table, tied, vector
 
@@ -81,7 +81,7 @@ def test_whole_modules_that_the_file_lacks_are_noted(saved, lacking):
     names = "fc.weight", "classifier.weight", "classifier.bias", "pre_classifier.weight"
     names += "head.weight", "head.bias", "a.head.weight", "b.head.weight", "c.head.weight"
     whole = {"classifier.weight": np.ones((2, 3), np.float32)}
-    mine = dataclasses.replace(holding(pairs={"fc": pair()}, replaced=whole), saved_whole=saved)
+    mine = dataclasses.replace(holding(pairs={"fc": pair()}, replaced=whole), saved_whole=ModuleEndings(saved))
     made = plan.make([mine], [vector(name) if name.endswith("bias") else matrix(name) for name in names])
     note = f"modules_to_save of mine names {lacking}, and its file has nothing of that: the base's own stay."
     assert made.notes == ((note,) if lacking else ())

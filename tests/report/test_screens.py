@@ -157,6 +157,8 @@ def test_the_layers_with_the_least_share_come_first() -> None:
     assert [line.split()[0] for line in lines[2:-1]] == ["layer.1", "layer.2", "layer.5", "layer.0", "layer.3"]
     assert lines[-1] == "1 more layer, with the same share or a higher one (-v)"
     assert len(shares_printed(0.9, 0.5, 0.7, 0.99, 1.0, 0.8, whole=True)) == 8
+    for whole in (False, True):  # norms alone differ
+        assert shares_printed(whole=whole) == [r"wrote out\nsame: forged: 0 pairs"]
 
 
 def test_nothing_is_listed_where_nothing_is_lost() -> None:

@@ -59,3 +59,15 @@ def test_refused_graph_is_named(tmp_path: Path) -> None:
         open_session(tmp_path / "noise.onnx", "cpu", options())
     with pytest.raises(InputRefused, match=r"none\.onnx: No such file"):
         open_session(tmp_path / "none.onnx", "cpu", options())
+
+
+def test_an_operator_that_onnx_lacks_in_bfloat16_has_a_way_out() -> None:
+    """The routers of gpt-oss call TopK."""
+    text = TEXT.replace("y) { y = Neg (x) }", "y, int64[n] i) <int64[1] k = {1}> { y, i = TopK (x, k) }")
+    of_bfloat16, of_float16 = (
+        InMemoryGraph("a graph", onnx.parser.parse_model(text.replace("float[", f"{kind}[")).SerializeToString())
+        for kind in ("bfloat16", "float16")
+    )
+    with pytest.raises(RuntimeRefused, match=r'operator \(TopK\).*\nExport the model in float16 \(dtype="float16"\)'):
+        open_session(of_bfloat16, "cpu", options())
+    assert open_session(of_float16, "cpu", options()).get_outputs()[0].type == "tensor(float16)"

@@ -118,6 +118,11 @@ def test_module_that_returns_no_tensor_is_refused() -> None:
         torch_runners.ModuleRunner(NoTensors()).run({"x": np.zeros(1, np.float32)})
 
 
+def test_a_failure_names_the_sizes_of_the_inputs() -> None:
+    with pytest.raises(RuntimeRefused, match=r"^Linear itself fails on the inputs \(input \[1, 3\]\): mat1 and mat2"):
+        ModuleRunner(nn.Linear(2, 2)).run({"input": np.ones((1, 3), np.float32)})
+
+
 def test_a_run_ends_at_the_first_operator_after_its_time_limit() -> None:
     class Endless(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers, plan
 from lora_export.lora import Adapter, LoraPair
+from lora_export.pairs.stages import Blocks
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Plan
 
 
@@ -28,6 +30,14 @@ def a_pair(out: int, inner: int, *, rank: int = 2, scale: float = 0.5, seed: int
 
 def ones(out: int, into: int, *kernel: int, **fields: Any) -> LoraPair:
     return LoraPair(a=np.ones((1, into, *kernel)), b=np.ones((out, 1, *[1] * len(kernel))), scale=1.0, **fields)
+
+
+def turned_by_nothing(into: int) -> WeightTransform:
+    """A rotation of each input by itself, as PEFT's OFT has of a layer of prime width."""
+    stage = Blocks(turned=True, less_identity=np.zeros((into, 1, 1), np.float32))
+    stored = {"oft_R.weight": np.zeros((into, 0), np.float32)}
+    settings = {"block": 1, "terms": 5, "embedding": False}
+    return WeightTransform("OFT", stored, lambda *_: (stage,), (0, into), settings=settings)
 
 
 def an_adapter(pairs: Mapping[str, LoraPair], *, name: str = "default", **fields: Any) -> Adapter:

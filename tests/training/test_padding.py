@@ -185,19 +185,32 @@ PADDING_COUNTS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", PADDING_COUNTS)
-def test_models_that_compute_padding_get_whole_batches(name: str) -> None:
+def test_models_that_compute_padding_get_whole_batches(name: str, measured: list[Batch]) -> None:
     torch.manual_seed(0)
     module, batch = PADDING_COUNTS[name]().train(), Batch(texts(), classes())
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(5)  # so that attention differs from a mean
     before = repr(module)
-    assert TextParts(module, CrossEntropy(), "cpu").of(batch) == [batch]
+    parts = TextParts(module, CrossEntropy(), "cpu")
+    assert parts.of(batch) == [batch] and parts.of(batch) == [batch]
+    assert len(measured) == 1  # parts that are not used are not made
     assert repr(module) == before and module.training
 
 
-def test_a_model_without_padding_in_a_text_gets_parts() -> None:
-    assert len(TextParts(adapted(), CrossEntropy(), "cpu").of(Batch(texts(), classes()))) > 1
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """The batches whose lengths were computed."""
+    found: list[Batch] = []
+    lengths_of = padding.text_lengths_of
+    monkeypatch.setattr(padding, "text_lengths_of", lambda batch: found.append(batch) or lengths_of(batch))
+    return found
+
+
+def test_a_model_without_padding_in_a_text_gets_parts(measured: list[Batch]) -> None:
+    batch, parts = Batch(texts(), classes()), TextParts(adapted(), CrossEntropy(), "cpu")
+    assert len(parts.of(batch)) > 1 and len(parts.of(batch)) > 1
+    assert len(measured) == 2
 
 
 def test_a_model_that_cannot_be_copied_gets_whole_batches() -> None:

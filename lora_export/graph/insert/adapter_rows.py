@@ -59,7 +59,8 @@ def insert_rows(
     weights keep their bytes. With `max_rank` every layer has this rank.
 
     With `per_row` above 1, each row has so many adapters: `adapter_ids` is [batch, per_row], and the input
-    `adapter_scales`, float32 [batch, per_row], has a factor for each. The row's change is their sum.
+    `adapter_scales`, float32 [batch, per_row], has a factor for each. The row's change is their sum. The factor of id 0
+    is not read.
 
     `heads` has, for each adapter, the layers that it brings whole: see `row_heads`. The graph's metadata then has the
     number of labels of each id.

@@ -161,7 +161,11 @@ class RowBranches:
         if per_row > 1:
             factors = ir.Value(name=ADAPTER_SCALES, shape=ir.Shape(sizes), type=ir.TensorType(ir.DataType.FLOAT))
             graph.inputs.append(factors)
-            scales = nodes.add("Reshape", [factors, shape], sizes)
+            given = nodes.add("Reshape", [factors, shape], sizes)
+            # That of no adapter has no effect, whatever it is: 0 times NaN or infinity is NaN.
+            is_empty = nodes.add("Equal", [self.ids, self.constant(0)], sizes, ir.DataType.BOOL)
+            zero = factory.constant(f"/{ADAPTER_SCALES}", "none", np.zeros((), np.float32))
+            scales = nodes.add("Where", [is_empty, zero, given], sizes, ir.DataType.FLOAT)
             self.scales = RowScales(nodes, self.ids, scales, adapters, self.constant)
         graph.insert_before(graph[0], nodes.nodes)
 

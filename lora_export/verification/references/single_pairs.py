@@ -255,10 +255,13 @@ def _switchable(module: nn.Module) -> set[Branch]:
 
 
 def _pairs_with_effect(module: nn.Module) -> Iterator[Branch]:
-    """The pairs whose product is not zero: whether a pair of zeros is there makes no difference."""
+    """The pairs that change a weight: whether a pair of zeros is there, or a turn by nothing, makes no difference."""
     for owner in module.modules():
         for branch in attachment_of(owner).branches if is_attached(owner) else ():
-            parts = () if branch.transform is not None else ("lora_A", "lora_B")
-            factors = [branch_parameter(owner, part, branch) for part in parts]
-            if branch.dora or (branch.scale and all(bool(factor.any()) for factor in factors)):
+            if branch.transform is not None:
+                has_effect = branch.scale and not branch.transform.is_identity
+            else:
+                factors = [branch_parameter(owner, part, branch) for part in ("lora_A", "lora_B")]
+                has_effect = branch.dora or (branch.scale and all(bool(factor.any()) for factor in factors))
+            if has_effect:
                 yield branch

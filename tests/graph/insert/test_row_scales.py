@@ -56,6 +56,8 @@ def test_a_row_is_the_sum_of_its_adapters() -> None:
     output = run(model, x=x, **chosen(ids, scales))["y"]
     for row in range(4):
         assert np.array_equal(output[row], x[row] @ (W + change(ids[row], scales[row])).T), row
+    unread = np.where(np.array(ids) == 0, [np.nan, np.inf], scales)
+    assert np.array_equal(run(model, x=x, **chosen(ids, unread))["y"], output)
     assert json.loads(model.metadata_props[ROW_ADAPTERS_KEY]) == {"adapters": ["one", "two"], "per_row": 2}
     inputs = [(value.name, str(value.shape), str(value.dtype)) for value in model.graph.inputs[1:]]
     assert inputs == [("adapter_ids", "[N,2]", "INT64"), ("adapter_scales", "[N,2]", "FLOAT")]

@@ -20,6 +20,7 @@ from lora_export.verification.parity import Case, EffectShare, MissingPart, Outp
 from lora_export.verification.references.base_graph import run_in_fp64
 from lora_export.verification.references.graph_with_adapter import sum_at_weights
 from support.graphs import a_graph, an_adapter, planned, quantised
+from support.small_layers import turned_by_nothing
 
 EXACT = 1e-12
 LINEAR = """g (float[b, 4] x) => (float[b, 4] y) <float[4, 4] up.weight = {0}, float[4, 4] down.weight = {0}> {
@@ -149,9 +150,9 @@ def test_pairs_beside_packed_weights_are_off_one_by_one() -> None:
         assert np.abs(outputs["y"] - expected).max() < 1e-9
 
 
-def test_pairs_of_zeros_are_not_switched_off() -> None:
-    zero = replace(a_pair(1, (4, 4)), scale=0.0)
-    given = an_adapter({"up": a_pair(0, (4, 4)), "down": zero})
+@pytest.mark.parametrize("nothing", [replace(a_pair(1, (4, 4)), scale=0.0), turned_by_nothing(4)])
+def test_pairs_that_change_nothing_are_not_switched_off(nothing: LoraPair) -> None:
+    given = an_adapter({"up": a_pair(0, (4, 4)), "down": nothing})
     assert controls(filled(LINEAR), INPUTS[LINEAR], given)[0].names == ("up",)
 
 

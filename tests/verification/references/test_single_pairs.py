@@ -31,6 +31,7 @@ from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.parity import Case, EffectShare, Findings, MissingPart, Outputs, judge_missing_part
 from lora_export.verification.references import single_pairs
 from lora_export.verification.references.single_pairs import RecordedBlocks, control_pairs
+from support.small_layers import turned_by_nothing
 
 COUNT = 4
 
@@ -282,9 +283,9 @@ def test_candidate_that_lacks_a_pair_below_rounding_is_named(missing: float, fau
     assert found.findings.faults == ((fault,) if fault else ()) and not found.missed
 
 
-def test_pair_of_zeros_is_left_out() -> None:
-    zero = LoraPair(np.ones((1, 2)), np.zeros((2, 1)), 1.0)
-    given = Adapter(name="a", format="test", pairs={"layers.0": zero, **adapter(_1=1.0).pairs})
+@pytest.mark.parametrize("nothing", [LoraPair(np.ones((1, 2)), np.zeros((2, 1)), 1.0), turned_by_nothing(2)])
+def test_pair_that_changes_nothing_is_left_out(nothing: LoraPair) -> None:
+    given = Adapter(name="a", format="test", pairs={"layers.0": nothing, **adapter(_1=1.0).pairs})
     assert controlled(chain(given), Judge(limit=0.1)).names == ("layers.1",)
     assert controlled(chain(adapter(_0=0.0, _1=1.0)), Judge(limit=0.1)).names == ("layers.1",)
 
