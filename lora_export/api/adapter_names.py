@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -36,23 +37,30 @@ from lora_export.plan.diffusion import (
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.match_tensors import with_kernel_of
 from lora_export.plan.spelling import respelled, spell
+from lora_export.plan.ties import Tied, Ties, with_copies
 from lora_export.plan.types import Plan, TensorSpec
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import is_pipeline, open_pipeline
+from lora_export.weights.tied_tensors import ties_of
 from lora_export.weights.weight_files import variant_like
 
 
-def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
+def named_for(adapter: Adapter, names: str, base: Path, *, tied_ok: bool = False) -> Adapter:
     """The adapter under the names of a checkpoint on disk, or (transformers5) of the model that is loaded from it.
 
-    Reads headers only. Raises InputRefused (MatchError) where the adapter does not fit the base, where the base lacks
-    the names that are wanted, and for pairs that have no place under them.
+    With `tied_ok` it may change a tensor that the base ties to another one, and does not store. Reads headers only.
+    Raises InputRefused (MatchError) where the adapter does not fit the base, where the base lacks the names that are
+    wanted, and for pairs that have no place under them.
     """
     checkpoint = open_checkpoint(base)
     rules = checkpoint.rules
     if rules is None:
         raise InputRefused(f"{base} has no config.json with a model_type, which the names of its tensors depend on")
-    specs = BaseTensors(checkpoint.specs)
+    ties = Ties()
+    if tied_ok:
+        with contextlib.suppress(InputRefused):  # which tensors are tied is not known
+            ties = ties_of(checkpoint, Tied.UNTIE)
+    specs = BaseTensors(with_copies(checkpoint.specs, ties))
     plan.make([adapter], specs.values(), may_add=True, identity_ok=True, unknown_layout_ok=True, rules=rules)
     spelled = spell(adapter, specs, rules)
     renamed = spelled.adapter.renamed(lambda name: spelled.prefix.to_base(name) or name, targets=())

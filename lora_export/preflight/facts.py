@@ -75,6 +75,7 @@ class Base:
     tensors: frozenset[str] = frozenset()
     tied: bool | None = None  # whether its config ties the output embedding; None: not known
     repeated: frozenset[str] = frozenset()
+    needs_untying: bool = False  # whether only a merge that unties its tensors computes what the adapter does
 
     @property
     def vocabulary(self) -> int:

@@ -57,7 +57,10 @@ TABLE = {
     "comfyui": Row(("comfyui",), {("merge",): ("dora", "rows of tokens", "ia3", "vera")}),
     "diffusers": Row(
         ("diffusers",),
-        {("merge",): (*WHOLE, "embedding", "tied embedding", "head", "tied head", "loha", "lokr", "ia3", "vera")},
+        {
+            ("merge",): (*WHOLE, "embedding", "head", "loha", "lokr", "ia3", "vera"),
+            ("merge-untied",): ("tied embedding", "tied head"),
+        },
     ),
     "genai": Row(("graph",), {("export",): (*WHOLE, "ia3"), ("fold", "graph"): ("loha", "lokr")}),
     "llama.cpp": Row(
@@ -93,7 +96,8 @@ TABLE = {
                 "alpha pattern",
             ),
             ("fold",): ("loha", "lokr"),
-            ("merge",): (*WHOLE[2:], "dora", "embedding", "tied embedding", "ia3", "vera"),
+            ("merge",): (*WHOLE[2:], "dora", "embedding", "ia3", "vera"),
+            ("merge-untied",): ("tied embedding",),
             ("peft",): ("pickle",),
         },
     ),
@@ -111,7 +115,8 @@ TABLE = {
     "tensorrt-llm": Row(
         (),
         {
-            ("merge",): (*WHOLE, "both patterns", "embedding", "tied embedding", "head", "tied head", "ia3", "vera"),
+            ("merge",): (*WHOLE, "both patterns", "embedding", "head", "ia3", "vera"),
+            ("merge-untied",): ("tied embedding", "tied head"),
             ("fold",): ("alpha pattern", "loha", "lokr"),
             ("setting max-lora-rank",): ("rank 520",),
         },
