@@ -52,7 +52,7 @@ def named_for(adapter: Adapter, names: str, base: Path, *, tied_ok: bool = False
     Raises InputRefused (MatchError) where the adapter does not fit the base, where the base lacks the names that are
     wanted, and for pairs that have no place under them.
     """
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_checkpoint(base, dequantise=True)
     rules = checkpoint.rules
     if rules is None:
         raise InputRefused(f"{base} has no config.json with a model_type, which the names of its tensors depend on")
@@ -85,7 +85,7 @@ def with_shapes_of_base(adapter: Adapter, base: Path, layout: Mapping[str, str] 
     """
     if not any(isinstance(pair, OpenPair) for pair in adapter.pairs.values()):
         return adapter
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_checkpoint(base, dequantise=True)
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "layout": layout, "rules": checkpoint.rules}
     (laid,) = plan.make([adapter], checkpoint.specs, **how).adapters
     return replace(adapter, pairs=laid.pairs) if laid.pairs.keys() == adapter.pairs.keys() else laid
@@ -103,7 +103,7 @@ def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
     is_flat = any(pair.is_structured and len(known_shape(pair)) == 2 for pair in pairs)
     if is_pipeline(base) or not (has_ones or (is_flat and _names_in(base))):
         return adapter
-    checkpoint = open_checkpoint(base, variant=variant_like(base))
+    checkpoint = open_checkpoint(base, dequantise=True, variant=variant_like(base))
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True, "rules": checkpoint.rules}
     pairs_alone = replace(adapter, replaced={}, biases={}, added={}, token_rows={}, targets=())
     try:
@@ -130,7 +130,7 @@ def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
 
     Raises as `named_for`.
     """
-    checkpoint = open_checkpoint(base, variant=variant_like(base))
+    checkpoint = open_checkpoint(base, dequantise=True, variant=variant_like(base))
     if checkpoint.rules is not None:
         return named_for(adapter, "transformers5", base)
     (named,) = respelled([adapter], checkpoint.specs, None)  # of diffusers, which renames nothing; or of a bare file
@@ -140,7 +140,7 @@ def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
 def has_other_experts(adapter: Adapter, base: Path) -> bool:
     """Whether stacked experts have names that their base, which numbers them, lacks: mlx-lm calls w1 gate_proj.
 
-    False for a base of which only the config can be read: its weights may be missing, pickled or quantised.
+    False for a base of which only the config can be read: its weights may be missing or pickled.
     """
     experts = _first_experts(adapter)
     known = _names_in(base) if experts else ()
@@ -169,9 +169,9 @@ def _first_experts(adapter: Adapter) -> list[tuple[str, str]]:
 
 
 def _names_in(base: Path) -> Collection[str]:
-    """The names of the tensors of a base; none where its weights are missing, pickled or quantised."""
+    """The names of the tensors of a base; none where its weights are missing or pickled."""
     try:
-        return {spec.name for spec in open_checkpoint(base, variant=variant_like(base)).specs}
+        return {spec.name for spec in open_checkpoint(base, dequantise=True, variant=variant_like(base)).specs}
     except InputRefused:
         return ()
 
@@ -181,7 +181,7 @@ def without_repeated_tables(adapter: Adapter, base: Path) -> Adapter:
 
     PEFT saves the tables of embeddings beside their pairs, in the type that the loaded model had.
     """
-    repeated = repeated_tables(adapter, open_checkpoint(base), {})
+    repeated = repeated_tables(adapter, open_checkpoint(base, dequantise=True), {})
     replaced = {name: table for name, table in adapter.replaced.items() if name not in repeated}
     notes = [f"{name} is saved whole, and is the base's own: it is left out" for name in repeated]
     return replace(adapter, replaced=replaced, notes=(*adapter.notes, *notes))
@@ -192,7 +192,7 @@ def repeated_tables(adapter: Adapter, base: Checkpoint, copies: Mapping[str, str
 
     `copies` are tensors that the base ties, each with the one that is stored.
     """
-    files = {spec.name: spec.file for spec in base.specs}
+    files = {spec.name: spec.file for spec in base.specs if spec.name not in base.quantised}
     repeated = []
     for name, table in adapter.replaced.items():
         stored = copies.get(name, name)

@@ -66,8 +66,8 @@ def check(options: CheckOptions) -> CheckResult:
     facts = {**facts_of_adapter(adapter, config, folder, base), **facts_of_base(adapter, base)}
     changes = facts_of_changes(adapter, config, base)
     paths = {"ADAPTER": str(folder or adapter.name)} | ({} if path is None else {"BASE": str(path)})
-    untie = base is not None and base.needs_untying
-    outcomes = (findings_of(runtime, facts, changes, options.settings, paths, untie=untie) for runtime in runtimes)
+    merging = {} if base is None else base.merging
+    outcomes = (findings_of(runtime, facts, changes, options.settings, paths, merging=merging) for runtime in runtimes)
     return CheckResult(adapter.name, tuple(outcomes))
 
 
@@ -90,8 +90,9 @@ def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
     if is_pipeline(path) or adapter.format == "onnx_adapter":
         return adapter, Base()
     artifact = open_artifact(path)
-    checkpoint, ties = artifact.checkpoint, None
-    adapter = adapter if artifact.kind is ArtifactKind.GGUF else with_shapes_of_base(adapter, path)
+    checkpoint, ties = artifact.headers, None
+    is_gguf = artifact.kind is ArtifactKind.GGUF
+    adapter = adapter if is_gguf else with_shapes_of_base(adapter, path)
     with contextlib.suppress(InputRefused):  # which tensors are tied is not known
         ties = replace(ties_of(checkpoint, plan.Tied.BOTH), stored=frozenset())  # no tables are read, no rows refused
     handling = _least_handling(adapter, checkpoint, ties)
@@ -101,7 +102,14 @@ def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
         tensors=frozenset([*(spec.name for spec in checkpoint.specs), *copies]),
         tied=None if ties is None else bool(copies),
         repeated=frozenset(repeated_tables(adapter, checkpoint, copies)),
-        needs_untying=handling is plan.Tied.UNTIE,
+        merging=_merging(handling, checkpoint, is_gguf=is_gguf),
+    )
+
+
+def _merging(handling: plan.Tied | None, checkpoint: Checkpoint, *, is_gguf: bool) -> dict[str, Any]:
+    """The options without which a merge into this base is refused. A GGUF file needs none to stay quantised."""
+    return ({"tied": handling.value} if handling is plan.Tied.UNTIE else {}) | (
+        {"keep_quantised": True} if checkpoint.quantised and not is_gguf else {}
     )
 
 

@@ -19,6 +19,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lora_export.errors import count
@@ -181,11 +182,12 @@ def findings_of(
     settings: Mapping[str, float],
     paths: Mapping[str, str],
     *,
-    untie: bool = False,
+    merging: Mapping[str, Any] = MappingProxyType({}),
 ) -> RuntimeOutcome:
     """What the rules of a runtime find. `facts` hold for all `changes`; `paths` are ADAPTER, and BASE if there is one.
 
-    `settings` replace the defaults of those that the runtime has. `untie` is whether a merge has to untie the base.
+    `settings` replace the defaults of those that the runtime has. `merging` are the options that a merge into this
+    base needs.
     """
     values = {name: settings.get(name, setting.default) for name, setting in runtime.settings.items()}
     found, unknown = [], set()
@@ -201,8 +203,7 @@ def findings_of(
             does = rule.does.format_map(_shown(own) | values)
             source = f"{runtime.repository} {runtime.version}, {rule.source}"
             named = tuple(matching) if of_changes else ()
-            name = "merge-untied" if untie and rule.repair == "merge" else rule.repair
-            found.append(Finding(rule.effect, does, named, source, _repair(name, rule, runtime, own, paths)))
+            found.append(Finding(rule.effect, does, named, source, _repair(rule, runtime, own, paths, merging)))
     found.sort(key=lambda finding: EFFECTS.index(finding.effect))
     return RuntimeOutcome(
         runtime.name, runtime.title, runtime.version, runtime.proof, tuple(found), tuple(sorted(unknown))
@@ -219,19 +220,24 @@ def _shown(matching: Iterable[KnownFacts]) -> dict[str, Any]:
 
 
 def _repair(
-    name: str, rule: RuntimeRule, runtime: Runtime, matching: Iterable[KnownFacts], paths: Mapping[str, str]
+    rule: RuntimeRule,
+    runtime: Runtime,
+    matching: Iterable[KnownFacts],
+    paths: Mapping[str, str],
+    merging: Mapping[str, Any],
 ) -> Repair:
-    if name.startswith(SETTING):
-        key = name.removeprefix(SETTING)
-        setting = runtime.settings[key]
-        (fact,) = (fact for fact, operations in rule.when.items() if key in operations.values())
+    if rule.repair.startswith(SETTING):
+        name = rule.repair.removeprefix(SETTING)
+        setting = runtime.settings[name]
+        (fact,) = (fact for fact, operations in rule.when.items() if name in operations.values())
         value = setting.least(max(number for facts in matching if isinstance(number := facts[fact], int | float)))
-        return Repair(name, setting.spelling.format(value=f"{value:g}"), settings={key: value})
-    row = dict(repairs()[name])
+        return Repair(rule.repair, setting.spelling.format(value=f"{value:g}"), settings={name: value})
+    row = dict(repairs()[rule.repair])
     called = row.pop("command")
     arguments = tuple(paths.get(each, each) for each in row.pop("arguments"))
     options = {name: paths.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-    return Repair(name, command(called, *arguments, **options), called, arguments, options)
+    options |= merging if called == "merge" else {}
+    return Repair(rule.repair, command(called, *arguments, **options), called, arguments, options)
 
 
 def runtimes() -> dict[str, Runtime]:

@@ -69,7 +69,7 @@ NEEDED: Mapping[tuple[str, ...], Callable[[Path], Made]] = {
     ("mlx", "mlx"): of_case("dora"),
     ("openvino", "peft"): of_case("pickle"),
     ("openvino", "openvino"): of_head,
-    ("openvino", "merge-untied"): of_case("tied embedding"),
+    ("openvino", "merge"): of_case("tied embedding"),
     ("tensorrt-llm", "setting max-lora-rank"): of_case("rank 520"),
     ("genai", "graph"): of_graph,
     ("genai", "export"): of_case("norm saved whole"),

@@ -57,10 +57,7 @@ TABLE = {
     "comfyui": Row(("comfyui",), {("merge",): ("dora", "rows of tokens", "ia3", "vera")}),
     "diffusers": Row(
         ("diffusers",),
-        {
-            ("merge",): (*WHOLE, "embedding", "head", "loha", "lokr", "ia3", "vera"),
-            ("merge-untied",): ("tied embedding", "tied head"),
-        },
+        {("merge",): (*WHOLE, "embedding", "tied embedding", "head", "tied head", "loha", "lokr", "ia3", "vera")},
     ),
     "genai": Row(("graph",), {("export",): (*WHOLE, "ia3"), ("fold", "graph"): ("loha", "lokr")}),
     "llama.cpp": Row(
@@ -96,8 +93,7 @@ TABLE = {
                 "alpha pattern",
             ),
             ("fold",): ("loha", "lokr"),
-            ("merge",): (*WHOLE[2:], "dora", "embedding", "ia3", "vera"),
-            ("merge-untied",): ("tied embedding",),
+            ("merge",): (*WHOLE[2:], "dora", "embedding", "tied embedding", "ia3", "vera"),
             ("peft",): ("pickle",),
         },
     ),
@@ -115,8 +111,7 @@ TABLE = {
     "tensorrt-llm": Row(
         (),
         {
-            ("merge",): (*WHOLE, "both patterns", "embedding", "head", "ia3", "vera"),
-            ("merge-untied",): ("tied embedding", "tied head"),
+            ("merge",): (*WHOLE, "both patterns", "embedding", "tied embedding", "head", "tied head", "ia3", "vera"),
             ("fold",): ("alpha pattern", "loha", "lokr"),
             ("setting max-lora-rank",): ("rank 520",),
         },
