@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import plan
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, MatchError, listed
 from lora_export.formats.expert_layouts import projections_of
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, component_name, expert_name, split_part
@@ -52,7 +53,7 @@ def named_for(adapter: Adapter, names: str, base: Path, *, tied_ok: bool = False
     Raises InputRefused (MatchError) where the adapter does not fit the base, where the base lacks the names that are
     wanted, and for pairs that have no place under them.
     """
-    checkpoint = open_checkpoint(base, dequantise=True)
+    checkpoint = open_artifact(base).headers
     rules = checkpoint.rules
     if rules is None:
         raise InputRefused(f"{base} has no config.json with a model_type, which the names of its tensors depend on")
@@ -85,7 +86,7 @@ def with_shapes_of_base(adapter: Adapter, base: Path, layout: Mapping[str, str] 
     """
     if not any(isinstance(pair, OpenPair) for pair in adapter.pairs.values()):
         return adapter
-    checkpoint = open_checkpoint(base, dequantise=True)
+    checkpoint = open_artifact(base).headers
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "layout": layout, "rules": checkpoint.rules}
     (laid,) = plan.make([adapter], checkpoint.specs, **how).adapters
     return replace(adapter, pairs=laid.pairs) if laid.pairs.keys() == adapter.pairs.keys() else laid
@@ -181,7 +182,7 @@ def without_repeated_tables(adapter: Adapter, base: Path) -> Adapter:
 
     PEFT saves the tables of embeddings beside their pairs, in the type that the loaded model had.
     """
-    repeated = repeated_tables(adapter, open_checkpoint(base, dequantise=True), {})
+    repeated = repeated_tables(adapter, open_artifact(base).headers, {})
     replaced = {name: table for name, table in adapter.replaced.items() if name not in repeated}
     notes = [f"{name} is saved whole, and is the base's own: it is left out" for name in repeated]
     return replace(adapter, replaced=replaced, notes=(*adapter.notes, *notes))
