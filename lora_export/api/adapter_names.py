@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import plan
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, MatchError, listed
 from lora_export.formats.expert_layouts import projections_of
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, component_name, expert_name, split_part
@@ -36,24 +38,31 @@ from lora_export.plan.diffusion import (
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.match_tensors import with_kernel_of
 from lora_export.plan.spelling import respelled, spell
+from lora_export.plan.ties import Tied, Ties, with_copies
 from lora_export.plan.types import Plan, TensorSpec
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import is_pipeline, open_pipeline
+from lora_export.weights.tied_tensors import ties_of
 from lora_export.weights.weight_files import variant_like
 
 
-def named_for(adapter: Adapter, names: str | None, base: Path) -> Adapter:
+def named_for(adapter: Adapter, names: str | None, base: Path, *, tied_ok: bool = False) -> Adapter:
     """The adapter under the names of a checkpoint on disk, or (transformers5) of the model that is loaded from it.
 
-    None: those that the authors of the model and transformers give it on disk. Reads headers only. Raises InputRefused
-    (MatchError) where the adapter does not fit the base, where the base lacks the names that are wanted, and for pairs
-    that have no place under them.
+    None: those that the authors of the model and transformers give it on disk. With `tied_ok` it may change a tensor
+    that the base ties to another one, and does not store. Reads headers only. Raises InputRefused (MatchError) where
+    the adapter does not fit the base, where the base lacks the names that are wanted, and for pairs that have no place
+    under them.
     """
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_artifact(base).headers
     rules = checkpoint.rules
     if rules is None:
         raise InputRefused(f"{base} has no config.json with a model_type, which the names of its tensors depend on")
-    specs = BaseTensors(checkpoint.specs)
+    ties = Ties()
+    if tied_ok:
+        with contextlib.suppress(InputRefused):  # which tensors are tied is not known
+            ties = ties_of(checkpoint, Tied.UNTIE)
+    specs = BaseTensors(with_copies(checkpoint.specs, ties))
     plan.make([adapter], specs.values(), may_add=True, identity_ok=True, unknown_layout_ok=True, rules=rules)
     spelled = spell(adapter, specs, rules)
     renamed = spelled.adapter.renamed(lambda name: spelled.prefix.to_base(name) or name, targets=())
@@ -80,7 +89,7 @@ def with_shapes_of_base(adapter: Adapter, base: Path, layout: Mapping[str, str] 
     """
     if not any(isinstance(pair, OpenPair) for pair in adapter.pairs.values()):
         return adapter
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_artifact(base).headers
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "layout": layout, "rules": checkpoint.rules}
     (laid,) = plan.make([adapter], checkpoint.specs, **how).adapters
     return replace(adapter, pairs=laid.pairs) if laid.pairs.keys() == adapter.pairs.keys() else laid
@@ -98,7 +107,7 @@ def with_kernels_of(adapter: Adapter, base: Path) -> Adapter:
     is_flat = any(pair.is_structured and len(known_shape(pair)) == 2 for pair in pairs)
     if is_pipeline(base) or not (has_ones or (is_flat and _names_in(base))):
         return adapter
-    checkpoint = open_checkpoint(base, variant=variant_like(base))
+    checkpoint = open_checkpoint(base, dequantise=True, variant=variant_like(base))
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True, "rules": checkpoint.rules}
     pairs_alone = replace(adapter, replaced={}, biases={}, added={}, token_rows={}, targets=())
     try:
@@ -125,7 +134,7 @@ def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
 
     Raises as `named_for`.
     """
-    checkpoint = open_checkpoint(base, variant=variant_like(base))
+    checkpoint = open_checkpoint(base, dequantise=True, variant=variant_like(base))
     if checkpoint.rules is not None:
         return named_for(adapter, "transformers5", base)
     (named,) = respelled([adapter], checkpoint.specs, None)  # of diffusers, which renames nothing; or of a bare file
@@ -135,7 +144,7 @@ def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
 def has_other_experts(adapter: Adapter, base: Path) -> bool:
     """Whether stacked experts have names that their base, which numbers them, lacks: mlx-lm calls w1 gate_proj.
 
-    False for a base of which only the config can be read: its weights may be missing, pickled or quantised.
+    False for a base of which only the config can be read: its weights may be missing or pickled.
     """
     experts = _first_experts(adapter)
     known = _names_in(base) if experts else ()
@@ -164,9 +173,9 @@ def _first_experts(adapter: Adapter) -> list[tuple[str, str]]:
 
 
 def _names_in(base: Path) -> Collection[str]:
-    """The names of the tensors of a base; none where its weights are missing, pickled or quantised."""
+    """The names of the tensors of a base; none where its weights are missing or pickled."""
     try:
-        return {spec.name for spec in open_checkpoint(base, variant=variant_like(base)).specs}
+        return {spec.name for spec in open_checkpoint(base, dequantise=True, variant=variant_like(base)).specs}
     except InputRefused:
         return ()
 
@@ -176,7 +185,7 @@ def without_repeated_tables(adapter: Adapter, base: Path) -> Adapter:
 
     PEFT saves the tables of embeddings beside their pairs, in the type that the loaded model had.
     """
-    repeated = repeated_tables(adapter, open_checkpoint(base), {})
+    repeated = repeated_tables(adapter, open_artifact(base).headers, {})
     replaced = {name: table for name, table in adapter.replaced.items() if name not in repeated}
     notes = [f"{name} is saved whole, and is the base's own: it is left out" for name in repeated]
     return replace(adapter, replaced=replaced, notes=(*adapter.notes, *notes))
@@ -187,7 +196,7 @@ def repeated_tables(adapter: Adapter, base: Checkpoint, copies: Mapping[str, str
 
     `copies` are tensors that the base ties, each with the one that is stored.
     """
-    files = {spec.name: spec.file for spec in base.specs}
+    files = {spec.name: spec.file for spec in base.specs if spec.name not in base.quantised}
     repeated = []
     for name, table in adapter.replaced.items():
         stored = copies.get(name, name)

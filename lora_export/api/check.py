@@ -23,6 +23,8 @@ from lora_export.preflight.facts import Base, facts_of_adapter, facts_of_base, f
 from lora_export.preflight.rules import RuntimeOutcome, findings_of, runtime_named
 from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hub_cache import locate
+from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.merge import refuse_broken_tie
 from lora_export.weights.pipeline import is_pipeline
 from lora_export.weights.tied_tensors import ties_of
 
@@ -64,7 +66,8 @@ def check(options: CheckOptions) -> CheckResult:
     facts = {**facts_of_adapter(adapter, config, folder, base), **facts_of_base(adapter, base)}
     changes = facts_of_changes(adapter, config, base)
     paths = {"ADAPTER": str(folder or adapter.name)} | ({} if path is None else {"BASE": str(path)})
-    outcomes = (findings_of(runtime, facts, changes, options.settings, paths) for runtime in runtimes)
+    merging = {} if base is None else base.merging
+    outcomes = (findings_of(runtime, facts, changes, options.settings, paths, merging=merging) for runtime in runtimes)
     return CheckResult(adapter.name, tuple(outcomes))
 
 
@@ -87,16 +90,41 @@ def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
     if is_pipeline(path) or adapter.format == "onnx_adapter":
         return adapter, Base()
     artifact = open_artifact(path)
-    checkpoint, ties = artifact.checkpoint, None
-    adapter = adapter if artifact.kind is ArtifactKind.GGUF else with_shapes_of_base(adapter, path)
+    checkpoint, ties = artifact.headers, None
+    is_gguf = artifact.kind is ArtifactKind.GGUF
+    adapter = adapter if is_gguf else with_shapes_of_base(adapter, path)
     with contextlib.suppress(InputRefused):  # which tensors are tied is not known
         ties = replace(ties_of(checkpoint, plan.Tied.BOTH), stored=frozenset())  # no tables are read, no rows refused
-    how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True}
-    plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=ties, **how)
+    handling = _least_handling(adapter, checkpoint, ties)
     copies = {} if ties is None else ties.tensors
     return adapter, Base(
         config=checkpoint.config,
         tensors=frozenset([*(spec.name for spec in checkpoint.specs), *copies]),
         tied=None if ties is None else bool(copies),
         repeated=frozenset(repeated_tables(adapter, checkpoint, copies)),
+        merging=_merging(handling, checkpoint, is_gguf=is_gguf),
     )
+
+
+def _merging(handling: plan.Tied | None, checkpoint: Checkpoint, *, is_gguf: bool) -> dict[str, Any]:
+    """The options without which a merge into this base is refused. A GGUF file needs none to stay quantised."""
+    return ({"tied": handling.value} if handling is plan.Tied.UNTIE else {}) | (
+        {"keep_quantised": True} if checkpoint.quantised and not is_gguf else {}
+    )
+
+
+def _least_handling(adapter: Adapter, checkpoint: Checkpoint, both: plan.Ties | None) -> plan.Tied | None:
+    """What a merge has to do with tied tensors of the base, so that the adapter fits. None where no ties are known.
+
+    Raises InputRefused for an adapter that fits in no way.
+    """
+    how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True}
+    for handling in () if both is None else (plan.Tied.ERROR, plan.Tied.UNTIE):
+        with contextlib.suppress(InputRefused):
+            ties = replace(ties_of(checkpoint, handling), stored=frozenset())
+            laid = plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=ties, **how)
+            if handling is plan.Tied.ERROR:
+                refuse_broken_tie(laid, checkpoint)
+            return handling
+    plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=both, **how)
+    return None if both is None else plan.Tied.BOTH

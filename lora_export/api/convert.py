@@ -117,7 +117,7 @@ def _converted(options: ConvertOptions, adapter: AdapterSource, base: Path | Non
         loaded = named_for_pipeline(loaded, base, to)
     elif base is not None and (names is not None or to != "peft"):
         # mlx-lm and llama.cpp have the names of the original checkpoint.
-        loaded = named_for(loaded, names, base)
+        loaded = named_for(loaded, names, base, tied_ok=to == "peft")
         loaded = loaded if to == "peft" else without_repeated_tables(loaded, base)
     elif base is not None and (loaded.flattened or has_other_experts(loaded, base)):
         loaded = with_kernels_of(with_dots_of(loaded, base), base)

@@ -173,4 +173,4 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         return Inspection(path, methods=read_methods(path), record=artifact.record)
     if artifact.kind is ArtifactKind.OTHER and path.is_file():
         raise InputRefused(f"{path} is no adapter, checkpoint or graph in a known format")
-    return Inspection(path, checkpoint=artifact.checkpoint, record=artifact.record)
+    return Inspection(path, checkpoint=artifact.headers, record=artifact.record)

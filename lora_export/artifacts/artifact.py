@@ -266,6 +266,11 @@ class Artifact:
         variant = None if self.like is None else variant_like(self.path, self.like.dequantised.shards)
         return open_checkpoint(self.path, dequantise=True, variant=variant)
 
+    @property
+    def headers(self) -> Checkpoint:
+        """The same, of which no weight is read: those that are quantised have the names and shapes of floats."""
+        return self.checkpoint if self.kind is ArtifactKind.GGUF else self.dequantised
+
     @cached_property
     def gguf(self) -> GgufBase:
         """The headers of a GGUF file. Raises InputRefused as `open_base`."""

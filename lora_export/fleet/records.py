@@ -20,6 +20,7 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
 from lora_export.fleet.steps import OF_THE_RUN, FleetJob, absolute
 from lora_export.options.fleet import keys_of
+from lora_export.report.files import refuse_other_file
 from lora_export.storage import atomic_output, input_files, json_files
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.hub_cache import locate
@@ -79,7 +80,8 @@ class FleetRecords:
         if (facts := None if is_open else self._facts(job, before.values())) is None:
             return Standing(JOB_NOT_DONE, record=record, own=own)
         written = record.get("written") or {}
-        if record.get("facts") == facts and written.items() <= own.items() and record.get("outcome") in OUTCOMES:
+        is_known = record.get("facts") == facts and record.get("outcome") in OUTCOMES
+        if is_known and written.items() <= own.items() and not _lacks_report(job, record["outcome"]):
             return Standing(record["outcome"], str(record.get("message", "")), record, facts, own)
         return Standing(JOB_NOT_DONE, record=record, facts=facts, own=own)
 
@@ -210,6 +212,7 @@ class FleetRecords:
             "inputs": {path: contents[path] for path in sorted(read)},
             "made": made,
             "version": __version__,
+            "taken": [str(path) for path in job.reports() if _is_other_file(path)],
         }
         return dict(json.loads(json.dumps(facts, default=str)))  # as a record has it
 
@@ -263,6 +266,21 @@ def _size_of(file: Path) -> list[int]:
     """The bytes of an object, and a number of its ETag: a worker that woke up late may have put it again."""
     state = file.stat()
     return [state.st_size, state.st_ino]
+
+
+def _lacks_report(job: FleetJob, outcome: str) -> bool:
+    """Whether a proof has a verdict, and a report of it is gone."""
+    has_verdict = job.output is None and outcome in ("same", "different", "undecided")
+    return has_verdict and not all(path.exists() for path in job.reports())
+
+
+def _is_other_file(path: Path) -> bool:
+    """Whether a file in the place of a report is none. The job is refused until it is gone."""
+    try:
+        refuse_other_file(path)
+    except InputRefused:
+        return True
+    return False
 
 
 def _exists(path: str) -> bool:

@@ -113,6 +113,12 @@ class FleetJob:
         path = place(self.output)
         return [path.with_name(path.name + suffix) for suffix in ("", *self.kind.endings)] if path.name else [path]
 
+    def reports(self) -> list[Path]:
+        """The reports that it writes on this machine."""
+        known = keys_of(self.kind.record)
+        named = [path for key, paths in self.values.items() if known[key][1].name == "reports" for path in paths]
+        return [path for path in map(place, named) if not isinstance(path, StorePath)]
+
     def fixed(self) -> dict[str, Any]:
         """The fields that the fleet fills."""
         known = keys_of(self.kind.record)

@@ -75,6 +75,7 @@ class Base:
     tensors: frozenset[str] = frozenset()
     tied: bool | None = None  # whether its config ties the output embedding; None: not known
     repeated: frozenset[str] = frozenset()
+    merging: Mapping[str, Any] = field(default_factory=dict)  # the options that a merge of the adapter into it needs
 
     @property
     def vocabulary(self) -> int:

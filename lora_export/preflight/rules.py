@@ -19,6 +19,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lora_export.errors import count
@@ -180,10 +181,13 @@ def findings_of(
     changes: Mapping[str, KnownFacts],
     settings: Mapping[str, float],
     paths: Mapping[str, str],
+    *,
+    merging: Mapping[str, Any] = MappingProxyType({}),
 ) -> RuntimeOutcome:
     """What the rules of a runtime find. `facts` hold for all `changes`; `paths` are ADAPTER, and BASE if there is one.
 
-    `settings` replace the defaults of those that the runtime has.
+    `settings` replace the defaults of those that the runtime has. `merging` are the options that a merge into this
+    base needs.
     """
     values = {name: settings.get(name, setting.default) for name, setting in runtime.settings.items()}
     found, unknown = [], set()
@@ -199,7 +203,7 @@ def findings_of(
             does = rule.does.format_map(_shown(own) | values)
             source = f"{runtime.repository} {runtime.version}, {rule.source}"
             named = tuple(matching) if of_changes else ()
-            found.append(Finding(rule.effect, does, named, source, _repair(rule, runtime, own, paths)))
+            found.append(Finding(rule.effect, does, named, source, _repair(rule, runtime, own, paths, merging)))
     found.sort(key=lambda finding: EFFECTS.index(finding.effect))
     return RuntimeOutcome(
         runtime.name, runtime.title, runtime.version, runtime.proof, tuple(found), tuple(sorted(unknown))
@@ -215,7 +219,13 @@ def _shown(matching: Iterable[KnownFacts]) -> dict[str, Any]:
     return {fact: ", ".join(map(str, each)) for fact, each in values.items()}
 
 
-def _repair(rule: RuntimeRule, runtime: Runtime, matching: Iterable[KnownFacts], paths: Mapping[str, str]) -> Repair:
+def _repair(
+    rule: RuntimeRule,
+    runtime: Runtime,
+    matching: Iterable[KnownFacts],
+    paths: Mapping[str, str],
+    merging: Mapping[str, Any],
+) -> Repair:
     if rule.repair.startswith(SETTING):
         name = rule.repair.removeprefix(SETTING)
         setting = runtime.settings[name]
@@ -226,6 +236,7 @@ def _repair(rule: RuntimeRule, runtime: Runtime, matching: Iterable[KnownFacts],
     called = row.pop("command")
     arguments = tuple(paths.get(each, each) for each in row.pop("arguments"))
     options = {name: paths.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+    options |= merging if called == "merge" else {}
     return Repair(rule.repair, command(called, *arguments, **options), called, arguments, options)
 
 

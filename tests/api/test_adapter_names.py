@@ -259,6 +259,20 @@ def test_renamed_modules_get_either_generation_of_names(tmp_path: Path, architec
             assert all(np.array_equal(back.pairs[name].delta(), pair.delta()) for name, pair in expected.items())
 
 
+@pytest.mark.parametrize("names", ["vllm", "transformers5"])
+def test_a_head_that_the_base_ties_has_a_pair_too(tmp_path: Path, names: str) -> None:
+    tables = {"model.embed_tokens.weight": np.ones((5, 4)), "model.layers.0.self_attn.q_proj.weight": np.ones((4, 4))}
+    (tmp_path / "base").mkdir()
+    base_file(tmp_path / "base/model.safetensors", tables)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    adapter = adapter_of({"lm_head": low_rank(5, 4, 2)})
+    done = lora_export.convert(adapter, tmp_path / "to", to="peft", names=names, base=tmp_path / "base")
+    assert list(lora_export.load_adapter(done.output).pairs) == ["lm_head"]
+    with pytest.raises(MatchError, match="the base has no weight for lm_head"):  # nor has mlx-lm
+        lora_export.convert(adapter, tmp_path / "mlx", to="mlx", base=tmp_path / "base")
+
+
 @pytest.mark.parametrize(
     "kind", ["language model", "with kernels", "with kernels and dots", "unet", "unet with kernels", "file"]
 )

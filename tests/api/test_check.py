@@ -15,7 +15,7 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.adapters import RUNTIMES
 from support import cli
 from support.gguf_files import llama
-from support.preflight_adapters import CASES
+from support.preflight_adapters import CASES, Case
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -106,6 +106,24 @@ def test_an_adapter_of_another_base_is_refused(place: Path) -> None:
     other.save_pretrained(place / "other")
     with pytest.raises(InputRefused, match="targets do not fit the base"):
         lora_export.check("plain", runtimes=["vllm"], base="other")
+
+
+@pytest.mark.parametrize(
+    ("fields", "unties"),
+    [
+        ({"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}, True),
+        ({"modules_to_save": ["embed_tokens"]}, True),
+        ({"use_dora": True}, False),
+    ],
+)
+def test_what_one_table_cannot_hold_is_repaired_by_a_merge_that_unties(
+    fields: dict[str, Any], unties: bool, tmp_path: Path
+) -> None:
+    Case(fields, tied=True).write(tmp_path / "a")
+    llama(tied=True).save_pretrained(tmp_path / "base")
+    (outcome,) = lora_export.check(tmp_path / "a", runtimes=["vllm"], base=tmp_path / "base").outcomes
+    (repair,) = outcome.repairs
+    assert repair.command == "merge" and (repair.options.get("tied") == "untie") is unties
 
 
 def test_all_runtimes_are_choices_of_the_option(call: Call) -> None:

@@ -83,6 +83,20 @@ CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
+def test_a_report_that_is_gone_is_written_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "fleet.toml").write_text(FLEET + 'report = ["{adapter}.json"]\n')
+    run_here(monkeypatch)
+    report = place / "fr.json"
+    report.unlink()
+    assert run_here(monkeypatch)[1] == FR[1:] and report.is_file()
+    report.write_text("of somebody else")
+    status, ran = run_here(monkeypatch)
+    assert ran == FR[1:] and status.counts == {"done": 2, "same": 1, "refused": 1}
+    assert not run_here(monkeypatch)[1]  # it is still there
+    report.unlink()
+    assert run_here(monkeypatch)[1] == FR[1:] and report.is_file()
+
+
 @pytest.mark.parametrize("changed", CHANGES)
 def test_what_changed_is_done_again(changed: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, ran = run_here(monkeypatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tempfile
@@ -84,6 +85,19 @@ def test_embeddings_have_a_transposed(tmp_path: Path) -> None:
     tensors = tensors_of(written(adapter_of({"model.embed_tokens": pair}), tmp_path))
     assert np.array_equal(tensors["token_embd.weight.lora_a"], pair.a.T)
     assert np.array_equal(tensors["token_embd.weight.lora_b"], pair.b)
+
+
+def test_the_base_may_be_a_gguf_file(tmp_path: Path) -> None:
+    model = gguf_files.llama()
+    model.save_pretrained(tmp_path / "base")
+    gguf_files.write_llama(tmp_path / "base.gguf")
+    modules = ["q_proj", "down_proj", "lm_head"]
+    trained(copy.deepcopy(model), r=2, target_modules=modules).save_pretrained(tmp_path / "a")
+    made = [
+        lora_export.convert(tmp_path / "a", tmp_path / f"{base}.out", to="gguf", base=tmp_path / base).output
+        for base in ("base", "base.gguf")
+    ]
+    assert made[0].read_bytes() == made[1].read_bytes()
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])

@@ -860,7 +860,8 @@ def test_an_error_keeps_its_lines_and_no_other_control_characters(place, monkeyp
 
 def test_inspect_shows_names_escaped(place, monkeypatch):
     spec = TensorSpec(STEERING, (1,), "float32")
-    monkeypatch.setattr("lora_export.artifacts.artifact.open_checkpoint", lambda path: Checkpoint(path, {}, (spec,)))
+    opened = Checkpoint(place.base, {}, (spec,))
+    monkeypatch.setattr("lora_export.artifacts.artifact.open_checkpoint", lambda *_, **__: opened)
     code, out, _ = place.run("inspect", place.base)
     assert (code, out) == (0, f"1 tensor, 0 bytes\n  {ESCAPED}  1 float32\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from support import diffusion, experts
 from support.api import MODEL, an_adapter
 from support.gguf_files import llama
 from support.peft_models import trained
-from support.preflight_adapters import CASES
+from support.preflight_adapters import CASES, with_config
 from support.slow import slow_but
 
 Made = tuple[Path, Any]  # an adapter, and its base
@@ -29,6 +30,13 @@ def of_case(name: str) -> Callable[[Path], Made]:
         return folder / "adapter", folder / "base"
 
     return make
+
+
+def of_head(folder: Path) -> Made:
+    """PEFT saves the table of a head beside its pair."""
+    replace(CASES["head"], edit=with_config(lora_alpha=10)).write(folder / "adapter")
+    llama().save_pretrained(folder / "base")
+    return folder / "adapter", folder / "base"
 
 
 def of_experts(folder: Path) -> Made:
@@ -60,7 +68,8 @@ NEEDED: Mapping[tuple[str, ...], Callable[[Path], Made]] = {
     ("llama.cpp", "merge-untied"): of_case("tied head"),
     ("mlx", "mlx"): of_case("dora"),
     ("openvino", "peft"): of_case("pickle"),
-    ("openvino", "openvino"): of_case("mlp"),
+    ("openvino", "openvino"): of_head,
+    ("openvino", "merge"): of_case("tied embedding"),
     ("tensorrt-llm", "setting max-lora-rank"): of_case("rank 520"),
     ("genai", "graph"): of_graph,
     ("genai", "export"): of_case("norm saved whole"),

@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lora_export
+from lora_export.api.adapter_names import repeated_tables
 from lora_export.errors import InputRefused
+from lora_export.lora import Adapter
 from lora_export.weights.quantised import method_of
 from support.cli import answer, call
 from support.handmade import peft_adapter
 from support.peft_models import fill
 from support.quantised import LLAMA_SIZES
+from support.quantised_weights import WEIGHTS, quantised
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,40 @@ def test_audit_judges_such_a_merge(dtype: str, place: Path, tmp_path: Path, caps
     assert [one["name"] for one in document["weights"] if one["outcome"] == "different"] == [
         "model.layers.0.mlp.up_proj.weight"
     ]
+
+
+def test_what_reads_names_alone_takes_such_a_base(place: Path, tmp_path: Path) -> None:
+    found = lora_export.inspect(place / "nf4").checkpoint
+    floats = lora_export.inspect(place / "float").checkpoint
+    assert found is not None and floats is not None and len(found.quantised) == 14
+    assert {spec.name: spec.shape for spec in found.specs} == {spec.name: spec.shape for spec in floats.specs}
+    assert lora_export.check(place / "adapter", runtimes=["vllm"], base=place / "nf4")
+    for base in ("nf4", "float"):
+        lora_export.convert(place / "adapter", tmp_path / f"{base}.gguf", to="gguf", base=place / base)
+    assert (tmp_path / "nf4.gguf").read_bytes() == (tmp_path / "float.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_table_saved_whole_is_none_of_a_quantised_base(kind: str, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", *quantised(kind))
+    found = lora_export.inspect(base).checkpoint
+    assert found is not None
+    (name,) = found.quantised
+    (shape,) = (spec.shape for spec in found.specs if spec.name == name)
+    adapter = Adapter(name="a", format="peft", pairs={}, replaced={name: np.ones(shape, np.float32)})
+    assert repeated_tables(adapter, found, {}) == []
+
+
+def test_a_merge_that_repairs_keeps_the_base_quantised(place: Path, tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES)), peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
+    )
+    fill(model, "lora_B", std=0.05)
+    model.save_pretrained(tmp_path / "dora")
+    (outcome,) = lora_export.check(tmp_path / "dora", runtimes=["vllm"], base=place / "nf4").outcomes
+    (repair,) = outcome.repairs
+    result = lora_export.merge(*repair.arguments, **{**repair.options, "output": tmp_path / "merged"})
+    assert result.output == tmp_path / "merged"
 
 
 @pytest.mark.parametrize(
