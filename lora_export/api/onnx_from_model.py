@@ -48,7 +48,7 @@ from lora_export.graph.values import drop_tensors
 from lora_export.layers.module_tensors import dtype_name
 from lora_export.lora import Adapter
 from lora_export.models import export
-from lora_export.models.cached_decoder import export_decoder, takes_one_token
+from lora_export.models.cached_decoder import cache_as_remedy, export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.image_parts import image_parts, without_image_pairs
 from lora_export.models.image_text import export_image_text
@@ -180,7 +180,8 @@ def _exported(base: Model, options: OnnxRequest) -> tuple[Model, dict[str, ir.Mo
 
 def _graph_of(base: Model, options: OnnxRequest) -> ir.Model:
     def exported() -> list[ir.Model]:
-        return [export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)]
+        with cache_as_remedy(base.module):
+            return [export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)]
 
     (graph,) = _kept(base, options, exported)
     return graph
