@@ -194,11 +194,7 @@ def test_model_that_keeps_its_state_for_itself_is_refused() -> None:
     ("name", "fields", "has_way"),
     [
         ("Mamba", {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, True),
-        (
-            "RecurrentGemma",
-            {**LLAMA_LIKE, "attention_window_size": 8, "block_types": ("recurrent", "attention")},
-            False,
-        ),
+        ("RecurrentGemma", RECURRENT, False),
         ("Rwkv", {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}, False),
         ("Llama", LLAMA_LIKE, False),  # keeps no state
     ],
