@@ -76,7 +76,7 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
 _PATCHED = SharedContext(_patched)
 
 WINITZKI = 0.147  # of his approximation of the inverse of erf, which is right to 0.002
-STEPS = 3  # each makes three times as many digits
+HALLEY_STEPS = 3  # each makes three times as many digits
 
 
 def _inverse_erf(x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def _inverse_erf(x: torch.Tensor) -> torch.Tensor:
     logarithm = torch.log(1 - x * x)
     half = 2 / (math.pi * WINITZKI) + logarithm / 2
     found = torch.sign(x) * torch.sqrt(torch.sqrt(half * half - logarithm / WINITZKI) - half)
-    for _ in range(STEPS):
+    for _ in range(HALLEY_STEPS):
         step = (torch.erf(found) - x) * torch.exp(found * found) * (math.sqrt(math.pi) / 2)
         found = found - step / (1 + found * step)
     return torch.where(x.abs() == 1, x * math.inf, found)

@@ -122,7 +122,7 @@ def test_token_types_that_no_single_size_describes_are_drawn(
         model.module(**model.example_inputs())
 
 
-def test_the_texts_of_a_model_with_two_configs_of_texts_are_those_of_its_encoder(tmp_path: Path) -> None:
+def test_of_two_configs_of_texts_the_encoder_has_the_tokens(tmp_path: Path) -> None:
     """MusicGen's: `get_text_config` fails on it."""
     texts = transformers.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     sounds = transformers.EncodecConfig(
