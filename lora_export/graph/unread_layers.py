@@ -14,7 +14,7 @@ from lora_export.options.spelling import command, named
 from lora_export.plan import Step
 from lora_export.plan.match_tensors import NO_WEIGHT
 
-SHOWN_LAYERS = 5
+SHOWN_UNREAD = 5
 
 
 class ReadLayers(NamedTuple):
@@ -74,4 +74,4 @@ def _without(adapter: Adapter, left_out: Sequence[str]) -> Adapter:
 
 
 def _unread(names: Sequence[str]) -> str:
-    return f"{first_of(names, SHOWN_LAYERS)}, which no output of the graph reads"
+    return f"{first_of(names, SHOWN_UNREAD)}, which no output of the graph reads"
