@@ -43,11 +43,12 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.quantise import quantise_graph
 from lora_export.graph.tied_tables import without_unread_rows
+from lora_export.graph.unread_layers import way_to_unread, without_idle_pairs, without_idle_steps
 from lora_export.graph.values import drop_tensors
 from lora_export.layers.module_tensors import dtype_name
 from lora_export.lora import Adapter
 from lora_export.models import export
-from lora_export.models.cached_decoder import export_decoder, takes_one_token
+from lora_export.models.cached_decoder import cache_as_remedy, export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.image_parts import image_parts, without_image_pairs
 from lora_export.models.image_text import export_image_text
@@ -179,7 +180,8 @@ def _exported(base: Model, options: OnnxRequest) -> tuple[Model, dict[str, ir.Mo
 
 def _graph_of(base: Model, options: OnnxRequest) -> ir.Model:
     def exported() -> list[ir.Model]:
-        return [export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)]
+        with cache_as_remedy(base.module):
+            return [export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)]
 
     (graph,) = _kept(base, options, exported)
     return graph
@@ -289,8 +291,11 @@ def write_graphs(
         *(whole_plan.steps if whole_plan else ()),
         *(plan.make(future, whole, identity_ok=True).steps if future else ()),
     ]
-    if lost := [step.weight for step in steps if found.isdisjoint((step.weight, *step.spec.aliases))]:
-        raise RuntimeRefused(f"none of the graphs has {', '.join(lost)}, which the adapters change")
+    lost, notes = without_idle_steps([step for step in steps if found.isdisjoint((step.weight, *step.spec.aliases))])
+    if lost:
+        names = ", ".join(step.weight for step in lost)
+        raise RuntimeRefused(f"none of the graphs has {names}, which the adapters change. {way_to_unread()}")
+    note_each(options.on_message, notes)
     return whole_plan, beside
 
 
@@ -302,9 +307,17 @@ def _changed(located: Located) -> list[str]:
 def _with_targets(located: Located, future: list[Adapter], whole: Sequence[TensorSpec]) -> Located:
     """The same, with those weights beside which the graph takes future adapters."""
     specs = [*located.sites.specs, *weights_elsewhere(located.sites, whole)]
-    steps = plan.make(future, specs, identity_ok=True).steps if future else ()
+    steps = _future_plan(future, specs).steps if future else ()
     own = [step.weight for step in steps if step.spec.stored_name in located.sites.by_name]
     return located._replace(targets=own)
+
+
+def _future_plan(future: list[Adapter], specs: Sequence[TensorSpec]) -> Plan:
+    """Where future adapters may be: not beside layers of the model that its graph lacks."""
+    try:
+        return plan.make(future, specs, identity_ok=True)
+    except MatchError as error:
+        return plan.make(without_idle_pairs(future, error).adapters, specs, identity_ok=True)
 
 
 def write_with_adapters(

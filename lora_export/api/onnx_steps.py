@@ -20,6 +20,7 @@ from lora_export.api.generation_task import graph_files
 from lora_export.api.onnx_request import OnnxRequest, adapter_file
 from lora_export.api.publish import ExportProofs, recorded_verdicts, require_same, stage_of_proof
 from lora_export.callbacks import note_each
+from lora_export.errors import MatchError
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.find_sites import Sites, find_sites
@@ -31,6 +32,7 @@ from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save_graph
 from lora_export.graph.refusals import base_as_remedy, checkpoint_as_remedy, refuse_full_rank, refuse_lost_biases
 from lora_export.graph.tied_tables import tie_notes, with_rows_of_equal_tables, without_unread_rows
+from lora_export.graph.unread_layers import without_idle_pairs
 from lora_export.plan import Plan, TensorSpec
 from lora_export.plan.own_heads import Head, own_heads
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -83,7 +85,7 @@ def locate_steps(
     helped = base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext()
     with checkpoint_as_remedy(options.adapters, has_checkpoint=checkpoint is not None), helped:
         elsewhere = weights_elsewhere(sites, whole)
-        steps = options.plan([*sites.specs, *elsewhere]) if options.adapters else None
+        options, steps = _planned(options, [*sites.specs, *elsewhere], has_model=not is_existing)
     if steps and elsewhere:
         others = {spec.name for spec in elsewhere}
         steps = replace(steps, steps=tuple(step for step in steps.steps if step.spec.stored_name not in others))
@@ -101,6 +103,21 @@ def locate_steps(
     note_each(options.on_message, [*notes, *(steps.notes if steps else ()), *sites.notes])
     heads = own_heads(options.adapters, sites.specs) if options.has_own_heads else ()
     return Located(sites, steps, heads)
+
+
+def _planned(options: OnnxRequest, specs: Sequence[TensorSpec], *, has_model: bool) -> tuple[OnnxRequest, Plan | None]:
+    """The adapters laid against the weights of a graph; without idle pairs on what it lacks of the model it is of."""
+    if not options.adapters:
+        return options, None
+    try:
+        return options, options.plan(specs)
+    except MatchError as error:
+        if not has_model:
+            raise
+        read = without_idle_pairs(options.adapters, error)
+    note_each(options.on_message, read.notes)
+    options = replace(options, adapters=read.adapters)
+    return options, options.plan(specs)
 
 
 def weights_elsewhere(sites: Sites, whole: Sequence[TensorSpec]) -> list[TensorSpec]:

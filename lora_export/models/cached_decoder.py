@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
 from lora_export.graph.cache_names import (
     EMBEDS,
     IDS,
@@ -40,10 +40,12 @@ from lora_export.graph.cache_names import (
     PRESENT_RECURRENT,
     TOKEN_TYPES,
 )
+from lora_export.layers.torch_internals import is_stateful
 from lora_export.models.deepstack import deepstack_in_embeds, embeds_of
 from lora_export.models.export import exported_with_cache, name_axes
 from lora_export.models.model import Axes, ModelInputs
 from lora_export.models.tracing import USE_CACHE, cache_setting, is_hugging_face, named_failures, tracing
+from lora_export.options.spelling import named
 
 # The keyword of forward that takes the cache, in the order of transformers' generations.
 CACHE_KEYWORDS = ("cache", "past_key_values")
@@ -121,6 +123,26 @@ def cache_after_prompt(module: nn.Module, batch: int, length: int) -> DecoderCac
                 cache.layers.append(getattr(transformers, kind)(**states))
         module(**prompt, **{USE_CACHE: True, keyword: cache})
     return DecoderCache(keyword, cache)
+
+
+@contextlib.contextmanager
+def cache_as_remedy(module: nn.Module) -> Iterator[None]:
+    """Add to a RuntimeRefused that a decoder which keeps a state is exported with it, where that is possible."""
+    try:
+        yield
+    except RuntimeRefused as error:
+        if not is_stateful(module) or not _has_known_cache(module):
+            raise
+        way = f"A decoder that keeps a state is exported token by token: {named('with_cache', True)}."
+        raise RuntimeRefused(error.lines, way) from error
+
+
+def _has_known_cache(module: nn.Module) -> bool:
+    try:
+        cache_after_prompt(module, TRACED_BATCH, TRACED_PAST)
+    except LoraExportError:
+        return False
+    return True
 
 
 def name_cache(program: ir.Model) -> dict[str, tuple[int, ...]]:

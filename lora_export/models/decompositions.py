@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -56,9 +57,12 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
 
     def run_decompositions(program: ExportedProgram, *args: Any, **kwargs: Any) -> ExportedProgram:
         table = args[0] if args else kwargs.get("decomp_table")
-        if _IS_EXPORTING.get():
-            _state_sizes_of_parts(program.graph)
-        exchanges = _exchanges(program, table) if _IS_EXPORTING.get() and table is not None else None
+        if not _IS_EXPORTING.get() or table is None:
+            return traced_again(program, *args, **kwargs)
+        _state_sizes_of_parts(program.graph)
+        exchanges = _exchanges(program, table)
+        if exchanges is None and any(node.target in WITHOUT_TRANSLATION for node in program.graph.nodes):
+            return traced_again(program, decomp_table={**table, **WITHOUT_TRANSLATION})
         if exchanges is None:
             return traced_again(program, *args, **kwargs)
         for node, exchange in exchanges.items():
@@ -71,6 +75,26 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
 
 
 _PATCHED = SharedContext(_patched)
+
+WINITZKI = 0.147  # of his approximation of the inverse of erf, which is right to 0.002
+HALLEY_STEPS = 3  # each makes three times as many digits
+
+
+def _inverse_erf(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of erf, as Gemma 3n takes it of its sparsity, by Halley's steps from Winitzki's approximation.
+
+    PyTorch decomposes `erfinv` into an operator that ONNX lacks.
+    """
+    logarithm = torch.log(1 - x * x)
+    half = 2 / (math.pi * WINITZKI) + logarithm / 2
+    found = torch.sign(x) * torch.sqrt(torch.sqrt(half * half - logarithm / WINITZKI) - half)
+    for _ in range(HALLEY_STEPS):
+        step = (torch.erf(found) - x) * torch.exp(found * found) * (math.sqrt(math.pi) / 2)
+        found = found - step / (1 + found * step)
+    return torch.where(x.abs() == 1, x * math.inf, found)
+
+
+WITHOUT_TRANSLATION = dict.fromkeys((aten.erfinv.default, aten.special_erfinv.default), _inverse_erf)
 
 
 def _state_sizes_of_parts(graph: Graph) -> None:

@@ -28,7 +28,6 @@ from lora_export.layers.torch_internals import (
     can_match,
     forget_kernels,
     functions_read_once,
-    is_stateful,
     loaded_models_alone,
     own_buffers,
     own_parameters,
@@ -196,12 +195,11 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     _refuse_name_of_weight(module, inputs)
     remedy = f"If it needs other inputs, give them: {named('inputs', 'FILE.npz')}" if is_hugging_face(module) else ""
-    way = f"A decoder that keeps a state is exported token by token: {named('with_cache', True)}."
     with tracing(module), without_cache(module):
         with named_failures(module, inputs, "example inputs", remedy):
             names = list(named_outputs(module(**inputs)))
         run = functools.partial(_run_exporter, module, inputs, dynamic, names, opset)
-        model = _simplified(module, opset, run, *([way] if is_stateful(module) else []))
+        model = _simplified(module, opset, run)
     refuse_unused_inputs(model, inputs)
     name_axes(model, axes)
     return model
@@ -306,9 +304,9 @@ def _exported_by_transformers(
     return program
 
 
-def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model], *ways: str) -> ir.Model:
+def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model]) -> ir.Model:
     """What an exporter makes, simplified. Raises RuntimeRefused where it refuses, or writes another operator set."""
-    with exporter_refusals(module, *ways):
+    with exporter_refusals(module):
         with decomposed_in_place(), READ_ONCE:
             model = _exported(export)
         simplify(model)

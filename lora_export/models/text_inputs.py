@@ -22,6 +22,7 @@ PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio
 MEDIA = {"images": {"pixel_values"}, "videos": {"pixel_values_videos"}, "sounds": {"input_features", "input_values"}}
 CODE_POINTS = 0x110000  # of Unicode: the tokens of Canine, which hashes them into its tables
 FINE_POSITIONS = 1000  # of a page whose boxes are fractions of it (Bros)
+XLNET_TYPES = 3  # the first text, the second, and the token of a classifier
 SPECIAL_EVERY = 8  # places, of which one holds a special token
 ONE_TOKEN: Sizes = {"batch": 2, "sequence": 1, "target": 1}  # in each row
 SHORT = CHECKED_SIZES[-1]["sequence"]  # tokens of a text that is not the long one, at most
@@ -40,6 +41,14 @@ class Part:
     not_judged: str = ""  # what these inputs leave out
 
 
+def config_of_texts(config: Any) -> Any:
+    """The part of a config that describes the texts of `input_ids`."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # MusicGen's has two, of its encoder of texts and of its decoder of sounds
+        return config.get_text_config(encoder=True)
+
+
 def text_part(
     module: Any, takes: list[str], folder: Path, images: ImagesInText | None = None, why: str = ""
 ) -> Part | None:
@@ -47,11 +56,11 @@ def text_part(
 
     `why` is the reason why there are none where the model takes some.
     """
-    text = module.config.get_text_config()
+    text = config_of_texts(module.config)
     words = _vocabulary(text)
     if "input_ids" not in takes or not words:
         return None
-    token_types = getattr(text, "type_vocab_size", 0) or 0
+    token_types = _token_types(text)
     positions = getattr(text, "max_2d_position_embeddings", 0) or 0
     has_fractions = not positions and bool(getattr(text, "dim_bbox", 0)) and "bbox" in takes
     avoided = placeholders(module.config)
@@ -71,8 +80,9 @@ def text_part(
         if ends is not None:
             ids = _with_end(ids, mask, ends)
         made = {"input_ids": ids, "attention_mask": mask}
-        if token_types > 1:
-            types = torch.randint(0, token_types, shape, generator=generator)
+        if token_types:
+            drawn = [torch.randint(0, most, shape, generator=generator) for most in token_types]
+            types = drawn[0] if len(drawn) == 1 else torch.stack(drawn, -1)
             made[TOKEN_TYPES] = torch.zeros_like(types) if _is_alone(shape) else types
         if positions:
             made["bbox"] = _boxes(shape, positions, generator)
@@ -81,7 +91,7 @@ def text_part(
         return images.put_into(made, sizes, padding or 0, generator) if images else made
 
     names = ["input_ids", "attention_mask"]
-    names += ([TOKEN_TYPES] if token_types > 1 else []) + (["bbox"] if positions or has_fractions else [])
+    names += ([TOKEN_TYPES] if token_types else []) + (["bbox"] if positions or has_fractions else [])
     axes: Axes = {name: {0: "batch", 1: "sequence"} for name in names if name in takes}
     left_out = _left_out(module, takes, has_images=images is not None, why=why) if avoided else ""
     if images is None:
@@ -106,6 +116,21 @@ def _left_out(module: Any, takes: list[str], *, has_images: bool, why: str) -> s
 def _vocabulary(text: Any) -> int:
     """The number of tokens; 0 where the config names none."""
     return getattr(text, "vocab_size", None) or (CODE_POINTS if getattr(text, "num_hash_buckets", None) else 0)
+
+
+def _token_types(text: Any) -> list[int]:
+    """How many token types there are, of each kind; empty where the model knows one type alone."""
+    if getattr(text, "model_type", "") == "xlnet":
+        return [XLNET_TYPES]  # it compares them, and has no table
+    several = getattr(text, "type_vocab_sizes", None)  # Tapas': the column, the row and the rank of a cell, and others
+    if (
+        isinstance(several, list | tuple)
+        and len(several) > 1
+        and all(type(each) is int and each > 0 for each in several)
+    ):
+        return list(several)
+    types = getattr(text, "type_vocab_size", 0) or 0
+    return [types] if types > 1 else []
 
 
 def _token(text: Any, name: str) -> int | None:
@@ -240,7 +265,7 @@ def text_lengths(module: Any, symbols: set[str]) -> TextLengths:
     found = TextLengths({symbol: (0, _most(module, config, symbol, symbols)) for symbol in own}, {})
     if "sequence" not in own:
         return found
-    window = _window(config.get_text_config())
+    window = _window(config_of_texts(config))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     wanted = max(LONG, window + PAST_WINDOW if window else 0)
     chosen = next(
@@ -274,7 +299,7 @@ def _window(text: Any) -> int:
 
 def _most(module: nn.Module, config: Any, symbol: str, symbols: set[str]) -> int | None:
     """The most tokens that the model has positions for; None where it has no limit."""
-    text = config.get_text_config()
+    text = config_of_texts(config)
     named = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # the second is MPT's
     found = [length for length in named if type(length) is int and length > 0]
     for name, table in module.named_modules():

@@ -269,8 +269,8 @@ def innermost_cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
-    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence, and ways out."""
+def exporter_refusals(module: nn.Module) -> Iterator[None]:
+    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence, and a way out."""
     try:
         yield
     except Exception as error:
@@ -279,7 +279,7 @@ def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
             cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
         elif OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
             remedy = f"Where that line is about float16 alone, export in {named('dtype', 'float32')}. {remedy}"
-        raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", *ways, remedy) from error
+        raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", remedy) from error
 
 
 def names_operator(error: BaseException) -> bool:

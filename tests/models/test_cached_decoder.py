@@ -14,10 +14,11 @@ import torch
 import transformers as hf
 from torch import nn
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.models.cached_decoder import (
     cache_after_prompt,
+    cache_as_remedy,
     counts_by_mask,
     name_cache,
     refuse_other_than_decoder,
@@ -29,6 +30,8 @@ from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.generators import DECODERS, LLAMA_LIKE, STEPWISE, VOCABULARY, assert_same_logits, exported_decoder
 from support.slow import slow_but
+
+RECURRENT = {**LLAMA_LIKE, "attention_window_size": 8, "block_types": ("recurrent", "attention")}
 
 
 @pytest.mark.parametrize("name", slow_but(["opt"], sorted(DECODERS.keys() - {*STEPWISE})))
@@ -182,6 +185,22 @@ def test_cache_of_another_kind_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
 
 
 def test_model_that_keeps_its_state_for_itself_is_refused() -> None:
-    config = hf.RecurrentGemmaConfig(**LLAMA_LIKE, attention_window_size=8, block_types=("recurrent", "attention"))
+    config = hf.RecurrentGemmaConfig(**RECURRENT)
     with pytest.raises(InputRefused, match="RecurrentGemmaForCausalLM returns no cache"):
         cache_after_prompt(hf.RecurrentGemmaForCausalLM(config).eval(), 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "has_way"),
+    [
+        ("Mamba", {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, True),
+        ("RecurrentGemma", RECURRENT, False),
+        ("Rwkv", {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}, False),
+        ("Llama", LLAMA_LIKE, False),  # keeps no state
+    ],
+)
+def test_a_refusal_names_the_cache_where_a_graph_may_have_it(name: str, fields: dict[str, Any], has_way: bool) -> None:
+    module = getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**fields)).eval()
+    with pytest.raises(RuntimeRefused, match="a loop") as refused, cache_as_remedy(module):
+        raise RuntimeRefused("a loop")
+    assert ("is exported token by token: with_cache=True" in str(refused.value)) is has_way

@@ -196,6 +196,21 @@ def test_what_is_not_exchanged_is_traced_again(name: str, traces: list[ExportedP
     assert value.tolist() == function(x).tolist()
 
 
+@pytest.mark.parametrize("inverse", [torch.erfinv, torch.special.erfinv, torch.distributions.Normal(0, 1).icdf])
+def test_the_inverse_of_erf_is_made_of_operators_of_onnx(inverse: Any, traces: list[ExportedProgram]) -> None:
+    """Gemma 3n leaves out neurons by the quantile of a normal distribution."""
+    graph = graph_of(inverse)
+    assert len(traces) == 1
+    x = torch.cat((torch.rand(5, 2, 4), torch.tensor([0.95, 0.5, 0.0, 1.0]).expand(1, 2, 4)))
+    (value,) = run(graph, x=x.numpy()).values()
+    found, expected = torch.from_numpy(value).double(), inverse(x.double())
+    assert torch.equal(found.isinf(), expected.isinf()) and not found.isnan().any()
+    if inverse is torch.erfinv:
+        torch.testing.assert_close(torch.erf(found), x.double(), rtol=0, atol=2e-7)
+    inner = (x < 0.99).nonzero(as_tuple=True)
+    torch.testing.assert_close(found[inner], expected[inner], rtol=2e-6, atol=2e-6)
+
+
 def test_a_node_of_which_nothing_is_known_is_traced_again(traces: list[ExportedProgram]) -> None:
     program = torch.export.export(Computed(lambda x: x.contiguous() * 2), (torch.ones(2, 2, 4),))
     with decompositions.decomposed_in_place():

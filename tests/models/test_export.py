@@ -347,22 +347,6 @@ def test_a_saved_trace_has_extra_files_and_no_paths(tmp_path: Path) -> None:
     assert not [text for text in texts if b"site-packages" in text or b"graphs.py" in text]
 
 
-def test_a_refused_model_with_a_state_is_exported_with_its_cache() -> None:
-    class Recurrent(nn.Module):
-        _is_stateful = True  # as transformers' Mamba states
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x if x.sum() > 0 else -x
-
-    given, axes = {"x": torch.ones(2, 3)}, {"x": {0: "batch"}}
-    with pytest.raises(RuntimeRefused, match="keeps a state is exported token by token: with_cache=True"):
-        export.to_onnx(Recurrent(), given, axes=axes)
-    Recurrent._is_stateful = False
-    with pytest.raises(RuntimeRefused) as refused:
-        export.to_onnx(Recurrent(), given, axes=axes)
-    assert "with_cache" not in str(refused.value)
-
-
 # Within the optimiser's tolerances of 0 and 1
 TINY, NEARLY_ONE = 1e-8, 1 + 2.0**-17
 

@@ -102,6 +102,41 @@ def test_videos_are_listed_where_images_are_drawn(tmp_path: Path) -> None:
     assert [text.partition(" among")[0] for text in model.not_judged] == ["Qwen2VLForConditionalGeneration with videos"]
 
 
+TAPAS = {**TEXT, "max_position_embeddings": 64, "type_vocab_sizes": [3, 16, 16, 2, 16, 16, 10]}
+XLNET = {"vocab_size": 60, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "d_head": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "most"), [("Tapas", TAPAS, [2, 15, 15, 1, 15, 15, 9]), ("XLNet", XLNET, [2])]
+)
+def test_token_types_that_no_single_size_describes_are_drawn(
+    name: str, fields: dict[str, Any], most: list[int], tmp_path: Path
+) -> None:
+    """Their graphs had no input for them: the columns and rows of a table's cells, and which of two texts it is."""
+    getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**fields)).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    types = model.inputs({"batch": 9, "sequence": 29}, seed=1)["token_type_ids"].reshape(9, 29, -1)
+    assert types.amax((0, 1)).tolist() == most and not types.amin()
+    assert model.axes["token_type_ids"] == {0: "batch", 1: "sequence"}
+    with torch.no_grad():
+        model.module(**model.example_inputs())
+
+
+def test_of_two_configs_of_texts_the_encoder_has_the_tokens(tmp_path: Path) -> None:
+    """MusicGen's: `get_text_config` fails on it."""
+    texts = transformers.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    sounds = transformers.EncodecConfig(
+        num_filters=4, upsampling_ratios=[2, 2], hidden_size=8, codebook_size=64, codebook_dim=8, num_lstm_layers=1
+    )
+    decoder = transformers.MusicgenDecoderConfig(
+        vocab_size=64, num_hidden_layers=1, ffn_dim=32, num_attention_heads=2, hidden_size=16, num_codebooks=2
+    )
+    parts = {"text_encoder": texts, "audio_encoder": sounds, "decoder": decoder}
+    config = transformers.MusicgenConfig(**{name: part.to_dict() for name, part in parts.items()})
+    transformers.MusicgenForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).example_inputs()["input_ids"].max() < 60
+
+
 @pytest.mark.parametrize("value", [10**30, -1, True, "a", None])
 def test_a_placeholder_that_is_no_token_is_left_out(value: Any) -> None:
     assert placeholders(SimpleNamespace(image_token_id=value, video_token_id=7)) == [7]

@@ -192,12 +192,12 @@ def test_another_precision_is_a_way_out_of_a_line_for_float16() -> None:
     assert "float32" not in str(caught.value)
 
 
-def test_other_refusals_have_their_cause_and_the_ways_out() -> None:
+def test_other_refusals_have_their_cause_and_a_way_out() -> None:
     cause = ValueError("no such thing\n\nand much more")
-    with pytest.raises(RuntimeRefused) as caught, exporter_refusals(nn.Linear(1, 1), "Another way."):
+    with pytest.raises(RuntimeRefused) as caught, exporter_refusals(nn.Linear(1, 1)):
         raise RuntimeError("wrapped") from cause
-    first, way, remedy = str(caught.value).splitlines()
-    assert (first, way) == ("the exporter refused Linear: no such thing", "Another way.")
+    first, remedy = str(caught.value).splitlines()
+    assert first == "the exporter refused Linear: no such thing"
     assert "a graph cannot contain Python code that depends on values" in remedy
     assert caught.value.__cause__ is not None and caught.value.__cause__.__cause__ is cause
 

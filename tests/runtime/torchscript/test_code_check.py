@@ -47,6 +47,7 @@ def check(line: str, module: str = MODULE) -> None:
     "line",
     [
         "x0 = torch.add(x, x)",
+        "weight = torch._weight_norm(x, x)",  # of the convolution of positions in wav2vec 2.0 and SpeechT5
         "x0 = (self).forward(x, )",
         "x0, y, = (self.part).forward(x, )",
         "_1 = __torch__.torch.nn.functional.relu\n    x0 = _1(x, )",

@@ -1,0 +1,89 @@
+"""Pairs on layers of a model that no output reads: without effect they are left out, else refused with a way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_export.api.onnx_from_model import export_from_model
+from lora_export.api.onnx_request import OnnxRequest
+from lora_export.errors import MatchError, Misfit
+from lora_export.graph.unread_layers import without_idle_pairs, without_idle_steps
+from lora_export.lora import LoraPair
+from lora_export.plan import Step, Term
+from support.api import Recorder
+from support.graphs import an_adapter as pairs_of
+from support.plans import matrix, vector
+
+PAIR = LoraPair(a=np.ones((1, 3)), b=np.ones((3, 1)), scale=0.5)
+IDLE = LoraPair(a=np.ones((1, 3)), b=np.zeros((3, 1)), scale=0.5)
+MISSING = "the base has no weight for pooler"
+
+
+class Pooled(nn.Module):
+    """As BigBird with a classifier: the pooler is computed, and no output reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.pooler = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.pooler(x)
+        return self.q(x)
+
+
+def model() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Pooled().eval(), torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("lora", ["merged", "nodes", "inputs", "rows", "slots"])
+def test_a_pair_without_effect_is_left_out_with_a_note(lora: str, tmp_path: Path) -> None:
+    seen = Recorder()
+    adapter = pairs_of({"q": PAIR, "pooler": IDLE}, name="fr", sha256="00" * 32)
+    request: dict[str, Any] = {"target": "all-linear"} if lora in ("inputs", "slots") else {}
+    made = export_from_model(
+        OnnxRequest(model(), tmp_path / "m.onnx", lora=lora, adapters=[adapter], **request, **seen.callbacks)
+    )
+    note = "note: fr has pairs without effect on pooler, which no output of the graph reads: left out"
+    assert seen.messages.count(note) == 1 and made.proof is not None and made.proof.verdict.same
+    assert made.plan is not None and [step.weight for step in made.plan.steps] == ["q.weight"]
+
+
+def test_a_pair_with_effect_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    adapter = pairs_of({"q": PAIR, "pooler": PAIR}, name="fr")
+    with pytest.raises(MatchError, match="the graph has no weight for pooler") as refused:
+        export_from_model(OnnxRequest(model(), tmp_path / "m.onnx", adapters=[adapter]))
+    assert "no output reads them" in str(refused.value) and 'merge("BASE", "ADAPTER")' in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("pairs", "problems", "remedy"),
+    [
+        ({"q": PAIR, "pooler": IDLE}, {"pooler": MISSING, "q": "q.weight is (2, 2)"}, False),
+        ({"pooler": IDLE}, {"pooler": MISSING}, True),  # nothing would be left
+    ],
+)
+def test_what_does_not_fit_otherwise_stays_an_error(pairs: Any, problems: dict[str, str], remedy: bool) -> None:
+    error = MatchError([Misfit("fr", name, problem) for name, problem in problems.items()], targets=2)
+    with pytest.raises(MatchError) as refused:
+        without_idle_pairs([pairs_of(pairs, name="fr")], error)
+    assert bool(refused.value.remedy) is remedy and len(refused.value.misfits) == len(problems)
+
+
+def test_the_steps_of_several_graphs() -> None:
+    steps = [
+        Step(matrix(f"{name}.weight", 3), (Term("fr", name, pair),)) for name, pair in (("q", PAIR), ("pooler", IDLE))
+    ]
+    kept, notes = without_idle_steps(steps)
+    assert [step.weight for step in kept] == ["q.weight"]
+    assert notes == ["the pairs on pooler, which no output of the graph reads, have no effect: left out"]
+    assert without_idle_steps(kept) == (kept, [])
+    moved = Step(vector("v.bias", 3), (Term("fr", "v", IDLE),), shift=np.ones(3, np.float32))
+    assert without_idle_steps([moved]) == ([moved], [])
