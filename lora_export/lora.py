@@ -24,6 +24,7 @@ from lora_export.errors import InputRefused, brief, count, count_that_are
 from lora_export.notebook import html_table
 
 EVERY_ROW = slice(None)
+BY_WEIGHT = "target_parameters"  # in `Adapter.metadata`: the layers that PEFT finds by the names of their weights
 TOGETHER = 0  # of `rows_together`
 
 # Blocks of a low-rank product, see `multiply`.
@@ -425,9 +426,8 @@ class Adapter:
     tied: Mapping[str, str] = field(default_factory=dict)  # module -> the module of which it repeats pair and table
     # The endings of the names of modules, and ParameterEnding, that the trainer targeted; empty where not fully known.
     targets: tuple[str, ...] = ()
-    saved_whole: ModuleEndings = field(
-        default_factory=ModuleEndings
-    )  # of modules that the trainer saved with all tensors
+    # Of modules that the trainer saved with all tensors.
+    saved_whole: ModuleEndings = field(default_factory=ModuleEndings)
     # Token ids: pairs act from the last occurrence of these on alone (aLoRA). Empty: on every token.
     invocation_tokens: tuple[int, ...] = ()
     flattened: bool = False  # whether `_` stands for the dots in the names of modules

@@ -135,7 +135,6 @@ class Extracted:
     layers: tuple[LayerShare, ...]
     whole: tuple[str, ...]  # tensors that are saved whole, as the adapter names them
     excluded: tuple[str, ...]  # tensors that differ, and were to be left out
-    as_parameters: tuple[str, ...]  # modules of pairs that PEFT takes for experts, unless their parameters are named
 
 
 def extract_adapter(
@@ -218,15 +217,7 @@ class _Extraction:
         if not self.pairs and not whole:
             raise InputRefused(f"{self.tuned.path} has the weights of {self.base.path}: there is nothing to extract")
         adapter = Adapter(name, "extracted", self.pairs, replaced=whole, layouts=self.layouts, tied=self.tied)
-        like_experts = tuple(module for module in self.pairs if module.rpartition(".")[2] in self._names_of_experts)
-        return Extracted(adapter, tuple(self.layers), tuple(whole), tuple(self.excluded), like_experts)
-
-    @property
-    def _names_of_experts(self) -> set[str]:
-        """What layers of experts are called that transformers stacks. PEFT renames all layers that are called so."""
-        rules = self.base.rules
-        stacked = [] if rules is None else [each.sources for each in rules.converters if each.stacks]
-        return {source.removesuffix(".weight").rpartition(".")[2] for sources in stacked for source in sources}
+        return Extracted(adapter, tuple(self.layers), tuple(whole), tuple(self.excluded))
 
     def _differs(self, tensor: str) -> bool:
         if tensor not in self.new or tensor not in self.old:
