@@ -1,9 +1,8 @@
-"""PyTorch once more, in other forms: what a right computation may make of the weights and inputs, too.
+"""PyTorch once more in fp32, in other forms: what a right computation may make of the weights and inputs, too.
 
 The error of one run is one draw of what rounding does. Adapters may be merged. A weight that is moved by one rounding
 stands for sums in another order. A moved result of exp or sin stands for another library: no standard fixes how these
-round, and the angle of a time step of 1000 is off by a thousand times the rounding of its frequency. A router of
-experts chooses by scores, in every precision: where two are nearer than rounding, a token may reach either expert.
+round, and the angle of a time step of 1000 is off by a thousand times the rounding of its frequency.
 """
 
 from __future__ import annotations
@@ -36,13 +35,6 @@ MOVED_FUNCTIONS = (
     "PyTorch was measured with each weight and each result of exp, pow, sin and cos moved to a neighbouring number in "
     "fp32, too; the largest error counts: libraries round these functions in ways of their own"
 )
-OTHER_CHOICES = (
-    "PyTorch was measured with the other choice of each top-k whose scores nearly tie, too; the larger error counts: "
-    "rounding decides which expert such a token reaches"
-)
-# Times the precision and the standard deviation of all scores of a top-k. Half precision moves the scores of Mixtral,
-# Qwen3-MoE, DeepSeek-V3 and gpt-oss by 0.35 to 0.75 of that (rms), so that two in two runs differ by 4 hardly ever.
-NEAR_TIE = 4.0
 DRAWS_OF_ROUNDING = 4  # runs of each kind, at most
 # What angles are made of. Not log: T5 makes whole numbers of it, and a rounding chooses another row of a table.
 LIBRARY_FUNCTIONS = frozenset({"cos", "exp", "exp2", "pow", "sin"})
@@ -58,20 +50,14 @@ def further_peers(
     seed: int,
     step: OnProofStep,
 ) -> Iterator[FurtherPeer]:
-    """Run PyTorch with other choices; in fp32 with its adapters merged, moved weights and moved functions, too.
+    """Run PyTorch with its adapters merged, with moved weights, and with moved results of functions, too.
 
-    There are none where a graph rounds what enters its layers to int8: weights do not decide its error then.
-    `deployed` returns PyTorch as it ran first.
+    There are no such runs in other precisions, and none where a graph rounds what enters its layers to int8: weights
+    do not decide its error then. `deployed` returns PyTorch as it ran first.
     """
     attached = weights.attached
-    if any(weight.activation_block for weight in weights.quantised.values()):
-        return
-    step("PyTorch, its near ties chosen otherwise")
-    with OtherChoices(getattr(torch, weights.dtype)) as chosen:
-        peer = peer_in_form(deployed().module, OTHER_CHOICES, cases, device)
-    if chosen.count:
-        yield peer
-    if weights.dtype != "float32":
+    rounds_inputs = any(weight.activation_block for weight in weights.quantised.values())
+    if rounds_inputs or weights.dtype != "float32":
         return
     is_merged = attached.has_pairs and not weights.quantised and not attached.rounding
     if weights.changes is not None and is_merged and not weights.depend_on_tokens:
@@ -137,37 +123,6 @@ class MovedFunctions(TorchDispatchMode):
             moved = torch.where(is_exact, result, _moved(result, self.generator))
             return result.copy_(moved) if name.endswith("_") else moved
         return result
-
-
-class OtherChoices(TorchDispatchMode):
-    """While it is active, the last of the k largest is the next one behind it, where the scores of the two nearly tie.
-
-    `dtype` is the precision in which scores are computed; `count` is that of the other choices.
-    """
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.eps, self.count = torch.finfo(dtype).eps, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.ops.aten.topk.default:
-            return func(*args, **kwargs)
-        return self._choose(*args, **kwargs)
-
-    def _choose(self, scores: Tensor, k: int, dim: int = -1, largest: bool = True, is_sorted: bool = True) -> Any:
-        if not scores.is_floating_point() or not 0 < k < scores.shape[dim]:
-            return torch.ops.aten.topk.default(scores, k, dim, largest, is_sorted)
-        values, indices = (found.movedim(dim, -1) for found in torch.ops.aten.topk.default(scores, k + 1, dim, largest))
-        limit = NEAR_TIE * self.eps * scores[torch.isfinite(scores)].double().std(correction=0)
-        ties = (values[..., k - 1] - values[..., k]).abs() <= limit
-        self.count += int(ties.sum())
-        return tuple(
-            torch.cat([found[..., : k - 1], torch.where(ties, found[..., k], found[..., k - 1])[..., None]], -1)
-            .movedim(-1, dim)
-            .contiguous()
-            for found in (values, indices)
-        )
 
 
 def _is_fp32(result: Any) -> bool:

@@ -17,13 +17,7 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import further_peers
-from lora_export.verification.references.further_peers import (
-    MOVED_FUNCTIONS,
-    OTHER_CHOICES,
-    MovedFunctions,
-    OtherChoices,
-    moved_module,
-)
+from lora_export.verification.references.further_peers import MOVED_FUNCTIONS, MovedFunctions, moved_module
 from support.proofs import an_adapter
 
 
@@ -74,20 +68,6 @@ def test_results_of_functions_are_the_neighbours_of_right_ones() -> None:
     assert torch.equal(wide, x.double().exp())
 
 
-@pytest.mark.parametrize(("dtype", "chosen"), [(torch.float32, [0, 1]), (torch.bfloat16, [0, 2])])
-def test_a_near_tie_is_chosen_otherwise(dtype: torch.dtype, chosen: list[int]) -> None:
-    scores = torch.tensor([[0.75, 0.5, 0.499, 0.0], [0.75, 0.5, 0.25, -torch.inf]])
-    with OtherChoices(dtype) as choices:
-        values, indices = scores.topk(2)
-        smallest = scores.T.topk(2, dim=0, largest=False).indices
-        assert scores.topk(4).indices.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]  # none is behind the last
-        assert torch.tensor([[3, 2, 2]]).topk(2).values.tolist() == [[3, 2]]
-    assert indices.tolist() == [chosen, [0, 1]]
-    assert torch.equal(values, scores.gather(1, indices))
-    assert smallest.T.tolist() == [[3, 3 - chosen[1]], [3, 2]]
-    assert bool(choices.count) is (dtype is torch.bfloat16)
-
-
 class AtTime(nn.Module):
     """What models of diffusion make of a time step, and a layer."""
 
@@ -116,21 +96,7 @@ class AtRows(nn.Module):
         return self.dense(self.table(rows).sum(0) + time[:, None] / 1000) * self.factor
 
 
-class AtExperts(nn.Module):
-    """Two of four rows of a table for each token, by scores of which two nearly tie for the first token."""
-
-    def __init__(self, factor: float = 1.0, moved: float = 0.0) -> None:
-        super().__init__()
-        self.dense, self.table, self.factor, self.moved = nn.Linear(8, 8), nn.Embedding(4, 8), factor, moved
-
-    def forward(self, time: torch.Tensor) -> torch.Tensor:
-        scores = torch.tensor([0.75, 0.5, 0.25, 0.0]).repeat(len(time), 1)
-        scores[0, 2] = 0.49999997 + self.moved
-        rows = self.table(scores.topk(2).indices).sum(1)
-        return self.dense(rows / 10 + time[:, None] / 1000) * self.factor
-
-
-def judged(make: type[AtTime | AtRows | AtExperts] = AtTime, **other: float) -> Proof:
+def judged(make: type[AtTime | AtRows] = AtTime, **other: float) -> Proof:
     """The proof of a candidate that computes in another way."""
     torch.manual_seed(0)
     module = make().eval()
@@ -162,13 +128,3 @@ def test_a_run_that_chose_other_rows_allows_no_error(monkeypatch: pytest.MonkeyP
     assert judged(AtRows, factor=1.001).verdict.outcome is Outcome.DIFFERENT
     monkeypatch.setattr(further_peers, "FARTHEST_MOVED", math.inf)
     assert judged(AtRows, factor=1.001).verdict.outcome is not Outcome.DIFFERENT
-
-
-def test_a_token_may_reach_either_expert_whose_scores_nearly_tie(monkeypatch: pytest.MonkeyPatch) -> None:
-    proof = judged(AtExperts, moved=6e-8)
-    assert proof.verdict.same, str(proof.verdict)
-    assert OTHER_CHOICES in proof.verdict.notes
-    for moved in (0.0, 6e-8):  # one token's choice widens no limit of the others
-        assert judged(AtExperts, moved=moved, factor=1.001).verdict.outcome is Outcome.DIFFERENT
-    monkeypatch.setattr(further_peers, "NEAR_TIE", -1.0)
-    assert judged(AtExperts, moved=6e-8).verdict.outcome is Outcome.DIFFERENT
