@@ -43,7 +43,7 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.quantise import quantise_graph
 from lora_export.graph.tied_tables import without_unread_rows
-from lora_export.graph.unread_layers import way_to_unread, without_idle_pairs, without_idle_steps
+from lora_export.graph.unread_layers import not_in_graph, way_to_unread, without_idle_pairs, without_idle_steps
 from lora_export.graph.values import drop_tensors
 from lora_export.layers.module_tensors import dtype_name
 from lora_export.lora import Adapter
@@ -56,6 +56,7 @@ from lora_export.models.model import Model
 from lora_export.models.stored_parameter import is_streamed
 from lora_export.models.traced_lengths import OF_TEXTS, longest_traced
 from lora_export.options.export import IMAGE_TEXT_TO_TEXT, TEXT_GENERATION
+from lora_export.options.spelling import named
 from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -304,19 +305,24 @@ def _changed(located: Located) -> list[str]:
     return [*(step.weight for step in (located.plan.steps if located.plan else ())), *located.targets]
 
 
-def _with_targets(located: Located, future: list[Adapter], whole: Sequence[TensorSpec]) -> Located:
+def _with_targets(
+    located: Located, options: OnnxRequest, future: list[Adapter], whole: Sequence[TensorSpec]
+) -> Located:
     """The same, with those weights beside which the graph takes future adapters."""
     specs = [*located.sites.specs, *weights_elsewhere(located.sites, whole)]
-    steps = _future_plan(future, specs).steps if future else ()
+    steps = _future_plan(options, future, specs).steps if future else ()
     own = [step.weight for step in steps if step.spec.stored_name in located.sites.by_name]
     return located._replace(targets=own)
 
 
-def _future_plan(future: list[Adapter], specs: Sequence[TensorSpec]) -> Plan:
-    """Where future adapters may be: not beside layers of the model that its graph lacks."""
+def _future_plan(options: OnnxRequest, future: list[Adapter], specs: Sequence[TensorSpec]) -> Plan:
+    """Where future adapters may be: of all layers, not beside those of the model that its graph lacks."""
     try:
         return plan.make(future, specs, identity_ok=True)
     except MatchError as error:
+        if options.targets != "all-linear":
+            way = f"No output reads them for the inputs of the export: leave them out of {named('target')}"
+            raise not_in_graph(error, way) from error
         return plan.make(without_idle_pairs(future, error).adapters, specs, identity_ok=True)
 
 
@@ -328,7 +334,7 @@ def write_with_adapters(
     `whole` are the weights of the model where the graph has some of them only.
     """
     located = locate_steps(program, options, None, whole=whole) if options.adapters or future else None
-    located = located and _with_targets(located, future, whole)
+    located = located and _with_targets(located, options, future, whole)
     # Otherwise all that the adapters change is in other graphs.
     is_changed = located is not None and bool(_changed(located))
     if located is not None and is_changed and options.lora != "merged":

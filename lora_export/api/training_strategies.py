@@ -169,15 +169,21 @@ class Trainer:
 
 @contextlib.contextmanager
 def _uncalled(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Those of these modules, by name, that are not called within. A call removes the module's hook.
+    """Those of these modules, by name, that are not called within. The first call of a module removes its hook.
 
-    The output projection of nn.MultiheadAttention is left out: see `note_on_attention`.
+    A copy of the module keeps its hooks, and its calls count, too. The output projection of nn.MultiheadAttention is
+    left out: see `note_on_attention`.
     """
     modules = dict(module.named_modules())
     left: dict[str, Any] = {}
+
+    def called(name: str) -> None:
+        if handle := left.pop(name, None):
+            handle.remove()
+
     for name in names:
         if name in modules and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            left[name] = modules[name].register_forward_pre_hook(lambda *_, name=name: left.pop(name).remove())
+            left[name] = modules[name].register_forward_pre_hook(lambda *_, name=name: called(name))
     try:
         yield left
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -116,8 +117,8 @@ class FleetJob:
     def reports(self) -> list[Path]:
         """The reports that it writes on this machine."""
         known = keys_of(self.kind.record)
-        named = [path for key, paths in self.values.items() if known[key][1].name == "reports" for path in paths]
-        return [path for path in map(place, named) if not isinstance(path, StorePath)]
+        named = [_as_list(value) for key, value in self.values.items() if known[key][1].name == "reports"]
+        return [path for path in map(place, itertools.chain(*named)) if not isinstance(path, StorePath)]
 
     def fixed(self) -> dict[str, Any]:
         """The fields that the fleet fills."""
@@ -130,8 +131,11 @@ class FleetJob:
         """Key -> the paths that its own options name and that it reads."""
         known = keys_of(self.kind.record)
         read = {key for key in self.values if known[key][1].kind in PATHS and known[key][1].name not in WRITTEN}
-        values = {key: value for key, value in self.values.items() if key in read}
-        return {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+        return {key: _as_list(value) for key, value in self.values.items() if key in read}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def absolute(path: Path) -> Path:

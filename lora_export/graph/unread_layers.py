@@ -6,6 +6,7 @@ PEFT trains B from zeros, and no gradient reaches such a layer: its pair has no 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from lora_export.errors import MatchError, first_of
@@ -32,19 +33,20 @@ def without_idle_pairs(adapters: Sequence[Adapter], error: MatchError) -> ReadLa
     missing = {(misfit.adapter, misfit.key) for misfit in error.misfits if misfit.problem.startswith(NO_WEIGHT)}
     kept, notes, left_out = [], [], 0
     for adapter in adapters:
-        idle = [
-            name
+        idle = {
+            name: None
             for name, pair in adapter.pairs.items()
             if pair.is_identity and (adapter.name, adapter.spelled(name)) in missing
-        ]
-        kept.append(_without(adapter, idle))
+        }
+        pairs = {name: pair for name, pair in adapter.pairs.items() if name not in idle}
+        kept.append(replace(adapter, pairs=pairs) if idle else adapter)
         left_out += len(idle)
         if idle:
-            notes.append(f"{adapter.name} has pairs without effect on {_unread(idle)}: left out")
+            notes.append(f"{adapter.name} has pairs without effect on {_unread(list(idle))}: left out")
     if left_out < len(error.misfits) or not all(adapter.every_name for adapter in kept):
         if len(missing) < len(error.misfits) or error.remedy:
             raise error
-        raise error.with_words(NO_WEIGHT, "the graph has no weight for").with_remedy(way_to_unread())
+        raise not_in_graph(error, way_to_unread())
     return ReadLayers(kept, notes)
 
 
@@ -60,6 +62,11 @@ def without_idle_steps(steps: Sequence[Step]) -> tuple[list[Step], list[str]]:
     return [step for step in steps if not is_idle(step)], notes
 
 
+def not_in_graph(error: MatchError, remedy: str) -> MatchError:
+    """The same error, about the graph in place of the base."""
+    return error.with_words(NO_WEIGHT, "the graph has no weight for").with_remedy(remedy)
+
+
 def way_to_unread() -> str:
     """What helps where an adapter changes such a layer."""
     return (
@@ -67,10 +74,6 @@ def way_to_unread() -> str:
         f"the adapter into the checkpoint ({command('merge', 'BASE', 'ADAPTER')}), and export that; where other inputs "
         f"reach these layers, give them ({named('inputs', 'FILE.npz')})"
     )
-
-
-def _without(adapter: Adapter, left_out: Sequence[str]) -> Adapter:
-    return adapter.renamed(lambda name: None if name in left_out else name) if left_out else adapter
 
 
 def _unread(names: Sequence[str]) -> str:

@@ -109,6 +109,8 @@ def _state_sizes_of_parts(graph: Graph) -> None:
         parts = node.meta["val"]
         if not isinstance(parts[0].shape[axis], torch.SymInt):
             continue
+        if node.target is aten.chunk.default and len(parts) < number:  # other sizes have more parts
+            continue
         whole, size = Exchange(aten.sym_size.int, (x, axis)), number
         if node.target is aten.chunk.default:
             size = Exchange(operator.floordiv, (Exchange(operator.add, (whole, number - 1)), number))

@@ -83,8 +83,9 @@ CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
-def test_a_report_that_is_gone_is_written_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (place / "fleet.toml").write_text(FLEET + 'report = ["{adapter}.json"]\n')
+@pytest.mark.parametrize("reports", ['["{adapter}.json"]', '"{adapter}.json"'])
+def test_a_report_that_is_gone_is_written_again(reports: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "fleet.toml").write_text(FLEET + f"report = {reports}\n")
     run_here(monkeypatch)
     report = place / "fr.json"
     report.unlink()

@@ -49,7 +49,7 @@ def test_peft_loads_what_was_written(tmp_path: Path) -> None:
     assert after["head.weight"].eq(1).all() and after["head.bias"].eq(1).all()
 
 
-def test_layers_that_are_named_by_their_weights_stay_layers(tmp_path: Path) -> None:
+def test_layers_named_by_their_weights_stay_layers(tmp_path: Path) -> None:
     """PEFT takes them for experts where `target_modules` names them. Files of others name bare parameters so."""
     made = adapter_of({"mlp.gate_proj": low_rank(4, 3, 2, scale=1.0), "q": low_rank(3, 3, 2, scale=1.0)})
     (tmp_path / "a").mkdir()

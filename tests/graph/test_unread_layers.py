@@ -63,6 +63,19 @@ def test_a_pair_with_effect_is_refused_with_a_way_out(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_named_target_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MatchError, match="the graph has no weight for pooler") as refused:
+        export_from_model(OnnxRequest(model(), tmp_path / "m.onnx", lora="inputs", target=["q", "pooler"]))
+    assert "leave them out of target" in str(refused.value)
+
+
+def test_a_bias_beside_a_pair_without_effect_stays() -> None:
+    error = MatchError([Misfit("fr", "pooler", MISSING)], targets=2)
+    biases = {"pooler": np.ones(3, np.float32)}
+    (read,) = without_idle_pairs([pairs_of({"q": PAIR, "pooler": IDLE}, name="fr", biases=biases)], error).adapters
+    assert (list(read.pairs), list(read.biases)) == (["q"], ["pooler"])
+
+
 @pytest.mark.parametrize(
     ("pairs", "problems", "remedy"),
     [

@@ -123,8 +123,9 @@ def test_other_failures_stay_what_they_are(error: Exception) -> None:
 
 def test_runners_name_the_model_that_fails() -> None:
     x = {"input": torch.ones(2, 3).numpy()}
-    for runner in (ModuleRunner(nn.Linear(4, 4)), Fp64Runner(nn.Linear(4, 4).double())):
-        with pytest.raises(RuntimeRefused, match=r"^Linear itself fails on the inputs \(input\): .*mat1 and mat2"):
+    runners = {r"input \[2, 3\]": ModuleRunner(nn.Linear(4, 4)), "input": Fp64Runner(nn.Linear(4, 4).double())}
+    for given, runner in runners.items():
+        with pytest.raises(RuntimeRefused, match=rf"^Linear itself fails on the inputs \({given}\): .*mat1 and mat2"):
             runner.run(x)
 
 
