@@ -24,7 +24,6 @@ from lora_export.errors import InputRefused, brief, count, count_that_are
 from lora_export.notebook import html_table
 
 EVERY_ROW = slice(None)
-BY_WEIGHT = "target_parameters"  # in `Adapter.metadata`: the layers that PEFT finds by the names of their weights
 TOGETHER = 0  # of `rows_together`
 
 # Blocks of a low-rank product, see `multiply`.

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from lora_export.adapters import low_rank, singular_values
 from lora_export.adapters.low_rank import refuse_beyond_pairs
 from lora_export.errors import InputRefused, listed
-from lora_export.lora import BY_WEIGHT, Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair
 from lora_export.options.combining import EXACT, FACTORWISE, Combination
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, Term
@@ -266,7 +266,6 @@ def combine_adapters(
     metadata = [adapter.metadata for adapter in adapters]
     shared = {key: value for key, value in metadata[0].items() if all(other.get(key) == value for other in metadata)}
     kept = ("task_type", "base_model_name_or_path")
-    by_weight = [name for adapter in adapters for name in adapter.metadata.get(BY_WEIGHT, ())]
     is_known = all(adapter.targets for adapter in adapters)
     return Adapter(
         name=name,
@@ -277,7 +276,7 @@ def combine_adapters(
         # The endings of all; none where those of one are not fully known.
         targets=tuple(sorted(_targets(adapters))) if is_known else (),
         spelling={module: adapter.spelled(module) for adapter in adapters[::-1] for module in adapter.pairs},
-        metadata={key: shared[key] for key in kept if key in shared} | ({BY_WEIGHT: by_weight} if by_weight else {}),
+        metadata={key: shared[key] for key in kept if key in shared},
     )
 
 

@@ -16,7 +16,7 @@ from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, 
 from lora_export.callbacks import in_bytes, note_each
 from lora_export.errors import count, first_of
 from lora_export.formats.peft_writing import name_in_patterns, write_any_ranks
-from lora_export.lora import BY_WEIGHT, Adapter
+from lora_export.lora import Adapter
 from lora_export.options.adapters import CombineOptions, ExtractOptions, ResizeOptions
 from lora_export.options.declaring import takes
 from lora_export.options.spelling import named
@@ -185,12 +185,9 @@ def _extracted(options: ExtractOptions, base: Path, tuned: Path) -> ExtractResul
         record = provenance.record([], [], {}, (), settings)
         architecture = str((other.config.get("architectures") or [""])[0])
         facts: dict[str, Any] = {"base_model_name_or_path": hub_name(base) or str(base)}
-        if rules := one.rules:
-            facts[BY_WEIGHT] = rules.named_like_experts(found.adapter.pairs)
         if task := next((task for ending, task in TASKS.items() if architecture.endswith(ending)), ""):
             facts["task_type"] = task
-        metadata = {provenance.KEY: json.dumps(record)}
-        write_any_ranks(replace(found.adapter, metadata=facts), stage, metadata=metadata)
+        write_any_ranks(replace(found.adapter, metadata=facts), stage, metadata={provenance.KEY: json.dumps(record)})
         for checkpoint in (one, other):
             checkpoint.refuse_changed_files("read")
         write_manifest(stage, {"made_by": record["made_by"], "settings": record["settings"]})

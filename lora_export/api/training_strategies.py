@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, count, first_of, listed
 from lora_export.formats.peft_writing import HEADS_OF_TASKS
 from lora_export.layers.attachments import branch_tensors
-from lora_export.layers.module_tensors import conversion_rules
 from lora_export.layers.new_adapter import as_plain_lora, frozen_start, saved_modules, started_from_weights
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
@@ -280,6 +279,10 @@ def note_on_other_names(loaded: Model, new: Adapter) -> str:
     return ""
 
 
+# Names of layers that PEFT takes for those of experts, in the models that transformers converts as this type
+TAKEN_FOR_EXPERTS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
+
+
 def note_on_attention(new: Adapter) -> str:
     """A note on the output projection of an nn.MultiheadAttention, which PEFT reads otherwise; empty without one."""
     if not any(name.endswith(".out_proj") and name.removesuffix(".out_proj") in new.pairs for name in new.pairs):
@@ -302,19 +305,21 @@ def note_on_uncalled(run: TrainingRun) -> str:
 
 
 def note_on_peft_experts(loaded: Model, new: Adapter) -> str:
-    """A note where PEFT looks for experts in place of layers that the adapter has; empty where it finds these.
+    """A note where PEFT looks for experts in place of layers that the adapter has; empty where it finds these."""
+    if not loaded.is_huggingface:
+        return ""
+    from transformers import conversion_mapping
 
-    It finds them by the names of their weights, but for dropout and DoRA.
-    """
-    rules = conversion_rules(loaded.module)
-    is_plain = not new.metadata.get("lora_dropout") and all(pair.magnitude is None for pair in new.pairs.values())
-    lost = [] if rules is None or is_plain else rules.named_like_experts(new.pairs)
+    types: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})  # which PEFT reads
+    config: Any = loaded.module.config
+    endings = TAKEN_FOR_EXPERTS.get(types.get(config.model_type, ""), ())
+    lost = [name for name in new.pairs if name.rpartition(".")[2] in endings]
     if not lost:
         return ""
     return (
         f"note: PEFT up to 0.21 takes {count(len(lost), 'layer')}, such as {lost[0]}, for experts of this model: it "
-        "leaves out their A and B, or does not load the adapter. Without dropout and DoRA it would find them. "
-        "lora-export merges and exports them as they were trained"
+        "leaves out their A and B, or does not load the adapter. lora-export merges and exports them as they were "
+        "trained"
     )
 
 

@@ -7,7 +7,6 @@ become one scale per pair, and wrapper prefixes are removed.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,11 +58,10 @@ from lora_export.formats.peft_records import (
     metadata_of,
     notes_of,
     read_token_rows,
-    recorded_layouts,
     tables_saved_again,
     tied_heads,
 )
-from lora_export.lora import BY_WEIGHT, Adapter, LoraPair, expert_name
+from lora_export.lora import Adapter, LoraPair, expert_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files
 from lora_export.storage.artifact_kinds import is_distributed_checkpoint
@@ -127,7 +125,6 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
     rows = read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     tied = tied_heads(pairs, replaced, config)
-    by_weight = [module for module in keys[PARAMETER] if module in stored.layouts]
     of_rank = "√r" if config.get("use_rslora") else "r"
     return Adapter(
         name=name,
@@ -150,7 +147,7 @@ def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptio
             **keys[A],
         },
         scale_source=f"lora_alpha / {of_rank} in {ADAPTER_CONFIG}" if has_config else "alpha / rank, as stated",
-        metadata=metadata_of(folder, config) | ({BY_WEIGHT: by_weight} if by_weight else {}),
+        metadata=metadata_of(folder, config),
         notes=notes_of(keys, config, tied),
         sha256=hash_of_unchanged(file, *shards, *([folder / ADAPTER_CONFIG] if has_config else ())),
         file_sha256="" if shards else hash_of_tensors(file),
@@ -185,11 +182,6 @@ class _StoredPairs:
     keys: Keys
     config: Mapping[str, Any]
     options: ReadOptions
-
-    @functools.cached_property
-    def layouts(self) -> dict[str, str]:
-        """Those that the file records: of layers, also where the config names their weights."""
-        return recorded_layouts(self.file)
 
     def pairs(self) -> dict[str, LoraPair]:
         """The pairs by module. Raises InputRefused with all that is wrong with them, with biases and whole tensors."""
@@ -274,7 +266,7 @@ class _StoredPairs:
             scale=scale,
             magnitude=self._magnitude(module, b),
             embedding=embedding,
-            as_stored=module in self.keys[PARAMETER] and module not in self.layouts,
+            as_stored=module in self.keys[PARAMETER],
         )
 
     def _why_other_rank(self, module: str) -> str:

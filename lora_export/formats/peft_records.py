@@ -74,26 +74,17 @@ def notes_of_alphas(modules: Mapping[str, str], config: Mapping[str, Any]) -> li
     ]
 
 
-def recorded_layouts(file: TensorSource) -> dict[str, str]:
-    """How the weights of modules are stored, where the header of the file records it. Raises InputRefused."""
-    if LAYOUTS not in file.metadata:
-        return {}
-    layouts: dict[str, str] = json_files.parse_json(
-        file.metadata[LAYOUTS].encode(), f"{LAYOUTS} in the header of {file.path}"
-    )
-    wrong = [name for name, layout in layouts.items() if layout not in ("out_in", "in_out")]
-    if wrong:
-        raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
-    return layouts
-
-
 def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mapping[str, Any]) -> dict[str, str]:
     """How the weights that the adapter was trained on are stored, where that is recorded.
 
     PEFT sets `fan_in_fan_out` at a Conv1D, and resets it at an nn.Linear: it writes that of the last module. It tells
     only where all modules are of one kind. False is no evidence: it is the default of configs that PEFT did not write.
     """
-    if layouts := recorded_layouts(file):
+    if LAYOUTS in file.metadata:
+        layouts = json_files.parse_json(file.metadata[LAYOUTS].encode(), f"{LAYOUTS} in the header of {file.path}")
+        wrong = [name for name, layout in layouts.items() if layout not in ("out_in", "in_out")]
+        if wrong:
+            raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
         return layouts
     layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored and not split_part(module)[1]}
     # A pair without a shape is one of a matrix.

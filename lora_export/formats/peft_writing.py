@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,7 @@ from lora_export.formats.writing import (
     smallest_dtype,
     usual_and_patterns,
 )
-from lora_export.lora import BY_WEIGHT, Adapter, ExpertAxes, LoraPair, split_part
-from lora_export.names.architecture import rules_of
+from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
 from lora_export.names.families import PROJECTIONS, is_turned, model_types
 from lora_export.storage import json_files, safetensors_file
 
@@ -56,8 +55,7 @@ NEW_PEFT = "0.19.0"  # the first whose axes of stacked parameters are those that
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
     """Write an adapter as PEFT does into a folder."""
-    config = base_config(None, options.reading) or {}
-    types = model_types(config)
+    types = model_types(base_config(None, options.reading) or {})
     problems = beyond_pairs(adapter, ALLOWED)
     plain, parameters = _split(adapter, types, problems)
     stacks: dict[str, list[LoraPair]] = {}  # a projection -> the pairs of all experts
@@ -78,21 +76,17 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         tensors[f"{WRAPPER}{key}.lora_B.weight"] = by_rank.reshape(by_rank.shape[0], -1)
     dtype = smallest_dtype(pair_factors((*plain.values(), *_experts_of(parameters), *_experts_of(stacks))))
     tensors = {key: value.astype(dtype) for key, value in tensors.items()}
-    dora = any(pair.magnitude is not None for pair in plain.values())
-    rules = rules_of(config)
-    by_weight = {} if dora else _found_by_weight(adapter, plain, rules.named_like_experts(plain) if rules else ())
     firsts = {
-        **{by_weight.get(name) or name_in_patterns(adapter, name): pair for name, pair in plain.items()},
+        **{name_in_patterns(adapter, name): pair for name, pair in plain.items()},
         **{name: experts[0] for name, experts in (parameters | stacks).items()},
     }
-    fields = _config(adapter, firsts, sorted({*parameters, *by_weight.values()}), dora=dora)
+    fields = _config(adapter, firsts, sorted(parameters), dora=any(p.magnitude is not None for p in plain.values()))
     of_peft = {ExpertAxes.BY_CLASS, ExpertAxes.TRANSPOSED} & set(adapter.experts.values())
     version = adapter.metadata.get("peft_version")
     if parameters or isinstance(version, str):
         fields["peft_version"] = version if isinstance(version, str) and (of_peft or not parameters) else NEW_PEFT
     tensors |= _whole_tensors(adapter, fields)
     layouts = {name: layout for name, layout in adapter.layouts.items() if name in plain}
-    layouts |= dict.fromkeys(by_weight, "out_in")  # so that the pair is read as that of a layer
     _write_files(path, tensors, fields, layouts, {})
     return ()
 
@@ -110,12 +104,10 @@ def write_any_ranks(adapter: Adapter, folder: Path, *, metadata: Mapping[str, st
         raise ValueError(f"a PEFT adapter of scale 1 cannot hold everything in {adapter.name}")
     facts = {key: value for key, value in adapter.metadata.items() if key in KEPT_FACTS}
     plain = replace(adapter, metadata=facts)
-    by_weight = _found_by_weight(adapter, adapter.pairs)
-    named_pairs = {by_weight.get(name) or name_in_patterns(adapter, name): pair for name, pair in adapter.pairs.items()}
-    fields = _config(plain, named_pairs, sorted(by_weight.values()), dora=False)
+    named_pairs = {name_in_patterns(adapter, name): pair for name, pair in adapter.pairs.items()}
+    fields = _config(plain, named_pairs, [], dora=False)
     tensors = _pair_tensors(adapter) | _whole_tensors(plain, fields)
-    layouts = {**adapter.layouts, **dict.fromkeys(by_weight, "out_in")}
-    _write_files(folder, tensors, fields, layouts, metadata or {})
+    _write_files(folder, tensors, fields, adapter.layouts, metadata or {})
 
 
 def _write_files(
@@ -224,17 +216,6 @@ def _different_ranks(adapter: Adapter, pairs: Mapping[str, LoraPair]) -> list[st
     for name, pair in pairs.items():
         kinds.setdefault(name_in_patterns(adapter, name), set()).add((pair.rank, pair.scale))
     return [f"{name}: pairs of different ranks or scales" for name, found in kinds.items() if len(found) > 1]
-
-
-def _found_by_weight(adapter: Adapter, pairs: Iterable[str], more: Iterable[str] = ()) -> dict[str, str]:
-    """The layers that PEFT takes for experts, unless it finds them by the names of their weights: with these names.
-
-    PEFT's layers of parameters have no dropout and no DoRA.
-    """
-    if adapter.metadata.get("lora_dropout"):
-        return {}
-    names = {*adapter.metadata.get(BY_WEIGHT, ()), *more}
-    return {name: f"{name}.weight" for name in pairs if name in names}
 
 
 def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[str], *, dora: bool) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def respelled_for(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapte
     that it had and does not read (`unread`) are left out, with a note.
     """
     adapters = [_without_unread(module, _without_outer_names(module, adapter)) for adapter in adapters]
-    rules = conversion_rules(module) if adapters else None
+    rules = _conversion_rules(module) if adapters else None
     return adapters if rules is None else respelled(adapters, specs(module), rules)
 
 
@@ -216,7 +216,7 @@ def with_loaded_names(module: nn.Module, dtypes: Mapping[str, str]) -> dict[str,
 
     A tensor that was made of several stored ones has a dtype if all of these have it.
     """
-    rules = conversion_rules(module)
+    rules = _conversion_rules(module)
     if rules is None:
         return dict(dtypes)
     found = dict(dtypes)
@@ -227,7 +227,7 @@ def with_loaded_names(module: nn.Module, dtypes: Mapping[str, str]) -> dict[str,
     return found
 
 
-def conversion_rules(module: nn.Module) -> ArchitectureRules | None:
+def _conversion_rules(module: nn.Module) -> ArchitectureRules | None:
     """How transformers renames the weights of one of its models while it loads them; None for other modules."""
     config = getattr(module, "config", None)
     if config is None or not type(module).__module__.startswith("transformers."):

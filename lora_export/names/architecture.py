@@ -8,7 +8,7 @@ any characters before a dot, and of several patterns the longest is tried first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,11 +59,6 @@ class RenameRule:
     @property
     def is_converter(self) -> bool:
         return bool(self.operations)
-
-    @property
-    def stacks(self) -> bool:
-        """Whether it stacks tensors, which adds a dimension."""
-        return any(operation["name"] == "MergeModulelist" for operation in self.operations)
 
     def reset(self) -> None:
         """Forget the names that were seen: see `kind` "group"."""
@@ -145,15 +140,6 @@ class ArchitectureRules:
     config: Mapping[str, Any]
     own: int  # how many of them are of this architecture; the others apply to every model
     is_known: bool  # whether the parts of this architecture are known
-
-    def named_like_experts(self, modules: Iterable[str]) -> list[str]:
-        """The layers that are no experts, and are called like those that transformers stacks.
-
-        PEFT takes every layer of such a name for one of the experts (0.21).
-        """
-        sources = [source for rule in self.converters if rule.stacks for source in rule.sources]
-        names = {source.removesuffix(".weight").rpartition(".")[2] for source in sources}
-        return [name for name in modules if name.rpartition(".")[2] in names and ".experts." not in f".{name}."]
 
     @property
     def are_undone(self) -> bool:

@@ -44,7 +44,7 @@ class Conversion:
     @property
     def stacks(self) -> bool:
         """Whether it stacks tensors, which adds a dimension."""
-        return self.rule.stacks
+        return any(operation["name"] == "MergeModulelist" for operation in self.rule.operations)
 
     @property
     def names(self) -> list[str]:

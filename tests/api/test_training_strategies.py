@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_export as le
@@ -28,8 +29,6 @@ from lora_export.training.evaluation import evaluate
 from support.api import MODEL, Recorder
 from support.more_models import MORE_MODELS
 from support.small_models import MODELS, small_model, words_tokenizer
-
-IDS = torch.tensor([[3, 4, 5, 6]])
 
 
 class Net(nn.Module):
@@ -313,32 +312,16 @@ def test_a_layer_that_peft_does_not_run_is_noted(init: Init) -> None:
             assert bool((theirs(x) != base).any()) == changed
 
 
-@pytest.mark.parametrize(("name", "dropout"), [("deepseek_v3", 0), ("deepseek_v3", 0.1), ("qwen3_moe", 0.1)])
-def test_layers_like_experts_are_found_by_peft_or_noted(name: str, dropout: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "mixtral", "llama"])
+def test_layers_that_peft_takes_for_experts_are_noted(name: str, tmp_path: Path) -> None:
     base, seen = tmp_path / "base", Recorder()
     architecture, config = MORE_MODELS[name]
     getattr(transformers, architecture)(config()).save_pretrained(base)
     words_tokenizer(base)
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "very good film"}) + "\n")
-    options: dict[str, Any] = {"rank": 1, "epochs": 1, "holdout": 0, "dropout": dropout, "learning_rate": 0.1}
-    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", **options, **seen.callbacks)
-    is_lost = "for experts of this model" in str(seen.messages)
-    assert is_lost == (name == "deepseek_v3" and dropout > 0)
-    if is_lost:
-        with pytest.raises(ValueError, match="ParamWrapper does not work with lora_dropout"):
-            peft.PeftModel.from_pretrained(loaded_decoder(base), tmp_path / "ad")
-    else:
-        theirs = peft.PeftModel.from_pretrained(loaded_decoder(base), tmp_path / "ad").eval()
-        torch.testing.assert_close(theirs(IDS).logits, merged_logits(tmp_path), atol=1e-5, rtol=1e-5)
-        assert (loaded_decoder(base)(IDS).logits - merged_logits(tmp_path)).abs().max() > 1e-3
-
-
-def merged_logits(folder: Path) -> Tensor:
-    if not (folder / "merged").exists():
-        le.merge(folder / "base", folder / "ad", folder / "merged")
-    logits: Tensor = loaded_decoder(folder / "merged")(IDS).logits
-    return logits
-
-
-def loaded_decoder(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", rank=1, epochs=1, holdout=0, **seen.callbacks)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    found = peft.PeftModel.from_pretrained(model, tmp_path / "ad").state_dict().keys()
+    saved = load_file(tmp_path / "ad/adapter_model.safetensors")
+    is_lost = not {key.replace(".weight", ".default.weight") for key in saved} <= found
+    assert is_lost == ("for experts of this model" in str(seen.messages)) == (name == "deepseek_v3")

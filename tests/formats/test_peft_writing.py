@@ -20,7 +20,7 @@ import lora_export
 from lora_export import formats
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_writing import write_any_ranks
-from lora_export.lora import BY_WEIGHT, Adapter, ExpertAxes, LoraPair, TokenRows, expert_name
+from lora_export.lora import Adapter, ExpertAxes, LoraPair, TokenRows, expert_name
 from lora_export.storage.json_files import read_json
 from support.written import adapter_of, assert_same_pairs, converted, low_rank
 
@@ -47,21 +47,6 @@ def test_peft_loads_what_was_written(tmp_path: Path) -> None:
     for name, change in (("embed", pairs["embed"].delta().T), ("fc", pairs["fc"].delta())):
         np.testing.assert_allclose(after[f"{name}.weight"] - before[f"{name}.weight"], change, rtol=1e-5, atol=1e-6)
     assert after["head.weight"].eq(1).all() and after["head.bias"].eq(1).all()
-
-
-def test_layers_named_by_their_weights_stay_layers(tmp_path: Path) -> None:
-    """PEFT takes them for experts where `target_modules` names them. Files of others name bare parameters so."""
-    made = adapter_of({"mlp.gate_proj": low_rank(4, 3, 2, scale=1.0), "q": low_rank(3, 3, 2, scale=1.0)})
-    (tmp_path / "a").mkdir()
-    write_any_ranks(replace(made, metadata={BY_WEIGHT: ["mlp.gate_proj"]}), tmp_path / "a")
-    lora_export.resize(tmp_path / "a", tmp_path / "resized", rank=1)
-    lora_export.combine([tmp_path / "a", tmp_path / "resized"], tmp_path / "both")
-    lora_export.convert(tmp_path / "a", tmp_path / "converted", to="peft")
-    for name in ("a", "resized", "both", "converted"):
-        config = read_json(tmp_path / name / "adapter_config.json")
-        assert (config["target_modules"], config["target_parameters"]) == (["q"], ["mlp.gate_proj.weight"]), name
-        assert not any(pair.as_stored for pair in formats.load(tmp_path / name).pairs.values()), name
-    assert_same_pairs(formats.load(tmp_path / "a"), made)
 
 
 def test_rows_of_tokens_and_biases_come_back(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ NAMES = [
     ("transformers.exporters.utils", "import_dotted_path"),
     ("transformers", "PreTrainedConfig", "_experts_implementation"),
     ("transformers", "PreTrainedModel", "_is_stateful"),
+    ("transformers.conversion_mapping", "_MODEL_TO_CONVERSION_PATTERN"),  # which PEFT reads: a note is about it
     ("transformers.models.qwen3_vl.modeling_qwen3_vl", "Qwen3VLTextModel", "_deepstack_process"),
     (FUSIONS, "_STEPS"),
     (FUSIONS, "_fuse_group_query_attention"),

@@ -23,15 +23,9 @@ GPT2, TIED_GPT2 = (
 VIT = transformers.ViTConfig(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
 )
-DENSE_AND_EXPERTS = transformers.DeepseekV3Config(
-    **SIZES, intermediate_size=24, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4,
-    qk_rope_head_dim=4, v_head_dim=8, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
-    topk_group=1, first_k_dense_replace=1,
-)  # fmt: skip
 MODELS: dict[str, tuple[Any, Any]] = {
     "llama": (transformers.LlamaForCausalLM, LLAMA),
     "bert norms": (transformers.BertForMaskedLM, BERT),
-    "deepseek": (transformers.DeepseekV3ForCausalLM, DENSE_AND_EXPERTS),
     "tied": (transformers.LlamaForCausalLM, TIED),
     "bert": (transformers.BertForMaskedLM, BERT),
     "bert-classifier": (transformers.BertForSequenceClassification, BERT),

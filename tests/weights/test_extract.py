@@ -27,7 +27,6 @@ from support.tied import tied_model
 CHANGED = {
     "llama": ("",),
     "bert norms": ("LayerNorm",),
-    "deepseek": ("layers.0.mlp.gate_proj", "mlp.shared_experts.down_proj", "o_proj"),
     "tied": ("",),
     "bert": ("encoder", "LayerNorm", "predictions.transform"),
     "gpt2": ("",),
