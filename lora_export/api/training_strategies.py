@@ -279,10 +279,6 @@ def note_on_other_names(loaded: Model, new: Adapter) -> str:
     return ""
 
 
-# Names of layers that PEFT takes for those of experts, in the models that transformers converts as this type
-TAKEN_FOR_EXPERTS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
-
-
 def note_on_attention(new: Adapter) -> str:
     """A note on the output projection of an nn.MultiheadAttention, which PEFT reads otherwise; empty without one."""
     if not any(name.endswith(".out_proj") and name.removesuffix(".out_proj") in new.pairs for name in new.pairs):
@@ -302,6 +298,10 @@ def note_on_uncalled(run: TrainingRun) -> str:
         f"{run.uncalled[0]}. PEFT's attached model leaves out the change of such a layer. lora-export trains, merges "
         "and exports it, and PEFT's merge adds it"
     )
+
+
+# Names of layers that PEFT takes for those of experts, in the models that transformers converts as this type
+TAKEN_FOR_EXPERTS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
 
 
 def note_on_peft_experts(loaded: Model, new: Adapter) -> str:
