@@ -43,6 +43,7 @@ from lora_export.verification.references.fp64_outputs import Fp64References
 from lora_export.verification.references.further_peers import further_peers
 from lora_export.verification.references.half_precision import note_on_half, returns_halves
 from lora_export.verification.references.proof_weights import ProofWeights
+from lora_export.verification.references.shared_choices import SharedChoices, shared_choices
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,6 +66,8 @@ class PreparedPyTorch(PreparedReferences):
     inputs: Inputs
     settings: PyTorchSettings
     _fp64: Fp64References | None = field(default=None, init=False)  # once PyTorch ran
+    _expected: ReferenceOutputs | None = field(default=None, init=False)  # of `run`, without doubts about PyTorch
+    _choices: SharedChoices | None = field(default=None, init=False)  # with which all ran again
 
     @cached_property
     def deployed(self) -> ModuleRunner:
@@ -88,7 +91,6 @@ class PreparedPyTorch(PreparedReferences):
         by_role, narrow_operators, _ = self._fp64.outputs(step)
         weights.attached.ready = None
         pairs = coverage_of_pairs(weights.attached.module, cases, found.computed or weights.attached.computed)
-        unjudged, beyond = self._beyond_rounding(own, by_role["reference"])
         is_half = weights.is_half_inside or returns_halves(outputs.by_case, own, names_known=names_known)
         observers = (
             Findings((note_on_fp64(narrow_operators), *model.notes), model.not_judged),
@@ -97,9 +99,9 @@ class PreparedPyTorch(PreparedReferences):
             replace(self.inputs.findings, notes=()) if outputs.refusals else self.inputs.findings,
             outputs.findings,
             Findings((note_on_half(),) if is_half and weights.dtype == "float32" else ()),
-            *(beyond, weights.findings, found.findings, pairs.findings),
+            *(weights.findings, found.findings, pairs.findings),
         )
-        return ReferenceOutputs(
+        self._expected = ReferenceOutputs(
             own,
             by_role,
             sensitivity,
@@ -108,8 +110,29 @@ class PreparedPyTorch(PreparedReferences):
             is_quantised=bool(weights.quantised),
             findings=sum(observers, Findings()),
             unreached=pairs.unreached,
-            unjudged=unjudged,
         )
+        return self._with_doubts(self._expected)
+
+    def run_alike(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs | None:
+        """Run PyTorch and the references with the candidate's choices where scores of a top-k operator tie."""
+        assert self._fp64 is not None
+        assert self._expected is not None
+        attached, cases = self.weights.attached, self.inputs.cases
+        choices = shared_choices(self.weights, self.deployed, cases, outputs, step)
+        if choices is None:
+            return None
+        by_role = choices.run_references(attached, attached.groups if self.weights.adapters else [["reference"]], cases)
+        deployed = choices.run_deployed(self.deployed, cases)
+        if self.weights.is_large:
+            del self.deployed
+        self._choices, self._fp64 = choices, replace(self._fp64, choices=choices)
+        findings = self._expected.findings + Findings((choices.note,))
+        return self._with_doubts(replace(self._expected, deployed=deployed, by_role=by_role, findings=findings))
+
+    def _with_doubts(self, expected: ReferenceOutputs) -> ReferenceOutputs:
+        """With the positions and outputs where PyTorch's own error is more than rounding."""
+        unjudged, beyond = self._beyond_rounding(expected.deployed, expected.by_role["reference"])
+        return replace(expected, findings=expected.findings + beyond, unjudged=unjudged)
 
     def _beyond_rounding(self, own: OutputsByCase, reference: OutputsByCase) -> tuple[UnjudgedPositions, Findings]:
         """The positions where PyTorch's own error is more than rounding, and what a verdict reports about it."""
@@ -124,7 +147,8 @@ class PreparedPyTorch(PreparedReferences):
 
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
         how = self.settings
-        return further_peers(self.weights, lambda: self.deployed, self.inputs.cases, how.device, how.seed, step)
+        cases, choices = self.inputs.cases, self._choices
+        return further_peers(self.weights, lambda: self.deployed, cases, how.device, how.seed, step, choices)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> Findings:
         assert self._fp64 is not None

@@ -124,6 +124,11 @@ def prove(
     judge = functools.partial(_judge, outputs, expected, atol=atol, rtol=rtol)
     cases = _cases(inputs, outputs, expected)
     verdict = judge(cases)
+    is_coarse = verdict.outcome is parity.Outcome.UNDECIDED or differs_in_precision_alone(verdict)
+    if is_coarse and (alike := prepared.run_alike(outputs, step)):
+        expected, cases = alike, _cases(inputs, outputs, alike)
+        judge = functools.partial(_judge, outputs, expected, atol=atol, rtol=rtol)
+        verdict = judge(cases)
     if differs_in_precision_alone(verdict):
         verdict, cases = _by_further_peers(verdict, cases, prepared.further_peers(step), judge)
     if references.adapters and verdict.outcome is not parity.Outcome.DIFFERENT:

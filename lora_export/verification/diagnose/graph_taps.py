@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,26 +182,31 @@ class ExposedGraph:
 
 
 def expose(model: ir.Model, taps: Collection[Tap]) -> ExposedGraph:
-    """Make the values of the taps outputs. Changes `model`.
+    """Make the values of the taps outputs. Changes `model`. Raises as `exposed`."""
+    values = {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
+    found = []
+    for tap in taps:
+        for name in (tap.x, tap.y):
+            if name is None:
+                continue
+            value = values[name]
+            if value.type is None and (name == tap.y or tap.site.layout is not Layout.EMBEDDING):
+                value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(tap.site.dtype)))
+            found.append(value)
+    return exposed(model, found)
+
+
+def exposed(model: ir.Model, values: Iterable[ir.Value]) -> ExposedGraph:
+    """Make values outputs, those that are neither inputs nor outputs. Changes `model`.
 
     Weights in files remain there; where the files are in several folders, the weights are read into memory. Raises
     RuntimeRefused where ONNX cannot hold the graph.
     """
     returned = {output.name for output in (*model.graph.outputs, *model.graph.inputs)}
-    values = {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
-    added = []
-    for tap in taps:
-        for name in (tap.x, tap.y):
-            if name is None or name in returned:
-                continue
-            value = values[name]
-            if value.type is None and (name == tap.y or tap.site.layout is not Layout.EMBEDDING):
-                value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(tap.site.dtype)))
-            model.graph.outputs.append(value)
-            returned.add(name)
-            added.append(name)
+    added = {value.name: value for value in values if value.name not in returned}
+    model.graph.outputs.extend(added.values())
     folder = _with_one_folder(model)
-    return ExposedGraph(message_of(model, check=False), folder, tuple(added))
+    return ExposedGraph(message_of(model, check=False), folder, tuple(str(name) for name in added))
 
 
 def _with_one_folder(model: ir.Model) -> Path:

@@ -84,6 +84,10 @@ class PreparedReferences(Protocol):
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         """Run the references, one after the other."""
 
+    def run_alike(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs | None:  # noqa: ARG002
+        """Run them with the candidate's choices where scores of a top-k operator tie; None where nothing changes."""
+        return None
+
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
         """Run the deployed model in other forms whose error is as legitimate as its own. They run one by one."""
 

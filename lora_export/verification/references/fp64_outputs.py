@@ -21,6 +21,7 @@ from lora_export.verification.references import STEPS, ReferenceOutputs
 from lora_export.verification.references.attached_module import RoleOutputs
 from lora_export.verification.references.cached_outputs import CachedOutputs, CacheEntry
 from lora_export.verification.references.proof_weights import ProofWeights
+from lora_export.verification.references.shared_choices import SharedChoices
 from lora_export.verification.references.single_pairs import control_pairs
 
 
@@ -32,6 +33,7 @@ class Fp64References:
     cases: Mapping[str, Arrays]
     cache: CacheEntry
     session: ProofSession | None = None
+    choices: SharedChoices | None = None  # with which every pair is switched off
 
     def outputs(self, step: OnProofStep) -> CachedOutputs:
         """The outputs in all roles: read from the cache, or run now and written to it."""
@@ -69,12 +71,20 @@ class Fp64References:
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
         """Switch off single pairs. The cache knows those that are detected beside PyTorch as deployed."""
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
-        is_as_cached = all(case.deployed is expected.deployed[case.name] for case in cases)
+        is_as_cached = not self.choices and all(case.deployed is expected.deployed[case.name] for case in cases)
         cached = self.cache.read() if is_as_cached else None
         detected = cached.detected if cached else frozenset()
         module = self.weights.attached.module
         with widened(module):
-            controls = control_pairs(module, self.cases, cases, judge, skip=expected.unreached, detected=detected)
+            controls = control_pairs(
+                module,
+                self.cases,
+                cases,
+                judge,
+                skip=expected.unreached,
+                detected=detected,
+                in_case=None if self.choices is None else functools.partial(self.choices.at_ties, module),
+            )
         if cached and controls.detected - detected:
             self.cache.write(cached._replace(detected=controls.detected))
         return controls

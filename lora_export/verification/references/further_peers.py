@@ -7,6 +7,7 @@ round, and the angle of a time step of 1000 is off by a thousand times the round
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_export.verification.module_copies import converted_copy, shared_copy, 
 from lora_export.verification.references import FurtherPeer
 from lora_export.verification.references.deployed_module import on_device
 from lora_export.verification.references.proof_weights import ProofWeights
+from lora_export.verification.references.shared_choices import SharedChoices
 
 MERGED_MODULE = (
     "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
@@ -49,12 +51,14 @@ def further_peers(
     device: str,
     seed: int,
     step: OnProofStep,
+    choices: SharedChoices | None = None,
 ) -> Iterator[FurtherPeer]:
     """Run PyTorch with its adapters merged, with moved weights, and with moved results of functions, too.
 
     There are no such runs in other precisions, and none where a graph rounds what enters its layers to int8: weights
-    do not decide its error then. `deployed` returns PyTorch as it ran first.
+    do not decide its error then. `deployed` returns PyTorch as it ran first. With `choices`, all choose as it did then.
     """
+    in_form = functools.partial(peer_in_form, cases=cases, device=device, choices=choices)
     attached = weights.attached
     rounds_inputs = any(weight.activation_block for weight in weights.quantised.values())
     if rounds_inputs or weights.dtype != "float32":
@@ -62,27 +66,29 @@ def further_peers(
     is_merged = attached.has_pairs and not weights.quantised and not attached.rounding
     if weights.changes is not None and is_merged and not weights.depend_on_tokens:
         step("PyTorch, the adapters merged")
-        yield peer_in_form(
-            on_device(merged_module(attached.module, weights.changes), device), MERGED_MODULE, cases, device
-        )
+        yield in_form(on_device(merged_module(attached.module, weights.changes), device), MERGED_MODULE)
     if weights.is_large:
         return
     seeds = [seed + number for number in range(DRAWS_OF_ROUNDING)]
     for own in seeds:
         step("PyTorch, its weights moved by a rounding")
-        yield peer_in_form(moved_module(deployed().module, own), MOVED_WEIGHTS, cases, device)
+        yield in_form(moved_module(deployed().module, own), MOVED_WEIGHTS)
     for own in seeds:
         step("PyTorch, its weights and functions moved by a rounding")
         with MovedFunctions(own) as moved:
-            peer = peer_in_form(moved_module(deployed().module, own), MOVED_FUNCTIONS, cases, device)
+            peer = in_form(moved_module(deployed().module, own), MOVED_FUNCTIONS)
         if not moved.count:
             return
         yield peer._replace(farthest=FARTHEST_MOVED)
 
 
-def peer_in_form(module: nn.Module, note: str, cases: Mapping[str, Arrays], device: str) -> FurtherPeer:
+def peer_in_form(
+    module: nn.Module, note: str, cases: Mapping[str, Arrays], device: str, choices: SharedChoices | None = None
+) -> FurtherPeer:
     """The outputs of PyTorch in one form, and the note for a verdict that rests on them."""
     peer = ModuleRunner(module, device)
+    if choices is not None:
+        return FurtherPeer(choices.run_deployed(peer, cases), note)
     return FurtherPeer({name: peer.run(arrays) for name, arrays in cases.items()}, note)
 
 

@@ -224,17 +224,19 @@ def control_pairs(
     *,
     skip: Collection[str] = (),
     detected: Collection[str] = (),
+    in_case: Callable[[str], contextlib.AbstractContextManager[None]] | None = None,
 ) -> PairControls:
     """Switch off the pairs that are attached to a module, and `judge` the outputs.
 
     The module computes in fp64. `inputs` are by the name of the case. `skip` are modules whose pairs are known to be
-    unreached, `detected` the names of those that are known to be detected.
+    unreached, `detected` the names of those that are known to be detected. Runs of a case are `in_case` of its name.
     """
 
     def run_without(groups: Mapping[str, Sequence[Branch]], case: parity.Case) -> Iterator[tuple[str, Arrays]]:
         on = case.reference if case.attached is None else case.attached
-        for name, outputs in outputs_without(module, inputs[case.name], groups, on):
-            yield name, outputs if case.attached is None else with_difference(case, outputs, on)
+        with contextlib.nullcontext() if in_case is None else in_case(case.name):
+            for name, outputs in outputs_without(module, inputs[case.name], groups, on):
+                yield name, outputs if case.attached is None else with_difference(case, outputs, on)
 
     pairs = [branch for branch in _pairs_with_effect(module) if branch.module not in skip]
     by_layer = too_many(len(pairs), sum(parameter.numel() for parameter in module.parameters()))

@@ -1,0 +1,169 @@
+"""The references with the choices of the candidate, where scores of a top-k operator tie.
+
+A right candidate in half precision sends some tokens to other experts than the references do, wherever two scores are
+nearer than its rounding. PyTorch does so, too, at other tokens: then its error says nothing about rounding. With the
+same choices everywhere an error is one of rounding again, and a small fault shows beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_export.errors import count
+from lora_export.runtime.runner import Arrays
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification import parity
+from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, kept
+from lora_export.verification.module_copies import widened
+from lora_export.verification.references.attached_module import AttachedModule
+from lora_export.verification.references.candidate_choices import candidate_choices
+from lora_export.verification.references.proof_weights import ProofWeights
+from lora_export.verification.references.top_k import (
+    Call,
+    Choices,
+    Forced,
+    Indices,
+    Margins,
+    NearTies,
+    Recorder,
+    apart,
+    choosing,
+    margins_of,
+)
+
+MANY_SCORES = 1 << 20  # their ratio limit is that of an output of so many numbers
+
+
+@dataclass(frozen=True, eq=False)
+class SharedChoices:
+    """The candidate's choices, which references take where their own scores tie, and what the reference so chose."""
+
+    wanted: Mapping[str, Indices]  # the candidate's, by case
+    margins: Margins
+    chosen: Mapping[str, Choices]  # by the reference
+
+    @property
+    def note(self) -> str:
+        """What a verdict reports of them."""
+        forced = [choice.is_forced for own in self.chosen.values() for choice in own.values()]
+        changed, places = sum(int(each.sum()) for each in forced), sum(each.numel() for each in forced)
+        return (
+            f"the references took the candidate's choice in {changed:,} of {count(places, 'row')} of top-k operators: "
+            "there scores tie within PyTorch's own error. PyTorch was measured with the same choices"
+        )
+
+    def at_ties(self, module: nn.Module, *cases: str) -> contextlib.AbstractContextManager[None]:
+        """Runs of a reference on these cases take the candidate's choices where their own scores tie."""
+        return choosing(module, NearTies(_of(self.wanted, cases), self.margins), _owners(self.margins))
+
+    def everywhere(self, module: nn.Module, case: str) -> contextlib.AbstractContextManager[None]:
+        """Runs of PyTorch on this case choose what the reference chose."""
+        return choosing(module, Forced(_indices(self.chosen[case])), _owners(self.margins))
+
+    def run_deployed(self, deployed: ModuleRunner, cases: Mapping[str, Arrays]) -> OutputsByCase:
+        """The outputs of PyTorch as deployed, by case."""
+        found = {}
+        for name, arrays in cases.items():
+            with self.everywhere(deployed.module, name):
+                found[name] = kept(deployed.run(arrays))
+        return found
+
+    def run_references(
+        self, attached: AttachedModule, groups: Sequence[Sequence[str]], cases: Mapping[str, Arrays]
+    ) -> dict[str, dict[str, Arrays]]:
+        """The outputs of references, by role and case."""
+        found: dict[str, dict[str, Arrays]] = {}
+        for names in apart(self.wanted):
+            with widened(attached.module), self.at_ties(attached.module, *names):
+                for roles in groups:
+                    for role, own in attached.run(roles, {name: cases[name] for name in names}).items():
+                        found.setdefault(role, {}).update(own.by_case)
+        return found
+
+
+def shared_choices(
+    weights: ProofWeights,
+    deployed: ModuleRunner,
+    cases: Mapping[str, Arrays],
+    outputs: CandidateOutputs,
+    step: OnProofStep,
+) -> SharedChoices | None:
+    """The choices of candidate and reference, and how near scores must be to tie.
+
+    None where the model has no top-k, all choose the same, or the candidate's choices cannot be read.
+    """
+    peer = {} if outputs.refusals else _of_peer(deployed, cases)
+    if not peer:
+        return None
+    step("what top-k operators choose")
+    read = candidate_choices(weights.candidate, cases, outputs.by_case)
+    wanted = {name: _by_call(own, read[name]) for name, own in peer.items()} if read else {}
+    if not wanted or not all(wanted.values()):
+        return None
+    own = _of_reference(weights.attached, cases, wanted)
+    others = [*wanted.items(), *((name, _indices(found)) for name, found in peer.items())]
+    differ = (own[case][call].differs_from(indices) for case, found in others for call, indices in found.items())
+    if not any(bool(each.any()) for each in differ):
+        return None
+    peer = _of_peer(deployed, cases, {name: _indices(found) for name, found in own.items()})
+    limit = parity.ratio_limit(MANY_SCORES, weights.dtype)
+    margins = margins_of(((own[name], peer[name]) for name in cases), limit)
+    return SharedChoices(wanted, margins, _of_reference(weights.attached, cases, wanted, margins))
+
+
+def _of_peer(
+    deployed: ModuleRunner, cases: Mapping[str, Arrays], forced: Mapping[str, Indices] | None = None
+) -> dict[str, Choices]:
+    """What PyTorch chooses in each case; nothing where it has no choice in one, or a call comes twice."""
+    found: dict[str, Choices] = {}
+    for name, arrays in cases.items():
+        recorder = Recorder(Forced(forced[name]) if forced else None)
+        with choosing(deployed.module, recorder):
+            deployed.run(arrays)
+        if not recorder.found or recorder.repeated:
+            return {}
+        found[name] = recorder.found
+    return found
+
+
+def _of_reference(
+    attached: AttachedModule,
+    cases: Mapping[str, Arrays],
+    wanted: Mapping[str, Indices],
+    margins: Margins | None = None,
+) -> dict[str, Choices]:
+    """What the reference chooses in each case: its own, or the wanted within the margins."""
+    found: dict[str, Choices] = {}
+    for names in apart(wanted):
+        recorder = Recorder(None if margins is None else NearTies(_of(wanted, names), margins))
+        with widened(attached.module), choosing(attached.module, recorder):
+            attached.run(["reference"], {name: cases[name] for name in names})
+        found |= {name: {call: recorder.found[call] for call in wanted[name]} for name in names}
+    return found
+
+
+def _by_call(calls: Choices, chosen: Sequence[torch.Tensor]) -> dict[Call, torch.Tensor]:
+    """The candidate's indices for PyTorch's calls, which are in the same order; nothing where they do not fit."""
+    fit = len(calls) == len(chosen) and all(
+        own.indices.shape == indices.shape and int(indices.max()) < call.shape[-1]
+        for (call, own), indices in zip(calls.items(), chosen, strict=True)
+    )
+    return dict(zip(calls, chosen, strict=True)) if fit else {}
+
+
+def _indices(choices: Choices) -> dict[Call, torch.Tensor]:
+    return {call: choice.indices for call, choice in choices.items()}
+
+
+def _of(wanted: Mapping[str, Indices], cases: Collection[str]) -> dict[Call, torch.Tensor]:
+    """The indices of cases that no call is common to."""
+    return {call: indices for name in cases for call, indices in wanted[name].items()}
+
+
+def _owners(calls: Collection[tuple[str, int]]) -> set[str]:
+    return {owner for owner, _ in calls}
