@@ -40,7 +40,7 @@ from lora_export.verification.compare_outputs import (
 )
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs
-from lora_export.verification.references import FurtherPeer, ReferenceOutputs, References
+from lora_export.verification.references import FurtherPeer, PreparedReferences, ReferenceOutputs, References
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,16 +125,16 @@ def prove(
     cases = _cases(inputs, outputs, expected)
     verdict = judge(cases)
     is_coarse = verdict.outcome is parity.Outcome.UNDECIDED or differs_in_precision_alone(verdict)
-    if is_coarse and (alike := prepared.run_alike(outputs, step)):
-        expected, cases = alike, _cases(inputs, outputs, alike)
+    alike = prepared.run_alike(outputs, step) if is_coarse else None
+    if alike is None:
+        verdict, cases = _with_controls(verdict, cases, expected, references, prepared, judge, step)
+        if not is_coarse and verdict.outcome is parity.Outcome.UNDECIDED:
+            alike = prepared.run_alike(outputs, step)
+    if alike is not None:
+        expected = alike
         judge = functools.partial(_judge, outputs, expected, atol=atol, rtol=rtol)
-        verdict = judge(cases)
-    if differs_in_precision_alone(verdict):
-        verdict, cases = _by_further_peers(verdict, cases, prepared.further_peers(step), judge)
-    if references.adapters and verdict.outcome is not parity.Outcome.DIFFERENT:
-        step("single pairs")
-        found = prepared.control_pairs([case for case in cases if case.candidate], expected)
-        verdict = parity.with_findings(verdict, found, "pairs")
+        cases = _cases(inputs, outputs, expected)
+        verdict, cases = _with_controls(judge(cases), cases, expected, references, prepared, judge, step)
     verdict = _with_remedy(verdict, references.remedy)
     if all(comparison.figures for comparison in verdict.comparisons):
         step("the provider's own settings")
@@ -200,6 +200,25 @@ def _judge(
         rtol=rtol,
         findings=expected.findings + parity.Findings(notes),
     )
+
+
+def _with_controls(
+    verdict: parity.Verdict,
+    cases: list[parity.Case],
+    expected: ReferenceOutputs,
+    references: References,
+    prepared: PreparedReferences,
+    judge: Callable[..., parity.Verdict],
+    step: OnProofStep,
+) -> tuple[parity.Verdict, list[parity.Case]]:
+    """The verdict and its cases by further peers where they are needed, and with each pair switched off."""
+    if differs_in_precision_alone(verdict):
+        verdict, cases = _by_further_peers(verdict, cases, prepared.further_peers(step), judge)
+    if references.adapters and verdict.outcome is not parity.Outcome.DIFFERENT:
+        step("single pairs")
+        found = prepared.control_pairs([case for case in cases if case.candidate], expected)
+        verdict = parity.with_findings(verdict, found, "pairs")
+    return verdict, cases
 
 
 def _by_further_peers(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from lora_export.errors import RuntimeRefused
 from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -17,19 +23,27 @@ from lora_export.verification.compare_outputs import same_bits
 from lora_export.verification.diagnose.graph_taps import exposed
 from lora_export.verification.references.top_k import Recorder, choosing
 
+Axes = Mapping[str, int]
 ChosenByCase = Mapping[str, Sequence[torch.Tensor]]  # case -> the indices of each call, in the order of the calls
-FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+SCORE_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
 
 def candidate_choices(candidate: Runner, cases: Mapping[str, Arrays], outputs: OutputsByCase) -> ChosenByCase | None:
     """The indices that every top-k on floats chooses, the axis of the choice last.
 
-    None where they cannot be read: of what gives its outputs alone, of a graph with a cache, which runs a text in
-    steps, and where the `outputs` by case are other ones when the indices are read.
+    Those of a graph with a cache are [batch, sequence, k]. None where they cannot be read: of what gives its outputs
+    alone, and where the `outputs` by case are other ones while the indices are read.
     """
     if isinstance(candidate, ModuleRunner):
         return _of_module(candidate, cases, outputs)
-    return _of_graph(candidate, cases, outputs) if isinstance(candidate, OnnxRunner) else None
+    with contextlib.suppress(RuntimeRefused):
+        if isinstance(candidate, OnnxRunner):
+            return _of_graph(*_with_indices(candidate), cases, outputs)
+        if isinstance(candidate, CacheRunner) and isinstance(candidate.inner, OnnxRunner):
+            graph, axes = _with_indices(candidate.inner)
+            whole = replace(candidate, inner=_by_position(graph, axes, candidate.tokens))
+            return _of_graph(whole, dict.fromkeys(axes, -1), cases, outputs)
+    return None
 
 
 def _of_module(candidate: ModuleRunner, cases: Mapping[str, Arrays], outputs: OutputsByCase) -> ChosenByCase | None:
@@ -44,14 +58,35 @@ def _of_module(candidate: ModuleRunner, cases: Mapping[str, Arrays], outputs: Ou
     return found
 
 
-def _of_graph(candidate: OnnxRunner, cases: Mapping[str, Arrays], outputs: OutputsByCase) -> ChosenByCase | None:
-    model = load_graph(candidate.path)
+def _with_indices(runner: OnnxRunner) -> tuple[OnnxRunner, Axes]:
+    """The graph that returns the indices of its top-k operators, too, and the axis of each by the output's name."""
+    model = load_graph(runner.path)
     nodes = [node for node in model.graph if node.op_type == "TopK" and _is_float(node.inputs[0])]
     for node in nodes:
         node.outputs[1].type = ir.TensorType(ir.DataType.INT64)
     graph = exposed(model, [node.outputs[1] for node in nodes])
     axes = {str(node.outputs[1].name): node.attributes.get_int("axis", -1) for node in nodes}
-    runner = candidate.with_graph(graph.message, graph.folder)
+    return runner.with_graph(graph.message, graph.folder), axes
+
+
+def _by_position(runner: OnnxRunner, axes: Axes, tokens: str) -> OnnxRunner:
+    """A runner whose indices are [batch, sequence, k]: a `CacheRunner` puts those of all its steps together."""
+    run, made = runner.run, copy.copy(runner)
+
+    def with_positions(inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
+        outputs, positions = dict(run(inputs, names)), inputs[tokens].shape[:2]
+        for name, axis in axes.items():
+            indices = np.moveaxis(outputs[name], axis, -1)
+            if indices.size != math.prod(positions) * indices.shape[-1]:
+                raise RuntimeRefused(f"{name} does not choose for each position")
+            outputs[name] = indices.reshape(*positions, -1)
+        return outputs
+
+    made.run = with_positions  # type: ignore[method-assign]
+    return made
+
+
+def _of_graph(runner: Runner, axes: Axes, cases: Mapping[str, Arrays], outputs: OutputsByCase) -> ChosenByCase | None:
     found = {}
     for case, arrays in cases.items():
         own = runner.run(arrays)
@@ -63,4 +98,4 @@ def _of_graph(candidate: OnnxRunner, cases: Mapping[str, Arrays], outputs: Outpu
 
 
 def _is_float(value: ir.Value | None) -> bool:
-    return value is not None and (value.dtype is None or value.dtype in FLOATS)
+    return value is not None and (value.dtype is None or value.dtype in SCORE_TYPES)

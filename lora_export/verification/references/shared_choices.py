@@ -26,8 +26,8 @@ from lora_export.verification.references.proof_weights import ProofWeights
 from lora_export.verification.references.top_k import (
     Call,
     Choices,
+    ChosenIndices,
     Forced,
-    Indices,
     Margins,
     NearTies,
     Recorder,
@@ -43,7 +43,7 @@ MANY_SCORES = 1 << 20  # their ratio limit is that of an output of so many numbe
 class SharedChoices:
     """The candidate's choices, which references take where their own scores tie, and what the reference so chose."""
 
-    wanted: Mapping[str, Indices]  # the candidate's, by case
+    wanted: Mapping[str, ChosenIndices]  # the candidate's, by case
     margins: Margins
     chosen: Mapping[str, Choices]  # by the reference
 
@@ -117,7 +117,7 @@ def shared_choices(
 
 
 def _of_peer(
-    deployed: ModuleRunner, cases: Mapping[str, Arrays], forced: Mapping[str, Indices] | None = None
+    deployed: ModuleRunner, cases: Mapping[str, Arrays], forced: Mapping[str, ChosenIndices] | None = None
 ) -> dict[str, Choices]:
     """What PyTorch chooses in each case; nothing where it has no choice in one, or a call comes twice."""
     found: dict[str, Choices] = {}
@@ -134,7 +134,7 @@ def _of_peer(
 def _of_reference(
     attached: AttachedModule,
     cases: Mapping[str, Arrays],
-    wanted: Mapping[str, Indices],
+    wanted: Mapping[str, ChosenIndices],
     margins: Margins | None = None,
 ) -> dict[str, Choices]:
     """What the reference chooses in each case: its own, or the wanted within the margins."""
@@ -150,17 +150,21 @@ def _of_reference(
 def _by_call(calls: Choices, chosen: Sequence[torch.Tensor]) -> dict[Call, torch.Tensor]:
     """The candidate's indices for PyTorch's calls, which are in the same order; nothing where they do not fit."""
     fit = len(calls) == len(chosen) and all(
-        own.indices.shape == indices.shape and int(indices.max()) < call.shape[-1]
+        own.indices.shape[-1] == indices.shape[-1]
+        and own.indices.numel() == indices.numel()
+        and int(indices.max()) < call.shape[-1]
         for (call, own), indices in zip(calls.items(), chosen, strict=True)
     )
-    return dict(zip(calls, chosen, strict=True)) if fit else {}
+    if not fit:
+        return {}
+    return {call: indices.reshape(calls[call].indices.shape) for call, indices in zip(calls, chosen, strict=True)}
 
 
 def _indices(choices: Choices) -> dict[Call, torch.Tensor]:
     return {call: choice.indices for call, choice in choices.items()}
 
 
-def _of(wanted: Mapping[str, Indices], cases: Collection[str]) -> dict[Call, torch.Tensor]:
+def _of(wanted: Mapping[str, ChosenIndices], cases: Collection[str]) -> dict[Call, torch.Tensor]:
     """The indices of cases that no call is common to."""
     return {call: indices for name in cases for call, indices in wanted[name].items()}
 

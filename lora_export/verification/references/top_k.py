@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 TOP_K = frozenset({torch.topk, torch.Tensor.topk})
-NEIGHBOURS = 3  # ranks whose errors are taken together: of one rank in few rows, an error may be small by chance
+RANKS_TOGETHER = 3  # ranks whose errors are taken together: of one rank in few rows, an error may be small by chance
 
 
 class Call(NamedTuple):
@@ -52,7 +52,7 @@ class Choice(NamedTuple):
 
 Choose = Callable[[Call, Choice], torch.Tensor]  # the indices that the call returns
 Choices = Mapping[Call, Choice]
-Indices = Mapping[Call, torch.Tensor]
+ChosenIndices = Mapping[Call, torch.Tensor]
 Margins = Mapping[tuple[str, int], torch.Tensor]  # owner and number of a call -> [k], for each rank
 
 
@@ -135,7 +135,7 @@ class Recorder:
 class Forced:
     """A `Choose` of these indices; of its own where a call has none."""
 
-    indices: Indices
+    indices: ChosenIndices
 
     def __call__(self, call: Call, own: Choice) -> torch.Tensor:
         return self.indices[call].to(own.indices) if call in self.indices else own.indices
@@ -148,7 +148,7 @@ class NearTies:
     At each rank, the wanted score may be so far from its own.
     """
 
-    wanted: Indices
+    wanted: ChosenIndices
     margins: Margins
 
     def __call__(self, call: Call, own: Choice) -> torch.Tensor:
@@ -174,7 +174,7 @@ def margins_of(runs: Iterable[tuple[Choices, Choices]], factor: float) -> Margin
     for reference, deployed in runs:
         for call, choice in reference.items():
             errors = _errors_by_rank(choice, deployed[call].scores)
-            around = nn.functional.max_pool1d(errors[None], NEIGHBOURS, 1, NEIGHBOURS // 2)[0]
+            around = nn.functional.max_pool1d(errors[None], RANKS_TOGETHER, 1, RANKS_TOGETHER // 2)[0]
             own, at = 2 * factor * around[: choice.indices.shape[-1]], (call.owner, call.number)
             margins[at] = torch.maximum(margins[at], own) if at in margins else own
     return margins

@@ -1,0 +1,104 @@
+"""A candidate that chooses another expert where scores tie is right; one with a fault beside it is not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_export import layers, plan
+from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.models import model
+from lora_export.models.export import to_onnx
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Runner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification import prepared_pytorch
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.parity import Outcome
+from lora_export.verification.proof import Proof, prove
+from support.proofs import an_adapter
+
+ROWS = 60
+ROUNDING = 2.0**-22  # relative: what any other way to compute a score in fp32 may do
+
+
+class Mixture(nn.Module):
+    """A layer, and four experts of which a token gets the best. The first two have equal scores at every token.
+
+    Another way to compute it has factors: on the layer, on the scores that choose, on what the experts return.
+    """
+
+    def __init__(self, layer: float = 1.0, scores: Sequence[float] = (1.0,) * 4, outputs: float = 1.0) -> None:
+        super().__init__()
+        self.dense, self.router = nn.Linear(8, 8), nn.Linear(8, 4, bias=False)
+        self.experts = nn.Parameter(torch.randn(4, 8, 8))
+        with torch.no_grad():
+            self.router.weight[1] = self.router.weight[0]
+        self.layer, self.scores, self.outputs = layer, scores, outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.dense(x) * self.layer)
+        scores = self.router(x)
+        indices = (scores * torch.tensor(self.scores)).topk(1).indices
+        outputs = torch.einsum("bi,eoi->beo", x, self.experts) * self.outputs
+        return outputs.gather(1, indices[..., None].expand(-1, -1, 8))[:, 0] * scores.softmax(-1).gather(1, indices)
+
+
+TURNED = (1.0, 1 + ROUNDING, 1.0, 1.0)  # the second expert is the better one wherever the tied scores are above 0
+
+
+def judged(as_run: Callable[[Mixture], Runner] = ModuleRunner, **factors: Any) -> Proof:
+    torch.manual_seed(0)
+    module = Mixture().eval()
+
+    def inputs(sizes: model.Sizes, generator: torch.Generator) -> model.ModelInputs:
+        return {"x": torch.randn(ROWS + sizes["batch"], 8, generator=generator)}
+
+    base = model.Model("mixture", module, axes={"x": {0: "batch"}}, make_inputs=inputs, traced_sizes={"batch": 2})
+    adapter = an_adapter(0.1)
+    candidate = Mixture(**{"scores": TURNED, **factors}).eval()
+    candidate.load_state_dict(copy.deepcopy(module.state_dict()))
+    layers.fold(candidate, plan.make([adapter], layers.specs(candidate)))
+    return prove(as_run(candidate), PyTorchReferences(base, [adapter]))
+
+
+@pytest.fixture
+def as_graph(tmp_path: Path) -> Callable[[Mixture], Runner]:
+    def runner(module: Mixture) -> Runner:
+        graph = to_onnx(module, {"x": torch.randn(5, 8)}, axes={"x": {0: "batch"}})
+        save_graph(graph, tmp_path, "model.onnx")
+        return OnnxRunner(tmp_path / "model.onnx")
+
+    return runner
+
+
+def test_another_choice_at_a_tie_is_right(as_graph: Callable[[Mixture], Runner]) -> None:
+    for as_run in (ModuleRunner, as_graph):
+        verdict = judged(as_run).verdict
+        assert verdict.same, str(verdict)
+        assert any("took the candidate's choice in" in note for note in verdict.notes)
+
+
+def test_it_is_the_choice_that_makes_it_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_pytorch, "shared_choices", lambda *_: None)
+    assert not judged().verdict.same
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        pytest.param({"layer": 1.00001}, id="layer"),
+        pytest.param({"outputs": 1.00001}, id="experts"),
+        pytest.param({"scores": (1.0, 1 + ROUNDING, 1.1, 1.0)}, id="choice"),
+    ],
+)
+def test_a_fault_beside_ties_is_found(factors: Mapping[str, Any]) -> None:
+    """Each is far smaller than what another expert changes."""
+    verdict = judged(**factors).verdict
+    assert verdict.outcome is Outcome.DIFFERENT, str(verdict)
