@@ -23,7 +23,7 @@ from lora_export.verification.compare_outputs import same_bits
 from lora_export.verification.diagnose.graph_taps import exposed
 from lora_export.verification.references.top_k import Recorder, choosing
 
-Axes = Mapping[str, int]
+AxisByOutput = Mapping[str, int]
 ChosenByCase = Mapping[str, Sequence[torch.Tensor]]  # case -> the indices of each call, in the order of the calls
 SCORE_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
@@ -58,7 +58,7 @@ def _of_module(candidate: ModuleRunner, cases: Mapping[str, Arrays], outputs: Ou
     return found
 
 
-def _with_indices(runner: OnnxRunner) -> tuple[OnnxRunner, Axes]:
+def _with_indices(runner: OnnxRunner) -> tuple[OnnxRunner, AxisByOutput]:
     """The graph that returns the indices of its top-k operators, too, and the axis of each by the output's name."""
     model = load_graph(runner.path)
     nodes = [node for node in model.graph if node.op_type == "TopK" and _is_float(node.inputs[0])]
@@ -69,7 +69,7 @@ def _with_indices(runner: OnnxRunner) -> tuple[OnnxRunner, Axes]:
     return runner.with_graph(graph.message, graph.folder), axes
 
 
-def _by_position(runner: OnnxRunner, axes: Axes, tokens: str) -> OnnxRunner:
+def _by_position(runner: OnnxRunner, axes: AxisByOutput, tokens: str) -> OnnxRunner:
     """A runner whose indices are [batch, sequence, k]: a `CacheRunner` puts those of all its steps together."""
     run, made = runner.run, copy.copy(runner)
 
@@ -86,7 +86,9 @@ def _by_position(runner: OnnxRunner, axes: Axes, tokens: str) -> OnnxRunner:
     return made
 
 
-def _of_graph(runner: Runner, axes: Axes, cases: Mapping[str, Arrays], outputs: OutputsByCase) -> ChosenByCase | None:
+def _of_graph(
+    runner: Runner, axes: AxisByOutput, cases: Mapping[str, Arrays], outputs: OutputsByCase
+) -> ChosenByCase | None:
     found = {}
     for case, arrays in cases.items():
         own = runner.run(arrays)

@@ -33,7 +33,8 @@ class Choice(NamedTuple):
     """What a call chose. The greatest scores are the best, whatever the operator looked for."""
 
     scores: torch.Tensor  # [..., n]
-    indices: torch.Tensor  # [..., k], the best first
+    indices: torch.Tensor  # [..., k]
+    is_ordered: bool = True  # whether the best is the first; else their order means nothing
 
     @property
     def best(self) -> torch.Tensor:
@@ -105,7 +106,7 @@ class _Choosing(TorchFunctionMode):
         if not input.is_floating_point():
             return torch.return_types.topk(result)
         scores = input.movedim(dim, -1)
-        own = Choice(scores if largest else -scores, result[1].movedim(dim, -1))
+        own = Choice(scores if largest else -scores, result[1].movedim(dim, -1), sorted)
         call = Call(self._owner, self._calls, tuple(scores.shape))
         self._calls += 1
         indices = self._choose(call, own)
@@ -127,7 +128,7 @@ class Recorder:
         indices = own.indices if self.choose is None else self.choose(call, own)
         if call in self.found:
             self.repeated.add(call)
-        self.found[call] = Choice(own.scores.detach().cpu(), indices.detach().cpu())
+        self.found[call] = Choice(own.scores.detach().cpu(), indices.detach().cpu(), own.is_ordered)
         return indices
 
 
@@ -145,7 +146,7 @@ class Forced:
 class NearTies:
     """A `Choose` of the wanted indices where scores tie within the margins; of its own elsewhere.
 
-    At each rank, the wanted score may be so far from its own.
+    At each rank, the wanted score may be so far from its own: another order of the same is another choice.
     """
 
     wanted: ChosenIndices
@@ -155,7 +156,8 @@ class NearTies:
         if call not in self.wanted:
             return own.indices
         wanted = Choice(own.scores, self.wanted[call].to(own.indices))
-        distance = (_ordered(wanted.best) - _ordered(own.best)).abs()
+        before, after = (each.best if own.is_ordered else _ordered(each.best) for each in (own, wanted))
+        distance = (after - before).abs()
         is_tie = (distance <= self.margins[call.owner, call.number].to(distance)).all(-1, keepdim=True)
         return torch.where(is_tie, wanted.indices, own.indices)
 

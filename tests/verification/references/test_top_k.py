@@ -108,19 +108,27 @@ def test_a_module_that_fails_leaves_no_choice_behind() -> None:
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
-@pytest.mark.parametrize(
-    ("margin", "expected"), [((0.0, 0.0), [1, 2]), ((0.0, 0.09), [1, 2]), ((0.0, 0.11), [1, 3]), ((0.11, 0.0), [1, 2])]
-)
-def test_a_wanted_score_is_taken_within_its_rank_margin(margin: tuple[float, float], expected: list[int]) -> None:
-    """The second row wants what no margin allows."""
+def near_ties(wanted: list[list[int]], margins: list[float], *, is_ordered: bool = True) -> torch.Tensor:
     call = Call("", 0, tuple(SCORES.shape))
-    wanted = torch.tensor([[3, 1], [1, 2]])  # 0.2 in place of 0.3, in another order
-    choose = NearTies({call: wanted}, {("", 0): torch.tensor(margin, dtype=torch.float64)})
-    own = Choice(SCORES, SCORES.topk(2).indices)
-    chosen = choose(call, own)
-    assert sorted(chosen[0].tolist()) == expected
-    assert chosen[1].tolist() == [0, 3]
+    choose = NearTies({call: torch.tensor(wanted)}, {("", 0): torch.tensor(margins, dtype=torch.float64)})
+    return choose(call, Choice(SCORES, SCORES.topk(2).indices, is_ordered))
+
+
+@pytest.mark.parametrize(
+    ("margins", "expected"), [([0, 0], [1, 2]), ([0, 0.09], [1, 2]), ([0, 0.11], [1, 3]), ([0.11, 0], [1, 2])]
+)
+def test_a_wanted_score_is_taken_within_the_margin_of_its_rank(margins: list[float], expected: list[int]) -> None:
+    """0.2 in place of 0.3; the second row wants what no margin allows."""
+    chosen = near_ties([[1, 3], [1, 2]], margins)
+    assert chosen.tolist() == [expected, [0, 3]]
     assert Choice(SCORES, chosen).is_forced.tolist() == [expected == [1, 3], False]
+
+
+def test_another_order_is_taken_where_it_ties_or_means_nothing() -> None:
+    swapped = [[2, 1], [3, 0]]
+    assert near_ties(swapped, [0.09, 0.09]).tolist() == [[1, 2], [0, 3]]
+    assert near_ties(swapped, [0.11, 0.11]).tolist() == [[2, 1], [0, 3]]
+    assert near_ties(swapped, [0.0, 0.0], is_ordered=False).tolist() == swapped
 
 
 def test_masked_scores_tie_with_nothing() -> None:
