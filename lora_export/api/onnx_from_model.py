@@ -25,10 +25,10 @@ from lora_export.api.onnx_steps import (
     Located,
     base_outputs,
     insert_and_save,
+    laid,
     locate_steps,
     prove_all,
     record_in,
-    weights_elsewhere,
     write_graph,
 )
 from lora_export.api.publish import prove_trace, record_of_model
@@ -43,7 +43,7 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.quantise import quantise_graph
 from lora_export.graph.tied_tables import without_unread_rows
-from lora_export.graph.unread_layers import not_in_graph, way_to_unread, without_idle_pairs, without_idle_steps
+from lora_export.graph.unread_layers import not_in_graph, notes_on_unread
 from lora_export.graph.values import drop_tensors
 from lora_export.layers.module_tensors import dtype_name
 from lora_export.lora import Adapter
@@ -268,36 +268,32 @@ def write_graphs(
 ) -> tuple[Plan | None, list[str]]:
     """Write the graphs with their adapters; return where these landed, and the names of the files beside the output.
 
-    Empties `graphs`, so that each is freed when it is written. Raises RuntimeRefused where no graph has a weight that
+    Empties `graphs`, so that each is freed when it is written. Raises MatchError where no graph has a weight that
     the adapters change.
     """
-    whole = layers.specs(base.module) if len(graphs) > 1 else []
+    whole = layers.specs(base.module)
     options = replace(options, on_message=each_once(options.on_message))
-    plans, beside, found = [], [], set[str]()
+    beside, found = [], set[str]()
     for name in list(graphs):
         own = replace(options, output=options.output.with_name(name))
         program = graphs.pop(name)
         located, files = write_with_adapters(program, own, future, folder, whole=whole)
-        plans.append(located.plan if located else None)
+        result = located.plan if located else None
         found.update(_changed(located) if located else ())
         beside += [*files, *([] if own.output == options.output else [name])]
         drop_tensors(program)
         del program, located  # the sites refer to the graph
         release_memory(of=fp64_bytes(base.module))
-    if not whole:
-        return plans[0], beside
-    options = replace(options, adapters=[without_unread_rows(one, found) for one in options.adapters])
-    whole_plan = options.plan(whole) if options.adapters else None
-    steps = [
-        *(whole_plan.steps if whole_plan else ()),
-        *(plan.make(future, whole, identity_ok=True).steps if future else ()),
-    ]
-    lost, notes = without_idle_steps([step for step in steps if found.isdisjoint((step.weight, *step.spec.aliases))])
-    if lost:
-        names = ", ".join(step.weight for step in lost)
-        raise RuntimeRefused(f"none of the graphs has {names}, which the adapters change. {way_to_unread()}")
-    note_each(options.on_message, notes)
-    return whole_plan, beside
+    if options.has_parts:
+        options = replace(options, adapters=[without_unread_rows(one, found) for one in options.adapters])
+        result = options.plan(whole) if options.adapters else None
+        steps = [
+            *(result.steps if result else ()),
+            *(plan.make(future, whole, identity_ok=True).steps if future else ()),
+        ]
+        unread = [step for step in steps if found.isdisjoint((step.weight, *step.spec.aliases))]
+        note_each(options.on_message, notes_on_unread(unread, targets=len(steps)))
+    return result, beside
 
 
 def _changed(located: Located) -> list[str]:
@@ -309,21 +305,13 @@ def _with_targets(
     located: Located, options: OnnxRequest, future: list[Adapter], whole: Sequence[TensorSpec]
 ) -> Located:
     """The same, with those weights beside which the graph takes future adapters."""
-    specs = [*located.sites.specs, *weights_elsewhere(located.sites, whole)]
-    steps = _future_plan(options, future, specs).steps if future else ()
-    own = [step.weight for step in steps if step.spec.stored_name in located.sites.by_name]
-    return located._replace(targets=own)
-
-
-def _future_plan(options: OnnxRequest, future: list[Adapter], specs: Sequence[TensorSpec]) -> Plan:
-    """Where future adapters may be: of all layers, not beside those of the model that its graph lacks."""
-    try:
-        return plan.make(future, specs, identity_ok=True)
-    except MatchError as error:
-        if options.targets != "all-linear":
-            way = f"No output reads them for the inputs of the export: leave them out of {named('target')}"
-            raise not_in_graph(error, way) from error
-        return plan.make(without_idle_pairs(future, error).adapters, specs, identity_ok=True)
+    if not future:
+        return located
+    steps, lost = laid(functools.partial(plan.make, future, identity_ok=True), located.sites, whole, options)
+    if lost and not options.has_parts and options.targets != "all-linear":
+        way = f"No output reads them for the inputs of the export: leave them out of {named('target')}"
+        raise not_in_graph(lost, way, targets=len(steps.steps) + len(lost))
+    return located._replace(targets=[step.weight for step in steps.steps])
 
 
 def write_with_adapters(
@@ -331,9 +319,12 @@ def write_with_adapters(
 ) -> tuple[Located | None, list[str]]:
     """Write the graph with its adapters; return where they landed, and the names of the files beside it.
 
-    `whole` are the weights of the model where the graph has some of them only.
+    `whole` are the weights of the model, of which the graph may have some only.
     """
     located = locate_steps(program, options, None, whole=whole) if options.adapters or future else None
+    if located is not None and located.plan is not None and not options.has_parts:
+        targets = len(located.plan.steps) + len(located.elsewhere)
+        note_each(options.on_message, notes_on_unread(located.elsewhere, targets=targets))
     located = located and _with_targets(located, options, future, whole)
     # Otherwise all that the adapters change is in other graphs.
     is_changed = located is not None and bool(_changed(located))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +32,7 @@ from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save_graph
 from lora_export.graph.refusals import base_as_remedy, checkpoint_as_remedy, refuse_full_rank, refuse_lost_biases
 from lora_export.graph.tied_tables import tie_notes, with_rows_of_equal_tables, without_unread_rows
-from lora_export.graph.unread_layers import without_idle_pairs
-from lora_export.plan import Plan, TensorSpec
+from lora_export.plan import Plan, Step, TensorSpec
 from lora_export.plan.own_heads import Head, own_heads
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
@@ -63,6 +62,7 @@ class Located(NamedTuple):
     plan: Plan | None
     heads: Sequence[Head] = ()  # the layers that each adapter brings whole, where rows choose them
     targets: Sequence[str] = ()  # the weights beside which future adapters may be
+    elsewhere: Sequence[Step] = ()  # what the adapters do to weights of the model that the graph lacks
 
 
 def locate_steps(
@@ -75,20 +75,16 @@ def locate_steps(
 ) -> Located:
     """Find the weights of a graph and lay the adapters against them. Raises MatchError with every misfit.
 
-    `checkpoint` is what an existing graph was exported from. `whole` are the weights of the model where the graph has
-    some of them only: what the adapters do to the others is left out.
+    `checkpoint` is what an existing graph was exported from, and `whole` are the weights of the model that another one
+    was exported from: what the adapters do to those that it lacks is in `elsewhere`.
     """
     options.stage("finding its weights")
     sites = find_sites(program, checkpoint)
-    if not is_existing and not whole:  # the model's ties are known: the adapters have rows for each name
+    if not is_existing and not options.has_parts:  # the model's ties are known: the adapters have rows for each name
         options = replace(options, adapters=[without_unread_rows(one, sites.by_name) for one in options.adapters])
     helped = base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext()
     with checkpoint_as_remedy(options.adapters, has_checkpoint=checkpoint is not None), helped:
-        elsewhere = weights_elsewhere(sites, whole)
-        options, steps = _planned(options, [*sites.specs, *elsewhere], has_model=not is_existing)
-    if steps and elsewhere:
-        others = {spec.name for spec in elsewhere}
-        steps = replace(steps, steps=tuple(step for step in steps.steps if step.spec.stored_name not in others))
+        steps, elsewhere = laid(options.plan, sites, whole, options) if options.adapters else (None, [])
     if steps and is_existing:
         alone, steps = steps, with_rows_of_equal_tables(steps, sites, checkpoint)
         note_each(options.on_message, tie_notes(alone, steps))
@@ -102,27 +98,26 @@ def locate_steps(
     notes = [note for adapter in options.adapters for note in adapter.notes]
     note_each(options.on_message, [*notes, *(steps.notes if steps else ()), *sites.notes])
     heads = own_heads(options.adapters, sites.specs) if options.has_own_heads else ()
-    return Located(sites, steps, heads)
+    return Located(sites, steps, heads, elsewhere=elsewhere)
 
 
-def _planned(options: OnnxRequest, specs: Sequence[TensorSpec], *, has_model: bool) -> tuple[OnnxRequest, Plan | None]:
-    """The adapters laid against the weights of a graph; without idle pairs on what it lacks of the model it is of."""
-    if not options.adapters:
-        return options, None
+def laid(
+    make: Callable[[Sequence[TensorSpec]], Plan], sites: Sites, whole: Sequence[TensorSpec], options: OnnxRequest
+) -> tuple[Plan, list[Step]]:
+    """The plan over the weights of a graph, and the steps on those of the whole model that the graph lacks.
+
+    The latter are planned with, too, where the graph is one of several, or where not all fits the graph alone.
+    """
+    elsewhere = [spec for spec in whole if sites.by_name.keys().isdisjoint((spec.name, *spec.aliases))]
     try:
-        return options, options.plan(specs)
-    except MatchError as error:
-        if not has_model:
+        steps = make([*sites.specs, *(elsewhere if options.has_parts else ())])
+    except MatchError:
+        if options.has_parts or not elsewhere:
             raise
-        read = without_idle_pairs(options.adapters, error)
-    note_each(options.on_message, read.notes)
-    options = replace(options, adapters=read.adapters)
-    return options, options.plan(specs)
-
-
-def weights_elsewhere(sites: Sites, whole: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Those weights of a model that a graph of it does not have."""
-    return [spec for spec in whole if sites.by_name.keys().isdisjoint((spec.name, *spec.aliases))]
+        steps = make([*sites.specs, *elsewhere])
+    others = {spec.name for spec in elsewhere}
+    own = tuple(step for step in steps.steps if step.spec.stored_name not in others)
+    return replace(steps, steps=own), [step for step in steps.steps if step.spec.stored_name in others]
 
 
 def insert_and_save(

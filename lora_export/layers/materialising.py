@@ -57,15 +57,14 @@ def materialise(
     *,
     factor: float = 1.0,
     scale_replaced: bool = False,
-    in_fp64: bool = False,
 ) -> None:
-    """Turn every branch into a weight, in place: W + ΔW in the module's own precision, rounded once. Then detach.
+    """Turn every branch into a weight, in place: W + ΔW in fp64, one layer at a time, rounded once. Then detach.
 
     `rounding` maps names of tensors to NumPy dtypes or rounding functions. It may name tensors that no adapter
-    changes; a tensor that it lacks is not rounded. In a module in fp64, or with `in_fp64`, the result is what a merged
-    file should hold, computed without the arithmetic of a merge. With `in_fp64`, one layer at a time is in fp64, and a
-    weight that is rounded to a dtype is stored in it. A sum may be so near to the middle of two representable values
-    that fp32 could round it to either; then the value of `preferred` is taken, where that is one of the two.
+    changes; a tensor that it lacks is not rounded. The result is what a merged file should hold, computed without the
+    arithmetic of a merge. A weight that is rounded to a dtype is stored in it. A sum may be so near to the middle of
+    two representable values that fp32 could round it to either; then the value of `preferred` is taken, where that is
+    one of the two.
     `factor` and `scale_replaced` are those of `scale_adapters`. Replaced tensors stay in the module.
     Raises InputRefused where nothing is attached.
     """
@@ -76,13 +75,13 @@ def materialise(
             raise InputRefused("an activated LoRA acts on some tokens only, which no weights of a file do")
         attachment.factor *= factor
         names = {attribute: tensor_name(paths[owner], attribute) for attribute in _changed_attributes(owner)}
-        if in_fp64 and _is_sum_of_rows(owner, [rounding.get(name) for name in names.values()]):
+        if _is_sum_of_rows(owner, [rounding.get(name) for name in names.values()]):
             for attribute, name in names.items():
                 dtype = getattr(torch, str(rounding[name]))
                 rounded = _sum_in_rows(owner, attribute, dtype, preferred.get(name))
                 own_parameters(owner)[attribute] = nn.Parameter(rounded, requires_grad=False)
             continue
-        with _widened_layer(owner) if in_fp64 else contextlib.nullcontext():
+        with _widened_layer(owner):
             merged = _merged_tensors(owner, factor if scale_replaced else None)
         owner.__dict__[ATTACHMENT] = dataclasses.replace(attachment, replaced=())  # `detach` would remove them
         for attribute, value in merged.items():
@@ -90,7 +89,7 @@ def materialise(
             stored = value.detach()
             if name in rounding:
                 how = rounding[name]
-                dtype = getattr(torch, how) if in_fp64 and isinstance(how, str) else stored.dtype
+                dtype = getattr(torch, how) if isinstance(how, str) else stored.dtype
                 stored = _rounded_sum(stored, registry[attribute], how, preferred.get(name), dtype)
             registry[attribute] = nn.Parameter(stored.detach(), requires_grad=False)
     detach(module)

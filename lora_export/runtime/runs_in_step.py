@@ -34,19 +34,19 @@ class _Abandoned(BaseException):
     """Ends a run whose result nobody waits for."""
 
 
-class _Run(Generic[T]):
-    """A run in a thread of its own, which works while `advance` waits for it."""
+class InTurn(Generic[T]):
+    """Work in a thread of its own, which goes on while `advance` waits for it."""
 
-    def __init__(self, call: Callable[[Meet], T]) -> None:
-        self.request: _Request | None = None
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.request: Any = None  # what it waits for; None before its start and after its end
         self._answer: Any = None
         self._error: BaseException | None = None
         self._go_on, self._waits = threading.Semaphore(0), threading.Semaphore(0)
-        work = contextvars.copy_context().run
-        self._thread = threading.Thread(target=work, args=(self._work, call), daemon=True)
+        own = contextvars.copy_context().run
+        self._thread = threading.Thread(target=own, args=(self._work, work), daemon=True)
 
     def advance(self, answer: Any = None) -> None:
-        """Let the run go on to its next weight, or to its end. An answer that is an error is raised in it."""
+        """Let it go on to its next request, or to its end. An answer that is an error is raised in it."""
         self.request, self._answer = None, answer
         if self._thread.ident is None:
             self._thread.start()
@@ -54,34 +54,48 @@ class _Run(Generic[T]):
             self._go_on.release()
         self._waits.acquire()
 
-    def abandon(self) -> None:
-        """End the run where it waits, or comes to wait."""
-        self._answer = _Abandoned()
-        self._go_on.release()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    @property
-    def result(self) -> T:
-        """What the run returned. Raises what it raised."""
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def _work(self, call: Callable[[Meet], T]) -> None:
-        try:
-            self._result = call(self._meet)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is read
-            self._error = error
-        self._waits.release()
-
-    def _meet(self, compute: Compute, weight: Any, arguments: Any) -> Any:
-        self.request = _Request(compute, weight, arguments)
+    def wait_for(self, request: Any) -> Any:
+        """In its thread: the answer to a request."""
+        self.request = request
         self._waits.release()
         self._go_on.acquire()
         if isinstance(self._answer, BaseException):
             raise self._answer
         return self._answer
+
+    def end(self, error: BaseException) -> None:
+        """Raise an error in it where it waits, or comes to wait."""
+        self._answer = error
+        self._go_on.release()
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait until its thread has ended, for so long at most."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+
+    @property
+    def result(self) -> T:
+        """What it returned. Raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _work(self, work: Callable[[], T]) -> None:
+        try:
+            self._result = work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is read
+            self._error = error
+        self._waits.release()
+
+
+class _Run(InTurn[T]):
+    """A run whose requests are its weights."""
+
+    def __init__(self, call: Callable[[Meet], T]) -> None:
+        super().__init__(lambda: call(self._meet))
+
+    def _meet(self, compute: Compute, weight: Any, arguments: Any) -> Any:
+        return self.wait_for(_Request(compute, weight, arguments))
 
 
 def run_in_step(calls: Sequence[Callable[[Meet], T]]) -> list[T]:
@@ -100,7 +114,8 @@ def run_in_step(calls: Sequence[Callable[[Meet], T]]) -> list[T]:
                 run.advance(answer)
     except BaseException:
         for run in runs:
-            run.abandon()
+            run.end(_Abandoned())
+            run.join()
         raise
     return [run.result for run in runs]
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from diffusers import CogView4Transformer2DModel
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import lora_export
 from lora_export import formats
@@ -51,6 +51,7 @@ from support.diffusion import (
 )
 from support.experts import weights
 from support.handmade import base_file, peft_adapter
+from support.tiny_models import tiny_llama
 from support.written import adapter_of, low_rank
 
 LAYER = "base_model.model.model.layers.0"
@@ -277,11 +278,7 @@ def test_a_head_that_the_base_ties_has_a_pair_too(tmp_path: Path, names: str) ->
     "kind", ["language model", "with kernels", "with kernels and dots", "unet", "unet with kernels", "file"]
 )
 def test_peft_loads_what_gets_dots_and_kernels_of_the_base(kind, tmp_path):
-    if kind not in ("unet", "unet with kernels", "file"):
-        sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
-        model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
-    else:
-        model = unet()
+    model = unet() if kind in ("unet", "unet with kernels", "file") else tiny_llama()
     base = folder_of(model, tmp_path / "base")
     if kind == "file":
         (base / "config.json").unlink()

@@ -19,6 +19,7 @@ from lora_export.artifacts.files import GRAPH_FILES, IMAGE_TEXT_FILES
 from lora_export.cli.generate import shown_text
 from support.cli import answer, call
 from support.generators import FRAMES, MELS, decoder_adapter, small_decoder, small_encoder_decoder, small_tokenizer
+from support.tiny_models import tiny_bert
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +97,7 @@ def test_options_of_an_export_do_not_go_with_a_graph(
 def test_model_that_generates_nothing_is_refused_before_the_export(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = hf.BertConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
-    hf.BertModel(config).save_pretrained(tmp_path / "bert")
+    tiny_bert(hf.BertModel).save_pretrained(tmp_path / "bert")
     assert call("onnx", tmp_path / "bert", "-o", tmp_path / "served", "--with-cache") == 3
     assert "BertModel generates no texts" in capsys.readouterr().err
     assert not (tmp_path / "served").exists()

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_export
 from lora_export import load_adapter
@@ -27,6 +26,7 @@ from lora_export.storage.hashes import file_sha256
 from support import gguf_files
 from support.handmade import add_tensors
 from support.peft_models import trained
+from support.tiny_models import tiny_llama
 from support.written import DTYPES, adapter_of, assert_same_pairs, low_rank
 
 CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -102,8 +102,7 @@ def test_the_base_may_be_a_gguf_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
 def test_tables_that_peft_repeats_beside_their_pairs_are_left_out(tmp_path: Path, saved: torch.dtype) -> None:
-    sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
-    base = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+    base = tiny_llama(vocab_size=12)
     base.save_pretrained(tmp_path / "base")
     model = trained(base.to(saved), r=2, target_modules=["embed_tokens", "lm_head"])
     model.save_pretrained(tmp_path / "adapter")

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats
@@ -28,6 +27,7 @@ from lora_export.options.reading import ReadOptions
 from support.handmade import peft_adapter
 from support.peft_folders import A_KEY, B_KEY, refusal, simple, with_tensors
 from support.peft_models import Mlp, agrees, read_back, trained, whole_tensors
+from support.tiny_models import tiny_bert, tiny_llama
 
 # --- Real adapters ---
 
@@ -110,11 +110,7 @@ def test_fully_trained_modules_replace_those_of_the_base(mlp, tmp_path):
 
 
 def test_a_bert_with_a_trained_head_is_read_whole(tmp_path):
-    config = BertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=3
-    )
-    torch.manual_seed(0)
-    base = BertForSequenceClassification(config)
+    base = tiny_bert(num_hidden_layers=2)
     model = trained(base, r=4, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
     adapter = read_back(model, tmp_path)
     assert agrees(adapter, model)
@@ -281,12 +277,6 @@ def test_the_hash_covers_config_and_weights(tmp_path):
     assert len({sha256_of(1, 1), sha256_of(1, 2), sha256_of(2, 1)}) == 3
 
 
-def a_llama(**config: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
-    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes, **config))
-
-
 @pytest.mark.parametrize(
     ("indices", "tensors"),
     [
@@ -295,7 +285,7 @@ def a_llama(**config: Any) -> LlamaForCausalLM:
     ],
 )
 def test_token_rows_are_read_with_their_indices(tmp_path, indices, tensors):
-    model = trained(a_llama(), r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+    model = trained(tiny_llama(), r=2, target_modules=["q_proj"], trainable_token_indices=indices)
     adapter = read_back(model, tmp_path)
     assert sorted(adapter.token_rows) == tensors and not adapter.is_identity
     merged = model.merge_and_unload().state_dict()

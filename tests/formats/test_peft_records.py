@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
 
 from lora_export import formats
 from lora_export.formats import WriteOptions
@@ -23,12 +22,11 @@ from support.handmade import peft_adapter
 from support.peft_folders import refusal, simple
 from support.peft_models import agrees, trained, whole_tensors
 from support.small_layers import a_pair, an_adapter
+from support.tiny_models import tiny_bert
 
 
 def test_an_embedding_saved_with_its_pair_is_noted(tmp_path):
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    base = BertForSequenceClassification(config)
+    base = tiny_bert()
     model = trained(base, r=2, target_modules=["word_embeddings"])
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     adapter = formats.load(tmp_path)

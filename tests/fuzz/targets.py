@@ -205,6 +205,19 @@ def a_place() -> Iterator[Path]:
         shutil.rmtree(place)
 
 
+def merged_and_proven(base: Path, adapter: Path, *options: str) -> bool:
+    """Inspect a base of one file, merge into it, and prove the result. Nothing stays beside them."""
+    before, out = folder_contents(base.parent), base.with_stem("out")
+    command("inspect", base)
+    code = command("merge", base, adapter, "-o", out, *options)
+    assert out.exists() is (code == 0)
+    if code == 0:
+        assert command("verify", out, "--base", base, "-a", adapter) == 0
+        out.unlink()
+    assert folder_contents(base.parent) == before
+    return code == 0
+
+
 def merge_is_all_or_nothing(place: Path, *options: str, adapter: str = "adapter") -> bool:
     """Merge `adapter` into `base`: `out` is whole or as it was, and nothing else changes. Whether it was merged."""
     before = folder_contents(place)

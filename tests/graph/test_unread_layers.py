@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_export.api.onnx_from_model import export_from_model
 from lora_export.api.onnx_request import OnnxRequest
-from lora_export.errors import MatchError, Misfit
-from lora_export.graph.unread_layers import without_idle_pairs, without_idle_steps
+from lora_export.errors import MatchError
+from lora_export.graph.unread_layers import notes_on_unread
 from lora_export.lora import LoraPair
 from lora_export.plan import Step, Term
 from support.api import Recorder
@@ -22,7 +22,7 @@ from support.plans import matrix, vector
 
 PAIR = LoraPair(a=np.ones((1, 3)), b=np.ones((3, 1)), scale=0.5)
 IDLE = LoraPair(a=np.ones((1, 3)), b=np.zeros((3, 1)), scale=0.5)
-MISSING = "the base has no weight for pooler"
+WIDE = LoraPair(a=np.ones((1, 4)), b=np.ones((3, 1)), scale=0.5)
 
 
 class Pooled(nn.Module):
@@ -50,7 +50,7 @@ def test_a_pair_without_effect_is_left_out_with_a_note(lora: str, tmp_path: Path
     made = export_from_model(
         OnnxRequest(model(), tmp_path / "m.onnx", lora=lora, adapters=[adapter], **request, **seen.callbacks)
     )
-    note = "note: fr has pairs without effect on pooler, which no output of the graph reads: left out"
+    note = "note: the pairs on pooler, which no output of the graph reads, have no effect: left out"
     assert seen.messages.count(note) == 1 and made.proof is not None and made.proof.verdict.same
     assert made.plan is not None and [step.weight for step in made.plan.steps] == ["q.weight"]
 
@@ -69,34 +69,29 @@ def test_a_named_target_is_refused(tmp_path: Path) -> None:
     assert "leave them out of target" in str(refused.value)
 
 
-def test_a_bias_beside_a_pair_without_effect_stays() -> None:
-    error = MatchError([Misfit("fr", "pooler", MISSING)], targets=2)
-    biases = {"pooler": np.ones(3, np.float32)}
-    (read,) = without_idle_pairs([pairs_of({"q": PAIR, "pooler": IDLE}, name="fr", biases=biases)], error).adapters
-    assert (list(read.pairs), list(read.biases)) == (["q"], ["pooler"])
-
-
 @pytest.mark.parametrize(
-    ("pairs", "problems", "remedy"),
+    ("pairs", "biases", "problem"),
     [
-        ({"q": PAIR, "pooler": IDLE}, {"pooler": MISSING, "q": "q.weight is (2, 2)"}, False),
-        ({"pooler": IDLE}, {"pooler": MISSING}, True),  # nothing would be left
+        ({"q": WIDE, "pooler": IDLE}, {}, r"q\.weight is \(3, 3\)"),
+        ({"q": PAIR, "pooler": IDLE}, {"pooler": np.ones(3, np.float32)}, r"the graph has no weight for pooler\.bias"),
+        ({"pooler": PAIR}, {}, "the graph has no weight for pooler"),
     ],
 )
-def test_what_does_not_fit_otherwise_stays_an_error(pairs: Any, problems: dict[str, str], remedy: bool) -> None:
-    error = MatchError([Misfit("fr", name, problem) for name, problem in problems.items()], targets=2)
-    with pytest.raises(MatchError) as refused:
-        without_idle_pairs([pairs_of(pairs, name="fr")], error)
-    assert bool(refused.value.remedy) is remedy and len(refused.value.misfits) == len(problems)
+def test_what_does_not_fit_otherwise_stays_an_error(pairs: Any, biases: Any, problem: str, tmp_path: Path) -> None:
+    adapter = pairs_of(pairs, name="fr", biases=biases)
+    with pytest.raises(MatchError, match=problem) as refused:
+        export_from_model(OnnxRequest(model(), tmp_path / "m.onnx", adapters=[adapter]))
+    assert len(refused.value.misfits) == 1
 
 
 def test_the_steps_of_several_graphs() -> None:
-    steps = [
-        Step(matrix(f"{name}.weight", 3), (Term("fr", name, pair),)) for name, pair in (("q", PAIR), ("pooler", IDLE))
-    ]
-    kept, notes = without_idle_steps(steps)
-    assert [step.weight for step in kept] == ["q.weight"]
-    assert notes == ["the pairs on pooler, which no output of the graph reads, have no effect: left out"]
-    assert without_idle_steps(kept) == (kept, [])
-    moved = Step(vector("v.bias", 3), (Term("fr", "v", IDLE),), shift=np.ones(3, np.float32))
-    assert without_idle_steps([moved]) == ([moved], [])
+    term = Term("fr", "pooler", IDLE)
+    idle = Step(matrix("pooler.weight", 3), (term,))
+    note = "the pairs on pooler, which no output of the graph reads, have no effect: left out"
+    assert notes_on_unread([idle], targets=2) == [note] and notes_on_unread([], targets=2) == []
+    for other in (
+        Step(matrix("q.weight", 3), (Term("fr", "q", PAIR),)),
+        Step(vector("q.bias", 3), (term,), shift=np.ones(3, np.float32)),
+    ):
+        with pytest.raises(MatchError, match=r"1 of 2 targets(.|\n)*the graph has no weight for q"):
+            notes_on_unread([idle, other], targets=2)

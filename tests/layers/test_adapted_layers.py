@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats, layers, plan
@@ -37,6 +36,7 @@ from support.small_layers import (
     equal,
     plan_for,
 )
+from support.tiny_models import tiny_gpt2
 
 # --- Linear layers ---
 
@@ -257,9 +257,7 @@ def test_the_forward_of_a_conv1d_does_not_merge() -> None:
 
 
 def test_gpt2_is_w_plus_sba() -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8)
-    base = GPT2LMHeadModel(config).double().eval()
+    base = tiny_gpt2().double()
     pairs = {
         "transformer.h.0.attn.c_attn": a_pair(24, 8),
         "transformer.h.0.attn.c_proj": a_pair(8, 8),

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers, plan
@@ -31,6 +30,7 @@ from support.small_layers import (
     ones,
     plan_for,
 )
+from support.tiny_models import tiny_llama
 
 # --- Replaced tensors ---
 
@@ -217,9 +217,7 @@ def test_a_layer_that_already_has_lora_is_refused() -> None:
 
 def test_dora_beside_rows_that_are_trained_alone_is_refused() -> None:
     """PEFT's forward fails on it."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
-    base = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, tie_word_embeddings=True, **sizes))
+    base = tiny_llama(tie_word_embeddings=True)
     adapter = layers.create_adapter(base, targets=["lm_head"], rank=1, alpha=1, seed=0, dora=True, token_indices=[3])
     with pytest.raises(InputRefused, match=r"lm_head\.weight has rows that are trained alone: DoRA"):
         layers.attach(base, plan.make([adapter], layers.specs(base), identity_ok=True), trainable=True)

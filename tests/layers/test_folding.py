@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers, plan
@@ -32,6 +32,7 @@ from support.small_layers import (
     ones,
     plan_for,
 )
+from support.tiny_models import tiny_bert
 
 
 def test_fold_adds_in_place() -> None:
@@ -111,8 +112,7 @@ both = pytest.mark.parametrize("put", [layers.attach, layers.fold], ids=["attach
 @both
 @pytest.mark.fault(19)
 def test_a_tied_weight_is_refused_with_both_names(put: Callable[[nn.Module, Plan], None]) -> None:
-    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=11)
-    model = BertForMaskedLM(config).eval()
+    model = tiny_bert(BertForMaskedLM, vocab_size=11)
     head = an_adapter({"cls.predictions.decoder": a_pair(11, 8)})
     before = copy.deepcopy(model.state_dict())
     names = r'bert\.embeddings\.word_embeddings\.weight and cls\.predictions\.decoder\.weight.*tied="untie"'

@@ -31,7 +31,7 @@ def test_sums_are_rounded_once_and_layers_are_plain() -> None:
     assert type(holder[0]) is nn.Linear
     # bf16 has steps of 1/128 at 1.625, which it holds, and of 2 at 256.625, which it rounds to 256.
     assert holder[0].weight.tolist() == [[1.625, 256.0]]
-    assert holder[0].weight.dtype == torch.float64
+    assert holder[0].weight.dtype == torch.bfloat16
 
 
 def test_a_preferred_value_is_taken_only_within_fp32_error() -> None:
@@ -92,7 +92,7 @@ def test_a_large_weight_is_rounded_part_by_part(
     layers.attach(holder, plan_for(holder, *adapters))
     reads = []
     stored = StoredParameter(preferred.shape, lambda: reads.append(1) or preferred.float())
-    layers.materialise(holder, {"0.weight": "bfloat16"}, preferred={"0.weight": stored}, in_fp64=True)
+    layers.materialise(holder, {"0.weight": "bfloat16"}, preferred={"0.weight": stored})
     assert holder[0].weight.dtype == torch.bfloat16
     assert equal(holder[0].weight.detach().double(), in_fp32)
     assert len(reads) == 1  # not once for each part
@@ -113,7 +113,7 @@ def test_a_rounding_function_replaces_the_dtype() -> None:
     model = a_model()
     layers.attach(model, plan_for(model, an_adapter({"0": PAIR})))
     layers.materialise(model, {"0.weight": lambda sums: 4 * np.round(sums / 4)}, preferred={})
-    assert equal(model[0].weight.detach(), torch.tensor([[4.0, 0, 0], [8, 4, 0]]))  # of [[3, 2, 1], [8, 5, 2]]
+    assert model[0].weight.tolist() == [[4, 0, 0], [8, 4, 0]]  # of [[3, 2, 1], [8, 5, 2]]
 
 
 def test_tensors_that_no_adapter_changes_are_rounded_too_and_stay_tied() -> None:
@@ -131,6 +131,6 @@ def test_factor_scales_pairs_and_replaced_tensors_where_asked(scale_replaced: bo
     model = a_model()
     layers.attach(model, plan_for(model, an_adapter({"0": PAIR}, replaced={"0.bias": np.zeros(2, np.float32)})))
     layers.materialise(model, {}, preferred={}, factor=0.5, scale_replaced=scale_replaced)
-    assert equal(model[0].weight.detach(), torch.tensor([[2.0, 2, 2], [6, 5, 4]]))
+    assert model[0].weight.tolist() == [[2, 2, 2], [6, 5, 4]]
     assert model[0].bias.tolist() == bias
     assert list(model.state_dict()) == ["0.weight", "0.bias"]

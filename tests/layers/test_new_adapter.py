@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from numpy.typing import NDArray
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 from lora_export import layers, plan
 from lora_export.errors import InputRefused
@@ -25,14 +25,11 @@ from lora_export.lora import Adapter, LoraPair
 from support import experts
 from support.architectures import tiny_models
 from support.small_layers import TARGETS, Everything, a_linear, a_model, an_encoder_layer, base_of, equal, plan_for
+from support.tiny_models import tiny_bert, tiny_gpt2
 
 
 def a_classifier() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=11, num_labels=3
-    )
-    return BertForSequenceClassification(config).eval()
+    return tiny_bert(num_hidden_layers=2, vocab_size=11)
 
 
 def test_a_new_adapter_changes_nothing_and_trains_its_targets() -> None:
@@ -100,7 +97,7 @@ def test_all_linear_leaves_out_what_peft_cannot_adapt(architecture: str, left_ou
 
 
 def test_all_linear_leaves_out_the_output_embeddings() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8))
+    model = tiny_gpt2()
     adapter = layers.create_adapter(model, targets="all-linear", rank=2, alpha=2, seed=0)
     assert list(adapter.pairs) == [
         f"transformer.h.0.{key}" for key in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

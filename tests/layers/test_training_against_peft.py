@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lora_export import formats, layers, plan
 from lora_export.formats import WriteOptions
@@ -28,6 +28,7 @@ from lora_export.lora import Adapter
 from support import experts
 from support.slow import slow
 from support.small_layers import Everything, an_encoder_layer, base_of
+from support.tiny_models import tiny_bert, tiny_llama
 
 STEPS, RATE = 3, 0.02
 IDS = torch.tensor([[1, 5, 0, 3, 3, 10, 2], [4, 1, 7, 8, 9, 1, 4]])
@@ -35,10 +36,7 @@ KINDS = ["words", "fc", "fan", "one", "two", "three"]
 
 
 def a_llama(*, tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_bias": True}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied)).eval()
+    return tiny_llama(vocab_size=11, num_hidden_layers=2, attention_bias=True, tie_word_embeddings=tied)
 
 
 def in_4_bits(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -54,11 +52,8 @@ def in_4_bits(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return made.eval()
 
 
-def a_bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(BertConfig(vocab_size=11, num_labels=3, **sizes, **off)).eval()
+def a_bert() -> nn.Module:
+    return tiny_bert(vocab_size=11, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 class Encoder(nn.Module):

@@ -19,6 +19,7 @@ import lora_export as le
 from lora_export.errors import RuntimeRefused, WrongUsage
 from lora_export.models.export_program import load_own_program, save_program, to_program, with_inputs
 from lora_export.models.load import from_module
+from support.tiny_models import tiny_llama
 
 # Run by a Python that knows neither this package nor transformers, and turns every warning into an error.
 LOADS_ALONE = """
@@ -135,11 +136,7 @@ def test_an_operator_of_another_package_is_refused_by_name() -> None:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-    )
-    hf.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    tiny_llama(vocab_size=40, hidden_size=16).save_pretrained(folder / "base")
     model = hf.LlamaForCausalLM.from_pretrained(folder / "base")
     options = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     torch.manual_seed(1)

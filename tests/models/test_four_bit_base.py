@@ -19,6 +19,7 @@ from lora_export.models.four_bit_base import TrainedBase, quantised_modules, req
 from lora_export.models.load import load_model
 from lora_export.weights.task_head import TaskHead
 from support.small_models import small_model
+from support.tiny_models import tiny_bert
 
 HEAD = TaskHead("ForSequenceClassification", ("x", "y"))
 NF4 = TrainedBase("nf4", ("classifier", "score"))
@@ -65,11 +66,7 @@ def test_a_new_head_is_fp32(architecture: str, tmp_path: Path) -> None:
 
 def test_new_weights_inside_the_model_are_fp32(tmp_path: Path) -> None:
     """A pooler that the folder lacks would be quantised with random values, and is trained as a whole."""
-    torch.manual_seed(0)
-    config = hf.BertConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    hf.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    tiny_bert(lambda config: hf.BertModel(config, add_pooling_layer=False)).save_pretrained(tmp_path / "base")
     hf.BertConfig.from_pretrained(tmp_path / "base", architectures=["BertModel"]).save_pretrained(tmp_path / "base")
     loaded = load_model(str(tmp_path / "base"), may_add=True, base=NF4)
     assert sorted(loaded.new_weights) == ["pooler.dense.bias", "pooler.dense.weight"]

@@ -24,19 +24,16 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.models.huggingface import load_tokenizer, with_numbers, without_unread_pooler
 from lora_export.models.load import load_model
 from lora_export.weights.task_head import TaskHead
+from support import tiny_models
 from support.generators import ENCODER_DECODERS
 from support.small_models import small_model
 
 
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
-    )
     folder = tmp_path_factory.mktemp("bert")
-    transformers.BertModel(config).save_pretrained(folder)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_labels": 2}
+    tiny_models.tiny_bert(hf.BertModel, **sizes).save_pretrained(folder)
     return folder
 
 

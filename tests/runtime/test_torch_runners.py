@@ -56,7 +56,8 @@ def test_fp64_runner_records_operators_below_fp64(dtype: torch.dtype) -> None:
     assert any("exp" in operator for operator in reference.narrow_operators)
 
 
-def test_fp64_runner_computes_products_of_experts() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["wide", "narrow"])
+def test_fp64_runner_computes_products_of_experts(dtype: torch.dtype) -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -66,16 +67,16 @@ def test_fp64_runner_computes_products_of_experts() -> None:
             return nn.functional.grouped_mm(x, self.weights, offs=ends)
 
     rows, ends = np.random.default_rng(0).normal(size=(5, 16)), np.array([2, 2, 5, 5], np.int32)  # two have no rows
-    experts = Experts()
-    with pytest.raises(RuntimeError, match="got Double"):
-        experts.double()(torch.from_numpy(rows), torch.from_numpy(ends))
+    experts = Experts().to(dtype)
+    with pytest.raises(RuntimeError, match="Double"):
+        experts(torch.from_numpy(rows), torch.from_numpy(ends))
     reference = torch_runners.Fp64Runner(experts)
     output = reference.run({"x": rows, "ends": ends})["output_0"]
-    weights = experts.weights.detach().numpy()
+    weights = experts.weights.detach().double().numpy()
     np.testing.assert_allclose(
         output, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-14, atol=1e-14
     )
-    assert reference.narrow_operators == set()
+    assert not reference.narrow_operators or dtype is torch.bfloat16
 
 
 def test_fp64_runner_restores_the_default_dtype() -> None:

@@ -373,6 +373,19 @@ def test_a_late_file_is_in_no_output_of_the_next_run(
         assert stored.objects().keys() == {MARK, "out/m/b"}
 
 
+def sealed_by_another(stored: Stored, sealed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run has taken over and sealed these files, and this one awakes."""
+    stored.put(MARK, begun(process=1, host="elsewhere", run="r", sealed=sealed))
+    awake = time.time() + store_output.TRUSTED
+    monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+
+
+def refused_as_late(stored: Stored) -> None:
+    late = pytest.raises(OutputFailed, match="another run")
+    with late, stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        (stage / "c").write_bytes(b"late")
+
+
 @pytest.mark.parametrize(("content", "stays"), [("late", True), ("new!", False), (None, False)])
 def test_a_late_file_that_the_next_run_did_not_see_is_withdrawn(
     content: str | None, stays: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
@@ -386,14 +399,10 @@ def test_a_late_file_that_the_next_run_did_not_see_is_withdrawn(
             if content is not None:
                 stored.put(key, content.encode())
                 sealed = {"c": stored.objects()[key]["ETag"]}
-            stored.put(MARK, begun(process=1, host="elsewhere", run="r", sealed=sealed))
-            awake = time.time() + store_output.TRUSTED
-            monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+            sealed_by_another(stored, sealed, monkeypatch)
 
     monkeypatch.setattr(Bucket, "refuse_fenced", freeze)
-    late = pytest.raises(OutputFailed, match="another run")
-    with late, stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
-        (stage / "c").write_bytes(b"late")
+    refused_as_late(stored)
     assert ("out/m/c" in stored.objects()) is (stays and stored.tags_contents)
 
 
@@ -403,16 +412,11 @@ def test_what_another_run_put_in_place_of_a_late_file_stays(stored: Stored, monk
     def freeze(bucket: Bucket, put: str) -> None:
         if put == key:
             stored.put(key, b"new!")
-            sealed = {"c": stored.objects()[key]["ETag"]}
-            stored.put(MARK, begun(process=1, host="elsewhere", run="r", sealed=sealed))
-            awake = time.time() + store_output.TRUSTED
-            monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+            sealed_by_another(stored, {"c": stored.objects()[key]["ETag"]}, monkeypatch)
         refuse_late(bucket, put)
 
     monkeypatch.setattr(Bucket, "refuse_late", freeze)
-    late = pytest.raises(OutputFailed, match="another run")
-    with late, stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
-        (stage / "c").write_bytes(b"late")
+    refused_as_late(stored)
     assert stored.get(key) == b"new!"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -15,7 +15,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lora_export import layers, plan
 from lora_export.lora import Adapter
@@ -23,6 +22,7 @@ from lora_export.models import export
 from lora_export.models.model import Axes
 from support import kept_exports
 from support.graphs import Arrays, run
+from support.tiny_models import tiny_bert, tiny_llama
 
 
 class Mlp(nn.Module):
@@ -55,22 +55,6 @@ class Encoder(nn.Module):
         return {"scores": self.head(hidden), "pooled": hidden.mean(1)}
 
 
-def a_bert() -> nn.Module:
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=40, num_labels=3,
-    )  # fmt: skip
-    return BertForSequenceClassification(config)
-
-
-def a_llama() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=32, max_position_embeddings=40, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
 TOKEN_AXES = {0: "batch", 1: "sequence"}
 AXES: dict[str, Axes] = {
     "mlp": {"x": {0: "batch"}},
@@ -78,7 +62,13 @@ AXES: dict[str, Axes] = {
     "bert": {"input_ids": TOKEN_AXES, "attention_mask": TOKEN_AXES, "token_type_ids": TOKEN_AXES},
     "llama": {"input_ids": TOKEN_AXES, "attention_mask": TOKEN_AXES},
 }
-MODEL_BUILDERS = {"mlp": Mlp, "encoder": Encoder, "bert": a_bert, "llama": a_llama}
+SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 40}
+MODEL_BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": Mlp,
+    "encoder": Encoder,
+    "bert": lambda: tiny_bert(**SIZES),
+    "llama": lambda: tiny_llama(**SIZES, num_attention_heads=4, tie_word_embeddings=True),
+}
 LLAMA = pytest.param("llama", marks=pytest.mark.slow)  # its export takes as long as the others together
 EVERY_MODEL = pytest.mark.parametrize("name", ["mlp", "encoder", "bert", LLAMA])
 

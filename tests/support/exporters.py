@@ -20,15 +20,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats, plan
@@ -42,31 +34,28 @@ from lora_export.weights.checkpoint import open_checkpoint
 from support.exported_models import eager, with_changes
 from support.graphs import Arrays, an_adapter
 from support.handmade import peft_adapter
+from support.tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 
 VOCABULARY_SIZE = 50
 
 HEAD_SIZE = 16  # features of an attention head of the Llama
 
 
+SIZES = {"vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+SIZES |= {"max_position_embeddings": 40}
+
+
 def a_llama() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=64, max_position_embeddings=40,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return tiny_llama(**SIZES, num_key_value_heads=1)
 
 
 def a_gpt2() -> nn.Module:
     """A model with Conv1D layers and a head that is tied to the embedding."""
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=40))
+    return tiny_gpt2(vocab_size=VOCABULARY_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=40)
 
 
 def a_bert() -> nn.Module:
-    config = BertConfig(
-        vocab_size=VOCABULARY_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=40, num_labels=3,
-    )  # fmt: skip
-    return BertForSequenceClassification(config)
+    return tiny_bert(**SIZES, num_attention_heads=4)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": a_llama, "gpt2": a_gpt2, "bert": a_bert}
@@ -75,8 +64,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"llama": a_llama, "gpt2": a_gpt2, 
 @functools.cache
 def model_of(name: str) -> nn.Module:
     """The model of this name. All tests share it."""
-    torch.manual_seed(0)
-    module = MODELS[name]().eval()
+    module = MODELS[name]()
     if hasattr(module.config, "use_cache"):
         module.config.use_cache = False
     return module

@@ -13,7 +13,6 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -21,6 +20,7 @@ from lora_export import formats
 from lora_export.lora import Adapter
 from support.factories import Pictures, Wide, Worded
 from support.peft_models import fill
+from support.tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 
 VARIES = Dim.DYNAMIC
 
@@ -116,25 +116,21 @@ def padded(rows: int, length: int) -> Tensor:
     return mask
 
 
-TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+SIZES |= {"max_position_embeddings": 64}
 
 
 def llama() -> nn.Module:
-    config = transformers.LlamaConfig(**TINY, num_key_value_heads=1, max_position_embeddings=64, use_cache=False)
-    return transformers.LlamaForCausalLM(config)
+    return tiny_llama(**SIZES, num_key_value_heads=1, use_cache=False)
 
 
 def bert() -> nn.Module:
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(**TINY, max_position_embeddings=64, num_labels=3)
-    )
+    return tiny_bert(**SIZES)
 
 
 def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64, use_cache=False, tie_word_embeddings=False
-    )
-    return transformers.GPT2LMHeadModel(config)
+    gpt2_sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_positions": 64}
+    return tiny_gpt2(**gpt2_sizes, use_cache=False, tie_word_embeddings=False)
 
 
 WORDS = {"input_ids": ids(2, 11), "attention_mask": padded(2, 11)}

@@ -10,7 +10,6 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_export as le
 from lora_export import layers, plan
@@ -27,6 +26,7 @@ from lora_export.training.compiling import (
 )
 from lora_export.training.loop import fit
 from support.api import MODEL
+from support.tiny_models import tiny_llama
 
 
 @pytest.fixture
@@ -41,9 +41,7 @@ def no_compiler() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_compiled_steps_have_the_losses_of_the_others() -> None:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).eval()
+    base = tiny_llama(vocab_size=60, hidden_size=16, num_hidden_layers=2, intermediate_size=32)
     new = layers.create_adapter(base, targets="all-linear", rank=2, alpha=4, seed=0)
     ids = (torch.arange(9) + torch.arange(24)[:, None]) % 60  # each token follows from the one before it
     histories, modules = [], []

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from lora_export.training.token_rows import (
     packed_rows,
     refuse_mixed_texts,
 )
+from support.tiny_models import tiny_llama
 
 
 def given_tokens(row: Row) -> Tokens:
@@ -82,17 +82,9 @@ def test_packed_texts_share_rows_with_positions_of_their_own(tmp_path: Path) -> 
     assert (labels != -100).sum() == 4  # no text predicts the first token of another
 
 
-def llama(**options: Any) -> Any:
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, **options
-    )
-    return hf.LlamaForCausalLM(config).eval()
-
-
 def test_a_packed_row_gives_the_loss_of_its_texts_alone(tmp_path: Path) -> None:
     rows = [{"ids": [5, 6, 9]}, {"ids": [1, 2, 3, 4]}, {"ids": [7, 8]}]
-    module = llama(use_cache=False)  # with a cache, transformers looks for no packed texts
+    module = tiny_llama(use_cache=False)  # with a cache, transformers looks for no packed texts
     alone, together = causal(tmp_path, *rows, length=9), causal(tmp_path, *rows, length=9, pack=True)
     refuse_mixed_texts(module, together)
     losses = []

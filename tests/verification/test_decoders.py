@@ -13,7 +13,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_export import plan
 from lora_export.formats import onnx_adapter
@@ -34,6 +33,7 @@ from support.decoders import a_graph as a_decoder
 from support.exported_models import attached, eager, with_changes
 from support.graphs import Arrays, an_adapter, quantised, run
 from support.handmade import base_file
+from support.tiny_models import tiny_llama
 
 RNG = np.random.default_rng(0)
 
@@ -123,12 +123,7 @@ def exported() -> tuple[nn.Module, ir.Model, ir.Model]:
     """A Llama, its graph for the prompt, and the one for each token that follows."""
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=32, max_position_embeddings=40, tie_word_embeddings=False,
-    )  # fmt: skip
-    module = LlamaForCausalLM(config).eval()
+    module = tiny_llama(vocab_size=50, hidden_size=16, num_attention_heads=4, intermediate_size=32)
     ids = torch.randint(0, 50, (2, 5))
     parts = OnnxExporter().export_for_generation(module, {"input_ids": ids}, OnnxConfig(dynamic=True)).components
     return module, parts["prefill"].program, parts["decode"].program

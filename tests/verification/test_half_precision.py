@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lora_export import formats
 from lora_export.lora import Adapter
@@ -18,6 +18,7 @@ from lora_export.verification.parity import Findings, Outcome, Verdict
 from lora_export.verification.proof import Proof, prove
 from support.peft_models import fill
 from support.proofs import attached_copy
+from support.tiny_models import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("undiagnosed")
 
@@ -29,17 +30,8 @@ PAIRS = [f"model.layers.{number}.self_attn.{name}_proj" for number in LAYERS for
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Adapter]:
     """A small Llama in float16, and an adapter on all linear layers that changes its logits by some hundredths."""
     folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=300,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=len(LAYERS),
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    ).save_pretrained(folder / "base")
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    tiny_llama(**sizes, num_hidden_layers=len(LAYERS)).save_pretrained(folder / "base")
     options = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
     adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), options)
     fill(adapted, "lora_B", std=0.004)

@@ -24,7 +24,6 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_export import cli, formats, sums
 from lora_export.errors import EnvironmentLacking, InputRefused
@@ -47,6 +46,7 @@ from support.merges import (
     sixty_fourths,
     trained,
 )
+from support.tiny_models import tiny_gpt2
 
 CPU = torch.device("cpu")
 A, B = [[1, 2, 3]], [[1], [10]]
@@ -126,8 +126,7 @@ def test_every_weight_with_a_pair_is_changed_on_the_device(tmp_path, monkeypatch
     elif what == "linear layers":
         net, targets = Net(), ["up", "down"]
     else:
-        config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False)
-        net, targets = GPT2LMHeadModel(config), ["c_attn", "c_proj", "wte", "wpe"]
+        net, targets = tiny_gpt2(tie_word_embeddings=False), ["c_attn", "c_proj", "wte", "wpe"]
     options = {"r": 4, "lora_alpha": 8, "target_modules": targets}
     model = dora(net, **options) if use_dora else trained(net, sixty_fourths, **options)
     report, ours, theirs = merged_by_both(tmp_path, net, model, backend=by_torch())

@@ -15,21 +15,21 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import lora_export as le
 from lora_export.errors import InputRefused, MatchError
 from support.handmade import base_file, peft_adapter
 from support.merges import same_bits, sixty_fourths, trained
+from support.tiny_models import tiny_gpt2
 
 SQUARE = "transformer.h.0.attn.c_proj.weight"
 
 
 def jais(folder: Path, model_type: str | None = "jais") -> GPT2LMHeadModel:
     """A GPT-2 in a folder whose config names another type: a model with code of its own."""
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+    model = tiny_gpt2(n_layer=2)
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in config.items() if key != "model_type"}

@@ -27,12 +27,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
     BertForTokenClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
@@ -60,6 +55,7 @@ from support.merges import (
     sixty_fourths,
     trained,
 )
+from support.tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LINEAR = {"*": "out_in"}
@@ -168,7 +164,7 @@ def test_a_converted_adapter_fits_the_original_base(tmp_path, prepare):
 
 def test_a_bias_that_peft_saves_three_times_is_one(tmp_path):
     torch.manual_seed(0)
-    base = BertForTokenClassification(bert().config)
+    base = BertForTokenClassification(tiny_bert().config)
     model = trained(base, sixty_fourths, r=2, task_type="TOKEN_CLS", bias="all", target_modules=["query"])
     _, ours, theirs = merged_by_both(tmp_path, base, model)
     saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
@@ -190,9 +186,7 @@ def test_arbitrary_values_equal_pefts_within_one_rounding(tmp_path):
 
 
 def test_in_out_matrices_of_gpt2_equal_pefts(tmp_path):
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-    base = GPT2LMHeadModel(config)
+    base = tiny_gpt2()
     targets = ["c_attn", "c_proj", "c_fc"]  # attention's c_proj is square: its shape tells nothing
     model = trained(base, sixty_fourths, r=4, lora_alpha=4, target_modules=targets, fan_in_fan_out=True)
     report, ours, theirs = merged_by_both(tmp_path, base, model)
@@ -216,9 +210,7 @@ def test_dora_on_linear_layers_equals_pefts(tmp_path, dtype, weight):
 
 def test_dora_on_in_out_matrices_and_embeddings_equals_pefts(tmp_path):
     # Both are stored (in, out): a length runs through all rows.
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False)
-    base = GPT2LMHeadModel(config)
+    base = tiny_gpt2(tie_word_embeddings=False)
     model = dora(base, r=4, lora_alpha=4, target_modules=["c_attn", "c_proj", "wte", "wpe"])
     report, ours, theirs = merged_by_both(tmp_path, base, model)
     assert len(report.results) == 5
@@ -228,7 +220,7 @@ def test_dora_on_in_out_matrices_and_embeddings_equals_pefts(tmp_path):
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True, "rank_pattern": {"wpe": 2}}])
 def test_lora_on_embeddings_equals_pefts_bit_for_bit(tmp_path, config):
     torch.manual_seed(0)
-    base = bert()
+    base = tiny_bert()
     targets = ["word_embeddings", "position_embeddings", "query"]
     model = trained(base, sixty_fourths, r=4, lora_alpha=8, target_modules=targets, **config)
     report, ours, theirs = merged_by_both(tmp_path, base, model)
@@ -270,17 +262,9 @@ def test_packed_attention_equals_pefts_except_its_doubled_output(tmp_path):
     assert changed == {"attn.in_proj_weight", out, "attn.out_proj.bias", "qkv.weight", "qkv.bias"}
 
 
-def bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
-    )
-    return BertForSequenceClassification(config).eval()
-
-
 def test_a_headless_base_and_a_head_become_a_loadable_classifier(tmp_path):
     # The adapter's names carry `bert.`, the base's file does not, and has no head at all.
-    full = bert()
+    full = tiny_bert()
     full.bert.save_pretrained(tmp_path / "base")
     (tmp_path / "base/vocab.txt").write_text("[PAD]\n")
     model = trained(full, sixty_fourths, r=4, lora_alpha=4, target_modules=["query", "value"], task_type="SEQ_CLS")
@@ -299,7 +283,7 @@ def test_a_headless_base_and_a_head_become_a_loadable_classifier(tmp_path):
 
 
 def test_a_base_with_the_prefix_and_the_head_keeps_its_names(tmp_path):
-    full = bert()
+    full = tiny_bert()
     model = trained(full, sixty_fourths, r=4, target_modules=["query"], task_type="SEQ_CLS")
     theirs = merged_by_both(tmp_path, full, model).theirs
     assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), theirs)
@@ -307,10 +291,7 @@ def test_a_base_with_the_prefix_and_the_head_keeps_its_names(tmp_path):
 
 @pytest.fixture(scope="module")
 def tied() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).eval()
+    return tiny_llama(tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize(

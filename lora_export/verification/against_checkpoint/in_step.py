@@ -7,17 +7,17 @@ every other audit needs some too, or is through with this tensor. What several n
 
 from __future__ import annotations
 
-import contextvars
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from lora_export.runtime.runs_in_step import InTurn
 from lora_export.storage.file_pieces import PiecesAhead, read_piece
 from lora_export.verification.against_checkpoint.result import AuditedWeight
 
@@ -92,59 +92,25 @@ class _SharedReads:
             one.error = error
 
 
-class AuditInStep(Generic[_T]):
-    """One of several audits. `function` does it, and receives this object."""
+class AuditInStep(InTurn[_T]):
+    """One of several audits. `function` does it, and receives this object. It waits for the results of judgements."""
 
     def __init__(self, function: Callable[[AuditInStep[_T]], _T]):
-        self._function = function
-        self.result: _T | BaseException | None = None
-        self.is_waiting = False  # for the results of its judgements
+        super().__init__(lambda: function(self))
         self.judgements: dict[str, list[Judgement]] = {}  # by tensor of the base
         self.found: dict[Judgement, Any] = {}
         self.on_judged: OnJudged = lambda _: None
-        self.error: BaseException | None = None  # which ends it
+        self.error: Exception | None = None  # of a judgement: it ends the audit
         self._reads: _SharedReads | None = None
-        self._may_run, self._waits = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True)
-
-    def _run(self) -> None:
-        try:
-            self.result = self._function(self)
-        except BaseException as error:  # noqa: BLE001 - the caller gets it
-            self.result = error
-        self._waits.release()
-
-    def go_on(self) -> None:
-        """Let it run until it has judgements, or ends."""
-        self.is_waiting, self.judgements = False, {}
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._may_run.release()
-        self._waits.acquire()
-
-    def end(self, error: BaseException) -> None:
-        """Raise an error in it where it waits for its judgements, or comes to wait."""
-        self.error = error
-        self._may_run.release()
-
-    def wait_until_ended(self, seconds: float) -> None:
-        """Wait until its thread has ended, for so long at most."""
-        if self._thread.ident is not None:
-            self._thread.join(max(0, seconds))
 
     def judge_all(
         self, tensors: Sequence[str], by_tensor: Sequence[Sequence[Judgement]], on_judged: OnJudged
     ) -> list[Any]:
         """As `audit_checkpoint.judge_all`, once all audits have their judgements. `tensors` are those of the base."""
+        self.judgements, self.on_judged = {}, on_judged
         for tensor, own in zip(tensors, by_tensor, strict=True):
             self.judgements.setdefault(tensor, []).extend(own)
-        self.is_waiting, self.on_judged = True, on_judged
-        if self.error is None:
-            self._waits.release()
-            self._may_run.acquire()
-        if self.error is not None:
-            raise self.error
+        self.wait_for(self.judgements)
         return [self.found[one] for own in by_tensor for one in own]
 
     def read(self, path: Path, buffer: Any, position: int, until: int) -> None:
@@ -175,25 +141,26 @@ def audits_in_step(functions: Sequence[Callable[[AuditInStep[_T]], _T]]) -> list
     audits = [AuditInStep(function) for function in functions]
     try:
         for one in audits:
-            one.go_on()
-        while waiting := [one for one in audits if one.is_waiting]:
+            one.advance()
+        while waiting := [one for one in audits if one.request is not None]:
             _judge(waiting)
             for one in waiting:
-                one.go_on()
+                one.advance(one.error)
     except BaseException as error:  # Ctrl-C: all of them end, too
         for one in audits:
             one.end(error)
         until = time.monotonic() + TIME_TO_END
         for one in audits:
-            one.wait_until_ended(until - time.monotonic())
+            one.join(max(0, until - time.monotonic()))
         raise
-    return [_returned(one.result) for one in audits]
+    return [_returned(one) for one in audits]
 
 
-def _returned(result: Any) -> Any:
-    if isinstance(result, BaseException) and not isinstance(result, Exception):
-        raise result
-    return result
+def _returned(audit: AuditInStep[Any]) -> Any:
+    try:
+        return audit.result
+    except Exception as error:  # noqa: BLE001 - the caller gets it
+        return error
 
 
 def _judge(audits: Sequence[AuditInStep[Any]]) -> None:

@@ -143,10 +143,10 @@ class AttachedModule:
         """The module with the weights that a candidate should store, summed in fp64. All other tensors are shared."""
         made = shared_copy(self.module)
         if factor == 1.0:
-            layers.materialise(made, self.rounding, self.preferred, in_fp64=True)
+            layers.materialise(made, self.rounding, self.preferred)
         else:
             scale_replaced = not self.has_pairs
-            layers.materialise(made, self.rounding, {}, factor=factor, scale_replaced=scale_replaced, in_fp64=True)
+            layers.materialise(made, self.rounding, {}, factor=factor, scale_replaced=scale_replaced)
         return made
 
 

@@ -96,7 +96,7 @@ def merged_module(module: nn.Module, changes: Plan) -> nn.Module:
     """A copy with the adapters merged: W + s·BA in fp64, rounded to fp32 once. Shares no arithmetic with a merge."""
     made = shared_copy(module)
     changed = {step.weight: "float32" for step in changes.steps if step.terms}
-    layers.materialise(made, changed, {}, in_fp64=True)
+    layers.materialise(made, changed, {})
     return converted_copy(made, to_single)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,13 @@ def test_an_interrupt_ends_all(at_work: bool, is_long: bool, monkeypatch: pytest
         audit(one)
 
     class Interrupted(AuditInStep[None]):
-        def go_on(self) -> None:
-            if self._function is not working:
-                return super().go_on()
+        def __init__(self, function: Callable[[AuditInStep[None]], None]) -> None:
+            super().__init__(function)
+            self.is_working = function is working
+
+        def advance(self, answer: Any = None) -> None:
+            if not self.is_working:
+                return super().advance(answer)
             if at_work:
                 self._thread.start()
             if not is_long:

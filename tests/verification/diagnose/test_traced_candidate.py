@@ -25,7 +25,7 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.diagnose.module_calls import ModuleCall
 from lora_export.verification.diagnose.traced_candidate import DiagnosisCase, outputs_renamed
 from lora_export.verification.parity import Case, Outcome
-from lora_export.verification.proof import prove
+from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references.attached_module import attach_adapters
 from support.diagnosed_graphs import DOWN, SHAPES, VALUE, bert, delta, half_value, make, proven, the_adapter
 from support.proofs import attached_copy
@@ -142,29 +142,33 @@ def test_graph_whose_names_lost_their_prefix_is_diagnosed(tmp_path: Path) -> Non
     assert result.diagnosis is not None and result.diagnosis.first == VALUE
 
 
-def test_merged_module_is_diagnosed_by_hooks() -> None:
-    steps = plan.make([the_adapter()], layers.specs(bert().module))
-    module = copy.deepcopy(bert().module)
-    layers.fold(module, steps)
-    with torch.no_grad():
-        module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
-    result = prove(ModuleRunner(module), PyTorchReferences(bert(), [the_adapter()]))
-    assert result.diagnosis is not None and result.diagnosis.first == DOWN
-    assert "has 0.5 times the correct strength" in result.diagnosis.why
-
-
-def test_bf16_merge_is_compared_with_bf16_weights() -> None:
+def half_merged() -> torch.nn.Module:
+    """The merged module, whose layer DOWN has half of its change."""
     module = copy.deepcopy(bert().module)
     layers.fold(module, plan.make([the_adapter()], layers.specs(module)))
     with torch.no_grad():
         module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
+    return module
+
+
+def assert_half(result: Proof, also: str = "") -> None:
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "has 0.5 times the correct strength" in result.diagnosis.why and also in result.diagnosis.why
+
+
+def test_merged_module_is_diagnosed_by_hooks() -> None:
+    assert_half(prove(ModuleRunner(half_merged()), PyTorchReferences(bert(), [the_adapter()])))
+
+
+def test_bf16_merge_is_compared_with_bf16_weights() -> None:
+    module = half_merged()
+    with torch.no_grad():
         for name in SHAPES:
             weight = module.get_submodule(name).weight
             weight.copy_(weight.bfloat16())  # type: ignore[union-attr, operator]
     stored = {f"{name}.weight": "bfloat16" for name in SHAPES}
     result = prove(ModuleRunner(module, stored_dtypes=stored), PyTorchReferences(bert(), [the_adapter()]))
-    assert result.diagnosis is not None and result.diagnosis.first == DOWN
-    assert "has 0.5 times the correct strength" in result.diagnosis.why and "none is wrong" in result.diagnosis.why
+    assert_half(result, also="none is wrong")
 
 
 def scripted(module: torch.nn.Module, folder: Path) -> ScriptRunner:
@@ -176,13 +180,7 @@ def scripted(module: torch.nn.Module, folder: Path) -> ScriptRunner:
 
 @pytest.mark.slow
 def test_torchscript_is_diagnosed_by_its_weights(tmp_path: Path) -> None:
-    module = copy.deepcopy(bert().module)
-    layers.fold(module, plan.make([the_adapter()], layers.specs(module)))
-    with torch.no_grad():
-        module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
-    result = prove(scripted(module, tmp_path), PyTorchReferences(bert(), [the_adapter()]))
-    assert result.diagnosis is not None and result.diagnosis.first == DOWN
-    assert "has 0.5 times the correct strength" in result.diagnosis.why
+    assert_half(prove(scripted(half_merged(), tmp_path), PyTorchReferences(bert(), [the_adapter()])))
 
 
 @pytest.mark.slow
@@ -192,9 +190,7 @@ def test_torchscript_with_branches_is_diagnosed_by_a_and_b(tmp_path: Path) -> No
     halved = dataclasses.replace(
         wrong, pairs={**wrong.pairs, DOWN.removesuffix(".weight"): dataclasses.replace(pair, b=pair.b / 2)}
     )
-    result = prove(scripted(attached_copy(bert(), [halved]), tmp_path), PyTorchReferences(bert(), [wrong]))
-    assert result.diagnosis is not None and result.diagnosis.first == DOWN
-    assert "has 0.5 times the correct strength" in result.diagnosis.why
+    assert_half(prove(scripted(attached_copy(bert(), [halved]), tmp_path), PyTorchReferences(bert(), [wrong])))
 
 
 @pytest.mark.slow

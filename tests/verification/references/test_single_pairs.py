@@ -116,11 +116,16 @@ def recorded(module: nn.Module) -> RecordedBlocks:
     return RecordedBlocks(module, Fp64Runner(module.double()), ONES, runs=100)
 
 
+def recorded_with_pairs(module: Stack) -> tuple[list[Branch], RecordedBlocks]:
+    """A pair on each block and on the head, and the blocks that were recorded. No run is counted."""
+    branches, blocks = attached(module), recorded(module)
+    module.runs()
+    return branches, blocks
+
+
 def test_blocks_before_the_pair_are_not_computed() -> None:
     module = Stack()
-    branches = attached(module)
-    blocks = recorded(module)
-    module.runs()
+    branches, blocks = recorded_with_pairs(module)
     for number, branch in enumerate(branches[:COUNT]):
         found = blocks.run_without([branch])["output_0"].tolist()
         assert module.runs() == [int(block >= number) for block in range(COUNT)]
@@ -133,18 +138,14 @@ def test_blocks_before_the_pair_are_not_computed() -> None:
 
 def test_pair_outside_of_all_blocks_needs_a_whole_run() -> None:
     module = Stack()
-    branches = attached(module)
-    blocks = recorded(module)
-    module.runs()
+    branches, blocks = recorded_with_pairs(module)
     assert blocks.run_without([branches[-1]])["output_0"].tolist() == without(module, [branches[-1]])
     assert module.runs() == [2] * COUNT
 
 
 def test_block_that_runs_twice_is_computed_from_its_first_run_on() -> None:
     module = Stack(order=(0, 1, 0, 2))
-    branches = attached(module)
-    blocks = recorded(module)
-    module.runs()
+    branches, blocks = recorded_with_pairs(module)
     for number, runs in ((0, [2, 1, 1, 0]), (1, [1, 1, 1, 0]), (2, [0, 0, 1, 0])):
         found = blocks.run_without([branches[number]])["output_0"].tolist()
         assert module.runs() == runs
@@ -155,9 +156,7 @@ def test_block_that_runs_twice_is_computed_from_its_first_run_on() -> None:
 @pytest.mark.parametrize("kind", [Caching, WithObject])
 def test_blocks_that_share_more_than_their_outputs_are_computed(kind: type[Block]) -> None:
     module = Stack(kind)
-    branches = attached(module)
-    blocks = recorded(module)
-    module.runs()
+    branches, blocks = recorded_with_pairs(module)
     assert blocks.run_without([branches[3]])["output_0"].tolist() == without(module, [branches[3]])
     assert module.runs() == [2] * COUNT
 
@@ -165,9 +164,7 @@ def test_blocks_that_share_more_than_their_outputs_are_computed(kind: type[Block
 def test_large_outputs_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(single_pairs, "MOST_RECORDED", 3 * 8)
     module = Stack()
-    branches = attached(module)
-    blocks = recorded(module)
-    module.runs()
+    branches, blocks = recorded_with_pairs(module)
     blocks.run_without([branches[3]])
     assert module.runs() == [1] * COUNT
 

@@ -12,10 +12,11 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import lora_export
 from support.handmade import peft_adapter
+from support.tiny_models import tiny_llama
 
 TARGET = "model.layers.0.self_attn.q_proj"
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -40,12 +41,8 @@ def scales_of(weight: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
 
 def compressed_llama(folder: Path, kind: str) -> Path:
     """A tiny Llama whose linear layers are compressed by the library."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    model = tiny_llama(vocab_size=64, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    model.bfloat16().save_pretrained(folder)
     arguments = QuantizationArgs(**ARGUMENTS[kind], symmetric=True)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     compressor, stored = BaseCompressor.get_value_from_registry(kind), {}
