@@ -15,6 +15,7 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, count, first_of, listed
+from lora_export.formats.peft_lost_layers import notes_on_lost_layers
 from lora_export.formats.peft_writing import HEADS_OF_TASKS
 from lora_export.layers.attachments import branch_tensors
 from lora_export.layers.new_adapter import as_plain_lora, frozen_start, saved_modules, started_from_weights
@@ -300,27 +301,12 @@ def note_on_uncalled(run: TrainingRun) -> str:
     )
 
 
-# Names of layers that PEFT takes for those of experts, in the models that transformers converts as this type
-TAKEN_FOR_EXPERTS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
-
-
-def note_on_peft_experts(loaded: Model, new: Adapter) -> str:
-    """A note where PEFT looks for experts in place of layers that the adapter has; empty where it finds these."""
+def notes_on_peft(loaded: Model, new: Adapter) -> list[str]:
+    """Notes on layers of the adapter that PEFT does not find when it loads it; none where it finds all."""
     if not loaded.is_huggingface:
-        return ""
-    from transformers import conversion_mapping
-
-    types: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})  # which PEFT reads
+        return []
     config: Any = loaded.module.config
-    endings = TAKEN_FOR_EXPERTS.get(types.get(config.model_type, ""), ())
-    lost = [name for name in new.pairs if name.rpartition(".")[2] in endings]
-    if not lost:
-        return ""
-    return (
-        f"note: PEFT up to 0.21 takes {count(len(lost), 'layer')}, such as {lost[0]}, for experts of this model: it "
-        "leaves out their A and B, or does not load the adapter. lora-export merges and exports them as they were "
-        "trained"
-    )
+    return [f"note: {note}" for note in notes_on_lost_layers(new.pairs, config.to_dict())]
 
 
 def note_on_unknown_head(loaded: Model, heads: Sequence[str]) -> str:
