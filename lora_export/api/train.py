@@ -31,8 +31,8 @@ from lora_export.api.training_strategies import (
     note_on_tied_rows,
     note_on_uncalled,
     note_on_unknown_head,
-    notes_on_peft,
     note_on_untrained,
+    notes_on_peft,
     refuse_rank_beyond_layers,
     with_new_modules,
 )

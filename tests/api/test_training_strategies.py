@@ -292,6 +292,47 @@ class ReadNet(Net):
         return scores
 
 
+class AttendingNet(Net):
+    """Its attention is PyTorch's own, which reads the weight of its output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = torch.tanh(self.body(x))[:, None]
+        scores: Tensor = self.head(self.attention(words, words, words)[0][:, 0])
+        return scores
+
+
+@pytest.mark.parametrize("is_scored", [True, False])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_output_projection_that_is_named_alone_is_noted(compile: bool, is_scored: bool) -> None:
+    work = trainer([], heads=())
+    settings = replace(work.settings, compile=compile, epochs=1)
+    work = replace(work, module=AttendingNet().eval(), settings=settings, held_out=work.held_out if is_scored else None)
+    both = ["attention", "out_proj"]  # has a note of its own
+    for targets, uncalled in ((["out_proj"], ("attention.out_proj",)), (both, ())):
+        new = layers.create_adapter(work.module, targets=["body", *targets], rank=2, alpha=4, seed=0)
+        assert {"attention.out_proj"} <= new.pairs.keys()
+        assert work.adapter(new, 2).uncalled == uncalled
+
+    module = AttendingNet().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(module), peft.LoraConfig(r=2, target_modules=["out_proj"]))
+    nn.init.ones_(theirs.base_model.model.get_submodule("attention.out_proj").lora_B["default"].weight)
+    x = work.data.inputs["x"]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), module(x))
+
+
+@pytest.mark.slow
+def test_a_layer_that_peft_does_not_run_is_noted_after_compiled_steps() -> None:
+    work = trainer([], heads=())
+    work = replace(work, module=ReadNet().eval(), settings=replace(work.settings, compile=True, epochs=1))
+    new = layers.create_adapter(work.module, targets=["body", "read"], rank=2, alpha=4, seed=0)
+    assert work.adapter(new, 2).uncalled == ("read",)
+
+
 @pytest.mark.parametrize("init", ["default", "pissa"])
 def test_a_layer_that_peft_does_not_run_is_noted(init: Init) -> None:
     work = trainer([], heads=())
