@@ -16,7 +16,7 @@ from lora_export.names.table import TAKEN_FOR_EXPERTS, read_table
 
 # The last parts of the names of expert layers, in the models that transformers converts as this type
 EXPERT_LAYERS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
-OF_EXPERTS = ".experts."
+OF_ONE_EXPERT = ".experts."
 
 
 def notes_on_lost_layers(names: Collection[str], config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -25,7 +25,7 @@ def notes_on_lost_layers(names: Collection[str], config: Mapping[str, Any]) -> t
     kind = next((kind for kind, types in TAKEN_FOR_EXPERTS.items() if model_type in types), "")
     endings = EXPERT_LAYERS.get(kind, ())
     notes = []
-    if lost := [name for name in names if name.rpartition(".")[2] in endings and OF_EXPERTS not in name]:
+    if lost := [name for name in names if name.rpartition(".")[2] in endings and OF_ONE_EXPERT not in name]:
         notes.append(
             f"PEFT up to 0.21 takes {count(len(lost), 'layer')}, such as {lost[0]}, for experts of this model: it "
             "leaves out their A and B, or does not load the adapter. lora-export merges and exports them as they were "
