@@ -15,6 +15,7 @@ from lora_export.adapters.singular_values import Truncation
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.callbacks import in_bytes, note_each
 from lora_export.errors import count, first_of
+from lora_export.formats.peft_lost_layers import notes_on_lost_layers
 from lora_export.formats.peft_writing import name_in_patterns, write_any_ranks
 from lora_export.lora import Adapter
 from lora_export.options.adapters import CombineOptions, ExtractOptions, ResizeOptions
@@ -191,6 +192,7 @@ def _extracted(options: ExtractOptions, base: Path, tuned: Path) -> ExtractResul
         for checkpoint in (one, other):
             checkpoint.refuse_changed_files("read")
         write_manifest(stage, {"made_by": record["made_by"], "settings": record["settings"]})
+    note_each(options.on_message, notes_on_lost_layers(found.adapter.pairs, one.config))
     if found.excluded:
         names = first_of(found.excluded, 3)
         number = count(len(found.excluded), "tensor")

@@ -14,6 +14,7 @@ from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats import onnx_adapter
+from lora_export.formats.gguf import GGUF_ROWS
 from lora_export.lora import Adapter
 from lora_export.options.adapters import CheckOptions
 from lora_export.options.combining import AdapterSource
@@ -66,8 +67,7 @@ def check(options: CheckOptions) -> CheckResult:
     facts = {**facts_of_adapter(adapter, config, folder, base), **facts_of_base(adapter, base)}
     changes = facts_of_changes(adapter, config, base)
     paths = {"ADAPTER": str(folder or adapter.name)} | ({} if path is None else {"BASE": str(path)})
-    merging = {} if base is None else base.merging
-    outcomes = (findings_of(runtime, facts, changes, options.settings, paths, merging=merging) for runtime in runtimes)
+    outcomes = (findings_of(runtime, facts, changes, options.settings, paths, base=base) for runtime in runtimes)
     return CheckResult(adapter.name, tuple(outcomes))
 
 
@@ -94,7 +94,7 @@ def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
     is_gguf = artifact.kind is ArtifactKind.GGUF
     adapter = adapter if is_gguf else with_shapes_of_base(adapter, path)
     with contextlib.suppress(InputRefused):  # which tensors are tied is not known
-        ties = replace(ties_of(checkpoint, plan.Tied.BOTH), stored=frozenset())  # no tables are read, no rows refused
+        ties = _ties(checkpoint, plan.Tied.BOTH)
     handling = _least_handling(adapter, checkpoint, ties)
     copies = {} if ties is None else ties.tensors
     return adapter, Base(
@@ -103,6 +103,8 @@ def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
         tied=None if ties is None else bool(copies),
         repeated=frozenset(repeated_tables(adapter, checkpoint, copies)),
         merging=_merging(handling, checkpoint, is_gguf=is_gguf),
+        file=path.name if is_gguf else "",
+        instead={} if checkpoint.config.get("model_type", "llama") in GGUF_ROWS else {"gguf": "merge"},
     )
 
 
@@ -121,10 +123,15 @@ def _least_handling(adapter: Adapter, checkpoint: Checkpoint, both: plan.Ties | 
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True}
     for handling in () if both is None else (plan.Tied.ERROR, plan.Tied.UNTIE):
         with contextlib.suppress(InputRefused):
-            ties = replace(ties_of(checkpoint, handling), stored=frozenset())
+            ties = _ties(checkpoint, handling)
             laid = plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=ties, **how)
             if handling is plan.Tied.ERROR:
                 refuse_broken_tie(laid, checkpoint)
             return handling
     plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=both, **how)
     return None if both is None else plan.Tied.BOTH
+
+
+def _ties(checkpoint: Checkpoint, handling: plan.Tied) -> plan.Ties:
+    """The ties of a base. No tables are read: two that it stores are taken for equal, and no rows are refused."""
+    return replace(ties_of(checkpoint, handling), has_other_values=lambda _: False)

@@ -28,11 +28,11 @@ from lora_export.api.training_strategies import (
     heads_of,
     note_on_attention,
     note_on_other_names,
-    note_on_peft_experts,
     note_on_tied_rows,
     note_on_uncalled,
     note_on_unknown_head,
     note_on_untrained,
+    notes_on_peft,
     refuse_rank_beyond_layers,
     with_new_modules,
 )
@@ -258,7 +258,7 @@ def _show_notes(options: TrainOptions, loaded: Model, new: Mapping[int, Adapter]
     notes = (
         note_on_attention(first),
         note_on_other_names(loaded, first),
-        note_on_peft_experts(loaded, first),
+        *notes_on_peft(loaded, first),
         note_on_tied_rows(loaded.module, first),
     )
     for note in notes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, count, first_of, listed
+from lora_export.formats.peft_lost_layers import notes_on_lost_layers
 from lora_export.formats.peft_writing import HEADS_OF_TASKS
 from lora_export.layers.attachments import branch_tensors
 from lora_export.layers.new_adapter import as_plain_lora, frozen_start, saved_modules, started_from_weights
@@ -114,12 +115,15 @@ class Trainer:
             if self.options.shard_base:
                 shard_base(self.module, self.options.device)
             more = {"checkpoints": checkpoints, "resume": self.options.resume}
-            with _uncalled(self.module, [] if self.settings.compile else start.pairs) as uncalled:
+            is_compiled, is_scored = self.settings.compile, self.held_out is not None
+            alone = _never_called(self.module, start.pairs, alone=True)
+            with _uncalled(self.module, alone if is_compiled else start.pairs) as uncalled:  # hooks are compiled, too
                 history = self._fit(self.module, self.settings, f"training, rank {rank}", f"rank-{rank}", **more)
+            with _uncalled(self.module, start.pairs if is_compiled and is_scored else uncalled) as uncalled:
+                score = self._score(self.module)  # which compiles nothing
             trained = layers.read_back(self.module, start)
             changed = tuple(name for name in uncalled if (trained.pairs[name].b != start.pairs[name].b).any())
             trained = as_plain_lora(trained, start) if frozen else trained
-            score = self._score(self.module)
             with layers.scale_adapters(self.module, 0, keep_replaced=True):
                 without = self._score(self.module)
         finally:
@@ -166,12 +170,23 @@ class Trainer:
         return evaluate(module, self.held_out, batch_size=size, device=device, precision=precision)
 
 
+def _never_called(module: nn.Module, names: Collection[str], *, alone: bool) -> list[str]:
+    """The output projections of nn.MultiheadAttention among modules: its class reads their weights.
+
+    `alone` are those whose attention is not among the modules, or the others.
+    """
+    modules = dict(module.named_modules())
+    owners = {name: name.rpartition(".")[0] for name in names}
+    read = [name for name, owner in owners.items() if isinstance(modules.get(owner), nn.MultiheadAttention)]
+    return [name for name in read if (owners[name] not in names) is alone]
+
+
 @contextlib.contextmanager
-def _uncalled(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _uncalled(module: nn.Module, names: Collection[str]) -> Iterator[dict[str, Any]]:
     """Those of these modules, by name, that are not called within. The first call of a module removes its hook.
 
-    A copy of the module keeps its hooks, and its calls count, too. The output projection of nn.MultiheadAttention is
-    left out: see `note_on_attention`.
+    A copy of the module keeps its hooks, and its calls count, too. The output projection of an nn.MultiheadAttention
+    that is among the modules itself is left out: see `note_on_attention`.
     """
     modules = dict(module.named_modules())
     left: dict[str, Any] = {}
@@ -180,8 +195,9 @@ def _uncalled(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any
         if handle := left.pop(name, None):
             handle.remove()
 
+    of_attention = _never_called(module, names, alone=False)
     for name in names:
-        if name in modules and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+        if name in modules and name not in of_attention:
             left[name] = modules[name].register_forward_pre_hook(lambda *_, name=name: called(name))
     try:
         yield left
@@ -300,27 +316,12 @@ def note_on_uncalled(run: TrainingRun) -> str:
     )
 
 
-# Names of layers that PEFT takes for those of experts, in the models that transformers converts as this type
-TAKEN_FOR_EXPERTS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
-
-
-def note_on_peft_experts(loaded: Model, new: Adapter) -> str:
-    """A note where PEFT looks for experts in place of layers that the adapter has; empty where it finds these."""
+def notes_on_peft(loaded: Model, new: Adapter) -> list[str]:
+    """Notes on layers of the adapter that PEFT does not find when it loads it; none where it finds all."""
     if not loaded.is_huggingface:
-        return ""
-    from transformers import conversion_mapping
-
-    types: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})  # which PEFT reads
+        return []
     config: Any = loaded.module.config
-    endings = TAKEN_FOR_EXPERTS.get(types.get(config.model_type, ""), ())
-    lost = [name for name in new.pairs if name.rpartition(".")[2] in endings]
-    if not lost:
-        return ""
-    return (
-        f"note: PEFT up to 0.21 takes {count(len(lost), 'layer')}, such as {lost[0]}, for experts of this model: it "
-        "leaves out their A and B, or does not load the adapter. lora-export merges and exports them as they were "
-        "trained"
-    )
+    return [f"note: {note}" for note in notes_on_lost_layers(new.pairs, config.to_dict())]
 
 
 def note_on_unknown_head(loaded: Model, heads: Sequence[str]) -> str:

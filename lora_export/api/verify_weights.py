@@ -19,7 +19,7 @@ from lora_export.callbacks import in_bytes, note_each
 from lora_export.errors import InputRefused, count
 from lora_export.lora import Adapter
 from lora_export.options.spelling import named
-from lora_export.plan import Plan
+from lora_export.plan import Plan, Tied
 from lora_export.provenance import adapter_records
 from lora_export.storage import input_files
 from lora_export.storage.artifact_kinds import ArtifactKind
@@ -34,6 +34,7 @@ from lora_export.version import __version__
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.gguf.base import GgufBase
+from lora_export.weights.merge import refuse_broken_tie
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 from lora_export.weights.quantised import without_shared_parts
 from lora_export.weights.quantised.comfyui_files import LAYERS_IN_HEADER, without_layers
@@ -99,6 +100,8 @@ def _judged(
         origin = replace(origin, quantised=without_shared_parts(origin.quantised))
         merged = replace(merged, quantised=without_shared_parts(merged.quantised))
     steps = planned(origin, adapters, request, together, may_add=True, layout=layout, unknown_layout_ok=True)
+    if steps.tied == Tied.ERROR:
+        refuse_broken_tie(steps, origin)
     note_each(request.on_message, [*(note for adapter in adapters for note in adapter.notes), *steps.notes])
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}

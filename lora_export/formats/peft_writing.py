@@ -30,6 +30,7 @@ from lora_export.formats.expert_layouts import (
     unknown_axes,
 )
 from lora_export.formats.peft_keys import ADAPTER_CONFIG, OUT_PROJ, WEIGHTS, WRAPPER, magnitude_shape
+from lora_export.formats.peft_lost_layers import notes_on_lost_layers
 from lora_export.formats.peft_records import LAYOUTS
 from lora_export.formats.writing import (
     alpha_of,
@@ -55,7 +56,8 @@ NEW_PEFT = "0.19.0"  # the first whose axes of stacked parameters are those that
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
     """Write an adapter as PEFT does into a folder."""
-    types = model_types(base_config(None, options.reading) or {})
+    config = base_config(None, options.reading) or {}
+    types = model_types(config)
     problems = beyond_pairs(adapter, ALLOWED)
     plain, parameters = _split(adapter, types, problems)
     stacks: dict[str, list[LoraPair]] = {}  # a projection -> the pairs of all experts
@@ -88,7 +90,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     tensors |= _whole_tensors(adapter, fields)
     layouts = {name: layout for name, layout in adapter.layouts.items() if name in plain}
     _write_files(path, tensors, fields, layouts, {})
-    return ()
+    return notes_on_lost_layers(plain, config)
 
 
 def write_any_ranks(adapter: Adapter, folder: Path, *, metadata: Mapping[str, str] | None = None) -> None:

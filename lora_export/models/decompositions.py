@@ -60,7 +60,7 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
         if not _IS_EXPORTING.get() or table is None:
             return traced_again(program, *args, **kwargs)
         _state_sizes_of_parts(program.graph)
-        exchanges = _exchanges(program, table)
+        exchanges = None if _state_sizes_of_equal_parts(program.graph) else _exchanges(program, table)
         if exchanges is None and any(node.target in WITHOUT_TRANSLATION for node in program.graph.nodes):
             return traced_again(program, decomp_table={**table, **WITHOUT_TRANSLATION})
         if exchanges is None:
@@ -76,22 +76,41 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
 
 _PATCHED = SharedContext(_patched)
 
-WINITZKI = 0.147  # of his approximation of the inverse of erf, which is right to 0.002
-HALLEY_STEPS = 3  # each makes three times as many digits
+# The inverse of erf is x P(l) / Q(l) with l = log(1 - x²): from the constants up. The ratio of the two polynomials was
+# fitted to fp64 values for x² up to 1 - 1e-7, which leaves 1.4e-8 of it. Each sums terms of one sign.
+NUMERATOR = (
+    *(0.8862269377477959, -0.30669397287090633, 0.05962856988323883),
+    *(-0.007770852369821136, 0.00064422673735249, -2.4236076918460038e-05),
+)
+DENOMINATOR = (
+    *(1.0, -0.08426809070886411, 0.03218854617750353),
+    *(-0.001881051070601927, 0.000179239032419776, -1.2850860751519316e-06),
+)
+HALLEY_STEPS = 2  # of float64 alone; each makes three times as many digits
 
 
 def _inverse_erf(x: torch.Tensor) -> torch.Tensor:
-    """The inverse of erf, as Gemma 3n takes it of its sparsity, by Halley's steps from Winitzki's approximation.
+    """The inverse of erf, as Gemma 3n takes it of its sparsity, to 5 units in the last place of float32.
 
     PyTorch decomposes `erfinv` into an operator that ONNX lacks.
     """
-    logarithm = torch.log(1 - x * x)
-    half = 2 / (math.pi * WINITZKI) + logarithm / 2
-    found = torch.sign(x) * torch.sqrt(torch.sqrt(half * half - logarithm / WINITZKI) - half)
-    for _ in range(HALLEY_STEPS):
-        step = (torch.erf(found) - x) * torch.exp(found * found) * (math.sqrt(math.pi) / 2)
+    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    logarithm = torch.log((1 - wide) * (1 + wide))  # 1 - x has no rounding error where it is small
+    found = wide * (_polynomial(NUMERATOR, logarithm) / _polynomial(DENOMINATOR, logarithm))
+    # Not in float32: behind 0.999, the rounding of erf is larger than the step.
+    for _ in range(HALLEY_STEPS if x.dtype == torch.float64 else 0):
+        step = (torch.erf(found) - wide) * torch.exp(found * found) * (math.sqrt(math.pi) / 2)
         found = found - step / (1 + found * step)
-    return torch.where(x.abs() == 1, x * math.inf, found)
+    return torch.where(wide.abs() == 1, wide * math.inf, found).to(x.dtype)
+
+
+def _polynomial(coefficients: Sequence[float], x: torch.Tensor) -> torch.Tensor:
+    """The polynomial with these coefficients, that of the constant first, by Horner's scheme."""
+    *others, last = coefficients
+    total = x * last + others.pop()
+    while others:
+        total = total * x + others.pop()
+    return total
 
 
 WITHOUT_TRANSLATION = dict.fromkeys((aten.erfinv.default, aten.special_erfinv.default), _inverse_erf)
@@ -116,6 +135,24 @@ def _state_sizes_of_parts(graph: Graph) -> None:
             size = Exchange(operator.floordiv, (Exchange(operator.add, (whole, number - 1)), number))
         last = Exchange(operator.sub, (whole, Exchange(operator.mul, (size, len(parts) - 1))))
         _exchange(node, Exchange(aten.split_with_sizes.default, (x, [*[size] * (len(parts) - 1), last], axis)))
+
+
+def _state_sizes_of_equal_parts(graph: Graph) -> bool:
+    """State the size of each part of an open axis that `tensor_split` makes of it: the first ones may have one more.
+
+    Returns whether there are such. PyTorch 2.13 takes the sizes at hand for those of all inputs, and whatever follows
+    from them is to be traced again.
+    """
+    found = False
+    for node in graph.find_nodes(op="call_function", target=aten.tensor_split.sections):
+        x, number, axis = _arguments(node).values()
+        if isinstance(number, int) and "val" in x.meta and isinstance(x.meta["val"].shape[axis], torch.SymInt):
+            whole = Exchange(aten.sym_size.int, (x, axis))
+            raised = [Exchange(operator.add, (whole, number - 1 - part)) for part in range(number)]
+            sizes = [Exchange(operator.floordiv, (each, number)) for each in raised]
+            _exchange(node, Exchange(aten.split_with_sizes.default, (x, sizes, axis)))
+            found = True
+    return found
 
 
 def _exchanges(program: ExportedProgram, table: Collection[Any]) -> dict[Node, Exchange] | None:

@@ -47,7 +47,8 @@ def image_shape(config: Any, folder: Path) -> tuple[tuple[int, int, int], str]:
     Raises InputRefused where a size is no size, or too large for an example.
     """
     channels = next(filter(None, _fields(config, "num_channels")), CHANNELS)
-    named = next(filter(None, (*_fields(config, "image_size"), getattr(config, "crop_size", None))), None)
+    others = (getattr(config, name, None) for name in ("crop_size", "input_size"))  # the second is LayoutLMv3's
+    named = next(filter(None, (*_fields(config, "image_size"), *others)), None)
     named, source = (named, "config.json") if named else (_processor_size(folder), PROCESSOR)
     if named is None:
         note = f"neither the config nor {PROCESSOR} names the size of an image: {USUAL_SIZE} x {USUAL_SIZE} is used"

@@ -313,5 +313,6 @@ def _most(module: nn.Module, config: Any, symbol: str, symbols: set[str]) -> int
         # RoBERTa's positions begin after the padding's, OPT's and BART's two rows later.
         before = 0 if table.padding_idx is None else table.padding_idx + 1
         offset = getattr(table, "offset", 0)
-        found.append(table.num_embeddings - max(before, offset if type(offset) is int else 0))
+        ahead = 1 if "decoder" in parts and hasattr(text, "ngram") else 0  # ProphetNet's positions of the next tokens
+        found.append(table.num_embeddings - max(before, offset if type(offset) is int else 0) - ahead)
     return min(found, default=None)

@@ -98,6 +98,8 @@ CONV1D_NAMES = frozenset().union(*CONV1D_MODULES.values())  # in GPT-2 and its r
 LINEAR_NAMES = frozenset(_TABLE["linear"])
 # The last parts of the names of tables of embeddings. A file tells nn.Embedding from nn.Linear in no other way.
 EMBEDDING_MODULES = frozenset(_TABLE["embeddings"])
+# A model type as which transformers converts experts -> the others that it converts so. PEFT renames targets by it.
+TAKEN_FOR_EXPERTS = {name: frozenset(types) for name, types in _TABLE["taken_for_experts"].items()}
 
 
 def is_embedding(module: str) -> bool:

@@ -76,6 +76,8 @@ class Base:
     tied: bool | None = None  # whether its config ties the output embedding; None: not known
     repeated: frozenset[str] = frozenset()
     merging: Mapping[str, Any] = field(default_factory=dict)  # the options that a merge of the adapter into it needs
+    file: str = ""  # of a file that gets no tensor which it lacks: a head of its own needs the checkpoint
+    instead: Mapping[str, str] = field(default_factory=dict)  # repair that does not know its architecture -> another
 
     @property
     def vocabulary(self) -> int:

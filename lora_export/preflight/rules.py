@@ -19,17 +19,17 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 from lora_export.errors import count
 from lora_export.options.adapters import RUNTIMES
 from lora_export.options.spelling import command, named
-from lora_export.preflight.facts import NEED_BASE, OF_BASE, OF_CHANGE, Fact, KnownFacts
+from lora_export.preflight.facts import NEED_BASE, OF_BASE, OF_CHANGE, Base, Fact, KnownFacts
 
 Effect = Literal["refused", "dropped", "changed"]
 EFFECTS: tuple[Effect, ...] = ("refused", "dropped", "changed")
 SETTING = "setting "  # begins the name of a repair
+CHECKPOINT = "CHECKPOINT"  # in a repair that the given base does not take
 LAST_REPAIRS = ("merge-untied", "merge", "export")  # after one of these no adapter is left to repair
 
 COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -182,12 +182,11 @@ def findings_of(
     settings: Mapping[str, float],
     paths: Mapping[str, str],
     *,
-    merging: Mapping[str, Any] = MappingProxyType({}),
+    base: Base | None = None,
 ) -> RuntimeOutcome:
     """What the rules of a runtime find. `facts` hold for all `changes`; `paths` are ADAPTER, and BASE if there is one.
 
-    `settings` replace the defaults of those that the runtime has. `merging` are the options that a merge into this
-    base needs.
+    `settings` replace the defaults of those that the runtime has. `base` is what the repairs depend on.
     """
     values = {name: settings.get(name, setting.default) for name, setting in runtime.settings.items()}
     found, unknown = [], set()
@@ -203,7 +202,7 @@ def findings_of(
             does = rule.does.format_map(_shown(own) | values)
             source = f"{runtime.repository} {runtime.version}, {rule.source}"
             named = tuple(matching) if of_changes else ()
-            found.append(Finding(rule.effect, does, named, source, _repair(rule, runtime, own, paths, merging)))
+            found.append(Finding(rule.effect, does, named, source, _repair(rule, runtime, own, paths, base or Base())))
     found.sort(key=lambda finding: EFFECTS.index(finding.effect))
     return RuntimeOutcome(
         runtime.name, runtime.title, runtime.version, runtime.proof, tuple(found), tuple(sorted(unknown))
@@ -224,7 +223,7 @@ def _repair(
     runtime: Runtime,
     matching: Iterable[KnownFacts],
     paths: Mapping[str, str],
-    merging: Mapping[str, Any],
+    base: Base,
 ) -> Repair:
     if rule.repair.startswith(SETTING):
         name = rule.repair.removeprefix(SETTING)
@@ -232,12 +231,16 @@ def _repair(
         (fact,) = (fact for fact, operations in rule.when.items() if name in operations.values())
         value = setting.least(max(number for facts in matching if isinstance(number := facts[fact], int | float)))
         return Repair(rule.repair, setting.spelling.format(value=f"{value:g}"), settings={name: value})
-    row = dict(repairs()[rule.repair])
-    called = row.pop("command")
+    name = base.instead.get(rule.repair, rule.repair)
+    row = dict(repairs()[name])
+    called, remark = row.pop("command"), ""
+    if called == "merge":
+        row |= base.merging
+        if base.file and row.get("tied") == "untie":
+            paths, remark = {**paths, "BASE": CHECKPOINT}, f"  # {CHECKPOINT}: the model of which {base.file} was made"
     arguments = tuple(paths.get(each, each) for each in row.pop("arguments"))
-    options = {name: paths.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-    options |= merging if called == "merge" else {}
-    return Repair(rule.repair, command(called, *arguments, **options), called, arguments, options)
+    options = {key: paths.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+    return Repair(name, command(called, *arguments, **options) + remark, called, arguments, options)
 
 
 def runtimes() -> dict[str, Runtime]:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lora_export
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.adapters import RUNTIMES
 from support import cli
-from support.gguf_files import llama
+from support.gguf_files import llama, write_llama
+from support.peft_models import trained
 from support.preflight_adapters import CASES, Case
 
 Call = Callable[..., tuple[int, str, str]]
@@ -124,6 +126,40 @@ def test_what_one_table_cannot_hold_is_repaired_by_a_merge_that_unties(
     (outcome,) = lora_export.check(tmp_path / "a", runtimes=["vllm"], base=tmp_path / "base").outcomes
     (repair,) = outcome.repairs
     assert repair.command == "merge" and (repair.options.get("tied") == "untie") is unties
+
+
+def test_a_merge_that_is_refused_is_no_repair(tmp_path: Path) -> None:
+    """Rows of a table are those of the tied head, too, which has a pair; the base stores both."""
+    fields = {"target_modules": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 2]}}
+    Case(fields, tied=True).write(tmp_path / "a")
+    llama(tied=True).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    for stored in ({}, {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}):
+        save_file(weights | stored, file, {"format": "pt"})
+        with pytest.raises(InputRefused, match="and adds to it: no merge does both"):
+            lora_export.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", tied="untie")
+        with pytest.raises(InputRefused, match="and adds to it: no merge does both"):
+            lora_export.check(tmp_path / "a", runtimes=["vllm"], base=tmp_path / "base")
+
+
+def test_a_type_of_model_without_gguf_adapters_is_repaired_by_a_merge(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    trained(model, r=2, target_modules=["c_attn"]).save_pretrained(tmp_path / "a")
+    found = lora_export.check(tmp_path / "a", runtimes=["ollama", "llama.cpp"], base=tmp_path / "base")
+    assert [[repair.name for repair in outcome.repairs] for outcome in found.outcomes] == [["merge"], ["merge"]]
+
+
+def test_a_gguf_base_gets_no_head_of_its_own(tmp_path: Path) -> None:
+    """The model of which it was made does."""
+    CASES["tied head"].write(tmp_path / "a")
+    base = write_llama(tmp_path / "base.gguf", model=llama(tied=True))
+    for outcome in lora_export.check(tmp_path / "a", runtimes=["ollama", "llama.cpp"], base=base).outcomes:
+        (repair,) = outcome.repairs
+        assert repair.arguments == ("CHECKPOINT", str(tmp_path / "a")) and repair.options["tied"] == "untie"
+        assert repair.text.endswith("# CHECKPOINT: the model of which base.gguf was made")
 
 
 def test_all_runtimes_are_choices_of_the_option(call: Call) -> None:

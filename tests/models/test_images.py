@@ -26,6 +26,7 @@ def shape(folder: Path, processor: dict[str, Any] | None = None, **config: Any) 
     [
         ({}, {"image_size": 30, "num_channels": 1}, (1, 30, 30)),
         ({}, {"image_size": (30, 40)}, (3, 30, 40)),
+        ({"size": 20}, {"input_size": 32, "patch_size": 8}, (3, 32, 32)),  # of LayoutLMv3
         ({"size": 20}, {"image_size": [30, 40]}, (3, 30, 40)),
         ({}, {"vision_config": SimpleNamespace(image_size=12, num_channels=2)}, (2, 12, 12)),
         ({}, {"encoder": SimpleNamespace(image_size=[10, 14])}, (3, 10, 14)),

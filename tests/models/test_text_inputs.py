@@ -209,6 +209,19 @@ def test_encoder_and_decoder_have_limits_of_their_own() -> None:
     assert found.long == {"sequence": 64, "target": 30}
 
 
+def test_the_decoder_of_prophetnet_looks_up_the_position_of_the_next_token() -> None:
+    sizes = {"hidden_size": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32}
+    heads = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+    module = transformers.ProphetNetModel(transformers.ProphetNetConfig(vocab_size=60, **sizes, **heads, **layers))
+    found = text_inputs.text_lengths(module, BOTH)
+    assert (found.most("sequence"), found.most("target")) == (31, 30)
+    texts, targets = torch.ones(1, 31, dtype=torch.long), torch.ones(1, 31, dtype=torch.long)
+    module(input_ids=texts, decoder_input_ids=targets[:, :30])
+    with pytest.raises(IndexError):
+        module(input_ids=texts, decoder_input_ids=targets)
+
+
 @pytest.mark.parametrize(("window", "length"), [(None, LONG), (32, LONG), (200, 200 + PAST_WINDOW)])
 def test_long_text_passes_the_sliding_window(window: int | None, length: int) -> None:
     found = lengths_of(mistral(window, max_position_embeddings=512))

@@ -289,6 +289,7 @@ MODELS = Path(transformers.__file__).parent / "models"
 MODEL_TYPE = re.compile(r'^    model_type\s*(?::[^=]+)?=\s*"([^"]+)"', re.MULTILINE)
 EMBEDDINGS = {"nn.Embedding", "torch.nn.Embedding"}
 SEVERAL = 3  # folders of transformers
+EXPERTS_OF = ("mixtral", "qwen2_moe")  # the types that PEFT knows of those as which transformers converts others
 # Names of tables of embeddings in some models, and of linear layers in others, BERT among them.
 LINEAR_ELSEWHERE = {"query", "reference_points"}
 
@@ -304,6 +305,10 @@ def derive_modules() -> dict[str, Any]:
         "linear_of_these_names": dict(sorted(linear_modules(conv1d).items())),
         "linear": linear_names(),
         "embeddings": sorted(tables - LINEAR_ELSEWHERE),
+        "taken_for_experts": {
+            name: sorted(each for each, of in conversion_mapping._MODEL_TO_CONVERSION_PATTERN.items() if of == name)
+            for name in EXPERTS_OF
+        },
     }
 
 

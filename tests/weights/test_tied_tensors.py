@@ -210,6 +210,12 @@ def test_without_the_option_the_refusal_names_it(llama, target, tmp_path):
         le.merge(llama.base, adapter, tmp_path / "out")
     assert 'tied="untie"' in str(refused.value) and 'tied="both"' in str(refused.value)
     assert not (tmp_path / "out").exists()
+    for tied in ("untie", "both"):
+        le.merge(llama.base, adapter, tmp_path / tied, tied=tied)
+        with pytest.raises(InputRefused) as refused:  # a verdict would be about one of the two ways
+            le.verify(tmp_path / tied, base=llama.base, adapters=adapter)
+        assert 'tied="untie"' in str(refused.value) and 'tied="both"' in str(refused.value)
+        assert le.verify(tmp_path / tied, base=llama.base, adapters=adapter, tied=tied)
 
 
 def test_without_a_way_to_merge_rows_and_a_pair_none_is_named(llama, tmp_path):

@@ -144,7 +144,10 @@ def merge_gguf(
 def _refuse_added(plan: Plan) -> None:
     added = [*plan.untied, *(step.weight for step in plan.steps if step.added)]
     if added:
-        raise InputRefused(f"a merge into a GGUF file adds no tensors, and this one would add {', '.join(added)}")
+        raise InputRefused(
+            f"a merge into a GGUF file adds no tensors, and this one would add {', '.join(added)}. Merge into the "
+            "checkpoint of which the file was made, and convert the result"
+        )
 
 
 def _stated_types(plan: Plan, base: GgufBase, types: Mapping[str, str]) -> dict[str, BlockType | None]:
