@@ -73,7 +73,7 @@ def test_a_nested_configs_cache_is_no_output(build: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_length_of_a_batch_varies_where_a_model_takes_len_of_it() -> None:
+def test_a_batch_varies_whose_len_a_model_takes() -> None:
     vision = {"input_size": 16, "patch_size": 8, "coordinate_size": 6, "shape_size": 4, "num_channels": 1}
     module = transformers.LayoutLMv3Model(transformers.LayoutLMv3Config(**TEXT, **vision)).eval()
     axes = {"pixel_values": {0: "batch"}}

@@ -104,8 +104,8 @@ class _TapFinder:
     def _is_branch(self, value: ir.Value, x: ir.Value | None) -> bool:
         """Whether an adapter's branch computes a value.
 
-        It does where it has an adapter's names, or is computed from `x` alone and reads no named weight. What lies
-        behind the output of another module is not looked at.
+        It does where it has an adapter's names, or is computed from `x` alone and reads no named weight. The
+        search ends at the outputs of other modules.
         """
         has_product = has_adapter_name = has_other_source = False
         seen: set[ir.Node] = set()
