@@ -219,8 +219,18 @@ def write(path: Path, values: AdapterArrays, contract: Contract, *, sha256: str)
     try:
         file.export_adapter(str(path))
     except (RuntimeError, UnicodeError) as error:
-        raise OutputFailed(f"{path} could not be written: {first_line(error)}") from error
+        raise OutputFailed(f"{path} could not be written: {_reason(path, size) or first_line(error)}") from error
     hashes.append_hash(path)
+
+
+def _reason(path: Path, size: int) -> str:
+    """Why the system writes no such file, which onnxruntime does not pass on; empty where it does write."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(size))
+    except OSError as error:
+        return error.strerror or ""
+    return ""
 
 
 def read(path: Path) -> OnnxAdapter:

@@ -16,6 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -79,19 +80,37 @@ def without_cache(module: nn.Module) -> contextlib.AbstractContextManager[None]:
 def tracing(module: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no output, and no fused attention kernels: a trace would capture them as opaque calls.
 
-    The module's own modes are restored afterwards.
+    `len` of a tensor is a size as any other. The module's own modes are restored afterwards.
     """
     training = [part for part in module.modules() if part.training]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), silence(), same_state(module):
+        with torch.no_grad(), silence(), same_state(module), _lengths_as_sizes(module):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part in training:
             part.training = True
+
+
+@contextlib.contextmanager
+def _lengths_as_sizes(module: nn.Module) -> Iterator[None]:
+    """`len` in the files of a model of transformers returns the first size of a tensor as a trace has it.
+
+    Python's own makes a number of it, which fixes the size: RT-DETR and its relatives take `len` of a batch.
+    """
+    files = {type(part).__module__ for part in module.modules()} if is_hugging_face(module) else set()
+    with contextlib.ExitStack() as exchanged:
+        for name in files:
+            if name.startswith("transformers.models."):
+                exchanged.enter_context(mock.patch.object(sys.modules[name], "len", _size_or_length, create=True))
+        yield
+
+
+def _size_or_length(value: Any) -> int:
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
 
 
 REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks")  # of an nn.Module, which are dictionaries

@@ -73,6 +73,19 @@ def test_a_nested_configs_cache_is_no_output(build: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_a_batch_varies_whose_len_a_model_takes() -> None:
+    vision = {"input_size": 16, "patch_size": 8, "coordinate_size": 6, "shape_size": 4, "num_channels": 1}
+    module = transformers.LayoutLMv3Model(transformers.LayoutLMv3Config(**TEXT, **vision)).eval()
+    axes = {"pixel_values": {0: "batch"}}
+    graph = to_onnx(module, {"pixel_values": torch.randn(2, 1, 16, 16)}, axes=axes)
+    pixels = torch.randn(5, 1, 16, 16)
+    with torch.no_grad():
+        expected = module(pixel_values=pixels).last_hidden_state
+    found = run(graph, pixel_values=pixels.numpy())["last_hidden_state"]
+    torch.testing.assert_close(torch.from_numpy(found), expected)
+    assert "len" not in vars(inspect.getmodule(type(module)))
+
+
 def test_a_model_from_a_factory_gets_its_cache_back() -> None:
     torch.manual_seed(0)
     module = qwen2_vl().eval()

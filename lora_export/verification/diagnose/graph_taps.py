@@ -48,17 +48,20 @@ def find_taps(model: ir.Model, sites: Sites, inputs: Collection[str], biased: Ma
     ]
     finder = _TapFinder(set(inputs), {site.node for _, site in candidates})
     candidates.sort(key=lambda candidate: positions[candidate[1].node])
-    return [tap for name, site in candidates if (tap := finder.find(name, site, has_bias=biased[name]))]
+    # Twice: the ends of all modules, which the first pass finds, keep the second from taking a residual for a branch.
+    both = [[finder.find(name, site, has_bias=biased[name]) for name, site in candidates] for _ in range(2)]
+    return [tap for tap in both[-1] if tap is not None]
 
 
 class _TapFinder:
     """Follows the graph from the node that reads a weight to the output of its module.
 
-    `readers` are the nodes that read a named weight.
+    `of_modules` are the nodes that read a named weight. Those that complete the modules found so far join them: a
+    residual that an adapter's branch was added to is no branch.
     """
 
-    def __init__(self, inputs: set[str], readers: set[ir.Node]):
-        self.inputs, self.readers = inputs, readers
+    def __init__(self, inputs: set[str], of_modules: set[ir.Node]):
+        self.inputs, self.of_modules = inputs, of_modules
 
     def find(self, name: str, site: Site, *, has_bias: bool) -> Tap | None:
         node = site.node
@@ -78,12 +81,13 @@ class _TapFinder:
             return None
         y, is_added = node.outputs[0], _adds_bias(node)
         while (following := self._next(y, x, needs_bias=has_bias and not is_added)) is not None:
-            y, is_bias = following
-            is_added = is_added or is_bias
+            last, is_bias = following
+            y, is_added = last.outputs[0], is_added or is_bias
+            self.of_modules.add(last)
         return Tap(name, site, x_name, y.name, is_added or not _is_read_by_fused_node(y))
 
-    def _next(self, y: ir.Value, x: ir.Value | None, *, needs_bias: bool) -> tuple[ir.Value, bool] | None:
-        """The next value of the module after `y`, and whether that adds the bias; None where the module ends."""
+    def _next(self, y: ir.Value, x: ir.Value | None, *, needs_bias: bool) -> tuple[ir.Node, bool] | None:
+        """The node of the module after `y`, and whether it adds the bias; None where the module ends."""
         for node, index in y.uses():
             if len(node.inputs) != 2 or not (node.outputs[0].uses() or node.outputs[0].is_graph_output()):
                 continue
@@ -92,15 +96,16 @@ class _TapFinder:
                 continue
             if node.op_type == "Add" and _is_constant(other):
                 if needs_bias:
-                    return node.outputs[0], True
+                    return node, True
             elif self._is_branch(other, x) if node.op_type == "Add" else _is_dora_factor(node, other):
-                return node.outputs[0], False
+                return node, False
         return None
 
     def _is_branch(self, value: ir.Value, x: ir.Value | None) -> bool:
         """Whether an adapter's branch computes a value.
 
-        It does where it has an adapter's names, or is computed from `x` alone and reads no named weight.
+        It does where it has an adapter's names, or is computed from `x` alone and reads no named weight. The
+        search ends at the outputs of other modules.
         """
         has_product = has_adapter_name = has_other_source = False
         seen: set[ir.Node] = set()
@@ -115,7 +120,7 @@ class _TapFinder:
             if node in seen or node.op_type == "Shape":
                 continue
             seen.add(node)
-            if node in self.readers:
+            if node in self.of_modules:
                 has_other_source = True
                 continue
             if len(seen) > MAX_BRANCH_NODES:

@@ -11,11 +11,13 @@ from lora_export.verification.diagnose.graph_taps import Tap, expose, find_taps
 from support.graphs import a_graph
 
 WEIGHTS = "float[2,2] m.weight = {1,2,3,4}, float[2] m.bias = {5,6}, float[2,1] A = {1,0}, float[1,2] B = {0,1}"
+BEFORE = "float[2,2] n.weight = {1,2,3,5}, float[2,1] n.lora_A.weight = {1,0}, float[1,2] n.lora_B.weight = {0,1}"
 
 
 def taps_of(body: str, *, biased: bool = True) -> list[Tap]:
-    model = a_graph(f"g (float[N,2] x, float[N,2] other) => (float[N,2] y) <{WEIGHTS}> {{ {body} }}")
-    return find_taps(model, find_sites(model), ["x", "other"], {"m.weight": biased})
+    model = a_graph(f"g (float[N,2] x, float[N,2] other) => (float[N,2] y) <{WEIGHTS}, {BEFORE}> {{ {body} }}")
+    taps = find_taps(model, find_sites(model), ["x", "other"], {"n.weight": False, "m.weight": biased})
+    return [tap for tap in taps if tap.name == "m.weight"]
 
 
 @pytest.mark.parametrize(
@@ -26,8 +28,18 @@ def taps_of(body: str, *, biased: bool = True) -> list[Tap]:
         ("h = MatMul(x, m.weight) a = MatMul(x, A) b = MatMul(a, B) k = Add(h, b) y = Relu(k)", "k"),
         ("h = MatMul(x, m.weight) y = Add(h, other)", "h"),
         ("h = MatMul(x, m.weight) a = MatMul(other, A) b = MatMul(a, B) y = Add(h, b)", "h"),
+        (
+            "n = MatMul(other, n.weight) a = MatMul(other, n.lora_A.weight) b = MatMul(a, n.lora_B.weight) "
+            "r = Add(n, b) h = MatMul(x, m.weight) y = Add(h, r)",
+            "h",
+        ),
+        (
+            "h = MatMul(x, m.weight) n = MatMul(other, n.weight) a = MatMul(other, n.lora_A.weight) "
+            "b = MatMul(a, n.lora_B.weight) r = Add(n, b) y = Add(h, r)",
+            "h",
+        ),
     ],
-    ids=["product", "bias", "branch", "residual", "branch of another input"],
+    ids=["product", "bias", "branch", "residual", "branch of another input", "residual with a branch", "later one"],
 )
 def test_output_of_a_module_includes_its_bias_and_branch(body: str, output: str) -> None:
     (tap,) = taps_of(body)
