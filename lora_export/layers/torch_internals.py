@@ -241,6 +241,56 @@ def _read_once(read: Callable[[], Any]) -> Any:
     return read()
 
 
+@contextlib.contextmanager
+def signatures_made_once() -> Iterator[None]:
+    """A context in which PyTorch's exporter makes the signature of a function or operator of ONNX once.
+
+    It would make those of all functions for each export, and that of an operator for each node.
+    """
+    schemas: Any = importlib.import_module("torch.onnx._internal.exporter._schemas")
+    described: Any = getattr(importlib.import_module("onnx_ir.schemas"), "OpSignature", None)
+    make, describe = getattr(schemas, "op_signature_from_function", None), getattr(described, "from_op_schema", None)
+    if make is None or describe is None:
+        yield
+        return
+    known: dict[tuple[str, str, int], Any] = {}
+
+    def of_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+        made = getattr(function, "_pt_onnx_signature", None)  # where the exporter keeps it
+        return make(function, *args, **kwargs) if made is None else made
+
+    def of_operator(schema: Any) -> Any:
+        key = schema.domain, schema.name, schema.since_version
+        if key not in known:
+            known[key] = describe(schema)
+        return known[key]
+
+    functions = mock.patch.object(schemas, "op_signature_from_function", of_function)
+    with functions, mock.patch.object(described, "from_op_schema", of_operator):
+        yield
+
+
+def composites_looked_up_once() -> AbstractContextManager[Any]:
+    """A context in which PyTorch looks up its composite operators again only where one was added.
+
+    An export looks up all of them for each of some 30 namespaces.
+    """
+    utils: Any = importlib.import_module("torch._export.utils")
+    find = getattr(utils, "_materialize_cpp_cia_ops", None)
+    list_names = getattr(torch._C, "_dispatch_get_registrations_for_dispatch_key", None)
+    if find is None or list_names is None:
+        return contextlib.nullcontext()
+    found = list[str]()
+
+    def find_new() -> None:
+        names = list_names("CompositeImplicitAutograd")
+        if names != found:
+            find()
+            found[:] = names
+
+    return mock.patch.object(utils, "_materialize_cpp_cia_ops", find_new)
+
+
 def types_promoted_as_traced() -> AbstractContextManager[Any]:
     """A context in which PyTorch's exporter runs no operator again to find where ONNX needs a Cast.
 

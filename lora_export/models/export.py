@@ -26,11 +26,13 @@ from torch.export import Dim
 from lora_export.errors import RuntimeRefused
 from lora_export.layers.torch_internals import (
     can_match,
+    composites_looked_up_once,
     forget_kernels,
     functions_read_once,
     loaded_models_alone,
     own_buffers,
     own_parameters,
+    signatures_made_once,
     types_promoted_as_traced,
     without_stack_traces,
 )
@@ -107,7 +109,9 @@ def _rules_by_operator() -> AbstractContextManager[Any]:
 
 
 RULES_BY_OPERATOR = SharedContext(_rules_by_operator)
-READ_ONCE = SharedContext(functions_read_once, types_promoted_as_traced)
+READ_ONCE = SharedContext(
+    functions_read_once, signatures_made_once, composites_looked_up_once, types_promoted_as_traced
+)
 LOADED_ALONE = SharedContext(loaded_models_alone)
 WITHOUT_STACK_TRACES = SharedContext(without_stack_traces)
 

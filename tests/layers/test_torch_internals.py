@@ -9,8 +9,10 @@ import inspect
 import sys
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from onnx_ir.schemas import OpSignature
 from onnxscript.rewriter.rules.common import _basic_rules
 from torch import Tensor, nn
 
@@ -66,6 +68,9 @@ NAMES = [
     ("torch._dynamo.exc", "TorchDynamoException"),
     ("torch.utils._python_dispatch", "TorchDispatchMode"),
     ("torch.onnx._internal._lazy_import", "onnxscript_apis", "get_torchlib_ops"),
+    ("torch.onnx._internal.exporter._schemas", "op_signature_from_function"),
+    ("torch._C", "_dispatch_get_registrations_for_dispatch_key"),
+    ("torch._export.utils", "_materialize_cpp_cia_ops"),
     (PROMOTION, "get_type_promotion_rule"),
     (PROMOTION, "_TypePromotionInterpreter", "run_node"),
     (PROMOTION, "_TypePromotionInterpreter", "_maybe_promote_node"),
@@ -141,6 +146,37 @@ def test_the_functions_of_onnxscript_are_read_once() -> None:
         assert apis.get_torchlib_ops() is first
     outside = apis.get_torchlib_ops()
     assert outside is not first and len(outside) == len(first) > 400
+
+
+def test_a_signature_is_made_once() -> None:
+    registry = torch_internals.private("torch.onnx._internal.exporter._registration", "ONNXRegistry")
+    old, new = (onnx.defs.get_schema("Relu", version) for version in (13, 14))
+    with torch_internals.functions_read_once(), torch_internals.signatures_made_once():
+        first, second = (registry.from_torchlib().functions["aten::relu"][0].signature for _ in range(2))
+        assert second is first
+        assert OpSignature.from_op_schema(old) is OpSignature.from_op_schema(old)
+        assert (OpSignature.from_op_schema(old).since_version, OpSignature.from_op_schema(new).since_version) == (
+            13,
+            14,
+        )
+    with torch_internals.functions_read_once():
+        outside = registry.from_torchlib().functions["aten::relu"][0].signature
+    assert outside is not first and str(outside) == str(first)
+    assert OpSignature.from_op_schema(old) is not OpSignature.from_op_schema(old)
+
+
+def test_composite_operators_are_looked_up_where_one_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = importlib.import_module("torch._export.utils")
+    calls: list[None] = []
+    monkeypatch.setattr(utils, "_materialize_cpp_cia_ops", lambda: calls.append(None))
+    with torch_internals.composites_looked_up_once(), torch.library._scoped_library("of_this_test", "DEF") as library:
+        for expected in (1, 1):
+            utils._materialize_cpp_cia_ops()
+            assert len(calls) == expected
+        library.define("doubled(Tensor x) -> Tensor")
+        library.impl("doubled", lambda x: x * 2, "CompositeImplicitAutograd")
+        utils._materialize_cpp_cia_ops()
+    assert len(calls) == 2
 
 
 class Promoting(nn.Module):
