@@ -1,7 +1,7 @@
 """The references with the choices of the candidate, where scores of a top-k operator tie.
 
 A right candidate in half precision sends some tokens to other experts than the references do, wherever two scores are
-nearer than its rounding. PyTorch does so, too, at other tokens: then its error says nothing about rounding. With the
+nearer than its rounding. PyTorch does so, too, at other tokens: then its error is not one of rounding. With the
 same choices everywhere an error is one of rounding again, and a small fault shows beside it.
 """
 

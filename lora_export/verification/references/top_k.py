@@ -118,7 +118,7 @@ class _Choosing(TorchFunctionMode):
 
 @dataclass(frozen=True, eq=False)
 class Recorder:
-    """A `Choose` that keeps what every call returns: what `choose` says, or its own choice."""
+    """A `Choose` that keeps what every call returns: what `choose` returns, or its own choice."""
 
     choose: Choose | None = None
     found: dict[Call, Choice] = field(default_factory=dict)
