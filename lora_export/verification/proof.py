@@ -121,20 +121,18 @@ def prove(
         step("inputs that reach more pairs")
         if further := references.reaching(candidate, expected.unreached):
             return prove(candidate, further, atol=atol, rtol=rtol, trace=trace, step=step)
-    judge = functools.partial(_judge, outputs, expected, atol=atol, rtol=rtol)
-    cases = _cases(inputs, outputs, expected)
-    verdict = judge(cases)
+    trial = _Trial(inputs, outputs, prepared, bool(references.adapters), step, atol, rtol)
+    cases = trial.cases(expected)
+    verdict = trial.judge(expected, cases)
     is_coarse = verdict.outcome is parity.Outcome.UNDECIDED or differs_in_precision_alone(verdict)
     alike = prepared.run_alike(outputs, step) if is_coarse else None
     if alike is None:
-        verdict, cases = _with_controls(verdict, cases, expected, references, prepared, judge, step)
+        verdict, cases = trial.with_controls(expected, verdict, cases)
         if not is_coarse and verdict.outcome is parity.Outcome.UNDECIDED:
             alike = prepared.run_alike(outputs, step)
     if alike is not None:
-        expected = alike
-        judge = functools.partial(_judge, outputs, expected, atol=atol, rtol=rtol)
-        cases = _cases(inputs, outputs, expected)
-        verdict, cases = _with_controls(judge(cases), cases, expected, references, prepared, judge, step)
+        expected, cases = alike, trial.cases(alike)
+        verdict, cases = trial.with_controls(expected, trial.judge(expected, cases), cases)
     verdict = _with_remedy(verdict, references.remedy)
     if all(comparison.figures for comparison in verdict.comparisons):
         step("the provider's own settings")
@@ -158,67 +156,65 @@ LEAST_DIAGNOSED = 32  # values of the inputs of a case whose modules are compare
 # --- steps of the flow -----------------------------------------------------------------------
 
 
-def _cases(inputs: Inputs, outputs: CandidateOutputs, expected: ReferenceOutputs) -> list[parity.Case]:
-    """The outputs of all runs, case by case; none of the candidate's where it refused the case."""
-    cases = []
-    for name, summary in inputs.summaries.items():
-        by_role: dict[str, Any] = {role: by_case[name] for role, by_case in expected.by_role.items()}
-        own = aligned(outputs.by_case.get(name, {}), by_role["reference"], names_known=expected.names_known)
-        case = parity.Case(
-            name,
-            summary,
-            deployed=expected.deployed[name],
-            candidate=own,
-            peer=expected.peer,
-            unjudged=inputs.unjudged.get(name),
-            unjudged_by_output=expected.unjudged.get(name, {}),
-            **by_role,
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """What a candidate computed, judged beside the outputs of its references."""
+
+    inputs: Inputs
+    outputs: CandidateOutputs
+    prepared: PreparedReferences
+    has_adapters: bool
+    step: OnProofStep
+    atol: float | None
+    rtol: float | None
+
+    def cases(self, expected: ReferenceOutputs) -> list[parity.Case]:
+        """The outputs of all runs, case by case; none of the candidate's where it refused the case."""
+        cases = []
+        for name, summary in self.inputs.summaries.items():
+            by_role: dict[str, Any] = {role: by_case[name] for role, by_case in expected.by_role.items()}
+            own = self.outputs.by_case.get(name, {})
+            case = parity.Case(
+                name,
+                summary,
+                deployed=expected.deployed[name],
+                candidate=aligned(own, by_role["reference"], names_known=expected.names_known),
+                peer=expected.peer,
+                unjudged=self.inputs.unjudged.get(name),
+                unjudged_by_output=expected.unjudged.get(name, {}),
+                **by_role,
+            )
+            cases.append(case)
+        return cases
+
+    def judge(self, expected: ReferenceOutputs, cases: Sequence[parity.Case], *notes: str) -> parity.Verdict:
+        """The verdict on the cases, and on the first case run again where that returned other bits."""
+        judged = list(cases)
+        if self.outputs.repeated is not None:
+            first = cases[0]
+            own = aligned(self.outputs.repeated, first.reference, names_known=expected.names_known)
+            judged.append(replace(first, name=f"{first.name}, run again", candidate=own))
+        return parity.judge(
+            judged,
+            dtype=expected.dtype,
+            sensitivity=expected.sensitivity,
+            atol=self.atol,
+            rtol=self.rtol,
+            findings=expected.findings + parity.Findings(notes),
         )
-        cases.append(case)
-    return cases
 
-
-def _judge(
-    outputs: CandidateOutputs,
-    expected: ReferenceOutputs,
-    cases: Sequence[parity.Case],
-    *notes: str,
-    atol: float | None,
-    rtol: float | None,
-) -> parity.Verdict:
-    """The verdict on the cases, and on the first case run again where that returned other bits."""
-    judged = list(cases)
-    if outputs.repeated is not None:
-        first = cases[0]
-        own = aligned(outputs.repeated, first.reference, names_known=expected.names_known)
-        judged.append(replace(first, name=f"{first.name}, run again", candidate=own))
-    return parity.judge(
-        judged,
-        dtype=expected.dtype,
-        sensitivity=expected.sensitivity,
-        atol=atol,
-        rtol=rtol,
-        findings=expected.findings + parity.Findings(notes),
-    )
-
-
-def _with_controls(
-    verdict: parity.Verdict,
-    cases: list[parity.Case],
-    expected: ReferenceOutputs,
-    references: References,
-    prepared: PreparedReferences,
-    judge: Callable[..., parity.Verdict],
-    step: OnProofStep,
-) -> tuple[parity.Verdict, list[parity.Case]]:
-    """The verdict and its cases by further peers where they are needed, and with each pair switched off."""
-    if differs_in_precision_alone(verdict):
-        verdict, cases = _by_further_peers(verdict, cases, prepared.further_peers(step), judge)
-    if references.adapters and verdict.outcome is not parity.Outcome.DIFFERENT:
-        step("single pairs")
-        found = prepared.control_pairs([case for case in cases if case.candidate], expected)
-        verdict = parity.with_findings(verdict, found, "pairs")
-    return verdict, cases
+    def with_controls(
+        self, expected: ReferenceOutputs, verdict: parity.Verdict, cases: list[parity.Case]
+    ) -> tuple[parity.Verdict, list[parity.Case]]:
+        """The verdict and its cases by further peers where they are needed, and with each pair switched off."""
+        if differs_in_precision_alone(verdict):
+            judge = functools.partial(self.judge, expected)
+            verdict, cases = _by_further_peers(verdict, cases, self.prepared.further_peers(self.step), judge)
+        if self.has_adapters and verdict.outcome is not parity.Outcome.DIFFERENT:
+            self.step("single pairs")
+            found = self.prepared.control_pairs([case for case in cases if case.candidate], expected)
+            verdict = parity.with_findings(verdict, found, "pairs")
+        return verdict, cases
 
 
 def _by_further_peers(
