@@ -118,16 +118,18 @@ class PreparedPyTorch(PreparedReferences):
         assert self._fp64 is not None
         assert self._expected is not None
         attached, cases = self.weights.attached, self.inputs.cases
-        choices = shared_choices(self.weights, self.deployed, cases, outputs, step)
+        deployed = self.deployed
+        if self.weights.is_large:  # what is made again for it goes with it
+            del self.deployed
+            attached.ready = None
+        choices = shared_choices(self.weights, deployed, cases, outputs, step)
         if choices is None:
             return None
         by_role = choices.run_references(attached, attached.groups if self.weights.adapters else [["reference"]], cases)
-        deployed = choices.run_deployed(self.deployed, cases)
-        if self.weights.is_large:
-            del self.deployed
+        own = choices.run_deployed(deployed, cases)
         self._choices, self._fp64 = choices, replace(self._fp64, choices=choices)
         findings = self._expected.findings + Findings((choices.note,))
-        return self._with_doubts(replace(self._expected, deployed=deployed, by_role=by_role, findings=findings))
+        return self._with_doubts(replace(self._expected, deployed=own, by_role=by_role, findings=findings))
 
     def _with_doubts(self, expected: ReferenceOutputs) -> ReferenceOutputs:
         """With the positions and outputs where PyTorch's own error is more than rounding."""

@@ -17,7 +17,6 @@ from torch import nn
 from lora_export.errors import count
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
-from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, kept
 from lora_export.verification.module_copies import widened
 from lora_export.verification.references.attached_module import AttachedModule
@@ -36,7 +35,7 @@ from lora_export.verification.references.top_k import (
     margins_of,
 )
 
-MANY_SCORES = 1 << 20  # their ratio limit is that of an output of so many numbers
+MOST_TAKEN, FEW_TAKEN = 3, 10  # rows: so many times PyTorch's own, and so many more where these are few by chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +45,21 @@ class SharedChoices:
     wanted: Mapping[str, ChosenIndices]  # the candidate's, by case
     margins: Margins
     chosen: Mapping[str, Choices]  # by the reference
+    peer_rows: int  # in which PyTorch would choose otherwise than the reference
+
+    @property
+    def taken_rows(self) -> int:
+        """In which the reference took the candidate's choice in place of its own."""
+        return _forced_rows(self.chosen)
 
     @property
     def note(self) -> str:
         """What a verdict reports of them."""
-        forced = [choice.is_forced for own in self.chosen.values() for choice in own.values()]
-        changed, places = sum(int(each.sum()) for each in forced), sum(each.numel() for each in forced)
+        rows = sum(choice.is_forced.numel() for own in self.chosen.values() for choice in own.values())
         return (
-            f"the references took the candidate's choice in {changed:,} of {count(places, 'row')} of top-k operators: "
-            "there scores tie within PyTorch's own error. PyTorch was measured with the same choices"
+            f"where scores of top-k operators tie within PyTorch's own error, the references took the candidate's "
+            f"choice: in {self.taken_rows:,} of {count(rows, 'row')}. PyTorch, which would choose otherwise in "
+            f"{self.peer_rows:,}, was measured with the same choices"
         )
 
     def at_ties(self, module: nn.Module, *cases: str) -> contextlib.AbstractContextManager[None]:
@@ -95,7 +100,8 @@ def shared_choices(
 ) -> SharedChoices | None:
     """The choices of candidate and reference, and how near scores must be to tie.
 
-    None where the model has no top-k, all choose the same, or the candidate's choices cannot be read.
+    None where the model has no top-k, all choose the same, the candidate's choices cannot be read, and where it would
+    have its own in many more rows than PyTorch: rounding is not what chooses there.
     """
     peer = {} if outputs.refusals else _of_peer(deployed, cases)
     if not peer:
@@ -111,9 +117,15 @@ def shared_choices(
     if not any(bool(each.any()) for each in differ):
         return None
     peer = _of_peer(deployed, cases, {name: _indices(found) for name, found in own.items()})
-    limit = parity.ratio_limit(MANY_SCORES, weights.dtype)
-    margins = margins_of(((own[name], peer[name]) for name in cases), limit)
-    return SharedChoices(wanted, margins, _of_reference(weights.attached, cases, wanted, margins))
+    margins = margins_of((own[name], peer[name]) for name in cases)
+    chosen = _of_reference(weights.attached, cases, wanted, margins)
+    shared = SharedChoices(wanted, margins, chosen, _forced_rows(peer))
+    return shared if shared.taken_rows <= MOST_TAKEN * shared.peer_rows + FEW_TAKEN else None
+
+
+def _forced_rows(choices: Mapping[str, Choices]) -> int:
+    """The rows in which others were chosen than those of the best scores."""
+    return sum(int(choice.is_forced.sum()) for own in choices.values() for choice in own.values())
 
 
 def _of_peer(

@@ -166,18 +166,18 @@ def _ordered(scores: torch.Tensor) -> torch.Tensor:
     return scores.sort(-1, descending=True).values
 
 
-def margins_of(runs: Iterable[tuple[Choices, Choices]], factor: float) -> Margins:
+def margins_of(runs: Iterable[tuple[Choices, Choices]]) -> Margins:
     """How far apart two scores may be that a right computation may take for each other, [k] in fp64 for each call.
 
     `runs` are, for each case, those of the reference and those of PyTorch with the same choices. Both scores may be off
-    by `factor` times the largest error at this rank and the next ones, in any row of any case.
+    by the largest error at this rank and the next ones, in any row of any case.
     """
     margins: dict[tuple[str, int], torch.Tensor] = {}
     for reference, deployed in runs:
         for call, choice in reference.items():
             errors = _errors_by_rank(choice, deployed[call].scores)
             around = nn.functional.max_pool1d(errors[None], RANKS_TOGETHER, 1, RANKS_TOGETHER // 2)[0]
-            own, at = 2 * factor * around[: choice.indices.shape[-1]], (call.owner, call.number)
+            own, at = 2 * around[: choice.indices.shape[-1]], (call.owner, call.number)
             margins[at] = torch.maximum(margins[at], own) if at in margins else own
     return margins
 

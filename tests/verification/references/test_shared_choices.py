@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_export import layers, plan
 from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.models import model
+from lora_export.models import model, stored_parameter
 from lora_export.models.export import to_onnx
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
@@ -53,12 +53,12 @@ class Mixture(nn.Module):
 TURNED = (1.0, 1 + ROUNDING, 1.0, 1.0)  # the second expert is the better one wherever the tied scores are above 0
 
 
-def judged(as_run: Callable[[Mixture], Runner] = ModuleRunner, **factors: Any) -> Proof:
+def judged(as_run: Callable[[Mixture], Runner] = ModuleRunner, rows: int = ROWS, **factors: Any) -> Proof:
     torch.manual_seed(0)
     module = Mixture().eval()
 
     def inputs(sizes: model.Sizes, generator: torch.Generator) -> model.ModelInputs:
-        return {"x": torch.randn(ROWS + sizes["batch"], 8, generator=generator)}
+        return {"x": torch.randn(rows + sizes["batch"], 8, generator=generator)}
 
     base = model.Model("mixture", module, axes={"x": {0: "batch"}}, make_inputs=inputs, traced_sizes={"batch": 2})
     adapter = an_adapter(0.1)
@@ -82,7 +82,7 @@ def test_another_choice_at_a_tie_is_right(as_graph: Callable[[Mixture], Runner])
     for as_run in (ModuleRunner, as_graph):
         verdict = judged(as_run).verdict
         assert verdict.same, str(verdict)
-        assert any("took the candidate's choice in" in note for note in verdict.notes)
+        assert any("took the candidate's choice: in 7 of 188 rows" in note for note in verdict.notes)
 
 
 def test_it_is_the_choice_that_makes_it_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +102,20 @@ def test_a_fault_beside_ties_is_found(factors: Mapping[str, Any]) -> None:
     """Each is far smaller than what another expert changes."""
     verdict = judged(**factors).verdict
     assert verdict.outcome is Outcome.DIFFERENT, str(verdict)
+
+
+def test_more_rows_than_rounding_turns_are_not_taken() -> None:
+    """PyTorch turns none: a candidate that takes the other one of two at every tie is not off by rounding."""
+    assert not judged(rows=10 * ROWS).verdict.same
+
+
+def test_choices_of_a_large_module_with_rounded_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_parameter, "MOST_WIDENED_WEIGHTS", 0)
+
+    def in_bf16(module: Mixture) -> Runner:
+        module.dense.weight.data = module.dense.weight.bfloat16().float()
+        return ModuleRunner(module, stored_dtypes={"dense.weight": "bfloat16"})
+
+    verdict = judged(in_bf16).verdict
+    assert verdict.same, str(verdict)
+    assert any("took the candidate's choice" in note for note in verdict.notes)

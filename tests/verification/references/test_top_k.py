@@ -139,7 +139,7 @@ def test_masked_scores_tie_with_nothing() -> None:
 
 
 def test_margins_are_those_of_the_largest_error_near_the_rank() -> None:
-    """Beside NumPy: 2 · factor · the largest error of the rank and its neighbours, over rows and cases."""
+    """Beside NumPy: twice the largest error of the rank and its neighbours, over rows and cases."""
     rng = np.random.default_rng(0)
     truths, peers = rng.standard_normal((2, 5, 6)), []
     for truth in truths:
@@ -157,13 +157,13 @@ def test_margins_are_those_of_the_largest_error_near_the_rank() -> None:
         error = np.abs(np.take_along_axis(peer.astype(float), order, 1) - np.take_along_axis(truth, order, 1))
         errors = np.maximum(errors, error.max(0))
     near = [max(errors[max(0, rank - 1) : rank + 2]) for rank in range(3)]
-    np.testing.assert_allclose(margins_of(runs, 3.0)["r", 0].numpy(), 6 * np.array(near), rtol=1e-12)
+    np.testing.assert_allclose(margins_of(runs)["r", 0].numpy(), 2 * np.array(near), rtol=1e-12)
 
 
 def test_exact_scores_tie_within_the_rounding_of_their_dtype() -> None:
     call, truth = Call("r", 0, (1, 3)), torch.tensor([[4.0, 2.0, 1.0]], dtype=torch.float64)
     choice = Choice(truth, torch.tensor([[0]]))
-    (margin,) = margins_of([({call: choice}, {call: Choice(truth.half(), choice.indices)})], 1.0).values()
+    (margin,) = margins_of([({call: choice}, {call: Choice(truth.half(), choice.indices)})]).values()
     assert margin.tolist() == [2 * 4 * torch.finfo(torch.float16).eps]
 
 
