@@ -97,6 +97,8 @@ def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
         ties = _ties(checkpoint, plan.Tied.BOTH)
     handling = _least_handling(adapter, checkpoint, ties)
     copies = {} if ties is None else ties.tensors
+    model_type = checkpoint.config.get("model_type")
+    has_gguf = is_gguf or (isinstance(model_type, str) and model_type in GGUF_ROWS)
     return adapter, Base(
         config=checkpoint.config,
         tensors=frozenset([*(spec.name for spec in checkpoint.specs), *copies]),
@@ -104,7 +106,7 @@ def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
         repeated=frozenset(repeated_tables(adapter, checkpoint, copies)),
         merging=_merging(handling, checkpoint, is_gguf=is_gguf),
         file=path.name if is_gguf else "",
-        instead={} if checkpoint.config.get("model_type", "llama") in GGUF_ROWS else {"gguf": "merge"},
+        instead={} if has_gguf else {"gguf": "merge"},
     )
 
 

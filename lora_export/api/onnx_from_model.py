@@ -307,7 +307,7 @@ def _with_targets(
     """The same, with those weights beside which the graph takes future adapters."""
     if not future:
         return located
-    steps, lost = laid(functools.partial(plan.make, future, identity_ok=True), located.sites, whole, options)
+    steps, lost = laid(functools.partial(plan.make, future, identity_ok=True), located.sites, whole)
     if lost and not options.has_parts and options.targets != "all-linear":
         way = f"No output reads them for the inputs of the export: leave them out of {named('target')}"
         raise not_in_graph(lost, way, targets=len(steps.steps) + len(lost))

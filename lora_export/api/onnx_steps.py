@@ -20,7 +20,6 @@ from lora_export.api.generation_task import graph_files
 from lora_export.api.onnx_request import OnnxRequest, adapter_file
 from lora_export.api.publish import ExportProofs, recorded_verdicts, require_same, stage_of_proof
 from lora_export.callbacks import note_each
-from lora_export.errors import MatchError
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.find_sites import Sites, find_sites
@@ -84,7 +83,7 @@ def locate_steps(
         options = replace(options, adapters=[without_unread_rows(one, sites.by_name) for one in options.adapters])
     helped = base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext()
     with checkpoint_as_remedy(options.adapters, has_checkpoint=checkpoint is not None), helped:
-        steps, elsewhere = laid(options.plan, sites, whole, options) if options.adapters else (None, [])
+        steps, elsewhere = laid(options.plan, sites, whole) if options.adapters else (None, [])
     if steps and is_existing:
         alone, steps = steps, with_rows_of_equal_tables(steps, sites, checkpoint)
         note_each(options.on_message, tie_notes(alone, steps))
@@ -102,19 +101,14 @@ def locate_steps(
 
 
 def laid(
-    make: Callable[[Sequence[TensorSpec]], Plan], sites: Sites, whole: Sequence[TensorSpec], options: OnnxRequest
+    make: Callable[[Sequence[TensorSpec]], Plan], sites: Sites, whole: Sequence[TensorSpec]
 ) -> tuple[Plan, list[Step]]:
     """The plan over the weights of a graph, and the steps on those of the whole model that the graph lacks.
 
-    The latter are planned with, too, where the graph is one of several, or where not all fits the graph alone.
+    They are planned together: a name that the graph lacks would be resolved to another layer's.
     """
     elsewhere = [spec for spec in whole if sites.by_name.keys().isdisjoint((spec.name, *spec.aliases))]
-    try:
-        steps = make([*sites.specs, *(elsewhere if options.has_parts else ())])
-    except MatchError:
-        if options.has_parts or not elsewhere:
-            raise
-        steps = make([*sites.specs, *elsewhere])
+    steps = make([*sites.specs, *elsewhere])
     others = {spec.name for spec in elsewhere}
     own = tuple(step for step in steps.steps if step.spec.stored_name not in others)
     return replace(steps, steps=own), [step for step in steps.steps if step.spec.stored_name in others]

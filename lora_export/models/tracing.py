@@ -25,6 +25,7 @@ from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.isolation.bounds import is_out_of_memory
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import ModelInputs
+from lora_export.models.shared_context import SharedContext
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.options.spelling import named
 
@@ -105,8 +106,13 @@ def _lengths_as_sizes(module: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as exchanged:
         for name in files:
             if name.startswith("transformers.models."):
-                exchanged.enter_context(mock.patch.object(sys.modules[name], "len", _size_or_length, create=True))
+                exchanged.enter_context(_sizes_in(name))
         yield
+
+
+@functools.cache
+def _sizes_in(file: str) -> SharedContext:
+    return SharedContext(lambda: mock.patch.object(sys.modules[file], "len", _size_or_length, create=True))
 
 
 def _size_or_length(value: Any) -> int:

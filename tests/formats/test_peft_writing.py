@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lora_export
 from lora_export import formats
 from lora_export.errors import InputRefused
+from lora_export.formats.peft_lost_layers import notes_on_lost_layers
 from lora_export.formats.peft_writing import write_any_ranks
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, TokenRows, expert_name
 from lora_export.storage.json_files import read_json
@@ -274,3 +275,16 @@ def test_a_task_is_written_where_the_head_is_whole(
     write_any_ranks(adapter, tmp_path)
     config = read_json(tmp_path / "adapter_config.json")
     assert (config["modules_to_save"], config.get("task_type")) == (saved, task)
+
+
+@pytest.mark.parametrize(
+    ("layer", "model_type", "is_noted"),
+    [
+        ("model.layers.0.mlp.gate_proj", "deepseek_v3", True),
+        ("model.layers.1.mlp.experts.0.gate_proj", "deepseek_v3", False),  # one of which PEFT makes a stack
+        ("model.layers.0.mlp.gate_proj", "llama", False),
+    ],
+)
+def test_layers_that_peft_takes_for_experts_are_noted(layer: str, model_type: str, is_noted: bool) -> None:
+    notes = notes_on_lost_layers([layer, "model.layers.0.self_attn.q_proj"], {"model_type": model_type})
+    assert [f"1 layer, such as {layer}," in note for note in notes] == [True] * is_noted

@@ -63,6 +63,24 @@ def test_a_pair_with_effect_is_refused_with_a_way_out(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class OfOneName(nn.Module):
+    """A layer that no output reads, and one whose name ends as its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.aux = nn.Linear(3, 3), nn.ModuleDict({"q": nn.Linear(3, 3)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.q(x)
+        return self.aux["q"](x)  # type: ignore[no-any-return]
+
+
+def test_a_pair_is_not_given_to_a_layer_of_a_longer_name(tmp_path: Path) -> None:
+    adapter = pairs_of({"q": PAIR}, name="fr")
+    with pytest.raises(MatchError, match="the graph has no weight for q"):
+        export_from_model(OnnxRequest((OfOneName().eval(), torch.ones(2, 3)), tmp_path / "m.onnx", adapters=[adapter]))
+
+
 def test_a_named_target_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MatchError, match="the graph has no weight for pooler") as refused:
         export_from_model(OnnxRequest(model(), tmp_path / "m.onnx", lora="inputs", target=["q", "pooler"]))

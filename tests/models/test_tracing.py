@@ -72,7 +72,6 @@ def test_a_nested_configs_cache_is_no_output(build: Any, tmp_path: Path) -> None
     assert [output.name for output in graph.outputs] == list(named_outputs(model.module(**inputs)))
 
 
-@pytest.mark.slow
 def test_a_batch_varies_whose_len_a_model_takes() -> None:
     vision = {"input_size": 16, "patch_size": 8, "coordinate_size": 6, "shape_size": 4, "num_channels": 1}
     module = transformers.LayoutLMv3Model(transformers.LayoutLMv3Config(**TEXT, **vision)).eval()
@@ -86,6 +85,7 @@ def test_a_batch_varies_whose_len_a_model_takes() -> None:
     assert "len" not in vars(inspect.getmodule(type(module)))
 
 
+@pytest.mark.slow
 def test_a_model_from_a_factory_gets_its_cache_back() -> None:
     torch.manual_seed(0)
     module = qwen2_vl().eval()
