@@ -151,7 +151,7 @@ def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("base", "message"),
-    [("nowhere", "there is no base model at {}"), ("empty", "{} has no safetensors weights"), ("text.md", "{} is neither a")],
+    [("nowhere", "there is no base model at {}"), ("empty", "{} has no safetensors"), ("text.md", "{} is neither a")],
 )
 def test_a_base_that_is_no_model_is_refused_by_convert(tmp_path: Path, base: str, message: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -349,9 +349,7 @@ def test_an_adapter_in_the_place_of_a_model_is_named(
     assert call("convert", "ad", "-o", "kohya.safetensors", "--to", "kohya") == 0
     assert call("merge", "base", "ad", "-o", "merged", "--keep-residual", "residual.bin") == 0
     assert call(*words) == 3
-    of_model = (
-        words[3] if words[0] in {"check", "convert"} else words[2] if words[:2] == ("extract", "base") else words[1]
-    )
+    position = 3 if words[0] in {"check", "convert"} else 2 if words[:2] == ("extract", "base") else 1
     assert capsys.readouterr().err.endswith(f"Error: {words[position]} is an adapter. {next_step}\n")
 
 
