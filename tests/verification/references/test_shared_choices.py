@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -119,3 +119,20 @@ def test_choices_of_a_large_module_with_rounded_weights_are_read(monkeypatch: py
     verdict = judged(in_bf16).verdict
     assert verdict.same, str(verdict)
     assert any("took the candidate's choice" in note for note in verdict.notes)
+
+
+def test_pytorch_is_not_run_again_where_choices_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutputsAlone:
+        """As a server."""
+
+        axes: ClassVar[Mapping[str, tuple[int | None, ...]]] = {}
+        names_known = True
+
+        def __init__(self, module: Mixture) -> None:
+            self.run = ModuleRunner(module).run
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(prepared_pytorch, "shared_choices", never)
+    assert not judged(OutputsAlone).verdict.same
