@@ -122,17 +122,7 @@ def prove(
         if further := references.reaching(candidate, expected.unreached):
             return prove(candidate, further, atol=atol, rtol=rtol, trace=trace, step=step)
     trial = _Trial(inputs, outputs, prepared, bool(references.adapters), step, atol, rtol)
-    cases = trial.cases(expected)
-    verdict = trial.judge(expected, cases)
-    is_coarse = verdict.outcome is parity.Outcome.UNDECIDED or differs_in_precision_alone(verdict)
-    alike = prepared.run_alike(outputs, step) if is_coarse else None
-    if alike is None:
-        verdict, cases = trial.with_controls(expected, verdict, cases)
-        if not is_coarse and verdict.outcome is parity.Outcome.UNDECIDED:
-            alike = prepared.run_alike(outputs, step)
-    if alike is not None:
-        expected, cases = alike, trial.cases(alike)
-        verdict, cases = trial.with_controls(expected, trial.judge(expected, cases), cases)
+    expected, verdict, cases = trial.decide(expected)
     verdict = _with_remedy(verdict, references.remedy)
     if all(comparison.figures for comparison in verdict.comparisons):
         step("the provider's own settings")
@@ -202,6 +192,25 @@ class _Trial:
             rtol=self.rtol,
             findings=expected.findings + parity.Findings(notes),
         )
+
+    def decide(self, expected: ReferenceOutputs) -> tuple[ReferenceOutputs, parity.Verdict, list[parity.Case]]:
+        """The verdict, its cases, and the outputs that it is by: `expected`, or those with the candidate's choices.
+
+        Another choice where scores tie looks like too much rounding. So references and PyTorch run with the candidate's
+        choices where the verdict differs in precision alone, or is undecided, before its controls or after them.
+        """
+        cases = self.cases(expected)
+        verdict = self.judge(expected, cases)
+        is_coarse = verdict.outcome is parity.Outcome.UNDECIDED or differs_in_precision_alone(verdict)
+        alike = self.prepared.run_alike(self.outputs, self.step) if is_coarse else None
+        if alike is None:
+            verdict, cases = self.with_controls(expected, verdict, cases)
+            if not is_coarse and verdict.outcome is parity.Outcome.UNDECIDED:
+                alike = self.prepared.run_alike(self.outputs, self.step)
+        if alike is None:
+            return expected, verdict, cases
+        cases = self.cases(alike)
+        return alike, *self.with_controls(alike, self.judge(alike, cases), cases)
 
     def with_controls(
         self, expected: ReferenceOutputs, verdict: parity.Verdict, cases: list[parity.Case]

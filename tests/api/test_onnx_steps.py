@@ -14,14 +14,14 @@ from lora_export.api.onnx_steps import base_outputs, insert_and_save, locate_ste
 from lora_export.api.publish import ExportProofs
 from lora_export.errors import Different, MatchError
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.lora import Adapter
+from lora_export.lora import Adapter, TokenRows
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.proof import Proof
 from lora_export.verification.references.base_graph import BaseGraph
 from support.api import Recorder
 from support.graphs import a_graph, an_adapter, record_of
-from support.small_graphs import DELTA, LINEAR, LINEAR_WEIGHT, PAIR
+from support.small_graphs import CLASSIFIER, DELTA, LINEAR, LINEAR_WEIGHT, PAIR, SQUARE
 from support.verdicts import SAME
 
 FR = an_adapter({"m": PAIR}, name="fr", sha256="00" * 32)
@@ -154,6 +154,27 @@ def test_rows_choose_an_adapter_each(tmp_path: Path) -> None:
     assert inserted("rows", tmp_path, ADAPTER) == []
     outputs = OnnxRunner(tmp_path / "m.onnx").with_rows([1, 0]).run({"x": X})["y"]
     assert outputs.tolist() == [ADAPTED[0].tolist(), BASE[1].tolist()]
+
+
+def test_files_for_slots_have_the_heads_of_their_adapters(tmp_path: Path) -> None:
+    heads = {"one": np.float32([[1, 2, 0], [-1, 0, 1]]), "two": np.float32([[3, 0, 1], [1, 1, 1]])}  # (in, out)
+    wholes = [{"head.weight": head, "head.bias": np.zeros(3, np.float32)} for head in heads.values()]
+    adapters = [an_adapter({"a": SQUARE}, name=n, replaced=own) for n, own in zip(heads, wholes, strict=True)]
+    path = written(tmp_path, options("slots", *adapters), CLASSIFIER)
+    runner = OnnxRunner(path).with_slot_files({name: tmp_path / f"{name}.onnx_adapter" for name in heads})
+    inner = X[:, :2] @ (np.float32([[1, 2], [3, 4]]) + SQUARE.delta().T)
+    for slot, head in enumerate(heads.values(), 1):
+        assert runner.with_rows([slot]).run({"x": X[:, :2]})["logits"].tolist() == (inner @ head).tolist()
+
+
+def test_rows_of_a_table_under_a_name_that_no_graph_reads_are_left_out() -> None:
+    program = a_graph("g (int64[N] i) => (float[N,1] y) <float[2,1] e.weight = {1,2}> { [e] y = Gather(e.weight, i) }")
+    rows = TokenRows(np.array([1]), np.float32([[5]]))
+    wanted = options("nodes", an_adapter({}, token_rows={"e.weight": rows, "shared.weight": rows}))
+    located = locate_steps(program, wanted, None)
+    assert located.plan is not None and [step.weight for step in located.plan.steps] == ["e.weight"]
+    with pytest.raises(MatchError, match="shared"):  # which no model's ties explain
+        locate_steps(program, wanted, None, is_existing=True)
 
 
 def test_stages_and_notes_are_reported(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from lora_export.errors import RuntimeRefused
 from lora_export.models import decompositions, export
 from support.exported_models import LLAMA, exported, inputs
 from support.graphs import run
@@ -215,6 +216,12 @@ def test_the_inverse_of_erf_is_made_of_operators_of_onnx(inverse: Any, traces: l
     inner = (x < (0.99 if is_rounded else 1)).nonzero(as_tuple=True)
     rtol, atol = (2e-6, 2e-6) if is_rounded else (6e-7, 0)  # 5 units in the last place
     torch.testing.assert_close(found[inner], expected[inner], rtol=rtol, atol=atol)
+
+
+def test_chunks_whose_number_varies_are_refused() -> None:
+    """PyTorch takes three for that of all sizes. A graph that computes so is wrong where x has 4 or 5 rows."""
+    with pytest.raises(RuntimeRefused, match="the exporter refused"):
+        graph_of(lambda x: torch.cat(x.chunk(5)[::-1]))
 
 
 def test_a_node_of_which_nothing_is_known_is_traced_again(traces: list[ExportedProgram]) -> None:

@@ -53,6 +53,15 @@ g (int64[N] ids) => (float[N,3] y)
   [n] y = MatMul(x, w) }
 """
 
+# The head is a MatMul and an Add, behind a layer of its own.
+CLASSIFIER = """
+g (float[N,2] x) => (float[N,3] logits)
+<float[2,2] a.weight = {1,2,3,4}, float[2,3] head.weight = {1,0,2,1,1,0}, float[3] head.bias = {5,6,7}>
+{ [a] h = MatMul(x, a.weight)
+  [head] y = MatMul(h, head.weight)
+  [plus] logits = Add(y, head.bias) }
+"""
+
 MATMUL = """
 g (float[N,2] x) => (float[N,3] y)
 <float[2,3] W = {1,2,3,4,5,6}>

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +63,8 @@ def _of_graph(
         choosing_graph, axes = _with_indices(graph)
         if not isinstance(candidate, CacheRunner):
             return _run(choosing_graph, axes, cases, outputs)
-        whole = replace(candidate, inner=_by_position(choosing_graph, axes, candidate.tokens))
+        by_position = _ByPosition(choosing_graph, axes, candidate.tokens)
+        whole = replace(candidate, inner=by_position)  # type: ignore[arg-type]
         return _run(whole, dict.fromkeys(axes, -1), cases, outputs)
     return None
 
@@ -84,21 +84,22 @@ def _with_indices(runner: OnnxRunner) -> tuple[OnnxRunner, AxisByOutput]:
     return runner.with_graph(graph.message, graph.folder), axes
 
 
-def _by_position(runner: OnnxRunner, axes: AxisByOutput, tokens: str) -> OnnxRunner:
-    """A runner whose indices are [batch, sequence, k]: a `CacheRunner` puts those of all its steps together."""
-    run, made = runner.run, copy.copy(runner)
+class _ByPosition:
+    """A graph whose indices are [batch, sequence, k]: a `CacheRunner` joins those of its runs, as any other output."""
 
-    def with_positions(inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
-        outputs, positions = dict(run(inputs, names)), inputs[tokens].shape[:2]
-        for name, axis in axes.items():
+    def __init__(self, graph: OnnxRunner, choice_axes: AxisByOutput, tokens: str):
+        self.axes, self.placement = graph.axes, graph.placement
+        self._graph, self._choice_axes, self._tokens = graph, choice_axes, tokens
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Raises RuntimeRefused where a top-k does not choose for each position."""
+        outputs, positions = dict(self._graph.run(inputs)), inputs[self._tokens].shape[:2]
+        for name, axis in self._choice_axes.items():
             indices = np.moveaxis(outputs[name], axis, -1)
             if indices.size != math.prod(positions) * indices.shape[-1]:
                 raise RuntimeRefused(f"{name} does not choose for each position")
             outputs[name] = indices.reshape(*positions, -1)
         return outputs
-
-    made.run = with_positions  # type: ignore[method-assign]
-    return made
 
 
 def _run(

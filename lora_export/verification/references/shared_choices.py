@@ -52,6 +52,11 @@ class SharedChoices:
         return _forced_rows(self.chosen)
 
     @property
+    def is_by_rounding(self) -> bool:
+        """Whether the reference took hardly more rows than PyTorch would choose otherwise."""
+        return self.taken_rows <= MOST_TAKEN * self.peer_rows + FEW_TAKEN
+
+    @property
     def note(self) -> str:
         """What a verdict reports of them."""
         rows = sum(choice.is_forced.numel() for own in self.chosen.values() for choice in own.values())
@@ -121,7 +126,7 @@ def shared_choices(
     margins = margins_of((own[name], peer[name]) for name in cases)
     chosen = _of_reference(attached, cases, wanted, margins)
     shared = SharedChoices(wanted, margins, chosen, _forced_rows(peer))
-    return shared if shared.taken_rows <= MOST_TAKEN * shared.peer_rows + FEW_TAKEN else None
+    return shared if shared.is_by_rounding else None
 
 
 def _forced_rows(choices: Mapping[str, Choices]) -> int:

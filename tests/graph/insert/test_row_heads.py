@@ -21,16 +21,8 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.provenance import ROW_ADAPTERS_KEY
 from support.graphs import a_graph, an_adapter, planned, run
 from support.insertion import W, X, row_ids
-from support.small_graphs import PAIR, SQUARE
+from support.small_graphs import CLASSIFIER, PAIR, SQUARE
 
-# The head is a MatMul and an Add, behind a layer of its own.
-CLASSIFIER = """
-g (float[N,2] x) => (float[N,3] logits)
-<float[2,2] a.weight = {1,2,3,4}, float[2,3] head.weight = {1,0,2,1,1,0}, float[3] head.bias = {5,6,7}>
-{ [a] h = MatMul(x, a.weight)
-  [head] y = MatMul(h, head.weight)
-  [plus] logits = Add(y, head.bias) }
-"""
 A, HEAD, BIAS = np.float32([[1, 2], [3, 4]]), np.float32([[1, 0, 2], [1, 1, 0]]), np.float32([5, 6, 7])  # (in, out)
 CHANGE = np.float32([[1, 2], [0, 0]])  # of SQUARE, (in, out)
 GEMM_WITH_BIAS = """

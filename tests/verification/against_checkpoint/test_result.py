@@ -10,7 +10,7 @@ import pytest
 from lora_export.lora import TokenRows
 from lora_export.plan import Step, Term
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
-from lora_export.verification.parity import Outcome
+from lora_export.verification.parity import Findings, Outcome
 from support.plans import matrix, pair, vector
 
 RIGHT = AuditedWeight(
@@ -41,6 +41,15 @@ def test_the_fate_follows_from_the_step() -> None:
 def test_an_audit_is_true_only_where_it_is_the_same(outcome: Outcome, code: int) -> None:
     audit = Audit(outcome, ())
     assert (bool(audit), audit.exit_code) == (code == 0, code)
+
+
+def test_what_is_found_of_files_is_added() -> None:
+    first = Findings(("a note",), ("c.json",), faults=("a.json: it is missing",))
+    more = Findings(("more",), ("d.json",), faults=("b.json: other values",))
+    audit = Audit(Outcome.SAME, (KEPT,)).with_files(first).with_files(more)
+    assert audit.outcome is Outcome.DIFFERENT and audit.files == ("a.json: it is missing", "b.json: other values")
+    assert (audit.not_judged, audit.notes) == (("c.json", "d.json"), ("a note", "more"))
+    assert Audit(Outcome.UNDECIDED, (KEPT,)).with_files(Findings()).outcome is Outcome.UNDECIDED
 
 
 def test_the_worst_weights_are_the_different_ones() -> None:

@@ -22,10 +22,31 @@ from lora_export.verification import prepared_pytorch
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
+from lora_export.verification.references import shared_choices
+from lora_export.verification.references.top_k import Call, Choice
 from support.proofs import an_adapter
 
 ROWS = 60
 ROUNDING = 2.0**-22  # relative: what any other way to compute a score in fp32 may do
+
+
+class Choose(nn.Module):
+    """The best expert by scores that have factors."""
+
+    def __init__(self, factors: Sequence[float]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        return (scores * torch.tensor(self.factors)).topk(1).indices
+
+
+class ChooseAmongFive(Choose):
+    """The fifth expert is the fourth, and a little better."""
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores * torch.tensor(self.factors)
+        return torch.cat([scores, scores[:, 3:] + 1e-6], -1).topk(1).indices.clamp(max=3)
 
 
 class Mixture(nn.Module):
@@ -34,18 +55,28 @@ class Mixture(nn.Module):
     Another way to compute it has factors: on the layer, on the scores that choose, on what the experts return.
     """
 
-    def __init__(self, layer: float = 1.0, scores: Sequence[float] = (1.0,) * 4, outputs: float = 1.0) -> None:
+    def __init__(
+        self,
+        layer: float = 1.0,
+        scores: Sequence[float] = (1.0,) * 4,
+        outputs: float = 1.0,
+        choose: type[Choose] = Choose,
+        times: int = 1,  # that it chooses
+    ) -> None:
         super().__init__()
         self.dense, self.router = nn.Linear(8, 8), nn.Linear(8, 4, bias=False)
         self.experts = nn.Parameter(torch.randn(4, 8, 8))
         with torch.no_grad():
             self.router.weight[1] = self.router.weight[0]
-        self.layer, self.scores, self.outputs = layer, scores, outputs
+        self.layer, self.outputs, self.times = layer, outputs, times
+        self.choose = choose(scores)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.dense(x) * self.layer)
         scores = self.router(x)
-        indices = (scores * torch.tensor(self.scores)).topk(1).indices
+        indices = torch.zeros_like(scores[:, :1], dtype=torch.long)
+        for _ in range(self.times):
+            indices = self.choose(scores)
         outputs = torch.einsum("bi,eoi->beo", x, self.experts) * self.outputs
         return outputs.gather(1, indices[..., None].expand(-1, -1, 8))[:, 0] * scores.softmax(-1).gather(1, indices)
 
@@ -53,16 +84,18 @@ class Mixture(nn.Module):
 TURNED = (1.0, 1 + ROUNDING, 1.0, 1.0)  # the second expert is the better one wherever the tied scores are above 0
 
 
-def judged(as_run: Callable[[Mixture], Runner] = ModuleRunner, rows: int = ROWS, **factors: Any) -> Proof:
+def judged(
+    as_run: Callable[[Mixture], Runner] = ModuleRunner, rows: int = ROWS, times: int = 1, **factors: Any
+) -> Proof:
     torch.manual_seed(0)
-    module = Mixture().eval()
+    module = Mixture(times=times).eval()
 
     def inputs(sizes: model.Sizes, generator: torch.Generator) -> model.ModelInputs:
         return {"x": torch.randn(rows + sizes["batch"], 8, generator=generator)}
 
     base = model.Model("mixture", module, axes={"x": {0: "batch"}}, make_inputs=inputs, traced_sizes={"batch": 2})
     adapter = an_adapter(0.1)
-    candidate = Mixture(**{"scores": TURNED, **factors}).eval()
+    candidate = Mixture(**{"scores": TURNED, "times": times, **factors}).eval()
     candidate.load_state_dict(copy.deepcopy(module.state_dict()))
     layers.fold(candidate, plan.make([adapter], layers.specs(candidate)))
     return prove(as_run(candidate), PyTorchReferences(base, [adapter]))
@@ -83,6 +116,32 @@ def test_another_choice_at_a_tie_is_right(as_graph: Callable[[Mixture], Runner])
         verdict = judged(as_run).verdict
         assert verdict.same, str(verdict)
         assert any("took the candidate's choice: in 7 of 188 rows" in note for note in verdict.notes)
+
+
+def test_choices_that_pytorch_cannot_make_are_not_taken() -> None:
+    verdict = judged(choose=ChooseAmongFive).verdict
+    assert not verdict.same and not any("took the candidate's choice" in note for note in verdict.notes)
+
+
+@pytest.mark.parametrize(("times", "reads"), [(0, 0), (1, 1), (2, 0)])
+def test_a_candidate_is_read_where_pytorch_makes_each_call_once(
+    times: int, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    monkeypatch.setattr(prepared_pytorch, "choice_reader", lambda _: lambda *given: read.append(given))
+    assert not judged(times=times, layer=1.00001).verdict.same
+    assert len(read) == reads
+
+
+@pytest.mark.parametrize(
+    ("taken", "peer", "is_by_rounding"), [(10, 0, True), (11, 0, False), (25, 5, True), (26, 5, False)]
+)
+def test_three_times_the_rows_of_pytorch_and_ten_more_are_by_rounding(
+    taken: int, peer: int, is_by_rounding: bool
+) -> None:
+    scores, indices = torch.tensor([[1.0, 0.0]] * 30), torch.tensor([[1]] * taken + [[0]] * (30 - taken))
+    chosen = {"a": {Call("", 0, (30, 2)): Choice(scores, indices)}}
+    assert shared_choices.SharedChoices({}, {}, chosen, peer).is_by_rounding == is_by_rounding
 
 
 def test_it_is_the_choice_that_makes_it_right(monkeypatch: pytest.MonkeyPatch) -> None:
