@@ -48,8 +48,8 @@ class SharedChoices:
 
     @property
     def taken_rows(self) -> int:
-        """In which the reference took the candidate's choice in place of its own."""
-        return _forced_rows(self.chosen)
+        """In which the reference took the candidate's choice in place of a better one."""
+        return sum(int(choice.is_below_best.sum()) for own in self.chosen.values() for choice in own.values())
 
     @property
     def is_by_rounding(self) -> bool:

@@ -47,8 +47,13 @@ class Choice(NamedTuple):
 
     @property
     def is_forced(self) -> torch.Tensor:
-        """Whether others were chosen than those of the best scores; bool [...]."""
+        """Whether others were chosen than top-k would; bool [...]."""
         return self.differs_from(self.scores.topk(self.indices.shape[-1]).indices)
+
+    @property
+    def is_below_best(self) -> torch.Tensor:
+        """Whether scores were chosen that are not the best; bool [...]. Of equal ones, each is as good."""
+        return (_ordered(self.best) != self.scores.topk(self.indices.shape[-1]).values).any(-1)
 
 
 Choose = Callable[[Call, Choice], torch.Tensor]  # the indices that the call returns

@@ -28,7 +28,8 @@ INPUTS: dict[str, list[int]] = {
     "Gather": [DOUBLE, INT], "GatherElements": [DOUBLE, INT], "GatherND": [DOUBLE, INT],
     "LayerNormalization": [DOUBLE] * 3, "Pad": [DOUBLE, INT], "Range": [DOUBLE] * 3, "Reshape": [DOUBLE, INT],
     "ScatterElements": [DOUBLE, INT, DOUBLE], "ScatterND": [DOUBLE, INT, DOUBLE], "Slice": [DOUBLE, INT, INT],
-    "Split": [DOUBLE, INT], "Squeeze": [DOUBLE, INT], "Tile": [DOUBLE, INT], "Unsqueeze": [DOUBLE, INT],
+    "Split": [DOUBLE, INT], "Squeeze": [DOUBLE, INT], "Tile": [DOUBLE, INT], "TopK": [DOUBLE, INT],
+    "Unsqueeze": [DOUBLE, INT],
     "Where": [BOOL, DOUBLE, DOUBLE],
 }  # fmt: skip
 TWO = {
@@ -42,7 +43,8 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {"Concat": {"axis": 0}, "Einsum": {"equa
 def test_onnxruntime_has_fp64_kernel_of_every_listed_operator(domain: str, operator: str) -> None:
     kinds = INPUTS.get(operator, [DOUBLE] * (2 if operator in TWO else 1))
     names = [f"x{number}" for number in range(len(kinds))]
-    node = helper.make_node(operator, names, ["y"], domain=domain, **ATTRIBUTES.get(operator, {}))
+    outputs = ["y", "indices"] if operator == "TopK" else ["y"]
+    node = helper.make_node(operator, names, outputs, domain=domain, **ATTRIBUTES.get(operator, {}))
     inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(names, kinds, strict=True)]
     graph = helper.make_graph([node], "g", inputs, [onnx.ValueInfoProto(name="y")])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(MICROSOFT, 1)]
