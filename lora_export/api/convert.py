@@ -23,7 +23,7 @@ from lora_export.api.adapter_names import (
 )
 from lora_export.api.adapter_values import adapter_values, taking_graphs
 from lora_export.api.adapters import copy_head_config, write_origin
-from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, refuse_adapter_as_model
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import file_for_graph, with_suffix
@@ -47,6 +47,7 @@ from lora_export.storage.hub_cache import locate
 from lora_export.storage.store_copy import on_disk
 from lora_export.storage.store_path import newly_opened, place
 from lora_export.weights.changes_of_base import with_changes_of_base
+from lora_export.weights.pipeline import is_pipeline
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
     """
     (adapter,) = locate_adapters(options.adapter, options.on_message, options.download)
     base = None if options.base is None else locate(options.base, options.on_message, options.download)
-    with no_adapter_as_model(base, adapter):
-        return _converted(options, adapter, base)
-
-
-def _converted(options: ConvertOptions, adapter: AdapterSource, base: Path | None) -> ConvertResult:
-    """As `convert`, with what the options name found."""
+    if base is not None:
+        _must_be_model(base, adapter)
     to, names, weight, output = options.to, options.names, options.weight, place(options.output)
     reading = _with_config_beside(options.reading.for_base(base), adapter)
     (loaded,) = load_adapters(adapter, reading=reading, of_models=holds_pipelines(to))
@@ -142,6 +139,17 @@ def _converted(options: ConvertOptions, adapter: AdapterSource, base: Path | Non
             write_origin(folder, provenance.record([loaded], [weight], {}, (), _settings(options)))
     note_each(options.on_message, notes)
     return ConvertResult(target, len(loaded.pairs), len(loaded.pairs), "", notes, layers)
+
+
+def _must_be_model(base: Path, adapter: AdapterSource) -> None:
+    """Raise InputRefused for a base that is no model, also where the format needs nothing of it.
+
+    A config.json is enough: the weights may be missing or pickled.
+    """
+    input_files.must_exist(base, "base model")
+    refuse_adapter_as_model(base, adapter)
+    if not (is_pipeline(base) or (base / "config.json").is_file()):
+        _ = open_artifact(base).headers
 
 
 def _settings(options: ConvertOptions) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from lora_export.verification.references import (
     note_on_fp64,
 )
 from lora_export.verification.references.cached_outputs import CacheEntry, cache_key
+from lora_export.verification.references.candidate_choices import choice_reader
 from lora_export.verification.references.deployed_module import deployed_runner, run_observed
 from lora_export.verification.references.fp64_outputs import Fp64References
 from lora_export.verification.references.further_peers import further_peers
@@ -117,12 +118,15 @@ class PreparedPyTorch(PreparedReferences):
         """Run PyTorch and the references with the candidate's choices where scores of a top-k operator tie."""
         assert self._fp64 is not None
         assert self._expected is not None
+        reader = None if outputs.refusals else choice_reader(self.weights.candidate)
+        if reader is None:
+            return None
         attached, cases = self.weights.attached, self.inputs.cases
         deployed = self.deployed
         if self.weights.is_large:  # what is made again for it goes with it
             del self.deployed
             attached.ready = None
-        choices = shared_choices(self.weights, deployed, cases, outputs, step)
+        choices = shared_choices(attached, deployed, reader, cases, outputs.by_case, step)
         if choices is None:
             return None
         by_role = choices.run_references(attached, attached.groups if self.weights.adapters else [["reference"]], cases)

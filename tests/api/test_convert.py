@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,4 +146,17 @@ def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, Any]
     adapter = peft_adapter(tmp_path / "one", {"fc": ([[1.0]], [[1.0]])})
     with pytest.raises(WrongUsage, match=message):
         le.convert(adapter, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [("nowhere", "there is no base model at {}"), ("empty", "{} has no safetensors"), ("text.md", "{} is neither a")],
+)
+def test_a_base_that_is_no_model_is_refused_by_convert(tmp_path: Path, base: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.md").write_text("a base")
+    adapter = peft_adapter(tmp_path / "one", {"fc": ([[1.0]], [[1.0]])})
+    with pytest.raises(InputRefused, match=re.escape(message.format(tmp_path / base))):
+        le.convert(adapter, tmp_path / "out", to="peft", base=tmp_path / base)
     assert not (tmp_path / "out").exists()

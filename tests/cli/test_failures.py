@@ -328,6 +328,7 @@ def test_a_wrong_model_is_named_before_anything_is_read(
         (("extract", "ad", "base", "-o", "new", "--rank", "1"), "Name the model that it is for"),
         (("extract", "base", "ad", "-o", "new", "--rank", "1"), "There is nothing to extract from it"),
         (("convert", "ad", "--base", "ad", "-o", "new", "--to", "kohya"), "Name the model that it is for"),
+        (("convert", "ad", "--base", FILE, "-o", "new", "--to", "peft"), "Name the model that it is for"),
         (("verify", "ad", "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
         (("verify", "ad", "--model", "base", "-a", "ad"), "Give the file or folder that was made with it"),
         (("verify", FILE, "--base", "base", "-a", "ad"), "Give the file or folder that was made with it"),
@@ -348,8 +349,8 @@ def test_an_adapter_in_the_place_of_a_model_is_named(
     assert call("convert", "ad", "-o", "kohya.safetensors", "--to", "kohya") == 0
     assert call("merge", "base", "ad", "-o", "merged", "--keep-residual", "residual.bin") == 0
     assert call(*words) == 3
-    of_model = words[3] if words[0] == "check" else words[2] if words[:2] == ("extract", "base") else words[1]
-    assert capsys.readouterr().err.endswith(f"Error: {of_model} is an adapter. {next_step}\n")
+    position = 3 if words[0] in {"check", "convert"} else 2 if words[:2] == ("extract", "base") else 1
+    assert capsys.readouterr().err.endswith(f"Error: {words[position]} is an adapter. {next_step}\n")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,25 +25,22 @@ from lora_export.verification.references.top_k import Recorder, choosing
 
 AxisByOutput = Mapping[str, int]
 ChosenByCase = Mapping[str, Sequence[torch.Tensor]]  # case -> the indices of each call, in the order of the calls
+ChoiceReader = Callable[[Mapping[str, Arrays], OutputsByCase], ChosenByCase | None]
 SCORE_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
 
-def candidate_choices(candidate: Runner, cases: Mapping[str, Arrays], outputs: OutputsByCase) -> ChosenByCase | None:
-    """The indices that every top-k on floats chooses, the axis of the choice last.
+def choice_reader(candidate: Runner) -> ChoiceReader | None:
+    """The function that reads the indices that every top-k on floats chooses, the axis of the choice last.
 
-    Those of a graph with a cache are [batch, sequence, k]. None where they cannot be read: of what gives its outputs
-    alone, and where the `outputs` by case are other ones while the indices are read.
+    Those of a graph with a cache are [batch, sequence, k]. It returns None where they cannot be read, and where the
+    outputs by case are other ones while they are. None is returned for a graph without a top-k, and for what gives its
+    outputs alone: a server, TorchScript. Runs nothing.
     """
     if isinstance(candidate, ModuleRunner):
-        return _of_module(candidate, cases, outputs)
-    with contextlib.suppress(RuntimeRefused):
-        if isinstance(candidate, OnnxRunner):
-            return _of_graph(*_with_indices(candidate), cases, outputs)
-        if isinstance(candidate, CacheRunner) and isinstance(candidate.inner, OnnxRunner):
-            graph, axes = _with_indices(candidate.inner)
-            by_position = _ByPosition(graph, axes, candidate.tokens)
-            whole = replace(candidate, inner=by_position)  # type: ignore[arg-type]
-            return _of_graph(whole, dict.fromkeys(axes, -1), cases, outputs)
+        return functools.partial(_of_module, candidate)
+    graph = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    if isinstance(graph, OnnxRunner) and _choosing_nodes(load_graph(graph.path)):
+        return functools.partial(_of_graph, candidate, graph)
     return None
 
 
@@ -58,10 +56,27 @@ def _of_module(candidate: ModuleRunner, cases: Mapping[str, Arrays], outputs: Ou
     return found
 
 
+def _of_graph(
+    candidate: Runner, graph: OnnxRunner, cases: Mapping[str, Arrays], outputs: OutputsByCase
+) -> ChosenByCase | None:
+    with contextlib.suppress(RuntimeRefused):
+        choosing_graph, axes = _with_indices(graph)
+        if not isinstance(candidate, CacheRunner):
+            return _run(choosing_graph, axes, cases, outputs)
+        by_position = _ByPosition(choosing_graph, axes, candidate.tokens)
+        whole = replace(candidate, inner=by_position)  # type: ignore[arg-type]
+        return _run(whole, dict.fromkeys(axes, -1), cases, outputs)
+    return None
+
+
+def _choosing_nodes(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "TopK" and _is_float(node.inputs[0])]
+
+
 def _with_indices(runner: OnnxRunner) -> tuple[OnnxRunner, AxisByOutput]:
     """The graph that returns the indices of its top-k operators, too, and the axis of each by the output's name."""
     model = load_graph(runner.path)
-    nodes = [node for node in model.graph if node.op_type == "TopK" and _is_float(node.inputs[0])]
+    nodes = _choosing_nodes(model)
     for node in nodes:
         node.outputs[1].type = ir.TensorType(ir.DataType.INT64)
     graph = exposed(model, [node.outputs[1] for node in nodes])
@@ -87,7 +102,7 @@ class _ByPosition:
         return outputs
 
 
-def _of_graph(
+def _run(
     runner: Runner, axes: AxisByOutput, cases: Mapping[str, Arrays], outputs: OutputsByCase
 ) -> ChosenByCase | None:
     found = {}

@@ -17,11 +17,10 @@ from torch import nn
 from lora_export.errors import count
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
-from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, kept
+from lora_export.verification.candidate_outputs import OnProofStep, OutputsByCase, kept
 from lora_export.verification.module_copies import widened
 from lora_export.verification.references.attached_module import AttachedModule
-from lora_export.verification.references.candidate_choices import candidate_choices
-from lora_export.verification.references.proof_weights import ProofWeights
+from lora_export.verification.references.candidate_choices import ChoiceReader
 from lora_export.verification.references.top_k import (
     Call,
     Choices,
@@ -97,33 +96,35 @@ class SharedChoices:
 
 
 def shared_choices(
-    weights: ProofWeights,
+    attached: AttachedModule,
     deployed: ModuleRunner,
+    reader: ChoiceReader,
     cases: Mapping[str, Arrays],
-    outputs: CandidateOutputs,
+    outputs: OutputsByCase,
     step: OnProofStep,
 ) -> SharedChoices | None:
     """The choices of candidate and reference, and how near scores must be to tie.
 
-    None where the model has no top-k, all choose the same, the candidate's choices cannot be read, and where it would
-    have its own in many more rows than PyTorch: rounding is not what chooses there.
+    `reader` reads those of the candidate, which computed `outputs`. None where the model has no top-k, all choose the
+    same, the candidate's choices cannot be read, and where it would have its own in many more rows than PyTorch:
+    rounding is not what chooses there.
     """
-    peer = {} if outputs.refusals else _of_peer(deployed, cases)
+    peer = _of_peer(deployed, cases)
     if not peer:
         return None
     step("what top-k operators choose")
-    read = candidate_choices(weights.candidate, cases, outputs.by_case)
+    read = reader(cases, outputs)
     wanted = {name: _by_call(own, read[name]) for name, own in peer.items()} if read else {}
     if not wanted or not all(wanted.values()):
         return None
-    own = _of_reference(weights.attached, cases, wanted)
+    own = _of_reference(attached, cases, wanted)
     others = [*wanted.items(), *((name, _indices(found)) for name, found in peer.items())]
     differ = (own[case][call].differs_from(indices) for case, found in others for call, indices in found.items())
     if not any(bool(each.any()) for each in differ):
         return None
     peer = _of_peer(deployed, cases, {name: _indices(found) for name, found in own.items()})
     margins = margins_of((own[name], peer[name]) for name in cases)
-    chosen = _of_reference(weights.attached, cases, wanted, margins)
+    chosen = _of_reference(attached, cases, wanted, margins)
     shared = SharedChoices(wanted, margins, chosen, _forced_rows(peer))
     return shared if shared.is_by_rounding else None
 

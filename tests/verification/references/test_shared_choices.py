@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -128,8 +128,8 @@ def test_choices_that_pytorch_cannot_make_are_not_taken() -> None:
 def test_a_candidate_is_read_where_pytorch_makes_each_call_once(
     times: int, reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[Runner] = []
-    monkeypatch.setattr(shared_choices, "candidate_choices", lambda candidate, *_: read.append(candidate))
+    read: list[object] = []
+    monkeypatch.setattr(prepared_pytorch, "choice_reader", lambda _: lambda *given: read.append(given))
     assert not judged(times=times, layer=1.00001).verdict.same
     assert len(read) == reads
 
@@ -188,3 +188,20 @@ def test_choices_are_taken_where_a_single_pair_is_in_doubt(monkeypatch: pytest.M
     monkeypatch.setattr(PreparedPyTorch, "run_alike", lambda _, *given: calls.append(given))
     assert judged(scores=(1.0,) * 4).verdict.outcome is Outcome.UNDECIDED
     assert len(calls) == 1
+
+
+def test_pytorch_is_not_run_again_where_choices_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutputsAlone:
+        """As a server."""
+
+        axes: ClassVar[Mapping[str, tuple[int | None, ...]]] = {}
+        names_known = True
+
+        def __init__(self, module: Mixture) -> None:
+            self.run = ModuleRunner(module).run
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(prepared_pytorch, "shared_choices", never)
+    assert not judged(OutputsAlone).verdict.same
