@@ -91,7 +91,7 @@ def test_no_row_of_a_tied_table_is_lost(handling: Tied, given: dict[str, int], e
     assert bool(found.untied) is (HEAD in expected)
 
 
-def test_rows_of_a_table_are_those_of_its_head_beside_another_table_with_two_kinds() -> None:
+def test_rows_of_a_table_beside_another_table_with_two_kinds() -> None:
     """The other one's head has rows of its own, at other indices."""
     other = {name: TokenRows(np.array([row]), np.ones((1, 3), np.float32)) for name, row in (("a", 1), ("b", 2))}
     both = dataclasses.replace(rows_of(embed=1), token_rows=other | dict(rows_of(embed=1).token_rows))
