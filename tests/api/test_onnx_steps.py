@@ -156,7 +156,7 @@ def test_rows_choose_an_adapter_each(tmp_path: Path) -> None:
     assert outputs.tolist() == [ADAPTED[0].tolist(), BASE[1].tolist()]
 
 
-def test_files_for_slots_have_the_heads_of_their_adapters(tmp_path: Path) -> None:
+def test_files_for_slots_have_their_own_heads(tmp_path: Path) -> None:
     heads = {"one": np.float32([[1, 2, 0], [-1, 0, 1]]), "two": np.float32([[3, 0, 1], [1, 1, 1]])}  # (in, out)
     wholes = [{"head.weight": head, "head.bias": np.zeros(3, np.float32)} for head in heads.values()]
     adapters = [an_adapter({"a": SQUARE}, name=n, replaced=own) for n, own in zip(heads, wholes, strict=True)]
@@ -167,7 +167,7 @@ def test_files_for_slots_have_the_heads_of_their_adapters(tmp_path: Path) -> Non
         assert runner.with_rows([slot]).run({"x": X[:, :2]})["logits"].tolist() == (inner @ head).tolist()
 
 
-def test_rows_of_a_table_under_a_name_that_no_graph_reads_are_left_out() -> None:
+def test_rows_under_a_name_that_no_graph_reads_are_left_out() -> None:
     program = a_graph("g (int64[N] i) => (float[N,1] y) <float[2,1] e.weight = {1,2}> { [e] y = Gather(e.weight, i) }")
     rows = TokenRows(np.array([1]), np.float32([[5]]))
     wanted = options("nodes", an_adapter({}, token_rows={"e.weight": rows, "shared.weight": rows}))

@@ -13,7 +13,7 @@ from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.plan import Layout, Plan, TensorSpec, Tied, Ties
 from lora_export.plan.match_names import Prefix
-from lora_export.plan.ties import shared
+from lora_export.plan.ties import shared, with_rows_of_all_names
 
 TABLE, HEAD = "model.embed.weight", "head.weight"
 BASE = (
@@ -45,6 +45,7 @@ def test_an_untied_head_changes_alone() -> None:
     found = made(adapter(head=LINEAR), Tied.UNTIE)
     assert changes(found) == {HEAD: (2 * B @ A).tolist()}
     assert found.untied == {HEAD: TABLE} and TABLE in found.kept and HEAD not in found.kept
+    assert found.tied is Tied.UNTIE
     assert found.notes == (f"{HEAD} is no longer tied to {TABLE}: it gets a tensor of its own.",)
 
 
@@ -88,6 +89,20 @@ def test_no_row_of_a_tied_table_is_lost(handling: Tied, given: dict[str, int], e
     rows = {step.weight: step.token_rows.indices.tolist() for step in found.steps if step.token_rows is not None}
     assert rows == expected
     assert bool(found.untied) is (HEAD in expected)
+
+
+def test_rows_of_a_table_beside_another_table_with_two_kinds() -> None:
+    """The other one's head has rows of its own, at other indices."""
+    other = {name: TokenRows(np.array([row]), np.ones((1, 3), np.float32)) for name, row in (("a", 1), ("b", 2))}
+    both = dataclasses.replace(rows_of(embed=1), token_rows=other | dict(rows_of(embed=1).token_rows))
+    ties = Ties(Tied.UNTIE, {"b": "a", HEAD: TABLE})
+    assert with_rows_of_all_names(both, ties, Prefix()).token_rows.keys() == {"a", "b", TABLE, HEAD}
+
+
+def test_a_head_with_values_of_its_own_changes_alone() -> None:
+    base = [*BASE, TensorSpec(HEAD, (5, 3), "float32", Layout.OUT_IN)]
+    ties = Ties(Tied.BOTH, {HEAD: TABLE}, stored=frozenset({HEAD}), has_other_values=lambda name: name == HEAD)
+    assert changes(plan.make([adapter(head=LINEAR)], base, ties=ties)) == {HEAD: (2 * B @ A).tolist()}
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -68,7 +68,7 @@ class SharedChoices:
 
     def at_ties(self, module: nn.Module, *cases: str) -> contextlib.AbstractContextManager[None]:
         """Runs of a reference on these cases take the candidate's choices where their own scores tie."""
-        return choosing(module, NearTies(_of(self.wanted, cases), self.margins), _owners(self.margins))
+        return choosing(module, NearTies(_joined(self.wanted, cases), self.margins), _owners(self.margins))
 
     def everywhere(self, module: nn.Module, case: str) -> contextlib.AbstractContextManager[None]:
         """Runs of PyTorch on this case choose what the reference chose."""
@@ -158,7 +158,7 @@ def _of_reference(
     """What the reference chooses in each case: its own, or the wanted within the margins."""
     found: dict[str, Choices] = {}
     for names in apart(wanted):
-        recorder = Recorder(None if margins is None else NearTies(_of(wanted, names), margins))
+        recorder = Recorder(None if margins is None else NearTies(_joined(wanted, names), margins))
         with widened(attached.module), choosing(attached.module, recorder):
             attached.run(["reference"], {name: cases[name] for name in names})
         found |= {name: {call: recorder.found[call] for call in wanted[name]} for name in names}
@@ -182,7 +182,7 @@ def _indices(choices: Choices) -> dict[Call, torch.Tensor]:
     return {call: choice.indices for call, choice in choices.items()}
 
 
-def _of(wanted: Mapping[str, ChosenIndices], cases: Collection[str]) -> dict[Call, torch.Tensor]:
+def _joined(wanted: Mapping[str, ChosenIndices], cases: Collection[str]) -> dict[Call, torch.Tensor]:
     """The indices of cases that no call is common to."""
     return {call: indices for name in cases for call, indices in wanted[name].items()}
 

@@ -161,8 +161,8 @@ class NearTies:
         if call not in self.wanted:
             return own.indices
         wanted = Choice(own.scores, self.wanted[call].to(own.indices))
-        before, after = (each.best if own.is_ordered else _ordered(each.best) for each in (own, wanted))
-        distance = (after - before).abs()
+        best, best_wanted = (each.best if own.is_ordered else _ordered(each.best) for each in (own, wanted))
+        distance = (best_wanted - best).abs()
         is_tie = (distance <= self.margins[call.owner, call.number].to(distance)).all(-1, keepdim=True)
         return torch.where(is_tie, wanted.indices, own.indices)
 
@@ -182,8 +182,8 @@ def margins_of(runs: Iterable[tuple[Choices, Choices]]) -> Margins:
         for call, choice in reference.items():
             errors = _errors_by_rank(choice, deployed[call].scores)
             around = nn.functional.max_pool1d(errors[None], RANKS_TOGETHER, 1, RANKS_TOGETHER // 2)[0]
-            own, at = 2 * around[: choice.indices.shape[-1]], (call.owner, call.number)
-            margins[at] = torch.maximum(margins[at], own) if at in margins else own
+            margin, at = 2 * around[: choice.indices.shape[-1]], (call.owner, call.number)
+            margins[at] = torch.maximum(margins[at], margin) if at in margins else margin
     return margins
 
 
@@ -199,12 +199,11 @@ def _errors_by_rank(choice: Choice, peer: torch.Tensor) -> torch.Tensor:
 
 def apart(calls: Mapping[str, Iterable[Call]]) -> list[list[str]]:
     """The cases in groups, those together of which no two make the same call: it tells whose it is."""
-    groups: list[tuple[list[str], set[Call]]] = []
+    groups: list[dict[str, set[Call]]] = []  # the calls by case
     for case, own in calls.items():
         mine = set(own)
-        names, known = next((group for group in groups if group[1].isdisjoint(mine)), ([], set()))
-        if not names:
-            groups.append((names, known))
-        names.append(case)
-        known.update(mine)
-    return [names for names, _ in groups]
+        group = next((group for group in groups if all(map(mine.isdisjoint, group.values()))), None)
+        if group is None:
+            groups.append(group := {})
+        group[case] = mine
+    return [list(group) for group in groups]

@@ -124,10 +124,11 @@ def test_long_lists_of_pairs_are_cut() -> None:
 class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.last = nn.Linear(2, 2)  # its step comes first
         self.words = nn.Embedding(9, 2)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.words(ids)
+        return self.last(self.words(ids))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,8 @@ class Words(nn.Module):
 def test_rows_that_were_not_looked_up_are_reported(ids: list[int], doubts: list[str], not_judged: list[str]) -> None:
     model = from_module(Words(), {"ids": torch.zeros(2, 2, dtype=torch.int64)})
     rows = TokenRows(np.array([3, 7]), np.ones((2, 2)))
-    adapter = Adapter(name="rows", format="test", pairs={}, token_rows={"words.weight": rows}, sha256="00")
+    pairs = {"last": LoraPair(a=np.ones((1, 2)), b=np.ones((2, 1)), scale=1.0)}
+    adapter = Adapter(name="rows", format="test", pairs=pairs, token_rows={"words.weight": rows}, sha256="00")
     looked_up = RowCoverage(model.module, model, [adapter])
     model.module(torch.tensor([ids]))
     assert [doubt.partition(". ")[0] for doubt in looked_up.findings.doubts] == doubts

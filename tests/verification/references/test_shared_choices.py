@@ -21,7 +21,8 @@ from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import prepared_pytorch
 from lora_export.verification.against_pytorch import PyTorchReferences
-from lora_export.verification.parity import Outcome
+from lora_export.verification.parity import Findings, Outcome
+from lora_export.verification.prepared_pytorch import PreparedPyTorch
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import shared_choices
 from lora_export.verification.references.top_k import Call, Choice
@@ -190,6 +191,15 @@ def test_choices_of_a_large_module_with_rounded_weights_are_read(monkeypatch: py
     verdict = judged(in_bf16).verdict
     assert verdict.same, str(verdict)
     assert any("took the candidate's choice" in note for note in verdict.notes)
+
+
+def test_choices_are_taken_where_a_single_pair_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair is a control that runs after the first verdict."""
+    calls: list[object] = []
+    monkeypatch.setattr(PreparedPyTorch, "control_pairs", lambda *_: Findings(doubts=("a pair has no effect",)))
+    monkeypatch.setattr(PreparedPyTorch, "run_alike", lambda _, *given: calls.append(given))
+    assert judged(scores=(1.0,) * 4).verdict.outcome is Outcome.UNDECIDED
+    assert len(calls) == 1
 
 
 def test_pytorch_is_not_run_again_where_choices_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
