@@ -358,7 +358,7 @@ def _line_of_size(error: BaseException) -> str:
 
     for names in _frames(error):
         for value in list(names.values()):
-            sizes = value if isinstance(value, ShapeEnv) else getattr(value, "shape_env", None)
+            sizes: Any = value if isinstance(value, ShapeEnv) else getattr(value, "shape_env", None)
             for symbol, place in sizes.replacements_slocs.items() if isinstance(sizes, ShapeEnv) else ():
                 frame = place.framework_loc
                 if not isinstance(frame, traceback.FrameSummary) or not sizes.replacements[symbol].is_number:
