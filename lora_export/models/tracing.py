@@ -248,7 +248,7 @@ DEPENDS_ON_VALUES = (
 )
 OF_HALF = re.compile(r"`.*\btorch\.float16\b.*`")  # a line of BART's encoder looks for overflow in this precision
 FIXED_SIZE = re.compile("specialized it to be a constant|inferred a static shape")  # of a dimension that is to vary
-OWN_CODE, PYTORCH = Path(__file__).parents[1], Path(torch.__file__).parent
+OWN_CODE, OF_PYTORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 NOT_IN_ONNX = "Compute it there with operators that ONNX has, or export only the part of the model before it."
 
 
@@ -344,7 +344,7 @@ def _failing_node(error: BaseException) -> torch.fx.Node | None:
 
 def line_of_model(error: BaseException) -> str:
     """The innermost line outside of PyTorch that an exception of a model passed; empty where there is none."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_of(frame, OWN_CODE, PYTORCH)]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_of(frame, OWN_CODE, OF_PYTORCH)]
     return _shown(own[-1]) if own else ""
 
 

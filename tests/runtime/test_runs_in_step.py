@@ -63,7 +63,7 @@ def test_a_weight_that_two_runs_use_otherwise_is_used_for_each(used: list[tuple[
     assert used == [(10, 1)]
 
 
-def test_a_run_has_the_context_variables_of_its_caller_and_sets_its_own(used: list[tuple[float, int]]) -> None:
+def test_a_run_has_the_context_variables_of_its_caller(used: list[tuple[float, int]]) -> None:
     """The settings of a proof are such variables: a new thread has none."""
 
     def run(meet: Meet) -> float:
