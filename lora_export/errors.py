@@ -6,8 +6,10 @@ wrong, where, and what to do. Every other exception is a bug: it ends as a trace
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, SupportsIndex
@@ -146,6 +148,16 @@ class RuntimeRefused(LoraExportError):
     """The exporter or the runtime refused the model."""
 
     exit_code = 8
+
+
+@contextlib.contextmanager
+def without_output() -> Iterator[None]:
+    """The context of what writes no output: its errors do not end with that nothing was written."""
+    try:
+        yield
+    except LoraExportError as error:
+        error.args = (EscapedLines(re.sub(r"(^|\s)Nothing was written\.(?=\s|$)", "", str(error))),)
+        raise
 
 
 def refuse_unprintable(names: Iterable[str], source: str) -> None:

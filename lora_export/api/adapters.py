@@ -181,7 +181,7 @@ def _extracted(options: ExtractOptions, base: Path, tuned: Path) -> ExtractResul
             exclude=options.exclude,
             progress=in_bytes(options.on_progress, "comparing", sum(spec.nbytes for spec in one.specs)),
         )
-        atomic_output.refuse_lack_of_space(stage, 4 * found.adapter.parameters)
+        atomic_output.refuse_lack_of_space(stage.parent, 4 * found.adapter.parameters)
         settings = {"extract": _limits(truncation), "excluded": list(found.excluded)}
         record = provenance.record([], [], {}, (), settings)
         architecture = str((other.config.get("architectures") or [""])[0])

@@ -12,7 +12,7 @@ from lora_export.api.adapter_names import repeated_tables, with_shapes_of_base
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused, WrongUsage, without_output
 from lora_export.formats import onnx_adapter
 from lora_export.formats.gguf import GGUF_ROWS
 from lora_export.lora import Adapter
@@ -45,13 +45,20 @@ class CheckResult:
 def check(options: CheckOptions) -> CheckResult:
     """Compare an adapter with the rules of runtimes: what each will refuse, drop or run at another strength.
 
-    Runs nothing and needs no PyTorch. Reads the adapter, and the headers of `base`. Every finding has the version and
-    the file in which its rule was read, and what repairs it. Without `base`, an outcome names the facts that are not
-    known. `settings` are what the runtime is started with: {"max-lora-rank": 64}.
+    Runs nothing and needs no PyTorch. Reads the adapter, and the headers of `base`; where the adapter has rows of a
+    tied table that `base` stores twice, both tables. Every finding has the version and the file in which its rule was
+    read, and what repairs it. Without `base`, an outcome names the facts that are not known. `settings` are what the
+    runtime is started with: {"max-lora-rank": 64}.
 
     Raises InputRefused where the adapter cannot be read or does not fit the base, and WrongUsage for an unknown runtime
     or a setting that none of them has.
     """
+    with without_output():
+        return _checked(options)
+
+
+def _checked(options: CheckOptions) -> CheckResult:
+    """As `check`."""
     runtimes = [runtime_named(name) for name in dict.fromkeys(options.runtimes)]
     known = {setting for runtime in runtimes for setting in runtime.settings}
     if unknown := sorted(options.settings.keys() - known):
@@ -135,5 +142,6 @@ def _least_handling(adapter: Adapter, checkpoint: Checkpoint, both: plan.Ties | 
 
 
 def _ties(checkpoint: Checkpoint, handling: plan.Tied) -> plan.Ties:
-    """The ties of a base. No tables are read: two that it stores are taken for equal, and no rows are refused."""
-    return replace(ties_of(checkpoint, handling), has_other_values=lambda _: False)
+    """The ties of a base. Two tables that it stores are compared for rows of one alone, and else taken for equal."""
+    ties = ties_of(checkpoint, handling)
+    return ties if handling is plan.Tied.ERROR else replace(ties, has_other_values=lambda _: False)

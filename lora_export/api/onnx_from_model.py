@@ -292,7 +292,7 @@ def write_graphs(
             *(plan.make(future, whole, identity_ok=True).steps if future else ()),
         ]
         unread = [step for step in steps if found.isdisjoint((step.weight, *step.spec.aliases))]
-        note_each(options.on_message, notes_on_unread(unread, targets=len(steps)))
+        note_each(options.on_message, notes_on_unread(unread, planned=steps))
     return result, beside
 
 
@@ -310,7 +310,7 @@ def _with_targets(
     steps, lost = laid(functools.partial(plan.make, future, identity_ok=True), located.sites, whole)
     if lost and not options.has_parts and options.targets != "all-linear":
         way = f"No output reads them for the inputs of the export: leave them out of {named('target')}"
-        raise not_in_graph(lost, way, targets=len(steps.steps) + len(lost))
+        raise not_in_graph(lost, way, planned=[*steps.steps, *lost])
     return located._replace(targets=[step.weight for step in steps.steps])
 
 
@@ -323,8 +323,8 @@ def write_with_adapters(
     """
     located = locate_steps(program, options, None, whole=whole) if options.adapters or future else None
     if located is not None and located.plan is not None and not options.has_parts:
-        targets = len(located.plan.steps) + len(located.elsewhere)
-        note_each(options.on_message, notes_on_unread(located.elsewhere, targets=targets))
+        planned = [*located.plan.steps, *located.elsewhere]
+        note_each(options.on_message, notes_on_unread(located.elsewhere, planned=planned))
     located = located and _with_targets(located, options, future, whole)
     # Otherwise all that the adapters change is in other graphs.
     is_changed = located is not None and bool(_changed(located))

@@ -15,8 +15,10 @@ from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.artifacts.artifact import Artifact
 from lora_export.callbacks import in_stages, note_each
-from lora_export.errors import Different, EnvironmentLacking, Undecided
+from lora_export.errors import Different, EnvironmentLacking, InputRefused, Undecided
 from lora_export.isolation.limits import LEAST_TIMEOUT, REQUEST_SECONDS, TIMES_PYTORCH
+from lora_export.options.spelling import named
+from lora_export.plan.build import checked_strengths
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
@@ -26,6 +28,7 @@ from lora_export.verification.diagnose.root_cause import without_guesses
 from lora_export.verification.judged_files import LoadedFiles, loaded_files
 
 if TYPE_CHECKING:
+    from lora_export.lora import Adapter
     from lora_export.models.model import Model
     from lora_export.verification.proof import Proof
 
@@ -62,6 +65,8 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     try:
         require_provider(request.provider)
         loaded = load_adapters(request.adapters, activated=True)
+        names = [adapter.name for adapter in loaded]
+        request, loaded = _of_adapter_id(request, loaded)
         printed = {note: None for adapter in loaded for note in adapter.notes}
         note_each(on_message, printed)
         require_memory_to_verify(model, candidate, request.dtype)
@@ -75,8 +80,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         note_each(on_message, more)
         base = adapted.model
         stage("loading the candidate")
-        names, seconds = [adapter.name for adapter in loaded], _seconds(request, base, candidate)
-        runner = open_candidate(candidate, HowToOpen(base, request, names, seconds))
+        runner = open_candidate(candidate, HowToOpen(base, request, names, _seconds(request, base, candidate)))
         if isinstance(runner, OnnxRunner | SeveralGraphs) and runner.has_slots:
             stage("filling the slots")
             if not loaded:
@@ -131,6 +135,24 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         facts["endpoint"] = getattr(runner, "facts", {})
     about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **request.settings, **proof.about}
     return replace(proof, about=about)
+
+
+def _of_adapter_id(request: VerifyRequest, adapters: list[Adapter]) -> tuple[VerifyRequest, list[Adapter]]:
+    """The request and its adapters; of several, which are those of the graph in the order of the ids, the chosen one.
+
+    Raises InputRefused for an id that is none of them, and as `plan.checked_strengths`.
+    """
+    number = request.adapter_id
+    if number is None or len(adapters) < 2:
+        return request, adapters
+    strengths = checked_strengths(adapters, request.weights)
+    if number > len(adapters):
+        given = ", ".join(f"{place} ({adapter.name})" for place, adapter in enumerate(adapters, start=1))
+        raise InputRefused(f"{named('adapter_id', number)} is none of the adapters that are given: {given}")
+    own = slice(number - 1, number) if number else slice(0)
+    reference = f"{adapters[number - 1].name} alone" if number else "the base without adapters"
+    request.on_message(f"note: {named('adapter_id', number)}: the reference is {reference}")
+    return replace(request, weights=strengths[own]), adapters[own]
 
 
 def _seconds(request: VerifyRequest, base: Model, candidate: Artifact) -> float:

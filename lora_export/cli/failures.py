@@ -276,7 +276,8 @@ def _write_reports(failure: Failure, invocation: Invocation) -> None:
         except InputRefused:
             continue  # another suffix: that, or something before it, is the failure itself
         except (LoraExportError, OSError, ImportError) as error:
-            print_message(f"the report {path} was not written: {error}")
+            if str(error) != failure.message:  # the failure itself was that no report can be there
+                print_message(f"the report {path} was not written: {error}")
 
 
 def _annotate(failure: Failure, invocation: Invocation) -> None:

@@ -187,11 +187,6 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
 def _config(pairs: dict[str, LoraPair], problems: list[str]) -> dict[str, Any]:
     """The fields of PEFT's LoraConfig for the pairs of one model."""
     alphas = {module: alpha_of(pair.scale, pair.rank) for module, pair in pairs.items()}
-    problems += [
-        f"{module}: its scale is no alpha / rank"
-        for module, pair in pairs.items()
-        if alphas[module] / pair.rank != pair.scale
-    ]
     if len({pair.magnitude is not None for pair in pairs.values()}) > 1:
         problems.append("DoRA on some layers of a model; diffusers has it on all or none")
     rank, rank_pattern = usual_and_patterns({module: pair.rank for module, pair in pairs.items()})

@@ -14,24 +14,32 @@ from lora_export.plan import Step
 SHOWN_UNREAD = 5
 
 
-def notes_on_unread(steps: Sequence[Step], *, targets: int) -> list[str]:
-    """The note on steps without effect on weights that no graph of a model has: they are left out.
+def notes_on_unread(steps: Sequence[Step], *, planned: Sequence[Step]) -> list[str]:
+    """The notes on steps without effect on weights that no graph of a model has: they are left out.
 
-    Raises MatchError, with a way out, where other steps are among them. `targets` are all steps of the plan.
+    Raises MatchError, with a way out, where other steps are among them. `planned` are all steps of the plan.
     """
     if lost := [step for step in steps if not _is_idle(step)]:
-        raise not_in_graph(lost, _way_to_unread(), targets=targets)
-    unread = f"{first_of(list(map(_layer, steps)), SHOWN_UNREAD)}, which no output of the graph reads"
-    return [f"the pairs on {unread}, have no effect: left out"] if steps else []
-
-
-def not_in_graph(steps: Sequence[Step], remedy: str, *, targets: int) -> MatchError:
-    """The error for steps on weights that a graph lacks."""
-    misfits = []
+        raise not_in_graph(lost, _way_to_unread(), planned=planned)
+    layers: dict[str, list[str]] = {}
     for step in steps:
-        adapters = ", ".join(dict.fromkeys([*(term.adapter for term in step.terms), *step.values_of]))
-        misfits.append(Misfit(adapters or "the adapters", _layer(step), f"the graph has no weight for {_layer(step)}"))
-    return MatchError(misfits, targets=targets, remedy=remedy)
+        for adapter in step.adapters:
+            layers.setdefault(adapter, []).append(_layer(step))
+    return [
+        f"the pairs of {adapter} on {first_of(own, SHOWN_UNREAD)}, which no output of the graph reads, have no effect: "
+        "left out"
+        for adapter, own in layers.items()
+    ]
+
+
+def not_in_graph(steps: Sequence[Step], remedy: str, *, planned: Sequence[Step]) -> MatchError:
+    """The error for steps on weights that a graph lacks, among all that are planned."""
+    misfits = [
+        Misfit(adapter, _layer(step), f"the graph has no weight for {_layer(step)}")
+        for step in steps
+        for adapter in step.adapters
+    ]
+    return MatchError(misfits, targets=sum(len(step.adapters) for step in planned), remedy=remedy)
 
 
 def _is_idle(step: Step) -> bool:

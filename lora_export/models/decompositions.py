@@ -60,7 +60,7 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
         if not _IS_EXPORTING.get() or table is None:
             return traced_again(program, *args, **kwargs)
         _state_sizes_of_parts(program.graph)
-        exchanges = None if _state_sizes_of_equal_parts(program.graph) else _exchanges(program, table)
+        exchanges = _exchanges(program, table)
         if exchanges is None and any(node.target in WITHOUT_TRANSLATION for node in program.graph.nodes):
             return traced_again(program, decomp_table={**table, **WITHOUT_TRANSLATION})
         if exchanges is None:
@@ -74,7 +74,13 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(ExportedProgram, "run_decompositions", run_decompositions)
 
 
-_PATCHED = SharedContext(_patched)
+def _patched_split(owner: Any) -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(owner, "tensor_split", _equal_parts(owner.tensor_split))
+
+
+_PATCHED = SharedContext(
+    _patched, functools.partial(_patched_split, torch), functools.partial(_patched_split, torch.Tensor)
+)
 
 # The inverse of erf is x P(l) / Q(l) with l = log(1 - x²): from the constants up. The ratio of the two polynomials was
 # fitted to fp64 values for x² up to 1 - 1e-7, which leaves 1.4e-8 of it. Each sums terms of one sign.
@@ -139,22 +145,19 @@ def _state_sizes_of_parts(graph: Graph) -> None:
         _exchange(node, Exchange(aten.split_with_sizes.default, (x, [*[size] * (len(parts) - 1), last], axis)))
 
 
-def _state_sizes_of_equal_parts(graph: Graph) -> bool:
-    """State the size of each part of an open axis that `tensor_split` makes of it: the first ones may have one more.
+def _equal_parts(split: Callable[..., Any]) -> Callable[..., Any]:
+    """`tensor_split`, which makes equal parts of an open axis by their open sizes: the first ones may have one more.
 
-    Returns whether there are such. PyTorch 2.13 takes the sizes at hand for those of all inputs, and whatever follows
-    from them is to be traced again.
+    PyTorch 2.13 takes the sizes at hand for those of all inputs, also where the model computes with them.
     """
-    found = False
-    for node in graph.find_nodes(op="call_function", target=aten.tensor_split.sections):
-        x, number, axis = _arguments(node).values()
-        if isinstance(number, int) and "val" in x.meta and isinstance(x.meta["val"].shape[axis], torch.SymInt):
-            whole = Exchange(aten.sym_size.int, (x, axis))
-            raised = [Exchange(operator.add, (whole, number - 1 - part)) for part in range(number)]
-            sizes = [Exchange(operator.floordiv, (each, number)) for each in raised]
-            _exchange(node, Exchange(aten.split_with_sizes.default, (x, sizes, axis)))
-            found = True
-    return found
+
+    def tensor_split(x: torch.Tensor, indices_or_sections: Any, dim: int = 0) -> Any:
+        number = indices_or_sections
+        if not _IS_EXPORTING.get() or type(number) is not int or not isinstance(x.shape[dim], torch.SymInt):
+            return split(x, indices_or_sections, dim)
+        return x.split_with_sizes([(x.shape[dim] + number - 1 - part) // number for part in range(number)], dim)
+
+    return tensor_split
 
 
 def _exchanges(program: ExportedProgram, table: Collection[Any]) -> dict[Node, Exchange] | None:

@@ -42,6 +42,7 @@ from lora_export.models.shared_context import SharedContext
 from lora_export.models.tracing import (
     USE_CACHE,
     exporter_refusals,
+    fixes_size,
     is_hugging_face,
     named_failures,
     named_outputs,
@@ -251,17 +252,22 @@ def _run_exporter(
     if is_hugging_face(module):
         return _exported_by_transformers(module, {**inputs, USE_CACHE: False}, dynamic, opset)
     with _forgotten_kernels():
-        exported = torch.onnx.export(
-            module,
-            kwargs=dict(inputs),
-            input_names=list(inputs),  # torch.export changes names: `X` to `x`, `pixelValues` to `pixelvalues`
-            output_names=outputs,
-            dynamic_shapes=dynamic,
-            opset_version=opset,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
+        try:
+            exported = torch.onnx.export(
+                module,
+                kwargs=dict(inputs),
+                input_names=list(inputs),  # torch.export changes names: `X` to `x`, `pixelValues` to `pixelvalues`
+                output_names=outputs,
+                dynamic_shapes=dynamic,
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        except Exception as error:
+            if fixes_size(error):  # torch.export's own refusal has the line of the code
+                torch.export.export(module, (), dict(inputs), dynamic_shapes=dynamic)
+            raise
     assert exported is not None
     return exported.model
 

@@ -31,7 +31,7 @@ from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes, in_dtype, in_dtype_of
 from lora_export.models.pt2.program import from_program
 from lora_export.models.stored_parameter import is_streamed, load_streamed
-from lora_export.models.tracing import failure_on, named_failures, same_state, with_dictionaries
+from lora_export.models.tracing import failure_on, line_of_model, named_failures, same_state, with_dictionaries
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.storage.artifact_kinds import ArtifactKind
@@ -197,7 +197,8 @@ def varying_axes(source: str, module: nn.Module, example_inputs: ModelInputs) ->
                 module(**trial)
         except Exception as error:  # any exception of the user's model means that this size is fixed
             if symbol == "batch":
-                raise InputRefused(f"{source}: the model fails at another batch size, {size + 1}: {error}") from error
+                why = f"{size + 1}: {error}{line_of_model(error)}"
+                raise InputRefused(f"{source}: the model fails at another batch size, {why}") from error
         else:
             varying.add(symbol)
     axes = {name: {axis: each for axis, each in own.items() if each in varying} for name, own in every.items()}

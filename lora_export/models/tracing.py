@@ -12,9 +12,11 @@ import io
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -245,6 +247,8 @@ DEPENDS_ON_VALUES = (
     "export only the part of the model that a graph can contain."
 )
 OF_HALF = re.compile(r"`.*\btorch\.float16\b.*`")  # a line of BART's encoder looks for overflow in this precision
+FIXED_SIZE = re.compile("specialized it to be a constant|inferred a static shape")  # of a dimension that is to vary
+OWN_CODE, OF_PYTORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 NOT_IN_ONNX = "Compute it there with operators that ONNX has, or export only the part of the model before it."
 
 
@@ -304,12 +308,19 @@ def exporter_refusals(module: nn.Module) -> Iterator[None]:
             cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
         elif OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
             remedy = f"Where that line is about float16 alone, export in {named('dtype', 'float32')}. {remedy}"
+        elif fixes_size(error):
+            cause += _line_of_size(error)
         raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", remedy) from error
 
 
 def names_operator(error: BaseException) -> bool:
     """Whether an exporter refused an operator that ONNX lacks."""
     return MISSING_OPERATOR.search(innermost_cause(error)) is not None
+
+
+def fixes_size(error: BaseException) -> bool:
+    """Whether an exporter refused a dimension that is to vary, since the model's code fixes its size."""
+    return FIXED_SIZE.search(innermost_cause(error)) is not None
 
 
 def _place(error: BaseException) -> str:
@@ -325,17 +336,50 @@ def _place(error: BaseException) -> str:
     return f" ({found})" if found else ""
 
 
-def _failing_node(error: BaseException | None) -> torch.fx.Node | None:
+def _failing_node(error: BaseException) -> torch.fx.Node | None:
     """The node of the program that torch.onnx was about to translate: no exception has it but in its frames."""
+    found = (names.get("node") for names in _frames(error))
+    return next((node for node in found if isinstance(node, torch.fx.Node)), None)
+
+
+def line_of_model(error: BaseException) -> str:
+    """The innermost line outside of PyTorch that an exception of a model passed; empty where there is none."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_of(frame, OWN_CODE, OF_PYTORCH)]
+    return _shown(own[-1]) if own else ""
+
+
+def _is_of(frame: traceback.FrameSummary, *folders: Path) -> bool:
+    return any(map(Path(frame.filename).is_relative_to, folders))
+
+
+def _line_of_size(error: BaseException) -> str:
+    """The line of the model's code that fixed a size in a trace; empty if unknown. Only frames of PyTorch have it."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it imports SymPy, which a proof does not need
+
+    for names in _frames(error):
+        for value in list(names.values()):
+            sizes: Any = value if isinstance(value, ShapeEnv) else getattr(value, "shape_env", None)
+            for symbol, place in sizes.replacements_slocs.items() if isinstance(sizes, ShapeEnv) else ():
+                frame = place.framework_loc
+                if not isinstance(frame, traceback.FrameSummary) or not sizes.replacements[symbol].is_number:
+                    continue
+                if frame.line and not _is_of(frame, OWN_CODE):
+                    return _shown(frame)
+    return ""
+
+
+def _shown(frame: traceback.FrameSummary) -> str:
+    return f" ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: `{(frame.line or '').strip()}`)"
+
+
+def _frames(error: BaseException | None) -> Iterator[Mapping[str, Any]]:
+    """The local variables of every frame that an exception and its causes passed."""
     while error is not None:
         trace = error.__traceback__
         while trace is not None:
-            node = trace.tb_frame.f_locals.get("node")
-            if isinstance(node, torch.fx.Node):
-                return node
+            yield trace.tb_frame.f_locals
             trace = trace.tb_next
         error = error.__cause__
-    return None
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:

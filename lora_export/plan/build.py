@@ -348,10 +348,11 @@ def _step(matches: Sequence[Match], base: Mapping[str, TensorSpec]) -> Step:
         return Step(base[weight], replace=whole, token_rows=joined, values_of=own)
     shifts = [match.shift for match in matches if match.shift is not None]
     shift = functools.reduce(np.add, shifts) if shifts else None
+    shift_of = tuple(dict.fromkeys(match.adapter for match in matches if match.shift is not None))
     if whole is not None:
         spec = base.get(weight) or TensorSpec(weight, whole.shape, str(whole.dtype), nbytes=whole.nbytes)
-        return Step(spec, shift=shift, replace=whole, added=weight not in base, values_of=own)
-    return Step(base[weight], shift=shift)
+        return Step(spec, shift=shift, replace=whole, added=weight not in base, values_of=own, shift_of=shift_of)
+    return Step(base[weight], shift=shift, shift_of=shift_of)
 
 
 def _name_prefix(by_weight: Iterable[Sequence[Match]], base: Mapping[str, TensorSpec]) -> str:

@@ -78,9 +78,16 @@ class BaseTensors(dict[str, TensorSpec]):
         return next(iter(difflib.get_close_matches(pattern, self._by_pattern, n=1, cutoff=0.5)), None)
 
 
-def apart_or_both(*, can_untie: bool, can_be_both: bool = True) -> str:
-    """The ways out where tied tensors would change together: two, unless the config or the changes exclude one."""
+IN_CHECKPOINT = "in a merge into the checkpoint of which the file was made"
+
+
+def apart_or_both(*, can_untie: bool, can_be_both: bool = True, takes_more: bool = True) -> str:
+    """The ways out where tied tensors would change together: two, unless the config or the changes exclude one.
+
+    A base that does not take more tensors is a file that was made of a checkpoint.
+    """
     apart = f"{named('tied', 'untie')} gives each a tensor of its own, as the adapter was trained"
+    apart += "" if takes_more else f", {IN_CHECKPOINT}"
     both = f"{named('tied', 'both')} changes both"
     return "; ".join([apart] * can_untie + [both] * can_be_both) or "No merge changes them apart"
 

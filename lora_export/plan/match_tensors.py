@@ -235,9 +235,9 @@ def conflicts(matches: Sequence[Match]) -> list[Misfit]:
     """The conflicts among matches of one base tensor.
 
     Whole tensors conflict where they differ or others add to them, rows where two adapters replace the same one, pairs
-    where one rescales the sum or they were trained on different kinds of layers.
+    where one rescales the sum or they were trained on different kinds of layers, shifts of a bias with any pair of it.
     """
-    found = (*_of_wholes(matches), *_of_rows(matches), *_of_pairs(matches))
+    found = (*_of_wholes(matches), *_of_rows(matches), *_of_pairs(matches), *_of_shifts(matches))
     return [replace(misfit, is_conflict=True) for misfit in found]
 
 
@@ -336,8 +336,20 @@ def _of_pairs(matches: Sequence[Match]) -> Iterator[Misfit]:
             )
             yield Misfit(term.adapter, name, why)
         elif deciding := next((one.pair for one in (first, term) if one.pair.depends_on_weight), None):
-            why = (
-                f"{first.adapter} and {term.adapter} both change {name}, and {_what_depends(deciding)}, so the "
-                "result depends on their order. To choose an order, merge one adapter, then the other into the result"
-            )
-            yield Misfit(term.adapter, name, why)
+            yield Misfit(term.adapter, name, _in_either_order(first.adapter, term.adapter, name, deciding))
+
+
+def _of_shifts(matches: Sequence[Match]) -> Iterator[Misfit]:
+    """A pair of a bias scales it, so that what is added before differs from what is added after."""
+    first = next((match.term for match in matches if match.term is not None), None)
+    for other in matches:
+        if first is not None and other.shift is not None:
+            why = _in_either_order(first.adapter, other.adapter, other.weight, first.pair)
+            yield Misfit(other.adapter, other.weight, why)
+
+
+def _in_either_order(one: str, other: str, weight: str, deciding: LoraPair) -> str:
+    return (
+        f"{one} and {other} both change {weight}, and {_what_depends(deciding)}, so the result depends on their order. "
+        "To choose an order, merge one adapter, then the other into the result"
+    )

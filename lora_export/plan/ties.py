@@ -17,7 +17,7 @@ import numpy as np
 from lora_export.errors import InputRefused, Misfit, WrongUsage
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 from lora_export.options.spelling import named
-from lora_export.plan.match_names import Prefix, apart_or_both
+from lora_export.plan.match_names import IN_CHECKPOINT, Prefix, apart_or_both
 from lora_export.plan.types import Step, TensorSpec, are_same_change
 
 
@@ -46,11 +46,16 @@ class Ties:
     by_config: bool = False  # whether one value of the model's config ties all of them
     loaded: Mapping[str, str] = field(default_factory=dict)  # tensor -> its name in the loaded model
     bound: str = ""  # why the config cannot untie them; empty where it can
+    takes_more: bool = True  # whether the base can get a tensor of its own for each name
     remedy: str = ""  # what to do where no option of a merge helps
     stored: frozenset[str] = frozenset()  # tied tensors that the base stores under their own names, too
     has_other_values: Callable[[str], bool] = lambda _: False  # whether it stores such a tensor apart; reads both
     stored_again: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
+
+    def ways_out(self, *, can_be_both: bool) -> str:
+        """The options by which a merge can take a change of one name."""
+        return apart_or_both(can_untie=not self.bound, can_be_both=can_be_both, takes_more=self.takes_more)
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """The names of each tensor, the stored one first."""
@@ -130,7 +135,9 @@ def _refuse_rows_of_one(ties: Ties, groups: Sequence[_NamedGroup]) -> None:
             )
         if ties.handling is Tied.ERROR and group.rows(source) and not group.rows(tensor) and not group.is_saved(tensor):
             can_be_both = all(one.has_equal_rows for one in groups)
-            ways_out = ties.remedy or apart_or_both(can_untie=not ties.bound, can_be_both=can_be_both)
+            ways_out = ties.remedy or apart_or_both(
+                can_untie=not ties.bound, can_be_both=can_be_both, takes_more=ties.takes_more
+            )
             if (
                 not ties.remedy and not ties.bound and ties.stored == ties.tensors.keys()
             ):  # else a tensor would have no values
@@ -163,7 +170,7 @@ def tied_remedy(
                 "merge does both"
             )
     can_be_both = all(group.has_equal_rows for group in groups)
-    return f"{found} is tied to {source}. {apart_or_both(can_untie=not ties.bound, can_be_both=can_be_both)}"
+    return f"{found} is tied to {source}. {ties.ways_out(can_be_both=can_be_both)}"
 
 
 def _is_about(misfit: Misfit, tensors: Sequence[str]) -> bool:
@@ -353,7 +360,9 @@ def _of_adapter(tensor: str, prefix: Prefix) -> str | None:
 
 def _untying(ties: Ties) -> str:
     """What to do about changes that one tensor cannot have; or why there is no way."""
-    return f"Nor can they be untied: {ties.bound}" if ties.bound else f"Use {named('tied', 'untie')}"
+    if ties.bound:
+        return f"Nor can they be untied: {ties.bound}"
+    return f"Use {named('tied', 'untie')}{'' if ties.takes_more else f', {IN_CHECKPOINT}'}"
 
 
 def _refuse_beyond_sums(

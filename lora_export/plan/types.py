@@ -133,6 +133,7 @@ class Step:
     token_rows: TokenRows | None = None  # never with terms
     added: bool = False  # the base has no such tensor; `spec` describes the new one
     values_of: tuple[str, ...] = ()  # the adapters that `replace` and `token_rows` come from
+    shift_of: tuple[str, ...] = ()  # those that `shift` comes from
 
     def __repr__(self) -> str:
         return brief(self, f"{self.weight}: {self}")
@@ -141,6 +142,11 @@ class Step:
     def weight(self) -> str:
         """The name of the tensor in the base."""
         return self.spec.name
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that change the tensor."""
+        return tuple(dict.fromkeys([*(term.adapter for term in self.terms), *self.values_of, *self.shift_of]))
 
     @property
     def magnitude(self) -> NDArray[np.float32] | None:

@@ -16,7 +16,7 @@ from torch import nn
 from lora_export import layers
 from lora_export.artifacts.artifact import Artifact
 from lora_export.artifacts.files import adapter_of_file, file_for_graph, graphs_in
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, count
 from lora_export.formats.contract import ADAPTER_IDS
 from lora_export.isolation.limits import memory_for
 from lora_export.models.load import load_model, module_with_weights
@@ -46,7 +46,8 @@ class HowToOpen:
 
     base: Model  # whose weights a .safetensors file has
     options: Judging = field(default_factory=Judging)
-    adapters: Sequence[str] = ()  # names, of which one may be that of an endpoint's model
+    # Names of all that are given: one may be that of an endpoint's model, several are those that rows choose from
+    adapters: Sequence[str] = ()
     # Seconds of a run, or of a request; that of a folder or a .pt2 ends once its operator has ended
     timeout: float = TIMEOUT
 
@@ -95,6 +96,11 @@ def _refuse_unknown_id(
     if names is not None and number > len(names):
         known = ", ".join(f"{place} ({name})" for place, name in enumerate(["the base", *names]))
         raise InputRefused(f"{candidate.path} has no adapter {number} ({named('adapter_id')}). Its ids are {known}")
+    if names is not None and len(how.adapters) > 1 and len(how.adapters) != len(names):
+        raise InputRefused(
+            f"{candidate.path} has {count(len(names), 'adapter')} ({', '.join(names)}), not {len(how.adapters)}: give "
+            f"them in that order, or the one that {named('adapter_id', number)} is"
+        )
 
 
 def _several_graphs(candidate: Artifact, how: HowToOpen) -> CandidateRunner:

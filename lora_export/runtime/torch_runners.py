@@ -337,7 +337,9 @@ class Fp64Operators(TorchFunctionMode):
         if func in NARROWING_METHODS:
             return args[0].double()
         if func is GROUPED_MM and (args[0].ndim, args[1].ndim) == (2, 3):
-            return _grouped_products(*args, **kwargs)
+            with self._narrow.paused():
+                experts = list(args[1])
+            return _grouped_products(args[0], experts, *args[2:], **kwargs)
         args = tuple(torch.float64 if _is_narrow(arg) else arg for arg in args)
         kwargs = {name: torch.float64 if _is_narrow(value) else value for name, value in kwargs.items()}
         if self._stored and _has_narrow((args, tuple(kwargs.values()))):
@@ -456,9 +458,11 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _grouped_products(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **_: None) -> torch.Tensor:
-    """Products of rows (rows, in) with the weights (experts, in, out); the rows of expert i end before `offs[i]`."""
-    products, begin = rows.new_zeros(len(rows), weights.shape[-1]), 0
+def _grouped_products(
+    rows: torch.Tensor, weights: Sequence[torch.Tensor], offs: torch.Tensor, **_: None
+) -> torch.Tensor:
+    """Products of rows (rows, in) with weights (in, out), one an expert; the rows of expert i end before `offs[i]`."""
+    products, begin = rows.new_zeros(len(rows), weights[0].shape[-1]), 0
     for weight, end in zip(weights, offs.tolist(), strict=True):
         products[begin:end] = rows[begin:end] @ weight.double()
         begin = end

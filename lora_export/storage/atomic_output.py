@@ -293,8 +293,22 @@ def _file_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise OutputFailed(f"{target} could not be written: {error.strerror or error}{where}") from error
+        where = _without_stage(error.filename, target) if error.filename else ""
+        raise OutputFailed(
+            f"{target} could not be written: {error.strerror or error}{where and f' ({where})'}"
+        ) from error
+
+
+def _without_stage(filename: str | bytes, target: Path) -> str:
+    """The file that an error is about; within a stage, of which no user knows, by its name there, or none for that."""
+    path = Path(os.fsdecode(filename))
+    stages = [folder for folder in (path, *path.parents) if _is_beside(folder, target, "partial")]
+    return "" if path in stages else str(path.relative_to(stages[0]) if stages else path)
+
+
+def _is_beside(path: Path, target: Path, suffixes: str) -> re.Match[str] | None:
+    """The suffix as the first group, where a name is that of a run's stage of the target, or of what it set aside."""
+    return re.fullmatch(re.escape(_hidden_name(target, "")) + rf"\d+\.({suffixes})", path.name)
 
 
 # --- targets that are refused -------------------------------------------------------------------
@@ -399,8 +413,8 @@ def _stem(name: str) -> str:
 def _remove_orphans(target: Path, on_message: OnMessage) -> None:
     """Remove what killed runs left beside the target, and put back an old output that has no successor."""
     # The whole name is compared: the target `out` must not touch a live run that writes `out.v2`.
-    pattern = re.compile(re.escape(_hidden_name(target, "")) + r"\d+\.(partial|old)")
-    left = {path: found[1] for path in target.parent.iterdir() if (found := pattern.fullmatch(path.name))}
+    beside = ((path, _is_beside(path, target, "partial|old")) for path in target.parent.iterdir())
+    left = {path: found[1] for path, found in beside if found}
     stages = {path for path, state in left.items() if state == "partial"}
     for aside in sorted(left.keys() - stages):
         stage = aside.with_suffix(".partial")

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from lora_export.callbacks import ignore
+from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import (
@@ -20,10 +23,12 @@ from lora_export.verification.candidate_outputs import (
 )
 from lora_export.verification.compare_outputs import (
     UnjudgedPositions,
+    bits,
     notes_on_padding,
     outputs_beyond_rounding,
     padding_beyond_rounding,
 )
+from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.diagnose.localize import diagnose_module
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.inputs.coverage import coverage_of_pairs
@@ -45,6 +50,11 @@ from lora_export.verification.references.further_peers import further_peers
 from lora_export.verification.references.half_precision import note_on_half, returns_halves
 from lora_export.verification.references.proof_weights import ProofWeights
 from lora_export.verification.references.shared_choices import SharedChoices, shared_choices
+
+NOT_REPEATED = (
+    "two runs of PyTorch differ: the model draws random numbers in its forward, and no candidate draws the same ones. "
+    "Prove a model whose noise is off (in VITS' config noise_scale = 0 and noise_scale_duration = 0), or an input"
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,6 +79,7 @@ class PreparedPyTorch(PreparedReferences):
     _fp64: Fp64References | None = field(default=None, init=False)  # once PyTorch ran
     _expected: ReferenceOutputs | None = field(default=None, init=False)  # of `run`, without doubts about PyTorch
     _choices: SharedChoices | None = field(default=None, init=False)  # with which all ran again
+    _is_repeated: bool = field(default=True, init=False)  # False: PyTorch draws random numbers, on the CPU
 
     @cached_property
     def deployed(self) -> ModuleRunner:
@@ -81,7 +92,10 @@ class PreparedPyTorch(PreparedReferences):
         if weights.is_large:
             close_graphs(candidate)
         step("PyTorch")
+        before = torch.get_rng_state()
         found = run_observed(self.deployed, cases, weights)
+        draws = not torch.equal(before, torch.get_rng_state())
+        self._is_repeated = not draws or _is_repeated(self.deployed, cases, found.outputs)
         own, fixed = found.outputs, doubts_on_sizes(candidate, model, how.fixed)
         sensitivity = sensitivity_of(outputs, self.deployed, self.inputs, own)
         names_known = candidate.names_known and self.deployed.names_known
@@ -99,6 +113,7 @@ class PreparedPyTorch(PreparedReferences):
             findings_on_runner(candidate),
             replace(self.inputs.findings, notes=()) if outputs.refusals else self.inputs.findings,
             outputs.findings,
+            Findings(() if self._is_repeated else (NOT_REPEATED,)),
             Findings((note_on_half(),) if is_half and weights.dtype == "float32" else ()),
             *(weights.findings, found.findings, pairs.findings),
         )
@@ -163,6 +178,15 @@ class PreparedPyTorch(PreparedReferences):
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
         if self.weights.depend_on_tokens:
             return None, ["modules were not compared: what a layer should give depends on its token"]
+        if not self._is_repeated:
+            return Diagnosis(None, NOT_REPEATED, title="no modules were compared"), []
         step("comparing modules")
         inputs = self.inputs.cases[case.name]
         return diagnose_module(self.weights, lambda: self.deployed, case, inputs, every=every)
+
+
+def _is_repeated(runner: ModuleRunner, cases: Mapping[str, Arrays], outputs: OutputsByCase) -> bool:
+    """Whether another run of the smallest case returns the same bits."""
+    smallest = min(cases, key=lambda name: sum(value.size for value in cases[name].values()))
+    again = runner.run(cases[smallest])
+    return all(bits(value) == bits(again[name]) for name, value in outputs[smallest].items())

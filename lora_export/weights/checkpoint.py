@@ -92,6 +92,7 @@ class Checkpoint:
     # Quantised weights that are read as they are stored, by the name of their packed numbers
     kept: Mapping[str, QuantisedTensor] = field(default_factory=dict)
     grids: Mapping[str, NewGrid] = field(default_factory=dict)  # of kept weights, where it is another than the base's
+    takes_more: bool = True  # whether a merge can add tensors to it: not to a GGUF file
 
     def __repr__(self) -> str:
         return brief(self, repr(str(self.path)), count(len(self.specs), "tensor"), f"{self.nbytes:,} bytes")

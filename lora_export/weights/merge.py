@@ -302,7 +302,7 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     if step is not None and not step.replaces_only_rows and not plan.changes_tied(name):
         raise InputRefused(
             f"{name} is the output embeddings too (tie_word_embeddings), which the adapter does not change. "
-            f"{apart_or_both(can_untie=can_untie(base.rules))}"
+            f"{apart_or_both(can_untie=can_untie(base.rules), takes_more=base.takes_more)}"
         )
 
 

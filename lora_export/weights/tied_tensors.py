@@ -38,7 +38,10 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
     Unless they are errors, raises InputRefused for a class whose ties are not known, and for one that its config cannot
     untie.
     """
-    handling = Tied(handling)
+    return replace(_ties_of(base, Tied(handling)), takes_more=base.takes_more)
+
+
+def _ties_of(base: Checkpoint, handling: Tied) -> Ties:
     tied_by_model = is_tied(base)
     if tied_by_model is False and TIED in base.config:
         return Ties(handling)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -240,6 +242,12 @@ def test_a_refused_extraction_leaves_nothing(
     with pytest.raises(error, match=message):
         extract(tuned, **options)
     assert sorted(tuned.iterdir()) == before
+
+
+def test_a_full_disk_is_named_by_the_folder_of_the_output(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(OutputFailed, match=rf"^{tuned} has 1 bytes free"):
+        extract(tuned)
 
 
 def test_a_checkpoint_that_changes_meanwhile_is_refused(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

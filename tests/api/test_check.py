@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_an_adapter_of_another_base_is_refused(place: Path) -> None:
     sizes = llama().config.to_dict() | {"hidden_size": 128}
     other = LlamaForCausalLM(LlamaConfig(**sizes))
     other.save_pretrained(place / "other")
-    with pytest.raises(InputRefused, match="targets do not fit the base"):
+    with pytest.raises(InputRefused, match=r"targets do not fit the base\.\n"):
         lora_export.check("plain", runtimes=["vllm"], base="other")
 
 
@@ -141,6 +142,22 @@ def test_a_merge_that_is_refused_is_no_repair(tmp_path: Path) -> None:
             lora_export.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", tied="untie")
         with pytest.raises(InputRefused, match="and adds to it: no merge does both"):
             lora_export.check(tmp_path / "a", runtimes=["vllm"], base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_rows_of_one_of_two_tables_need_a_merge_that_unties(is_apart: bool, tmp_path: Path) -> None:
+    """Where the base stores the head with other values, PEFT has its rows in the embeddings alone."""
+    Case({"trainable_token_indices": {"embed_tokens": [1, 2]}}, tied=True).write(tmp_path / "a")
+    llama(tied=True).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + is_apart}, file, {"format": "pt"})
+    (outcome,) = lora_export.check(tmp_path / "a", runtimes=["vllm"], base=tmp_path / "base").outcomes
+    (repair,) = outcome.repairs
+    assert repair.command == "merge" and (repair.options.get("tied") == "untie") is is_apart
+    with pytest.raises(InputRefused, match="other values") if is_apart else nullcontext():
+        lora_export.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    lora_export.merge(tmp_path / "base", tmp_path / "a", tmp_path / "untied", tied="untie")
 
 
 def test_a_type_of_model_without_gguf_adapters_is_repaired_by_a_merge(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 import lora_export as le
 from lora_export import convert, inspect, merge, verify
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused, MatchError, WrongUsage
 from lora_export.options.combining import Combination
 from lora_export.options.reading import ReadOptions
 from support.diffusion import adapter_file, random_pairs
+from support.handmade import peft_adapter
 
 
 def test_a_merged_file_is_compared_without_a_model(place: Path) -> None:
@@ -31,6 +32,14 @@ def test_a_combined_merge_is_compared_with_the_same_combination(place: Path, tmp
              for one in (how, {})]  # fmt: skip
     assert found[0] and found[0].about["combine"] == {"method": "linear"}
     assert found[1].verdict.outcome == "different"
+
+
+def test_a_misfit_does_not_tell_of_an_output(place: Path, tmp_path: Path) -> None:
+    """There is none."""
+    peft_adapter(tmp_path / "other", {"nowhere": (np.ones((1, 3)), np.ones((4, 1)))})
+    with pytest.raises(MatchError, match=r"^1 of 1 targets do not fit the base\.\n") as refused:
+        le.verify(place / "merged.safetensors", base=place / "base.safetensors", adapters=tmp_path / "other")
+    assert "written" not in str(refused.value) and refused.value.misfits
 
 
 def test_base_without_an_adapter_names_the_recorded_one(place: Path) -> None:

@@ -190,6 +190,14 @@ def test_a_report_that_cannot_be_written_hides_no_error(place: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "verdict.xml"]
 
 
+def test_a_report_that_cannot_be_written_is_one_error(place: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A disk may be read-only: that is known before the work, and the reason why there is no report of it."""
+    (tmp_path / "file").touch()
+    assert call("verify", place / "nowhere.onnx", "--model", MODEL, "--report", tmp_path / "file/verdict.xml") == 7
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message == f"Error: {tmp_path / 'file'} is not a folder, so nothing can be written into it"
+
+
 # --- GitHub ---
 
 

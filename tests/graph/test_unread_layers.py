@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from lora_export.api.onnx_from_model import export_from_model
+from lora_export.api.onnx_from_model import export_from_model, write_graphs
 from lora_export.api.onnx_request import OnnxRequest
 from lora_export.errors import MatchError
 from lora_export.graph.unread_layers import notes_on_unread
 from lora_export.lora import LoraPair
+from lora_export.models.export import to_onnx
+from lora_export.models.load import from_factory
 from lora_export.plan import Step, Term
 from support.api import Recorder
 from support.graphs import an_adapter as pairs_of
@@ -50,7 +52,7 @@ def test_a_pair_without_effect_is_left_out_with_a_note(lora: str, tmp_path: Path
     made = export_from_model(
         OnnxRequest(model(), tmp_path / "m.onnx", lora=lora, adapters=[adapter], **request, **seen.callbacks)
     )
-    note = "note: the pairs on pooler, which no output of the graph reads, have no effect: left out"
+    note = "note: the pairs of fr on pooler, which no output of the graph reads, have no effect: left out"
     assert seen.messages.count(note) == 1 and made.proof is not None and made.proof.verdict.same
     assert made.plan is not None and [step.weight for step in made.plan.steps] == ["q.weight"]
 
@@ -91,7 +93,11 @@ def test_a_named_target_is_refused(tmp_path: Path) -> None:
     ("pairs", "biases", "problem"),
     [
         ({"q": WIDE, "pooler": IDLE}, {}, r"q\.weight is \(3, 3\)"),
-        ({"q": PAIR, "pooler": IDLE}, {"pooler": np.ones(3, np.float32)}, r"the graph has no weight for pooler\.bias"),
+        (
+            {"q": PAIR, "pooler": IDLE},
+            {"pooler": np.ones(3, np.float32)},
+            r"in fr:\n.*no weight for pooler\.bias",
+        ),
         ({"pooler": PAIR}, {}, "the graph has no weight for pooler"),
     ],
 )
@@ -102,14 +108,32 @@ def test_what_does_not_fit_otherwise_stays_an_error(pairs: Any, biases: Any, pro
     assert len(refused.value.misfits) == 1
 
 
-def test_the_steps_of_several_graphs() -> None:
-    term = Term("fr", "pooler", IDLE)
-    idle = Step(matrix("pooler.weight", 3), (term,))
-    note = "the pairs on pooler, which no output of the graph reads, have no effect: left out"
-    assert notes_on_unread([idle], targets=2) == [note] and notes_on_unread([], targets=2) == []
+def test_every_adapter_of_a_step_is_named_and_counted() -> None:
+    idle = Step(matrix("pooler.weight", 3), (Term("fr", "pooler", IDLE), Term("de", "pooler", IDLE)))
+    notes = [
+        f"the pairs of {name} on pooler, which no output of the graph reads, have no effect: left out"
+        for name in ("fr", "de")
+    ]
+    assert notes_on_unread([idle], planned=[idle]) == notes and notes_on_unread([], planned=[idle]) == []
     for other in (
         Step(matrix("q.weight", 3), (Term("fr", "q", PAIR),)),
-        Step(vector("q.bias", 3), (term,), shift=np.ones(3, np.float32)),
+        Step(vector("q.bias", 3), shift=np.ones(3, np.float32), shift_of=("fr",)),
     ):
-        with pytest.raises(MatchError, match=r"1 of 2 targets(.|\n)*the graph has no weight for q"):
-            notes_on_unread([idle, other], targets=2)
+        with pytest.raises(MatchError, match=r"1 of 3 targets(.|\n)* in fr:\n.*the graph has no weight for q"):
+            notes_on_unread([idle, other], planned=[idle, other])
+
+
+@pytest.mark.parametrize("pair", [IDLE, PAIR])
+def test_layers_that_none_of_several_graphs_has(pair: LoraPair, tmp_path: Path) -> None:
+    """Each graph lacks layers of the others: what all of them lack is known at the end."""
+    seen, base = Recorder(), from_factory("pooled", model)
+    adapter = pairs_of({"q": PAIR, "pooler": pair}, name="fr")
+    output = tmp_path / "decoder_model.onnx"
+    options = OnnxRequest(model(), output, task="text2text-generation", adapters=[adapter], **seen.callbacks)
+    graphs = {output.name: to_onnx(base.module, base.example_inputs(), axes=base.axes)}
+    if pair is PAIR:
+        with pytest.raises(MatchError, match=r"1 of 2 targets(.|\n)* in fr:\n.*the graph has no weight for pooler"):
+            write_graphs(base, graphs, options, [], tmp_path)
+    else:
+        write_graphs(base, graphs, options, [], tmp_path)
+        assert [text for text in seen.messages if "pairs of fr on pooler, which no output" in text]

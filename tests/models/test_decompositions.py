@@ -152,6 +152,9 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "checked": checked,
     "minimum": lambda x: torch.min(x, -x) - torch.max(x, x * x),
     "and, or": lambda x: (((x > 0.2) & (x < 0.4)) | (x > 0.8)) * x,
+    "equal parts of an open axis": lambda x: torch.cat(torch.tensor_split(x, 3)[::-1]),
+    "a repeated part of an open axis": lambda x: torch.cat((x, x)).tensor_split(3)[0].repeat(2, 1, 1),
+    "the size of an equal part": lambda x: x * x.tensor_split(3)[1].shape[0],
 }
 TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "a view of what is written": written_after_a_view,
@@ -161,8 +164,6 @@ TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "chunks of an axis of size 0": lambda x: torch.cat((*x[:, :0].chunk(3, 1), x), 1),
     "divided in place, with a view": divided_as_read,
     "chunks of an open axis": lambda x: torch.cat(x.diff(n=2).chunk(2)[::-1]),
-    "equal parts of an open axis": lambda x: torch.cat(x.tensor_split(3)[::-1]),
-    "a repeated part of an open axis": lambda x: torch.cat((x, x)).tensor_split(3)[0].repeat(2, 1, 1),
     "second differences": lambda x: x.diff(n=2),
     "differences of bools": lambda x: (x > 0.5).diff(),
     "convolved to the same size": lambda x: F.conv1d(whole(x), torch.ones(1, 2, 2), padding="same"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import sys
 import warnings
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import RuntimeRefused
 from lora_export.models import export, export_program
-from lora_export.models.export import simplify
+from lora_export.models.export import simplify, to_onnx
 from lora_export.models.model import Axes
 from support.exported_models import EVERY_MODEL, MODEL_BUILDERS, Encoder, Mlp, eager, exported, inputs
 from support.graphs import run
@@ -427,3 +429,31 @@ def test_axis_that_pytorch_does_not_squeeze_stays() -> None:
         expected = module(other)
     assert expected.shape == (5, 3, 4)
     np.testing.assert_allclose(run(graph, x=other.numpy())["output_0"], expected, rtol=1e-5, atol=1e-6)
+
+
+READ_ONCE = {  # what a context exchanges while PyTorch exports
+    "torch.onnx._internal._lazy_import": "onnxscript_apis.get_torchlib_ops",
+    "torch.onnx._internal.exporter._schemas": "op_signature_from_function",
+    "onnx_ir.schemas": "OpSignature.from_op_schema",
+    "torch._export.utils": "_materialize_cpp_cia_ops",
+    "torch.onnx._internal.fx.passes.type_promotion": "_TypePromotionInterpreter.run_node",
+}
+
+
+def test_an_export_looks_up_once_what_is_the_same_for_all() -> None:
+    def current() -> list[Any]:
+        found = []
+        for name, path in READ_ONCE.items():
+            value: Any = functools.reduce(getattr, path.split("."), importlib.import_module(name))
+            found.append(getattr(value, "__func__", value))  # of a class method, which is bound anew each time
+        return found
+
+    class Looks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(current())
+            return super().forward(x)
+
+    before, seen = current(), list[list[Any]]()
+    to_onnx(Looks(2, 2).eval(), {"x": torch.ones(2, 2)}, axes={})
+    assert [one is other for one, other in zip(before, seen[-1], strict=True)] == [False] * len(READ_ONCE)
+    assert current() == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.models import export, export_program
 from lora_export.models.export import to_onnx
+from lora_export.models.export_program import to_program
 from lora_export.models.load import from_module, load_model
 from lora_export.models.tracing import (
     cache_setting,
@@ -204,6 +206,22 @@ def test_another_precision_is_a_way_out_of_a_line_for_float16() -> None:
     with pytest.raises(RuntimeRefused, match=r"in forward: `if .*float16.*`") as caught:
         to_onnx(TooLarge(4, 4).eval(), {"x": torch.ones(4, 4)}, axes={})
     assert "float32" not in str(caught.value)
+
+
+class OfTwo(nn.Linear):
+    """It has a batch of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 2 * y if len(x) == 2 else y
+
+
+@pytest.mark.parametrize("export", [to_onnx, to_program])
+def test_a_fixed_size_is_named_with_its_line(export: Callable[..., Any]) -> None:
+    line = OfTwo.forward.__code__.co_firstlineno + 2
+    why = rf"\(test_tracing\.py, line {line}, in forward: `return 2 \* y if len\(x\) == 2 else y`\)\nChange that line"
+    with pytest.raises(RuntimeRefused, match=why):
+        export(OfTwo(4, 4).eval(), {"x": torch.ones(2, 4)}, axes={"x": {0: "batch"}})
 
 
 def test_other_refusals_have_their_cause_and_a_way_out() -> None:

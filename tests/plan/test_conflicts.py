@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lora_export import plan
+from lora_export.formats.peft_kinds import entry_wise
 from lora_export.lora import LoraPair
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Layout, Ties
 from support.plans import A, B, adapter, holding, matrix, misfits, pair, rows, table, tied, vector
 
@@ -89,6 +92,19 @@ def test_a_replaced_tensor_conflicts_with_a_change(changed):
     assert lines == [
         f"{changed}: two replaces the whole {changed}, and one adds to it. Merge only one of these adapters"
     ]
+
+
+def test_a_shift_beside_a_change_that_scales_the_bias_is_refused():
+    """IA3 scales the bias of its layer: what another adapter adds to that was lost."""
+    scales: Any = {"ia3_l": np.array([2, 3])}, entry_wise._lower_ia3
+    bias = WeightTransform("IA3", *scales, (2,), settings={"of_inputs": False})
+    change = WeightTransform("IA3", *scales, (2, 0), settings={"of_inputs": False}, bias=bias)
+    scaling = holding("scales", pairs={"fc": change})
+    for own in {"biases": {"fc": np.ones(2, np.float32)}}, {"added": {"fc.bias": np.ones(2, np.float32)}}:
+        assert misfits([scaling, holding("adds", **own)], [matrix("fc.weight"), vector("fc.bias")]) == [
+            "fc.bias: scales and adds both change fc.bias, and IA3's change follows from the weight, so the result "
+            "depends on their order. To choose an order, merge one adapter, then the other into the result"
+        ]
 
 
 def test_an_adapter_adds_to_the_bias_that_it_saves():

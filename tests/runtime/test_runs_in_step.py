@@ -63,6 +63,17 @@ def test_a_weight_that_two_runs_use_otherwise_is_used_for_each(used: list[tuple[
     assert used == [(10, 1)]
 
 
+def test_a_run_has_the_context_variables_of_its_caller(used: list[tuple[float, int]]) -> None:
+    """The settings of a proof are such variables: a new thread has none."""
+
+    def run(meet: Meet) -> float:
+        assert USED.get() is used
+        USED.set([])
+        return through(WEIGHTS, 1)(meet)
+
+    assert run_in_step([run, run]) == [111, 111] and USED.get() is used
+
+
 def test_an_error_is_raised_when_the_others_have_ended(used: list[tuple[float, int]]) -> None:
     ended = []
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lora_export.errors import EnvironmentLacking, InputRefused, MatchError, RuntimeRefused
 from lora_export.models import model
-from lora_export.models.load import load_model
+from lora_export.models.load import from_module, load_model
 from lora_export.runtime import runner, torch_runners
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
@@ -219,3 +220,25 @@ def test_error_with_the_providers_own_settings_is_not_judged(
     assert result.verdict.same and any(
         text.endswith("it did not run: out of memory") for text in result.verdict.not_judged
     )
+
+
+class Noisy(nn.Linear):
+    """As VITS, which draws its noise, with an output that has none."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__(3, 3)
+        self.noise = noise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.noise * torch.randn_like(x)
+
+
+@pytest.mark.parametrize(("noise", "shift", "outcome"), [(1, 0, "undecided"), (1, 9, "different"), (0, 0, "same")])
+def test_a_model_that_draws_random_numbers_is_no_measure(noise: float, shift: float, outcome: str) -> None:
+    made, other = (from_module(Noisy(noise).eval(), torch.ones(2, 3)) for _ in range(2))
+    other.module.load_state_dict({name: value + shift for name, value in made.module.state_dict().items()})
+    result = prove(torch_runners.ModuleRunner(other.module), PyTorchReferences(made))
+    assert result.verdict.outcome == outcome
+    noted = [note for note in result.verdict.notes if "the model draws random numbers in its forward" in note]
+    assert len(noted) == (outcome != "same")
+    assert outcome != "different" or result.diagnosis.text.splitlines()[1].strip() == noted[0]  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -299,3 +300,24 @@ def test_the_strength_of_an_adapter_that_is_given_is_proven(tmp_path: Path, requ
     assert proven.verdict.outcome == "same" and len(proven.verdict.comparisons) > len(result.proofs.whole.cases)
     without = le.verify(tmp_path / "g.onnx", (net(), INPUTS))
     assert without.verdict.outcome == "same"
+
+
+@pytest.mark.parametrize(
+    ("number", "reference"), [(0, "the base without adapters"), (1, "one alone"), (2, "two alone")]
+)
+def test_of_all_adapters_that_of_the_id_is_the_reference(exported: Path, number: int, reference: str) -> None:
+    said: list[str] = []
+    options: dict[str, Any] = {"adapter_id": number, "weights": [1.0, 1.0], "on_message": said.append}
+    assert le.verify(exported, (net(), INPUTS), adapters=adapters(), **options)
+    assert said == [f"note: adapter_id={number}: the reference is {reference}"]
+    in_other_order = le.verify(exported, (net(), INPUTS), adapters=adapters()[::-1], adapter_id=number)
+    assert bool(in_other_order) is (number == 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "why"), [(3, "is none of the adapters that are given: 1"), (1, "2 adapters .*, not 3")]
+)
+def test_an_id_that_no_adapter_has_is_refused(exported: Path, number: int, why: str) -> None:
+    more = [an_adapter({"0": PAIR}, name="three")] * (number == 1)
+    with pytest.raises(InputRefused, match=why):
+        le.verify(exported, (net(), INPUTS), adapters=[*adapters(), *more], adapter_id=number)

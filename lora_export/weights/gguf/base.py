@@ -95,6 +95,7 @@ def _checkpoint(file: GgufFile, tensors: Mapping[str, GgufTensor]) -> Checkpoint
         config=config_of(file),
         history=provenance.read_history(record, file.path) if isinstance(record, str) else (),
         quantised={name: _quantised(name, one) for name, one in tensors.items() if one.type not in FLAT},
+        takes_more=False,
     )
 
 

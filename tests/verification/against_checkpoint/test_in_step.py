@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from lora_export.errors import InputRefused
 from lora_export.options.verify import VerifyOptions
 from lora_export.storage import block_copy
 from lora_export.verification.against_checkpoint import in_step, stored_tensor
-from lora_export.verification.against_checkpoint.in_step import AuditInStep, audits_in_step
+from lora_export.verification.against_checkpoint.in_step import AuditInStep, Judgement, audits_in_step
 from support.handmade import base_file, peft_adapter
 
 NAMES = ("de", "es", "fr")
@@ -111,6 +112,23 @@ def test_the_base_is_read_once(place: Path, reads: Counter[tuple[str, int]]) -> 
     assert all(verify_together(list(map(options, NAMES))))  # of which one changes other tensors
     found = {position: count for (folder, position), count in reads.items() if folder == "base"}
     assert found.keys() == of_one.keys() and sum(found.values()) < 2 * sum(of_one.values())
+
+
+def test_an_error_of_a_judgement_is_that_of_its_audit_alone() -> None:
+    """Other threads than the audit make its judgements. It raises their error, and none of its further ones is made."""
+    error, judged = InputRefused("a damaged weight"), list[str]()
+
+    def audit(name: str, one: AuditInStep[list[Any]]) -> list[Any]:
+        def judge() -> None:
+            judged.append(name)
+            if name == "es":
+                raise error
+
+        return one.judge_all(["a", "b"], [[Judgement(2, judge)], [Judgement(1, judge)]], lambda _: None)
+
+    found = audits_in_step([functools.partial(audit, name) for name in NAMES])
+    assert found == [[None, None], error, [None, None]]
+    assert Counter(judged) == {"de": 2, "es": 1, "fr": 2}
 
 
 @pytest.mark.parametrize(("at_work", "is_long"), [(False, False), (True, False), (True, True)])

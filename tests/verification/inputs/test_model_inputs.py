@@ -81,6 +81,9 @@ def test_user_inputs_are_one_more_case(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", x=array)
     with pytest.raises(InputRefused, match=r"other.npz contains x; the model takes input"):
         case_inputs(MODEL, ANY_SIZE, user_inputs=tmp_path / "other.npz")
+    np.savez(tmp_path / "empty.npz", input=array[:0])
+    with pytest.raises(InputRefused, match=r"empty.npz: input has no rows, so that nothing would be compared"):
+        case_inputs(MODEL, ANY_SIZE, user_inputs=tmp_path / "empty.npz")
 
 
 def test_rows_of_an_adapter_are_drawn_beside_the_images_of_a_text(tmp_path: Path) -> None:
