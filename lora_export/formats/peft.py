@@ -270,7 +270,7 @@ class _StoredPairs:
         )
 
     def _is_that_of_a_table(self, a: NDArray[Any], b: NDArray[Any]) -> bool:
-        """True for the pair of a head that is a table's (`ensure_weight_tying`): PEFT divides alpha by the head's rank."""
+        """True for a head with the pair of a table (`ensure_weight_tying`): PEFT divides alpha by the head's rank."""
         return bool(self.config.get("ensure_weight_tying")) and any(
             np.array_equal(read_floats(self.file, self.keys[A][table]), b.T)
             and np.array_equal(read_floats(self.file, self.keys[B][table]), a.T)
