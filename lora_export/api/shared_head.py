@@ -14,6 +14,7 @@ from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import TensorSpec
+from lora_export.plan.own_heads import without_whole_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +39,7 @@ def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec]
             f"{command('merge', 'BASE', 'ADAPTER', output='with-head', only_head=True)}. A graph of "
             f"{named('lora', 'rows')} takes adapters whose heads differ, without {named('ignore_head')}.",
         )
-    return [replace(adapter, replaced={}) for adapter in adapters]
+    return [without_whole_tensors(adapter, adapter.replaced) for adapter in adapters]
 
 
 def head_alone(adapter: Adapter) -> Adapter:

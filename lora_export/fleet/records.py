@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.api.load_model import model_paths
-from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.artifact import Artifact, open_artifact
+from lora_export.artifacts.files import files_of_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
 from lora_export.fleet.steps import OF_THE_RUN, FleetJob, absolute
 from lora_export.options.fleet import keys_of
 from lora_export.report.files import refuse_other_file
 from lora_export.storage import atomic_output, input_files, json_files
+from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.store_path import StorePath, newly_opened, place, unfinished
@@ -153,11 +155,16 @@ class FleetRecords:
     def identity_of(self, path: str | Path, known: StatesAndHashes = NONE_KNOWN) -> dict[str, Any] | None:
         """What an output is: its own record, and the hashes of its files; in a store their sizes and ETags.
 
+        In a store, the record of a graph or a program, which is read on the disk alone, is not part of it.
+
         `known` is what the record of its job has of the files. Where a hash is not known and files are not to be read,
         there are no hashes. None where the output does not exist or cannot be read, or nothing is known.
         """
         try:
-            artifact = open_artifact(path if isinstance(path, Path) else newly_opened(path))
+            artifact = open_artifact(opened := path if isinstance(path, Path) else newly_opened(path))
+            if _is_read_on_disk_alone(artifact):
+                files = files_of_artifact(opened, is_graph=False)
+                return {"sizes": {name: _size_of(file) for name, file in files.items()}}
             content = artifact.record.content if artifact.path.exists() else {}
             text = json.dumps(content, sort_keys=True).encode(errors="surrogatepass")
             own = {"record": hashlib.sha256(text).hexdigest()} if content else {}
@@ -260,6 +267,12 @@ def _place_of(file: Path) -> tuple[int, ...]:
     """Inode, size and time of the last write, which a file keeps under another name."""
     state = file.stat()
     return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _is_read_on_disk_alone(artifact: Artifact) -> bool:
+    """Whether an output is in a store, and its record in a file of which no range is read there: a graph, a program."""
+    is_file = isinstance(artifact.path, StorePath) and artifact.path.is_file()
+    return is_file and artifact.kind not in (ArtifactKind.WEIGHTS, ArtifactKind.GGUF)
 
 
 def _size_of(file: Path) -> list[int]:

@@ -257,7 +257,7 @@ class _StoredPairs:
                 f"A {a.shape}, B {b.shape}: the convolution has {rank // b.shape[1]} groups. PEFT's A mixes the "
                 "channels of all groups, which no weight of a grouped convolution can do: it cannot be merged"
             )
-        if (a.shape[0], b.shape[1]) != (rank, rank):
+        if (a.shape[0], b.shape[1]) != (rank, rank) and not self._is_that_of_a_table(a, b):
             why = self._why_other_rank(module)
             raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}{why}")
         return LoraPair(
@@ -267,6 +267,15 @@ class _StoredPairs:
             magnitude=self._magnitude(module, b),
             embedding=embedding,
             as_stored=module in self.keys[PARAMETER],
+        )
+
+    def _is_that_of_a_table(self, a: NDArray[Any], b: NDArray[Any]) -> bool:
+        """True for a head with the pair of a table (`ensure_weight_tying`): PEFT divides alpha by the head's rank."""
+        return bool(self.config.get("ensure_weight_tying")) and any(
+            np.array_equal(read_floats(self.file, self.keys[A][table]), b.T)
+            and np.array_equal(read_floats(self.file, self.keys[B][table]), a.T)
+            for table in self.keys[EMBEDDING]
+            if table in self.keys[A] and table in self.keys[B]
         )
 
     def _why_other_rank(self, module: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
-from lora_export.lora import Adapter
+from lora_export.lora import Adapter, ModuleEndings
 from lora_export.options.spelling import command
 from lora_export.plan.build import make
 from lora_export.plan.types import TensorSpec
@@ -29,8 +29,15 @@ def head_names(adapter: Adapter) -> list[str]:
 
 def without_own_head(adapter: Adapter) -> Adapter:
     """The adapter without the tensors of `head_names`."""
-    dropped = frozenset(head_names(adapter))
-    return replace(adapter, replaced={name: value for name, value in adapter.replaced.items() if name not in dropped})
+    return without_whole_tensors(adapter, head_names(adapter))
+
+
+def without_whole_tensors(adapter: Adapter, names: Iterable[str]) -> Adapter:
+    """The adapter without these of its whole tensors, whose modules its file does not lack."""
+    dropped = frozenset(names)
+    others = {name: value for name, value in adapter.replaced.items() if name not in dropped}
+    saved = (ending for ending in adapter.saved_whole if not any(map(ModuleEndings([ending]).module_around, dropped)))
+    return replace(adapter, replaced=others, saved_whole=ModuleEndings(saved))
 
 
 def own_heads(adapters: Sequence[Adapter], specs: Iterable[TensorSpec]) -> list[Head]:

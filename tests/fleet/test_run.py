@@ -374,6 +374,22 @@ def test_a_signed_file_is_made_again_with_its_signature(
     assert (place / "out" / "fr.onnx.sig").read_bytes() == b"mine"
 
 
+def test_a_graph_in_a_store_is_made_once(place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored) -> None:
+    """Its record is read on the disk alone: it is known by its size and its ETag."""
+    ir.save(a_graph(GEMM.replace("m.weight", "up.weight")), place / "base.onnx")
+    step = ONNX.replace("graphs", str(stored / "graphs"))
+    (place / "fleet.toml").write_text(BASES.replace('"base"', '"base.onnx"') + step)
+    status, ran = run_here(monkeypatch)
+    assert status.counts == {"same": 2} and len(ran) == 2 and run_here(monkeypatch)[1] == []
+    peft_adapter(place / "adapters" / "fr", {"up": ([[1, 1, 1]], [[1], [1]])})
+    before = stored.files("graphs")
+    status, again = run_here(monkeypatch)
+    assert status.counts == {"same": 2} and again == ran[1:]
+    assert [name for name, content in stored.files("graphs").items() if content != before[name]] == ["fr.onnx"]
+    stored.put("graphs/fr.onnx", b"mine")
+    assert run_here(monkeypatch)[0].counts == {"same": 1, "failed": 1} and stored.get("graphs/fr.onnx") == b"mine"
+
+
 def test_a_file_of_others_beside_an_output_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def use(options: str) -> FleetStatus:
         (place / "fleet.toml").write_text(BASES.replace('"base"', '"base.onnx"') + ONNX + options)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
-from lora_export.lora import LoraPair
+from lora_export.lora import LoraPair, ModuleEndings
 from lora_export.plan import Layout, TensorSpec
 from lora_export.plan.own_heads import head_names, own_heads, with_labels_of, without_own_head
 from support.graphs import an_adapter
@@ -32,6 +35,14 @@ def test_a_table_beside_its_pair_is_no_head() -> None:
     adapter = an_adapter({"score": PAIR}, replaced={"score.weight": WEIGHT[:2], "score.bias": BIAS[:2]})
     assert head_names(adapter) == ["score.bias"]
     assert list(without_own_head(adapter).replaced) == ["score.weight"]
+
+
+def test_a_head_that_was_taken_is_not_one_that_the_file_lacks() -> None:
+    adapter = an_adapter({"model.fc": PAIR}, replaced={"score.weight": WEIGHT, "score.bias": BIAS})
+    saved = replace(adapter, saved_whole=ModuleEndings(["classifier", "score", "norm"]))
+    norm = TensorSpec("norm.weight", (3,), "float32")
+    (note,) = plan.make([without_own_head(saved)], [*SPECS, norm]).notes
+    assert note.endswith(" names norm, and its file has nothing of that: the base's own stay.")
 
 
 def test_a_layer_that_the_base_lacks_is_refused_with_the_way_out() -> None:

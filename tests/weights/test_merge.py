@@ -436,6 +436,21 @@ def test_one_pair_of_tied_tables_is_added_once(tmp_path, tied, targets, save):
     assert any("adds its change twice when it merges" in note for note in formats.load(tmp_path / "adapter").notes)
 
 
+def test_one_pair_of_tied_tables_has_the_scale_of_each_rank(tmp_path, tied):
+    """PEFT divides the head's alpha by the rank that the config states for the head, whatever that of the pair is."""
+    tied.save_pretrained(tmp_path / "base")
+    of_table = {"rank_pattern": {"embed_tokens": 3}, "ensure_weight_tying": True}
+    model = trained(tied, sixty_fourths, r=2, target_modules=["q_proj", "embed_tokens"], **of_table)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", tied="untie")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[1, 5, 7, 19]])
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+    add_tensors(tmp_path / "adapter", {"base_model.model.lm_head.lora_A.weight": np.ones((3, 8), np.float32)})
+    with pytest.raises(InputRefused, match=r"lm_head: A \(3, 8\) and B \(20, 3\) disagree with the config's rank 2"):
+        formats.load(tmp_path / "adapter")
+
+
 def test_a_pair_that_repeats_no_other_is_not_dropped(tmp_path, tied):
     tied.save_pretrained(tmp_path / "base")
     model = trained(tied, sixty_fourths, r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
