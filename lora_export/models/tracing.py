@@ -12,11 +12,12 @@ import io
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -25,8 +26,8 @@ from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.isolation.bounds import is_out_of_memory
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import ModelInputs
-from lora_export.models.shared_context import SharedContext
 from lora_export.models.stored_parameter import StoredParameter
+from lora_export.models.traceable_code import traceable_code
 from lora_export.options.spelling import named
 
 USE_CACHE = "use_cache"
@@ -81,42 +82,20 @@ def without_cache(module: nn.Module) -> contextlib.AbstractContextManager[None]:
 def tracing(module: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no output, and no fused attention kernels: a trace would capture them as opaque calls.
 
-    `len` of a tensor is a size as any other. The module's own modes are restored afterwards.
+    Code that a trace cannot follow is exchanged (see `traceable_code`). The module's own modes are restored afterwards.
     """
     training = [part for part in module.modules() if part.training]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
+    exchanged = traceable_code(module) if is_hugging_face(module) else contextlib.nullcontext()
     try:
-        with torch.no_grad(), silence(), same_state(module), _lengths_as_sizes(module):
+        with torch.no_grad(), silence(), same_state(module), exchanged:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part in training:
             part.training = True
-
-
-@contextlib.contextmanager
-def _lengths_as_sizes(module: nn.Module) -> Iterator[None]:
-    """`len` in the files of a model of transformers returns the first size of a tensor as a trace has it.
-
-    Python's own makes a number of it, which fixes the size: RT-DETR and its relatives take `len` of a batch.
-    """
-    files = {type(part).__module__ for part in module.modules()} if is_hugging_face(module) else set()
-    with contextlib.ExitStack() as exchanged:
-        for name in files:
-            if name.startswith("transformers.models."):
-                exchanged.enter_context(_sizes_in(name))
-        yield
-
-
-@functools.cache
-def _sizes_in(file: str) -> SharedContext:
-    return SharedContext(lambda: mock.patch.object(sys.modules[file], "len", _size_or_length, create=True))
-
-
-def _size_or_length(value: Any) -> int:
-    return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
 
 
 REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks")  # of an nn.Module, which are dictionaries
@@ -244,6 +223,7 @@ DEPENDS_ON_VALUES = (
     "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
     "export only the part of the model that a graph can contain."
 )
+LINE = re.compile(r", line \d+, in ")  # of a model's code
 OF_HALF = re.compile(r"`.*\btorch\.float16\b.*`")  # a line of BART's encoder looks for overflow in this precision
 NOT_IN_ONNX = "Compute it there with operators that ONNX has, or export only the part of the model before it."
 
@@ -302,9 +282,24 @@ def exporter_refusals(module: nn.Module) -> Iterator[None]:
         cause, remedy = innermost_cause(error), DEPENDS_ON_VALUES
         if missing := MISSING_OPERATOR.search(cause):
             cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
-        elif OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
+        elif not LINE.search(cause):
+            cause += _line_of(module, error)
+        if not missing and OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
             remedy = f"Where that line is about float16 alone, export in {named('dtype', 'float32')}. {remedy}"
         raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", remedy) from error
+
+
+def _line_of(module: nn.Module, error: BaseException | None) -> str:
+    """The last line of the model's own files that ran before an error; empty where there is none."""
+    kinds = {type(part).__module__ for part in module.modules()}
+    files = {getattr(sys.modules.get(kind), "__file__", None) for kind in kinds if not kind.startswith("torch.")}
+    found = ""
+    while error is not None:
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename in files:
+                found = f" ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: `{frame.line}`)"
+        error = error.__cause__
+    return found
 
 
 def names_operator(error: BaseException) -> bool:
