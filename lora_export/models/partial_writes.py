@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-aten: Any = torch.ops.aten
-
 # An operator that returns a part -> the one that returns the whole with another part; it takes the same arguments.
-WHOLE_OF = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+WHOLE_OF: Mapping[Any, Any] = {
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+}
 
 
 def return_whole(graph: Graph, is_new: Callable[[Node], bool]) -> None:
@@ -19,7 +20,7 @@ def return_whole(graph: Graph, is_new: Callable[[Node], bool]) -> None:
 
     `is_new` tells whether a node returns memory of its own, and writes into no other.
     """
-    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
         _return_whole(node, is_new)
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from lora_export.models.shared_context import SharedContext
 
-CHOSEN = "expert_hit"  # the variable of the experts that a loop visits
+EXPERTS_CHOSEN = "expert_hit"  # the variable of the experts that a loop visits
 
 
 @contextlib.contextmanager
@@ -34,14 +34,14 @@ def traceable_code(module: nn.Module) -> Iterator[None]:
     - A part that is converted into the dtype that it has stays as it is. PyTorch exchanges its parameters, which it
       cannot in a trace (Switch Transformers).
     """
-    classes = {type(part) for part in module.modules()}
+    classes: set[Any] = {type(part) for part in module.modules()}
     files = {cls.__module__ for cls in classes if cls.__module__.startswith("transformers.models.")}
     with contextlib.ExitStack() as exchanged:
         for name in files:
             exchanged.enter_context(_sizes_in(name))
         for cls in classes:
             code = getattr(cls.forward, "__code__", None)
-            if code is not None and CHOSEN in code.co_varnames:
+            if code is not None and EXPERTS_CHOSEN in code.co_varnames:
                 exchanged.enter_context(_visiting_all(cls))
         exchanged.enter_context(_OF_PYTORCH)
         yield
