@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from lora_export.layers.torch_internals import is_composite, schema_of
+from lora_export.models.partial_writes import return_whole
 from lora_export.models.shared_context import SharedContext
 
 aten: Any = torch.ops.aten
@@ -60,6 +61,9 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
         if not _IS_EXPORTING.get() or table is None:
             return traced_again(program, *args, **kwargs)
         _state_sizes_of_parts(program.graph)
+        return_whole(program.graph, _is_new)
+        _divide_grids(program.graph)
+        _index_in_place_of_calls(program.graph)
         exchanges = _exchanges(program, table)
         if exchanges is None and any(node.target in WITHOUT_TRANSLATION for node in program.graph.nodes):
             return traced_again(program, decomp_table={**table, **WITHOUT_TRANSLATION})
@@ -74,13 +78,7 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(ExportedProgram, "run_decompositions", run_decompositions)
 
 
-def _patched_split(owner: Any) -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(owner, "tensor_split", _equal_parts(owner.tensor_split))
-
-
-_PATCHED = SharedContext(
-    _patched, functools.partial(_patched_split, torch), functools.partial(_patched_split, torch.Tensor)
-)
+_PATCHED = SharedContext(_patched)
 
 # The inverse of erf is x P(l) / Q(l) with l = log(1 - x²): from the constants up. The ratio of the two polynomials was
 # fitted to fp64 values for x² up to 1 - 1e-7, which leaves 1.4e-8 of it. Each sums terms of one sign.
@@ -145,19 +143,41 @@ def _state_sizes_of_parts(graph: Graph) -> None:
         _exchange(node, Exchange(aten.split_with_sizes.default, (x, [*[size] * (len(parts) - 1), last], axis)))
 
 
-def _equal_parts(split: Callable[..., Any]) -> Callable[..., Any]:
-    """`tensor_split`, which makes equal parts of an open axis by their open sizes: the first ones may have one more.
+def _divide_grids(graph: Graph) -> None:
+    """Make of each grid of `meshgrid` an operator of its own: a view of its axis, expanded to the sizes of all."""
+    overloads = (aten.meshgrid.indexing, aten.meshgrid.default)
+    for node in (each for kind in overloads for each in graph.find_nodes(op="call_function", target=kind)):
+        arguments = _arguments(node)
+        axes, order = arguments["tensors"], [*range(len(arguments["tensors"]))]
+        if len(order) < 2 or any("val" not in each.meta or each.meta["val"].ndim != 1 for each in axes):
+            continue
+        if arguments.get("indexing") == "xy":
+            order[:2] = 1, 0
+        sizes = [_size_of_line(axes[each]) for each in order]
+        for user in list(node.users):
+            place, grid = order.index(user.args[1]), axes[user.args[1]]
+            for axis in range(len(order)):
+                grid = grid if axis == place else Exchange(aten.unsqueeze.default, (grid, axis))
+            _exchange(user, Exchange(aten.expand.default, (grid, sizes)))
+        graph.erase_node(node)
 
-    PyTorch 2.13 takes the sizes at hand for those of all inputs, also where the model computes with them.
-    """
 
-    def tensor_split(x: torch.Tensor, indices_or_sections: Any, dim: int = 0) -> Any:
-        number = indices_or_sections
-        if not _IS_EXPORTING.get() or type(number) is not int or not isinstance(x.shape[dim], torch.SymInt):
-            return split(x, indices_or_sections, dim)
-        return x.split_with_sizes([(x.shape[dim] + number - 1 - part) // number for part in range(number)], dim)
+def _size_of_line(line: Node) -> Any:
+    (size,) = line.meta["val"].shape
+    return size if isinstance(size, int) else Exchange(aten.sym_size.int, (line, 0), value=size)
 
-    return tensor_split
+
+def _index_in_place_of_calls(graph: Graph) -> None:
+    """Index a tensor by tensors where a program calls the function of Python for that: masks of transformers do."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flat_apply):
+        function, leaves, kind, *tensors = node.args
+        if kind != INDEX_OF_MASKS or not all(isinstance(each, Node) for each in tensors) or "val" not in node.meta:
+            continue
+        x, *indices = tensors
+        _exchange(node, Exchange(aten.index.Tensor, (x, indices)))
+        for each in {function, leaves}:
+            if isinstance(each, Node) and not each.users:
+                graph.erase_node(each)
 
 
 def _exchanges(program: ExportedProgram, table: Collection[Any]) -> dict[Node, Exchange] | None:
@@ -228,6 +248,8 @@ def _remove_checks(graph: Graph) -> None:
             graph.erase_node(node)
 
 
+# What a program calls where a mask function indexes a tensor by tensors (torch 2.13)
+INDEX_OF_MASKS = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
 # Functions of Python that compute with sizes, or take one of several results.
 OF_NUMBERS = frozenset(
     {
@@ -359,6 +381,19 @@ def _normalised(node: Node) -> Exchange | None:
     return Exchange(operator.getitem, (results, 0))
 
 
+def _transposed_convolution(node: Node) -> Exchange:
+    x, weight, bias, stride, padding, outer, groups, dilation = _arguments(node).values()
+    axes = len(weight.meta["val"].shape) - 2
+    stride, padding, dilation, outer = (_each(number, axes) for number in (stride, padding, dilation, outer))
+    return Exchange(aten.convolution.default, (x, weight, bias, stride, padding, dilation, True, outer, groups))
+
+
+def _places_of_sorted(node: Node) -> Exchange:
+    x, axis, descending = _arguments(node).values()
+    results = Exchange(aten.sort.default, (x, axis, descending), value=(x.meta["val"], node.meta["val"]))
+    return Exchange(operator.getitem, (results, 1))
+
+
 def _weight_norm(node: Node) -> Exchange | None:
     direction, length, axis = _arguments(node).values()
     if axis < -1:  # -1 is the norm of all axes
@@ -435,8 +470,11 @@ EXCHANGES: Mapping[Any, Callable[[Node], Exchange | None]] = {
     aten.numpy_T.default: _transposed,
     aten.chunk.default: _chunk,
     aten.diff.default: _diff,
+    aten.argsort.default: _places_of_sorted,
+    aten.item.default: _as(aten._local_scalar_dense.default),
     aten.conv1d.padding: _unpadded,
     aten.conv2d.padding: _unpadded,
+    aten.conv_transpose2d.input: _transposed_convolution,
     aten.batch_norm.default: _normalised,
     aten._weight_norm.default: _weight_norm,
     aten.adaptive_avg_pool1d.default: _mean_of_line,
@@ -447,6 +485,7 @@ EXCHANGES: Mapping[Any, Callable[[Node], Exchange | None]] = {
     aten.div_.Tensor: _apart(aten.div.Tensor),
     aten.relu_.default: _apart(aten.relu.default),
     aten.clamp_.default: _apart(aten.clamp.default),
+    aten.scatter_.value: _apart(aten.scatter.value),
     aten.scatter_add_.default: _apart(aten.scatter_add.default),
     aten.rsub.Scalar: _reversed_sub,
     aten.min.other: _as(aten.minimum.default),

@@ -197,7 +197,7 @@ def varying_axes(source: str, module: nn.Module, example_inputs: ModelInputs) ->
                 module(**trial)
         except Exception as error:  # any exception of the user's model means that this size is fixed
             if symbol == "batch":
-                why = f"{size + 1}: {error}{line_of_model(error)}"
+                why = f"{size + 1}: {error}{line_of_model(module, error)}"
                 raise InputRefused(f"{source}: the model fails at another batch size, {why}") from error
         else:
             varying.add(symbol)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import logging
 import re
@@ -18,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -27,8 +27,8 @@ from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.isolation.bounds import is_out_of_memory
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import ModelInputs
-from lora_export.models.shared_context import SharedContext
 from lora_export.models.stored_parameter import StoredParameter
+from lora_export.models.traceable_code import traceable_code
 from lora_export.options.spelling import named
 
 USE_CACHE = "use_cache"
@@ -83,42 +83,19 @@ def without_cache(module: nn.Module) -> contextlib.AbstractContextManager[None]:
 def tracing(module: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no output, and no fused attention kernels: a trace would capture them as opaque calls.
 
-    `len` of a tensor is a size as any other. The module's own modes are restored afterwards.
+    Code that a trace cannot follow is exchanged (see `traceable_code`). The module's own modes are restored afterwards.
     """
     training = [part for part in module.modules() if part.training]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), silence(), same_state(module), _lengths_as_sizes(module):
+        with torch.no_grad(), silence(), same_state(module), traceable_code(module):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part in training:
             part.training = True
-
-
-@contextlib.contextmanager
-def _lengths_as_sizes(module: nn.Module) -> Iterator[None]:
-    """`len` in the files of a model of transformers returns the first size of a tensor as a trace has it.
-
-    Python's own makes a number of it, which fixes the size: RT-DETR and its relatives take `len` of a batch.
-    """
-    files = {type(part).__module__ for part in module.modules()} if is_hugging_face(module) else set()
-    with contextlib.ExitStack() as exchanged:
-        for name in files:
-            if name.startswith("transformers.models."):
-                exchanged.enter_context(_sizes_in(name))
-        yield
-
-
-@functools.cache
-def _sizes_in(file: str) -> SharedContext:
-    return SharedContext(lambda: mock.patch.object(sys.modules[file], "len", _size_or_length, create=True))
-
-
-def _size_or_length(value: Any) -> int:
-    return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
 
 
 REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks")  # of an nn.Module, which are dictionaries
@@ -246,6 +223,7 @@ DEPENDS_ON_VALUES = (
     "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
     "export only the part of the model that a graph can contain."
 )
+LINE = re.compile(r", line \d+, in ")  # of a model's code
 OF_HALF = re.compile(r"`.*\btorch\.float16\b.*`")  # a line of BART's encoder looks for overflow in this precision
 FIXED_SIZE = re.compile("specialized it to be a constant|inferred a static shape")  # of a dimension that is to vary
 OWN_CODE, OF_PYTORCH = Path(__file__).parents[1], Path(torch.__file__).parent
@@ -306,10 +284,12 @@ def exporter_refusals(module: nn.Module) -> Iterator[None]:
         cause, remedy = innermost_cause(error), DEPENDS_ON_VALUES
         if missing := MISSING_OPERATOR.search(cause):
             cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
-        elif OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
-            remedy = f"Where that line is about float16 alone, export in {named('dtype', 'float32')}. {remedy}"
         elif fixes_size(error):
             cause += _line_of_size(error)
+        elif not LINE.search(cause):
+            cause += line_of_model(module, error)
+        if not missing and OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
+            remedy = f"Where that line is about float16 alone, export in {named('dtype', 'float32')}. {remedy}"
         raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", remedy) from error
 
 
@@ -342,14 +322,18 @@ def _failing_node(error: BaseException) -> torch.fx.Node | None:
     return next((node for node in found if isinstance(node, torch.fx.Node)), None)
 
 
-def line_of_model(error: BaseException) -> str:
-    """The innermost line outside of PyTorch that an exception of a model passed; empty where there is none."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_of(frame, OWN_CODE, OF_PYTORCH)]
-    return _shown(own[-1]) if own else ""
-
-
-def _is_of(frame: traceback.FrameSummary, *folders: Path) -> bool:
-    return any(map(Path(frame.filename).is_relative_to, folders))
+def line_of_model(module: nn.Module, error: BaseException | None) -> str:
+    """The last line of the model's own files that ran before an error; empty where there is none."""
+    codes = {getattr(inspect.unwrap(type(part).forward), "__code__", None) for part in module.modules()}
+    files = {Path(code.co_filename) for code in codes if code is not None}
+    found = ""
+    while error is not None:
+        for frame in traceback.extract_tb(error.__traceback__):
+            file = Path(frame.filename)
+            if file in files and not any(map(file.is_relative_to, (OWN_CODE, OF_PYTORCH))):
+                found = _shown(frame)
+        error = error.__cause__
+    return found
 
 
 def _line_of_size(error: BaseException) -> str:
@@ -363,7 +347,7 @@ def _line_of_size(error: BaseException) -> str:
                 frame = place.framework_loc
                 if not isinstance(frame, traceback.FrameSummary) or not sizes.replacements[symbol].is_number:
                     continue
-                if frame.line and not _is_of(frame, OWN_CODE):
+                if frame.line and not Path(frame.filename).is_relative_to(OWN_CODE):
                     return _shown(frame)
     return ""
 

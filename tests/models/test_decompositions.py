@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.export import ExportedProgram
 
 from lora_export.errors import RuntimeRefused
@@ -107,6 +108,51 @@ def with_normalised_weights(x: Tensor) -> Tensor:
     return F.linear(whole(x), torch._weight_norm(torch.full((3, 4), 2.0), torch.arange(8.0, 11.0)[:, None]))
 
 
+def written_into_parts(x: Tensor) -> Tensor:
+    parts = x.new_empty(x.shape[0], 3, 4)
+    parts[:, :2] = x
+    parts[:, 2] = x[:, 0] - x[:, 1]
+    read = parts[:, 0] * 2
+    parts[..., 1::2][:, 1] = read[:, ::2]
+    return parts + 1
+
+
+def written_under_a_view(x: Tensor) -> Tensor:
+    doubled = x * 2
+    view = doubled[:, 0]
+    doubled[:, :1] = x[:, 1:]
+    return doubled + view[:, None]
+
+
+def written_into_the_result(x: Tensor) -> Tensor:
+    doubled = x * 2
+    doubled[:, :1] = x[:, 1:]
+    return doubled
+
+
+def converted_into_a_part(x: Tensor) -> Tensor:
+    tens = (x * 10).long()
+    tens[:, :1] = x[:, 1:] * 100
+    return tens
+
+
+def repeated_into_a_part(x: Tensor) -> Tensor:
+    doubled = x * 2
+    doubled[:, :, :2] = x[:, :1, 2:]
+    return doubled
+
+
+def grids(x: Tensor) -> Tensor:
+    one, other = torch.meshgrid(x[:, 0, 0], torch.arange(4.0), indexing="xy")
+    first, second, third = torch.meshgrid(x[:, 1, 1], torch.arange(2.0), torch.arange(4.0))
+    return (one - other).T[:, None] + first * second - third
+
+
+def indexed_as_masks_are(x: Tensor) -> Tensor:
+    with TransformGetItemToIndex():
+        return whole(x)[torch.arange(x.shape[0])[:, None], 1 - torch.arange(2)]
+
+
 def checked(x: Tensor) -> Tensor:
     torch._check((x.shape[0] % 2 == 0) | (x.shape[0] % 2 == 1))
     return x * 2
@@ -150,6 +196,12 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "divided in place": divided,
     "relu in place": lambda x: (x - 0.5).relu_(),
     "checked": checked,
+    "written into parts": written_into_parts,
+    "grids": grids,
+    "indexed as masks are": indexed_as_masks_are,
+    "a number scattered in place": lambda x: torch.zeros_like(x).scatter_(2, x.argsort(2)[..., :1], 1),
+    "a value as a number": lambda x: x * (x > 0.5).sum().item(),
+    "convolved, transposed": lambda x: F.conv_transpose2d(whole(x)[:, None], torch.ones(1, 1, 2, 2), stride=(1, 2)),
     "minimum": lambda x: torch.min(x, -x) - torch.max(x, x * x),
     "and, or": lambda x: (((x > 0.2) & (x < 0.4)) | (x > 0.8)) * x,
     "equal parts of an open axis": lambda x: torch.cat(torch.tensor_split(x, 3)[::-1]),
@@ -158,6 +210,10 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "a view of what is written": written_after_a_view,
+    "a view of what a part is written into": written_under_a_view,
+    "written into a part of the result": written_into_the_result,
+    "converted into a part": converted_into_a_part,
+    "repeated into a part": repeated_into_a_part,
     "another operator": lambda x: x.narrow(1, 0, 1) * 2,
     "clamped in place after no cast": lambda x: (y := x * 2).to(torch.float32).clamp_(0.5, 1.5) * y,
     "expanded to an open size": lambda x: x.new_ones(1, 2, 4).expand_as(x) + x,

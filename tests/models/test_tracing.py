@@ -74,19 +74,6 @@ def test_a_nested_configs_cache_is_no_output(build: Any, tmp_path: Path) -> None
     assert [output.name for output in graph.outputs] == list(named_outputs(model.module(**inputs)))
 
 
-def test_a_batch_varies_whose_len_a_model_takes() -> None:
-    vision = {"input_size": 16, "patch_size": 8, "coordinate_size": 6, "shape_size": 4, "num_channels": 1}
-    module = transformers.LayoutLMv3Model(transformers.LayoutLMv3Config(**TEXT, **vision)).eval()
-    axes = {"pixel_values": {0: "batch"}}
-    graph = to_onnx(module, {"pixel_values": torch.randn(2, 1, 16, 16)}, axes=axes)
-    pixels = torch.randn(5, 1, 16, 16)
-    with torch.no_grad():
-        expected = module(pixel_values=pixels).last_hidden_state
-    found = run(graph, pixel_values=pixels.numpy())["last_hidden_state"]
-    torch.testing.assert_close(torch.from_numpy(found), expected)
-    assert "len" not in vars(inspect.getmodule(type(module)))
-
-
 @pytest.mark.slow
 def test_a_model_from_a_factory_gets_its_cache_back() -> None:
     torch.manual_seed(0)
@@ -180,6 +167,18 @@ def test_an_operator_that_onnx_lacks_is_named_with_its_module_and_line() -> None
     line = Rotation.forward.__code__.co_firstlineno + 1
     assert f"test_tracing.py, line {line}, in forward: `return torch.linalg.svdvals(x)`)" in first
     assert remedy.startswith("Compute it there with operators that ONNX has")
+
+
+class Unexported(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return {}[0] if torch.compiler.is_exporting() else x
+
+
+def test_a_line_is_named_of_which_pytorch_has_none() -> None:
+    with pytest.raises(RuntimeRefused) as caught:
+        to_onnx(Unexported().eval(), {"x": torch.ones(4, 4)}, axes={})
+    line = Unexported.forward.__code__.co_firstlineno + 1
+    assert f"refused Unexported: 0 (test_tracing.py, line {line}, in forward: `return " in str(caught.value)
 
 
 class OfHalf(nn.Linear):

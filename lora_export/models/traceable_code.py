@@ -1,0 +1,137 @@
+"""Python code of models that a trace cannot follow, exchanged while it runs.
+
+What stands in its place computes the same, without a branch on a value or a number made of a size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lora_export.models.shared_context import SharedContext
+
+EXPERTS_CHOSEN = "expert_hit"  # the variable of the experts that a loop visits
+
+
+@contextlib.contextmanager
+def traceable_code(module: nn.Module) -> Iterator[None]:
+    """While the context is active, a model can be traced whose code could not be.
+
+    - `torch.div` of two sizes is a size. PyTorch makes a tensor of it, whose value a trace does not know.
+    - `tensor_split` makes equal parts of an open axis by their open sizes: the first ones may have one more. PyTorch
+      2.13 takes the sizes at hand for those of all inputs, also where the model computes with them.
+    - A part that is converted into the dtype that it has stays as it is. PyTorch exchanges its parameters, which it
+      cannot in a trace (Switch Transformers).
+
+    In files of transformers:
+    - `len` of a tensor is a size, as a trace has it. Python's own makes a number of it, which fixes the size: RT-DETR
+      and its relatives take `len` of a batch.
+    - A loop over the experts that were chosen visits all of them: those that no token chose add nothing (DBRX, Switch
+      Transformers).
+    """
+    kinds: set[Any] = {type(part) for part in module.modules()}
+    classes = [cls for cls in kinds if cls.__module__.startswith("transformers.models.")]
+    with contextlib.ExitStack() as exchanged:
+        for name in {cls.__module__ for cls in classes}:
+            exchanged.enter_context(_sizes_in(name))
+        for cls in classes:
+            code = getattr(cls.forward, "__code__", None)
+            if code is not None and EXPERTS_CHOSEN in code.co_varnames:
+                exchanged.enter_context(_visiting_all(cls))
+        exchanged.enter_context(_OF_PYTORCH)
+        yield
+
+
+@functools.cache
+def _sizes_in(file: str) -> SharedContext:
+    return SharedContext(lambda: mock.patch.object(sys.modules[file], "len", _size_or_length, create=True))
+
+
+def _size_or_length(value: Any) -> int:
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
+
+
+@functools.cache
+def _visiting_all(cls: Any) -> SharedContext:
+    forward = cls.forward
+
+    @functools.wraps(forward)
+    def visiting_all(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _EveryIndex(getattr(self, "num_experts", sys.maxsize)):
+            return forward(self, *args, **kwargs)
+
+    return SharedContext(lambda: mock.patch.object(cls, "forward", visiting_all))
+
+
+class _Index(list[int]):
+    """An index as code reads it that expects a tensor (1,) of it."""
+
+    def item(self) -> int:
+        return self[0]
+
+
+class _EveryIndex(TorchFunctionMode):
+    """The places of a mask that are not zero are its first ones, and no selection of tokens is taken for empty."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self._most = most  # behind them, DBRX's mask has the tokens that chose none
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.nonzero and args[0].ndim == 1:
+            return [_Index([number]) for number in range(min(args[0].shape[0], self._most))]
+        if func is torch.Tensor.numel and args[0].ndim == 1:
+            return 1
+        return func(*args, **(kwargs or {}))
+
+
+def _quotients_as_sizes() -> Any:
+    divide: Callable[..., Any] = torch.div
+
+    def quotient(one: Any, other: Any, **options: Any) -> Any:
+        are_sizes = isinstance(one, int | torch.SymInt) and isinstance(other, int | torch.SymInt)
+        is_open = isinstance(one, torch.SymInt) or isinstance(other, torch.SymInt)
+        if are_sizes and is_open and options in ({"rounding_mode": "floor"}, {"rounding_mode": "trunc"}):
+            return one // other  # sizes are not below zero: both are the same
+        return divide(one, other, **options)
+
+    return mock.patch.object(torch, "div", quotient)
+
+
+def _parts_of_open_sizes(owner: Any) -> Any:
+    split: Callable[..., Any] = owner.tensor_split
+
+    def tensor_split(x: torch.Tensor, indices_or_sections: Any, dim: int = 0) -> Any:
+        number = indices_or_sections
+        if type(number) is not int or not isinstance(x.shape[dim], torch.SymInt):
+            return split(x, indices_or_sections, dim)
+        return x.split_with_sizes([(x.shape[dim] + number - 1 - part) // number for part in range(number)], dim)
+
+    return mock.patch.object(owner, "tensor_split", tensor_split)
+
+
+def _unchanged_parts() -> Any:
+    convert: Callable[..., nn.Module] = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **options: Any) -> nn.Module:
+        if len(args) == 1 and not options and isinstance(args[0], torch.dtype):
+            tensors = (*module.parameters(), *module.buffers())
+            if all(each.dtype == args[0] or not each.is_floating_point() for each in tensors):
+                return module
+        return convert(module, *args, **options)
+
+    return mock.patch.object(nn.Module, "to", to)
+
+
+_OF_PYTORCH = SharedContext(
+    *(_quotients_as_sizes, _unchanged_parts),
+    *(functools.partial(_parts_of_open_sizes, owner) for owner in (torch, torch.Tensor)),
+)
