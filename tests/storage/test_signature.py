@@ -44,7 +44,7 @@ def signed(place: Path, base: str = "base", key: str = "own.pem", **options: Any
 
 
 def test_model_signing_itself_accepts_a_signed_folder(place: Path) -> None:
-    from model_signing import verifying  # 0.7 s, which each worker would take to collect this test
+    from model_signing import verifying  # half a second, which each worker would take to collect this
 
     own = verifying.Config().use_elliptic_key_verifier(public_key=place / "own.pub")
     own.verify(signed(place), place / "out" / "model.sig")
