@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from model_signing import verifying
 from safetensors.numpy import load_file, save_file
 
 import lora_export as le
@@ -45,6 +44,8 @@ def signed(place: Path, base: str = "base", key: str = "own.pem", **options: Any
 
 
 def test_model_signing_itself_accepts_a_signed_folder(place: Path) -> None:
+    from model_signing import verifying  # half a second, which each worker would take to collect this
+
     own = verifying.Config().use_elliptic_key_verifier(public_key=place / "own.pub")
     own.verify(signed(place), place / "out" / "model.sig")
     (place / "out" / "lora_export.json").write_text("{}")

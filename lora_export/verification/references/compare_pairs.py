@@ -97,8 +97,9 @@ def _pairs_of(
     if names is not None and len(set(ids or ())) != 1:
         return
     tensors = [tensor for tensor in tensors_in(part) if tensor.name not in own]
-    scaled = set(_not_multiplied(part)) if isinstance(part, OnnxRunner) else set()
-    for module, by_label, is_named_alike in _by_module(tensors, spellings, several=several):
+    by_module = list(_by_module(tensors, spellings, several=several))
+    scaled = set(_not_multiplied(part)) if by_module and isinstance(part, OnnxRunner) else set()
+    for module, by_label, is_named_alike in by_module:
         whole = [StoredPair(a.load(), _as_run(part, label, b.load())) for label, (a, b) in by_label.items()]
         if names is None:
             is_ours = is_named_alike and scaled.issuperset(b.name for _, b in by_label.values())

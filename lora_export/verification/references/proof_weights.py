@@ -6,7 +6,7 @@ in half precision, they are rounded as it should round them: what that costs is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lora_export.models.image_text import return_image_features
 from lora_export.models.model import Model
 from lora_export.plan import Plan
 from lora_export.runtime.runner import Arrays, Runner
-from lora_export.runtime.several_graphs import SeveralGraphs
+from lora_export.runtime.several_graphs import SeveralGraphs, graphs_of
 from lora_export.runtime.three_graphs import ImageTextRunner
 from lora_export.verification.module_copies import is_large, limit_outputs, shared_copy
 from lora_export.verification.parity import Findings
@@ -26,6 +26,7 @@ from lora_export.verification.references.attached_module import AttachedModule, 
 from lora_export.verification.references.candidate_tensors import candidate_tensors, compare_tensors
 from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
 from lora_export.verification.references.compare_pairs import compare_pairs
+from lora_export.verification.references.compare_tensors import CandidateTensor
 from lora_export.verification.references.half_precision import coarser_dtype, is_half_inside
 
 
@@ -77,10 +78,15 @@ def proof_weights(
     quantised = quantised_weights_of(candidate, model, changes, origin, inputs, has_own_heads=has_own_heads)
     promoted = [name for name, weight in quantised.items() if weight.wrong is not None]
     found = Findings(tuple(quantised_weights.notes_on(quantised)))
-    if tensors := [tensor for tensor in candidate_tensors(candidate) if tensor.name not in promoted]:
+    stored = list(candidate_tensors(candidate))
+    if tensors := [tensor for tensor in stored if tensor.name not in promoted]:
         found += compare_tensors(tensors, model.module, changes, quantised)
     dtype = dtype_name(coarser_dtype(candidate, model.module))
-    found += compare_pairs(candidate, candidate_tensors, specs, changes, dtype)
+
+    def tensors_in(part: Runner) -> Iterable[CandidateTensor]:
+        return candidate_tensors(part) if len(graphs_of(candidate)) > 1 else stored  # one graph is read once
+
+    found += compare_pairs(candidate, tensors_in, specs, changes, dtype)
     found += Findings(faults=tuple(quantised_weights.merge_faults(quantised)))
     base = quantised_weights.with_dequantised_weights(model, quantised)
     module = attach_adapters(shared_copy(base.module), adapters, strengths)
