@@ -25,7 +25,6 @@ EXPERTS_CHOSEN = "expert_hit"  # the variable of the experts that a loop visits
 def traceable_code(module: nn.Module) -> Iterator[None]:
     """While the context is active, a model can be traced whose code could not be.
 
-    - `torch.div` of two sizes is a size. PyTorch makes a tensor of it, whose value a trace does not know.
     - `tensor_split` makes equal parts of an open axis by their open sizes: the first ones may have one more. PyTorch
       2.13 takes the sizes at hand for those of all inputs, also where the model computes with them.
     - A part that is converted into the dtype that it has stays as it is. PyTorch exchanges its parameters, which it
@@ -93,19 +92,6 @@ class _EveryIndex(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _quotients_as_sizes() -> Any:
-    divide: Callable[..., Any] = torch.div
-
-    def quotient(one: Any, other: Any, **options: Any) -> Any:
-        are_sizes = isinstance(one, int | torch.SymInt) and isinstance(other, int | torch.SymInt)
-        is_open = isinstance(one, torch.SymInt) or isinstance(other, torch.SymInt)
-        if are_sizes and is_open and options in ({"rounding_mode": "floor"}, {"rounding_mode": "trunc"}):
-            return one // other  # sizes are not below zero: both are the same
-        return divide(one, other, **options)
-
-    return mock.patch.object(torch, "div", quotient)
-
-
 def _parts_of_open_sizes(owner: Any) -> Any:
     split: Callable[..., Any] = owner.tensor_split
 
@@ -124,7 +110,7 @@ def _unchanged_parts() -> Any:
     def to(module: nn.Module, *args: Any, **options: Any) -> nn.Module:
         if len(args) == 1 and not options and isinstance(args[0], torch.dtype):
             tensors = (*module.parameters(), *module.buffers())
-            if all(each.dtype == args[0] or not each.is_floating_point() for each in tensors):
+            if all(each.dtype == args[0] or not (each.is_floating_point() or each.is_complex()) for each in tensors):
                 return module
         return convert(module, *args, **options)
 
@@ -132,6 +118,5 @@ def _unchanged_parts() -> Any:
 
 
 _OF_PYTORCH = SharedContext(
-    *(_quotients_as_sizes, _unchanged_parts),
-    *(functools.partial(_parts_of_open_sizes, owner) for owner in (torch, torch.Tensor)),
+    _unchanged_parts, *(functools.partial(_parts_of_open_sizes, owner) for owner in (torch, torch.Tensor))
 )
