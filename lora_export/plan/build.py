@@ -203,6 +203,11 @@ def _notes(
                 f"modules_to_save of {one.adapter.name} names {first_of(unsaved, SHOWN_MODULES)}, and its file has "
                 "nothing of that: the base's own stay."
             )
+        if unsaved := _unsaved_biases(one.adapter, steps, kept):
+            yield (
+                f"the config of {one.adapter.name} states bias={one.adapter.metadata['bias']}, and its file lacks "
+                f"{first_of(unsaved, SHOWN_MODULES)}: the base's own stay. PEFT 0.18 and 0.19 save none of lora_only."
+            )
     for step in steps:
         if step.added:
             tie = f", and no longer tied to {aliases[step.weight]}" if step.weight in aliases else ""
@@ -212,6 +217,16 @@ def _notes(
         yield f"{name} is no longer tied to {source}: it gets a tensor of its own."
     if name_prefix:
         yield f"the base's tensors gain the prefix `{name_prefix}`, so that the added head finds its model."
+
+
+def _unsaved_biases(adapter: Adapter, steps: Iterable[Step], kept: Iterable[str]) -> list[str]:
+    """The biases of layers with a pair of an adapter whose config states that it trained them, that do not change."""
+    if adapter.metadata.get("bias", "none") == "none":
+        return []
+    layers = {
+        step.weight.removesuffix(".weight") for step in steps for term in step.terms if term.adapter == adapter.name
+    }
+    return [name for name in kept if name.endswith(".bias") and name.removesuffix(".bias") in layers]
 
 
 def _unsaved(adapter: Adapter, steps: Iterable[Step], kept: Iterable[str]) -> list[str]:

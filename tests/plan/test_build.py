@@ -87,6 +87,26 @@ def test_whole_modules_that_the_file_lacks_are_noted(saved, lacking):
     assert made.notes == ((note,) if lacking else ())
 
 
+@pytest.mark.parametrize(
+    ("bias", "saved", "lacking"),
+    [
+        ("lora_only", (), "fc.bias, out.bias"),
+        ("all", ("fc.bias",), "out.bias"),
+        ("all", ("fc.bias", "out.bias"), ""),
+        ("none", (), ""),
+    ],
+)
+def test_trained_biases_that_the_file_lacks_are_noted(bias, saved, lacking):
+    base = [matrix("fc.weight"), vector("fc.bias"), matrix("out.weight"), vector("out.bias"), vector("norm.bias")]
+    whole = {name: np.ones(2, np.float32) for name in saved}
+    mine = dataclasses.replace(holding(pairs={"fc": pair(), "out": pair()}, replaced=whole), metadata={"bias": bias})
+    (note,) = plan.make([mine], base).notes or ("",)
+    expected = (
+        f"the config of mine states bias={bias}, and its file lacks {lacking}: the base's own stay." if lacking else ""
+    )
+    assert note.startswith(expected) and bool(note) == bool(lacking)
+
+
 def test_a_pair_is_added_to_the_whole_tensor_of_its_adapter():
     whole = np.zeros((3, 2), np.float32)
     base = [matrix("emb.weight", 3, 2, layout=Layout.MATRIX)]
