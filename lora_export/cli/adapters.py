@@ -76,7 +76,7 @@ def check_command(as_json: bool, **options: Any) -> None:
 def convert_command(as_json: bool, **options: Any) -> None:
     """Convert ADAPTER to another format, or for an existing graph: next week's adapter, without another export.
 
-    What the format cannot express is refused by name, and no value is rounded. PyTorch is not needed.
+    What the format cannot express is refused by name, and no tensor is rounded. PyTorch is not needed.
 
     With --for, every tensor of the adapter needs an input of its shape and type in the graph, and the graph has to be
     unchanged since it was made. Both are checked before anything is written.

@@ -111,7 +111,9 @@ class FleetRecords:
             written = [each[path] for each in known if path in each]
             # A job that began when its own output could not be read has recorded None
             is_own = (
-                self._is_known(one, written) if one else self._is_unread(path, is_uncertain and None not in written)
+                self._is_known(one, written) or _is_published(path, one, record.get(PUBLISHED, {}).get(path))
+                if one
+                else self._is_unread(path, is_uncertain and None not in written)
             )
             if not is_own:
                 return {}
@@ -273,6 +275,20 @@ def _is_read_on_disk_alone(artifact: Artifact) -> bool:
     """Whether an output is in a store, and its record in a file of which no range is read there: a graph, a program."""
     is_file = isinstance(artifact.path, StorePath) and artifact.path.is_file()
     return is_file and artifact.kind not in (ArtifactKind.WEIGHTS, ArtifactKind.GGUF)
+
+
+def _is_published(path: str, found: Mapping[str, Any], stage: Mapping[str, Any] | None) -> bool:
+    """Whether an output in a store, known by sizes alone, is what was about to be put there. Reads it.
+
+    Nothing else knows it where a worker died before its record had the sizes.
+    """
+    hashes = (stage or {}).get("hashes")
+    if not hashes or found.keys() != {"sizes"}:
+        return False
+    try:
+        return all(file_hash(place(path).with_name(name), FAST) == digest for name, digest in hashes.items())
+    except (InputRefused, OSError):
+        return False
 
 
 def _size_of(file: Path) -> list[int]:

@@ -7,7 +7,7 @@ and `tests/formats/test_NAME.py`. Every module of this folder that has these is 
 `read` returns an `Adapter`: pairs A (rank, in...) and B (out, rank...) with a final scale, under the module names of
 the base. What is special about the format (alpha, prefixes, file layout) stays in its file. It refuses what it does not
 support, by name, with InputRefused. `write` refuses by name what its format cannot express. It drops nothing, and it
-rounds no value.
+rounds no tensor.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
         return_whole(program.graph, _is_new)
         _divide_grids(program.graph)
         _index_in_place_of_calls(program.graph)
-        exchanges = _exchanges(program, table)
+        exchanges = None if _state_sizes_of_equal_parts(program.graph) else _exchanges(program, table)
         if exchanges is None and any(node.target in WITHOUT_TRANSLATION for node in program.graph.nodes):
             return traced_again(program, decomp_table={**table, **WITHOUT_TRANSLATION})
         if exchanges is None:
@@ -141,6 +141,24 @@ def _state_sizes_of_parts(graph: Graph) -> None:
             size = Exchange(operator.floordiv, (Exchange(operator.add, (whole, number - 1)), number))
         last = Exchange(operator.sub, (whole, Exchange(operator.mul, (size, len(parts) - 1))))
         _exchange(node, Exchange(aten.split_with_sizes.default, (x, [*[size] * (len(parts) - 1), last], axis)))
+
+
+def _state_sizes_of_equal_parts(graph: Graph) -> bool:
+    """State the size of each part of an open axis that `tensor_split` makes of it: the first ones may have one more.
+
+    Returns whether there are such, whose results are to be traced again. Calls by name are exchanged before
+    (`traceable_code`), so that sizes that a model computes with are open, too; these were made in another way.
+    """
+    found = False
+    for node in graph.find_nodes(op="call_function", target=aten.tensor_split.sections):
+        x, number, axis = _arguments(node).values()
+        if isinstance(number, int) and "val" in x.meta and isinstance(x.meta["val"].shape[axis], torch.SymInt):
+            whole = Exchange(aten.sym_size.int, (x, axis))
+            raised = [Exchange(operator.add, (whole, number - 1 - part)) for part in range(number)]
+            sizes = [Exchange(operator.floordiv, (each, number)) for each in raised]
+            _exchange(node, Exchange(aten.split_with_sizes.default, (x, sizes, axis)))
+            found = True
+    return found
 
 
 def _divide_grids(graph: Graph) -> None:

@@ -95,11 +95,12 @@ class _EveryIndex(TorchFunctionMode):
 def _parts_of_open_sizes(owner: Any) -> Any:
     split: Callable[..., Any] = owner.tensor_split
 
-    def tensor_split(x: torch.Tensor, indices_or_sections: Any, dim: int = 0) -> Any:
-        number = indices_or_sections
-        if type(number) is not int or not isinstance(x.shape[dim], torch.SymInt):
-            return split(x, indices_or_sections, dim)
-        return x.split_with_sizes([(x.shape[dim] + number - 1 - part) // number for part in range(number)], dim)
+    def tensor_split(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(("sections", "dim"), args, strict=False)) | kwargs
+        number, axis = given.get("sections", given.get("indices_or_sections")), given.get("dim", given.get("axis", 0))
+        if type(number) is not int or not isinstance(x.shape[axis], torch.SymInt):
+            return split(x, *args, **kwargs)
+        return x.split_with_sizes([(x.shape[axis] + number - 1 - part) // number for part in range(number)], axis)
 
     return mock.patch.object(owner, "tensor_split", tensor_split)
 

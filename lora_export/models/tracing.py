@@ -324,8 +324,8 @@ def _failing_node(error: BaseException) -> torch.fx.Node | None:
 
 def line_of_model(module: nn.Module, error: BaseException | None) -> str:
     """The last line of the model's own files that ran before an error; empty where there is none."""
-    codes = {getattr(inspect.unwrap(type(part).forward), "__code__", None) for part in module.modules()}
-    files = {Path(code.co_filename) for code in codes if code is not None}
+    modules = (sys.modules.get(type(part).__module__) for part in module.modules())
+    files = {Path(file) for each in modules if (file := getattr(each, "__file__", None))}
     found = ""
     while error is not None:
         for frame in traceback.extract_tb(error.__traceback__):
@@ -342,12 +342,13 @@ def _line_of_size(error: BaseException) -> str:
 
     for names in _frames(error):
         for value in list(names.values()):
-            sizes: Any = value if isinstance(value, ShapeEnv) else getattr(value, "shape_env", None)
+            # Not by getattr: a model's own `__getattr__` may raise anything.
+            sizes: Any = value if isinstance(value, ShapeEnv) else inspect.getattr_static(value, "shape_env", None)
             for symbol, place in sizes.replacements_slocs.items() if isinstance(sizes, ShapeEnv) else ():
                 frame = place.framework_loc
                 if not isinstance(frame, traceback.FrameSummary) or not sizes.replacements[symbol].is_number:
                     continue
-                if frame.line and not Path(frame.filename).is_relative_to(OWN_CODE):
+                if frame.line and not any(map(Path(frame.filename).is_relative_to, (OWN_CODE, OF_PYTORCH))):
                     return _shown(frame)
     return ""
 

@@ -300,10 +300,12 @@ def _file_errors(target: Path) -> Iterator[None]:
 
 
 def _without_stage(filename: str | bytes, target: Path) -> str:
-    """The file that an error is about; within a stage, of which no user knows, by its name there, or none for that."""
+    """The file that an error is about; within a stage by its name there, or none for what no user knows."""
     path = Path(os.fsdecode(filename))
     stages = [folder for folder in (path, *path.parents) if _is_beside(folder, target, "partial")]
-    return "" if path in stages else str(path.relative_to(stages[0]) if stages else path)
+    if path in stages or path.name == _hidden_name(target, "lock"):
+        return ""
+    return str(path.relative_to(stages[0]) if stages else path)
 
 
 def _is_beside(path: Path, target: Path, suffixes: str) -> re.Match[str] | None:

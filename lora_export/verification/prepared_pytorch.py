@@ -28,7 +28,6 @@ from lora_export.verification.compare_outputs import (
     outputs_beyond_rounding,
     padding_beyond_rounding,
 )
-from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.diagnose.localize import diagnose_module
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.inputs.coverage import coverage_of_pairs
@@ -178,8 +177,6 @@ class PreparedPyTorch(PreparedReferences):
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
         if self.weights.depend_on_tokens:
             return None, ["modules were not compared: what a layer should give depends on its token"]
-        if not self._is_repeated:
-            return Diagnosis(None, NOT_REPEATED, title="no modules were compared"), []
         step("comparing modules")
         inputs = self.inputs.cases[case.name]
         return diagnose_module(self.weights, lambda: self.deployed, case, inputs, every=every)

@@ -390,6 +390,32 @@ def test_a_graph_in_a_store_is_made_once(place: Path, monkeypatch: pytest.Monkey
     assert run_here(monkeypatch)[0].counts == {"same": 1, "failed": 1} and stored.get("graphs/fr.onnx") == b"mine"
 
 
+class Killed(BaseException):
+    pass
+
+
+def killed(*_: object) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("is_foreign", [False, True])
+def test_a_graph_that_a_killed_run_put_into_a_store_is_own(
+    is_foreign: bool, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+) -> None:
+    ir.save(a_graph(GEMM.replace("m.weight", "up.weight")), place / "base.onnx")
+    step = ONNX.replace("graphs", str(stored / "graphs"))
+    (place / "fleet.toml").write_text(BASES.replace('"base"', '"base.onnx"') + step)
+    with monkeypatch.context() as once, pytest.raises(Killed):
+        once.setattr("lora_export.fleet.worker._record_of", killed)
+        run_here(monkeypatch)
+    assert [*stored.files("graphs")] == ["de.onnx"]
+    if is_foreign:
+        stored.put("graphs/de.onnx", b"mine")
+    expected = {"same": 1, "failed": 1} if is_foreign else {"same": 2}
+    assert run_here(monkeypatch)[0].counts == expected
+    assert (stored.get("graphs/de.onnx") == b"mine") == is_foreign
+
+
 def test_a_file_of_others_beside_an_output_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def use(options: str) -> FleetStatus:
         (place / "fleet.toml").write_text(BASES.replace('"base"', '"base.onnx"') + ONNX + options)

@@ -205,10 +205,12 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "minimum": lambda x: torch.min(x, -x) - torch.max(x, x * x),
     "and, or": lambda x: (((x > 0.2) & (x < 0.4)) | (x > 0.8)) * x,
     "equal parts of an open axis": lambda x: torch.cat(torch.tensor_split(x, 3)[::-1]),
+    "equal parts by keywords": lambda x: torch.cat(x.tensor_split(dim=0, sections=3)[::-1]),
     "a repeated part of an open axis": lambda x: torch.cat((x, x)).tensor_split(3)[0].repeat(2, 1, 1),
     "the size of an equal part": lambda x: x * x.tensor_split(3)[1].shape[0],
 }
 TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "equal parts by the operator": lambda x: torch.cat(torch.ops.aten.tensor_split.sections(x, 3)[::-1]),
     "a view of what is written": written_after_a_view,
     "a view of what a part is written into": written_under_a_view,
     "written into a part of the result": written_into_the_result,

@@ -215,12 +215,26 @@ class OfTwo(nn.Linear):
         return 2 * y if len(x) == 2 else y
 
 
-@pytest.mark.parametrize("export", [to_onnx, to_program])
-def test_a_fixed_size_is_named_with_its_line(export: Callable[..., Any]) -> None:
+class Contrary(OfTwo):
+    """It raises no AttributeError for what it lacks."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shape_env":
+            raise KeyError(name)
+        return super().__getattr__(name)
+
+
+@pytest.mark.parametrize(("export", "kind"), [(to_onnx, OfTwo), (to_program, OfTwo), (to_onnx, Contrary)])
+def test_a_fixed_size_is_named_with_its_line(export: Callable[..., Any], kind: type[nn.Linear]) -> None:
     line = OfTwo.forward.__code__.co_firstlineno + 2
     why = rf"\(test_tracing\.py, line {line}, in forward: `return 2 \* y if len\(x\) == 2 else y`\)\nChange that line"
     with pytest.raises(RuntimeRefused, match=why):
-        export(OfTwo(4, 4).eval(), {"x": torch.ones(2, 4)}, axes={"x": {0: "batch"}})
+        export(kind(4, 4).eval(), {"x": torch.ones(2, 4)}, axes={"x": {0: "batch"}})
+
+
+def test_a_scripted_module_is_refused() -> None:
+    with pytest.raises(RuntimeRefused, match="ScriptModule"):
+        to_onnx(torch.jit.script(nn.Linear(2, 2)).eval(), {"input": torch.ones(2, 2)}, axes={})
 
 
 def test_other_refusals_have_their_cause_and_a_way_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -114,6 +115,18 @@ def test_a_file_system_error_becomes_output_failed(tmp_path, place, shown):
     ):
         Path(os.path.normpath(stage / place)).read_text()
     assert names(tmp_path) == set()
+
+
+def test_a_lock_that_cannot_be_made_is_not_named(tmp_path, monkeypatch):
+    def read_only(lock, _):
+        raise OSError(errno.EROFS, "Read-only file system", str(lock))
+
+    monkeypatch.setattr(atomic_output, "output_lock", read_only)
+    with (
+        pytest.raises(OutputFailed, match=r"out could not be written: Read-only file system$"),
+        atomic_output.stage_folder(tmp_path / "out", inputs=()),
+    ):
+        raise AssertionError
 
 
 @ON_LINUX

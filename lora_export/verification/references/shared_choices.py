@@ -23,6 +23,7 @@ from lora_export.verification.references.attached_module import AttachedModule
 from lora_export.verification.references.candidate_choices import ChoiceReader
 from lora_export.verification.references.top_k import (
     Call,
+    Choice,
     Choices,
     ChosenIndices,
     Forced,
@@ -49,7 +50,16 @@ class SharedChoices:
     @property
     def taken_rows(self) -> int:
         """In which the reference took the candidate's choice in place of a better one."""
-        return sum(int(choice.is_below_best.sum()) for own in self.chosen.values() for choice in own.values())
+        return sum(int((choice.is_forced & ~choice.is_free).sum()) for choice in self._choices)
+
+    @property
+    def free_rows(self) -> int:
+        """In which it took one of equal scores: at padding whose embedding is 0, all experts have the same."""
+        return sum(int((choice.is_forced & choice.is_free).sum()) for choice in self._choices)
+
+    @property
+    def _choices(self) -> list[Choice]:
+        return [choice for own in self.chosen.values() for choice in own.values()]
 
     @property
     def is_by_rounding(self) -> bool:
@@ -59,10 +69,11 @@ class SharedChoices:
     @property
     def note(self) -> str:
         """What a verdict reports of them."""
-        rows = sum(choice.is_forced.numel() for own in self.chosen.values() for choice in own.values())
+        rows = sum(choice.is_forced.numel() for choice in self._choices)
+        free = f", and in {count(self.free_rows, 'row')} whose scores are all equal" if self.free_rows else ""
         return (
             f"where scores of top-k operators tie within PyTorch's own error, the references took the candidate's "
-            f"choice: in {self.taken_rows:,} of {count(rows, 'row')}. PyTorch, which would choose otherwise in "
+            f"choice: in {self.taken_rows:,} of {count(rows, 'row')}{free}. PyTorch, which would choose otherwise in "
             f"{self.peer_rows:,}, was measured with the same choices"
         )
 

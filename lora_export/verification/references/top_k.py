@@ -51,9 +51,9 @@ class Choice(NamedTuple):
         return self.differs_from(self.scores.topk(self.indices.shape[-1]).indices)
 
     @property
-    def is_below_best(self) -> torch.Tensor:
-        """Whether scores were chosen that are not the best; bool [...]. Of equal ones, each is as good."""
-        return (_ordered(self.best) != self.scores.topk(self.indices.shape[-1]).values).any(-1)
+    def is_free(self) -> torch.Tensor:
+        """Whether all scores are equal, so that any choice is as good; bool [...]."""
+        return self.scores.amax(-1) == self.scores.amin(-1)
 
 
 Choose = Callable[[Call, Choice], torch.Tensor]  # the indices that the call returns

@@ -43,6 +43,13 @@ class Choose(nn.Module):
         return (scores * torch.tensor(self.factors)).topk(1).indices
 
 
+class ChooseLast(Choose):
+    """The last one of experts whose scores are 0."""
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        return (scores + torch.tensor([0, 0, 0, 1e-30])).topk(1).indices
+
+
 class ChooseAmongFive(Choose):
     """The fifth expert is the fourth, and a little better."""
 
@@ -92,10 +99,12 @@ def judged(
     rows: int = ROWS,
     times: int = 1,
     gap: float = ROUNDING / 2,
+    router: float = 1.0,  # a factor on its weights
     **factors: Any,
 ) -> Proof:
     torch.manual_seed(0)
     module = Mixture(times=times, gap=gap).eval()
+    module.router.weight.data *= router
 
     def inputs(sizes: model.Sizes, generator: torch.Generator) -> model.ModelInputs:
         return {"x": torch.randn(rows + sizes["batch"], 8, generator=generator)}
@@ -170,15 +179,17 @@ def test_a_fault_beside_ties_is_found(factors: Mapping[str, Any]) -> None:
     assert verdict.outcome is Outcome.DIFFERENT, str(verdict)
 
 
-def test_more_rows_than_rounding_turns_are_not_taken() -> None:
-    """PyTorch turns none: a candidate that takes the other one of two at every tie is not off by rounding."""
-    assert not judged(rows=10 * ROWS).verdict.same
-
-
-def test_of_equal_scores_any_choice_is_right_in_any_number_of_rows() -> None:
-    """As at padding, whose embedding is 0: there all experts have the same score."""
-    verdict = judged(rows=10 * ROWS, gap=0).verdict
+def test_where_all_scores_are_equal_any_choice_is_right_in_any_number_of_rows() -> None:
+    """As at padding whose embedding is 0."""
+    verdict = judged(rows=10 * ROWS, router=0, choose=ChooseLast, scores=(1.0,) * 4).verdict
     assert verdict.same, str(verdict)
+    assert any("in 0 of 1,808 rows, and in 1,808 rows whose scores are all equal" in note for note in verdict.notes)
+
+
+@pytest.mark.parametrize(("router", "gap"), [(1, 0), (1, ROUNDING / 2)])
+def test_more_rows_than_rounding_turns_are_not_taken(router: float, gap: float) -> None:
+    """PyTorch turns few: a candidate that takes the other one of two at every tie is not off by rounding."""
+    assert not judged(rows=10 * ROWS, router=router, gap=gap).verdict.same
 
 
 def test_choices_of_a_large_module_with_rounded_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,12 +122,11 @@ def test_a_wanted_score_is_taken_within_the_margin_of_its_rank(margins: list[flo
     chosen = near_ties([[1, 3], [1, 2]], margins)
     assert chosen.tolist() == [expected, [0, 3]]
     assert Choice(SCORES, chosen).is_forced.tolist() == [expected == [1, 3], False]
-    assert Choice(SCORES, chosen).is_below_best.tolist() == [expected == [1, 3], False]
 
 
-def test_of_equal_scores_each_is_the_best() -> None:
-    choice = Choice(torch.tensor([[1.0, 2.0, 1.0, 0.0]] * 2), torch.tensor([[2, 1], [3, 1]]))
-    assert choice.is_below_best.tolist() == [False, True]
+def test_a_choice_is_free_where_all_scores_are_equal() -> None:
+    choice = Choice(torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.5]]), torch.tensor([[1], [1]]))
+    assert choice.is_free.tolist() == [True, False]
 
 
 def test_another_order_is_taken_where_it_ties_or_means_nothing() -> None:
