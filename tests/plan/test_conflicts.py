@@ -114,3 +114,4 @@ def test_an_adapter_adds_to_the_bias_that_it_saves():
     step = plan.make([both], [matrix("fc.weight"), vector("fc.bias")], strengths=[3.0]).by_weight["fc.bias"]
     assert str(step) == "bias replaced, then shifted" and not step.is_replacement
     assert step.replace.tolist() == [2, 2] and step.shift.tolist() == [3, 3]
+    assert (step.values_of, step.shift_of) == (("one",), ("one",))

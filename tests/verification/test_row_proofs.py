@@ -314,6 +314,10 @@ def test_of_all_adapters_that_of_the_id_is_the_reference(exported: Path, number:
     assert bool(in_other_order) is (number == 0)
 
 
+def test_id_0_is_the_base_also_beside_one_adapter(exported: Path) -> None:
+    assert le.verify(exported, (net(), INPUTS), adapters=adapters()[:1], adapter_id=0)
+
+
 @pytest.mark.parametrize(
     ("number", "why"), [(3, "is none of the adapters that are given: 1"), (1, "2 adapters .*, not 3")]
 )
