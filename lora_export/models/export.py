@@ -44,6 +44,7 @@ from lora_export.models.tracing import (
     exporter_refusals,
     fixes_size,
     is_hugging_face,
+    line_of_size,
     named_failures,
     named_outputs,
     names_operator,
@@ -241,6 +242,15 @@ def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]
         )
 
 
+def _line_that_fixes(module: nn.Module, inputs: Mapping[str, torch.Tensor], dynamic: dict[str, dict[int, Any]]) -> str:
+    """The line of the model's code that fixes a size: a refusal of torch.export has it, where torch.onnx's has not."""
+    try:
+        torch.export.export(module, (), dict(inputs), dynamic_shapes=dynamic)
+    except (RuntimeError, ValueError) as error:
+        return line_of_size(error)
+    return ""
+
+
 def _run_exporter(
     module: nn.Module,
     inputs: Mapping[str, torch.Tensor],
@@ -265,8 +275,8 @@ def _run_exporter(
                 verbose=False,
             )
         except Exception as error:
-            if fixes_size(error):  # torch.export's own refusal has the line of the code
-                torch.export.export(module, (), dict(inputs), dynamic_shapes=dynamic)
+            if fixes_size(error):
+                error.add_note(_line_that_fixes(module, inputs, dynamic))
             raise
     assert exported is not None
     return exported.model
@@ -330,7 +340,7 @@ def _exported(export: Callable[[], ir.Model]) -> ir.Model:
     try:
         with WITHOUT_STACK_TRACES:
             return export()
-    except Exception as error:
+    except (RuntimeError, ValueError) as error:
         if not names_operator(error):
             raise
     return export()

@@ -285,7 +285,7 @@ def exporter_refusals(module: nn.Module) -> Iterator[None]:
         if missing := MISSING_OPERATOR.search(cause):
             cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
         elif fixes_size(error):
-            cause += _line_of_size(error)
+            cause += "".join(getattr(error, "__notes__", ())) or line_of_size(error)
         elif not LINE.search(cause):
             cause += line_of_model(module, error)
         if not missing and OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
@@ -336,7 +336,7 @@ def line_of_model(module: nn.Module, error: BaseException | None) -> str:
     return found
 
 
-def _line_of_size(error: BaseException) -> str:
+def line_of_size(error: BaseException) -> str:
     """The line of the model's code that fixed a size in a trace; empty if unknown. Only frames of PyTorch have it."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it imports SymPy, which a proof does not need
 

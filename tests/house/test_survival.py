@@ -691,7 +691,7 @@ def alone(place: Path, mounting: str, *line: object) -> subprocess.CompletedProc
     return done
 
 
-LOCKED = r"could not be written: (Permission denied|Read-only file system) \(.*\.lock\)"
+LOCKED = r"could not be written: (Permission denied|Read-only file system)"
 
 
 @pytest.mark.fault(30)

@@ -179,7 +179,7 @@ def test_a_fault_beside_ties_is_found(factors: Mapping[str, Any]) -> None:
     assert verdict.outcome is Outcome.DIFFERENT, str(verdict)
 
 
-def test_where_all_scores_are_equal_any_choice_is_right_in_any_number_of_rows() -> None:
+def test_of_equal_scores_any_choice_is_right_in_any_number_of_rows() -> None:
     """As at padding whose embedding is 0."""
     verdict = judged(rows=10 * ROWS, router=0, choose=ChooseLast, scores=(1.0,) * 4).verdict
     assert verdict.same, str(verdict)
