@@ -206,7 +206,7 @@ def _notes(
         if unsaved := _unsaved_biases(one.adapter, steps, kept):
             yield (
                 f"the config of {one.adapter.name} states bias={one.adapter.metadata['bias']}, and its file lacks "
-                f"{first_of(unsaved, SHOWN_MODULES)}: the base's own stay. PEFT 0.18 and 0.19 save none of lora_only."
+                f"{first_of(unsaved, SHOWN_MODULES)}: the base's own stay. PEFT 0.18 and 0.19 save none with lora_only."
             )
     for step in steps:
         if step.added:

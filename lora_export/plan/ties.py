@@ -135,9 +135,7 @@ def _refuse_rows_of_one(ties: Ties, groups: Sequence[_NamedGroup]) -> None:
             )
         if ties.handling is Tied.ERROR and group.rows(source) and not group.rows(tensor) and not group.is_saved(tensor):
             can_be_both = all(one.has_equal_rows for one in groups)
-            ways_out = ties.remedy or apart_or_both(
-                can_untie=not ties.bound, can_be_both=can_be_both, takes_more=ties.takes_more
-            )
+            ways_out = ties.remedy or ties.ways_out(can_be_both=can_be_both)
             if (
                 not ties.remedy and not ties.bound and ties.stored == ties.tensors.keys()
             ):  # else a tensor would have no values

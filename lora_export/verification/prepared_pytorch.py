@@ -52,7 +52,7 @@ from lora_export.verification.references.shared_choices import SharedChoices, sh
 
 NOT_REPEATED = (
     "two runs of PyTorch differ: the model draws random numbers in its forward, and no candidate draws the same ones. "
-    "Prove a model whose noise is off (in VITS' config noise_scale = 0 and noise_scale_duration = 0), or an input"
+    "Prove one whose noise is off (in VITS' config noise_scale = 0 and noise_scale_duration = 0), or is an input"
 )
 
 

@@ -131,11 +131,27 @@ def test_an_untied_head_with_a_pair_has_the_rows_of_its_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bound", "way"), [("", 'Use tied="untie"'), ("T5 stays tied", "Nor can they be untied: T5 stays tied")]
+    ("how", "way"),
+    [
+        ({}, 'Use tied="untie"'),
+        ({"bound": "T5 stays tied"}, "Nor can they be untied: T5 stays tied"),
+        ({"takes_more": False}, 'Use tied="untie", in a merge into the checkpoint of which the file was made'),
+    ],
 )
-def test_different_rows_of_tied_tables_cannot_change_as_one(bound: str, way: str) -> None:
+def test_different_rows_of_tied_tables_cannot_change_as_one(how: dict[str, Any], way: str) -> None:
     with pytest.raises(InputRefused, match=f"it replaces other rows of each. {way}$"):
-        made(rows_of(embed=1, head=2), Tied.BOTH, bound=bound)
+        made(rows_of(embed=1, head=2), Tied.BOTH, **how)
+
+
+@pytest.mark.parametrize(
+    ("takes_more", "way"),
+    [(True, "trained"), (False, "trained, in a merge into the checkpoint of which the file was made")],
+)
+def test_rows_of_one_of_two_tables_are_refused_with_the_ways_out(takes_more: bool, way: str) -> None:
+    how: dict[str, Any] = {"has_other_values": lambda _: True, "stored": frozenset({HEAD}), "takes_more": takes_more}
+    head = TensorSpec(HEAD, (5, 3), "float32", Layout.OUT_IN)
+    with pytest.raises(InputRefused, match=f'as the adapter was {way}; tied="both" changes both'):
+        plan.make([rows_of(embed=1)], [*BASE, head], ties=Ties(Tied.ERROR, {HEAD: TABLE}, **how))
 
 
 def test_both_sums_the_changes_of_both_in_the_shared_tensor() -> None:
