@@ -143,7 +143,7 @@ def _of_adapter_id(request: VerifyRequest, adapters: list[Adapter]) -> tuple[Ver
     Raises InputRefused for an id that is none of them, and as `plan.checked_strengths`.
     """
     number = request.adapter_id
-    if number is None or (number and len(adapters) < 2):
+    if number is None or len(adapters) < (2 if number else 1):
         return request, adapters
     strengths = checked_strengths(adapters, request.weights)
     if number > len(adapters):
