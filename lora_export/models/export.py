@@ -340,7 +340,7 @@ def _exported(export: Callable[[], ir.Model]) -> ir.Model:
     try:
         with WITHOUT_STACK_TRACES:
             return export()
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         if not names_operator(error):
             raise
     return export()
