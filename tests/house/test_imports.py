@@ -134,6 +134,11 @@ def test_a_plan_knows_no_holder_of_weights():
     assert plans and offenders({module: layers_below(module) - ground for module in plans}) == {}
 
 
+def test_no_verdict_is_by_the_arithmetic_of_a_merge():
+    judges = [module for module in LAYERED if layer(module) == "verification"]
+    assert judges and offenders({module: imports_of(module) & {"lora_export.sums"} for module in judges}) == {}
+
+
 def test_doers_do_not_import_each_other():
     others = {}
     for module in (module for module in LAYERED if within(module, DOERS)):

@@ -117,6 +117,12 @@ class _Part:
         return weight, weight.with_norms(Fp64Sum.right(step))
 
 
+def sum_in_fp64(step: Step, base: Array) -> Wide:
+    """W + s·BA as the weight is stored, in fp64; what replaces W is in its place. No merge computes it so."""
+    weight, right = _Part(step.spec, step).weight(base, base, StoredForm.SUM)
+    return np.concatenate([right.rows(rows, weight.before(rows))[0] for rows in weight.pieces])
+
+
 @dataclass(frozen=True, eq=False)
 class ExpectedWeight:
     """A tensor of the model, and what adapters do to it or to parts of it."""

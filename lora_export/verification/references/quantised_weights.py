@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export import layers, sums
+from lora_export import layers
 from lora_export.errors import Different, InputRefused, Undecided, count
 from lora_export.graph.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.find_sites import Sites, find_sites
@@ -40,7 +40,12 @@ from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step
 from lora_export.verification import parity
 from lora_export.verification.parity import DECIDES, Wide
-from lora_export.verification.references.expected_weight import ExpectedWeight, StoredForm, WrongNumbers
+from lora_export.verification.references.expected_weight import (
+    ExpectedWeight,
+    StoredForm,
+    WrongNumbers,
+    sum_in_fp64,
+)
 from lora_export.verification.references.quantisation_error import (
     NearestNumbers,
     QuantisationError,
@@ -390,7 +395,8 @@ def _merges(
 
 
 def _merge(weight: DequantisedWeight, base: NDArray[np.float32], step: Step) -> QuantisedMerge:
-    total, change = _changed(step, base)
+    total = sum_in_fp64(step, base)
+    change = total - base
     moved = weight.values.astype(np.float64) - base
     energy = float((change**2).sum()) or 1.0
     fraction = float((moved * change).sum()) / energy
@@ -399,18 +405,6 @@ def _merge(weight: DequantisedWeight, base: NDArray[np.float32], step: Step) -> 
     return QuantisedMerge(
         base, fraction, standard_error, distance, quantisation_error_of(weight.values, total, weight.rounding(total))
     )
-
-
-def _changed(step: Step, base: NDArray[np.float32]) -> tuple[Wide, Wide]:
-    """What a step makes of a weight, and its difference from the weight, in the layout of the weight."""
-    start = base if step.replace is None else step.replace.astype(np.float32)
-    if step.terms:
-        turn = np.transpose if step.spec.layout.is_transposed else np.asarray
-        start = turn(sums.summed(step, turn(start))[0])
-    total = start.astype(np.float64)
-    if step.token_rows is not None:
-        step.token_rows.write_into(total)
-    return total, total - base
 
 
 def _refuse_unknown_bases(merges: Mapping[str, QuantisedMerge]) -> None:

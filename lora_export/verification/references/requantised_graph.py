@@ -17,7 +17,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export import sums
 from lora_export.graph.exporter_names import PROMOTED_FROM
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.quantised_weights import MATMUL_NBITS
@@ -25,7 +24,7 @@ from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name, value_names
 from lora_export.plan import Layout, Plan, Step
 from lora_export.verification import parity
-from lora_export.verification.references.expected_weight import ExpectedWeight, StoredForm
+from lora_export.verification.references.expected_weight import ExpectedWeight, StoredForm, sum_in_fp64
 from lora_export.verification.references.graph_fp64 import dequantise
 from lora_export.verification.references.graph_with_adapter import sum_at_weights
 from lora_export.verification.references.quantisation_error import NearestNumbers, quantisation_error_of
@@ -96,17 +95,25 @@ def _wrong_numbers(step: Step, site: Site, own: Site) -> int:
         return array.T if site.layout in (Layout.EMBEDDING, Layout.IN_OUT) else array
 
     before, values = (np.ascontiguousarray(turned(each.array)) for each in (site, own))
+    step = _of_matrix(step, before.shape, str(values.dtype))
     if own.quantised is None:
-        spec = replace(step.spec, shape=before.shape, layout=Layout.OUT_IN, dtype=str(values.dtype), region=None)
-        expected = ExpectedWeight(spec, lambda: before, (replace(step, spec=spec),))
-        return expected.wrong_in(values, (StoredForm.SUM,)).numbers
-    total = sums.summed(step, before.astype(np.float64))[0]
+        return ExpectedWeight(step.spec, lambda: before, (step,)).wrong_in(values, (StoredForm.SUM,)).numbers
+    total = sum_in_fp64(step, before)
     matrix = total.T if site.layout is Layout.EMBEDDING else total
     nearest, steps = own.nearest(matrix), own.steps(matrix)
     if site.layout is Layout.EMBEDDING:
         nearest, steps = nearest.T, steps._replace(own=steps.own.T, largest=steps.largest.T)
     rounding = NearestNumbers(nearest, steps, parity.EPS[own.quantised.scale_dtype], own.quantised.has_float_zeros)
     return quantisation_error_of(values, total, rounding).misrounded
+
+
+def _of_matrix(step: Step, shape: tuple[int, ...], dtype: str) -> Step:
+    """The step on its weight as (out, in), of this shape and dtype."""
+    whole, rows = step.replace, step.token_rows
+    if step.spec.layout.is_transposed:
+        whole, rows = None if whole is None else whole.T, None if rows is None else rows.transposed
+    spec = replace(step.spec, shape=shape, layout=Layout.OUT_IN, dtype=dtype, region=None)
+    return replace(step, spec=spec, replace=whole, token_rows=rows)
 
 
 def _use_weight(model: ir.Model, node: ir.Node, own: Site) -> None:

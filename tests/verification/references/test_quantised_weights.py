@@ -29,7 +29,7 @@ from lora_export.graph.merge.merge_graph import merge_graph
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.site import Site
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.models.export import to_onnx
 from lora_export.models.load import from_module, load_model
 from lora_export.models.model import Model
@@ -40,6 +40,7 @@ from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
 from lora_export.verification.references import References, quantised_weights
+from lora_export.verification.references.requantised_graph import RequantisedGraph
 from lora_export.weights.checkpoint import open_checkpoint
 from support import FACTORIES
 from support.graphs import quantised
@@ -297,6 +298,45 @@ def test_promoted_layers_are_w_and_its_change(case: str, wide: Model, graph: ir.
     pair = replace(adapter.pairs["down"], scale=1.1 * adapter.pairs["down"].scale)
     scaled = replace(adapter, pairs={**adapter.pairs, "down": pair})
     assert outcomes(requantised(base, scaled, tmp_path / "scaled", 0.5)) == {DIFFERENT}
+
+
+@UNDIAGNOSED
+@pytest.mark.parametrize("strength", [1.0, 0.1], ids=["kept", "promoted"])
+def test_a_fault_of_the_arithmetic_of_merges_is_no_fault_of_the_reference(
+    strength: float, wide: Model, graph: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = saved(exact(quantised(graph.clone()), 0), tmp_path), adapter_for_wide(strength)
+    delta = LoraPair.delta
+    monkeypatch.setattr(LoraPair, "delta", lambda *args, **how: delta(*args, **how) * np.float32(1.3))
+    path = requantised(base, adapter, tmp_path / "merged", 0.5)
+    graphs = replace(GraphReferences.open(base, "merged"), requantised=True).with_adapters([adapter])
+    assert prove(OnnxRunner(path), graphs).verdict.outcome is DIFFERENT
+
+
+@pytest.mark.parametrize("rows", [6, 4], ids=["oblong", "square"])
+def test_rows_in_place_of_those_of_a_quantised_table(rows: int, tmp_path: Path) -> None:
+    table = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (int64[N] ids) => (float[N,4] y) <int8[1] "emb.weight_quantized" = {0}, float s = {0.5}>
+        { t = DequantizeLinear ("emb.weight_quantized", s)
+          y = Gather(t, ids) }""")
+    value, integers = table.graph.initializers["emb.weight_quantized"], np.arange(rows * 4).reshape(rows, 4)
+    value.const_value = ir.Tensor(integers.astype(np.int8), name=value.name)
+    value.type, value.shape = ir.TensorType(ir.DataType.INT8), ir.Shape(integers.shape)
+    own = TokenRows(np.array([1, 3]), np.full((2, 4), 0.3, np.float32))
+    adapter = Adapter(name="a", format="peft", pairs={}, token_rows={"emb.weight": own})
+    base = saved(table, tmp_path)
+
+    def faults(candidate: Path) -> list[str]:
+        sites = find_sites(open_graph(base).model)
+        return list(RequantisedGraph(load_graph(candidate)).faults(sites, plan.make([adapter], sites.specs)))
+
+    path = requantised(base, adapter, tmp_path / "merged")
+    assert faults(path) == []
+    wrong = with_other(
+        path, lambda _, array: array + 0.1 * (np.arange(array.size) == 5).reshape(array.shape), tmp_path / "off"
+    )
+    assert faults(wrong) == [f"emb.weight: 1 of {rows * 4} numbers are not W + s·BA, rounded once"]
 
 
 def test_requantised_merge_multiplied_in_int8_is_decided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
