@@ -54,7 +54,8 @@ def _with_larger_peer_error(case: parity.Case, other: parity.Case, farthest: flo
     deployed = {}
     for name, own in case.deployed.items():
         error, others = (error_of(each.reference[name], each.deployed[name]) for each in (judged, other_judged))
-        deployed[name] = other.deployed[name] if error < others <= farthest * error else own
+        is_counted = math.isinf(farthest) or others <= farthest * error  # inf * 0 is no number
+        deployed[name] = other.deployed[name] if error < others and is_counted else own
     return replace(case, deployed=deployed)
 
 

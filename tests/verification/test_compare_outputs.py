@@ -46,8 +46,8 @@ def test_a_difference_in_precision_alone_is_recognised(gates: list[str], alone: 
 
 
 def test_each_output_has_the_peer_with_the_larger_error() -> None:
-    small, large = make(own=0.125 * OWN), make(own=0.5 * OWN)
-    for cases, others in (([small], [large]), ([large], [small])):
+    exact, small, large = (make(own=size * OWN) for size in (0, 0.125, 0.5))
+    for cases, others in (([small], [large]), ([large], [small]), ([exact], [large]), ([large], [exact])):
         (case,) = compare_outputs.with_larger_peer_error(cases, others)
         assert case.deployed["y"] is large.deployed["y"] and case.candidate is cases[0].candidate
 
