@@ -371,5 +371,5 @@ def _is_near(case: parity.Case, own: OutputsByCase, before: OutputsByCase) -> bo
     return all(
         parity.rms(one[name].astype(np.float64) - other[name]) <= NEAR * error_of(truth, case.deployed[name])
         for name, truth in case.reference.items()
-        if one[name].dtype.kind == "f"
+        if parity.is_float(one[name])
     )
