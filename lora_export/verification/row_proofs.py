@@ -228,7 +228,8 @@ def _judged(proofs: Sequence[Proof], cases: Sequence[parity.Case]) -> Proof:
         f"{name} has numbers between the rows of a batch: those between rows with different adapters were not judged"
         for name in _outputs_between_rows(first)
     )
-    verdict = parity.judge(cases, dtype=last.verdict.dtype, findings=parity.Findings(notes))
+    tolerance = last.about.get("tolerance") or {}  # which the user demands of these rows, too
+    verdict = parity.judge(cases, dtype=last.verdict.dtype, findings=parity.Findings(notes), **tolerance)
     return Proof(verdict, first.placement, last.about, first.inputs, tuple(cases))
 
 

@@ -111,6 +111,13 @@ def test_batches_of_a_right_graph_reach_every_kind_of_row(exported: Path) -> Non
     assert all(f" {row}" in names for row in ("1+2", "2+1", "0+1", "2", "0"))
 
 
+def test_a_tolerance_is_demanded_of_mixed_batches_too(exported: Path) -> None:
+    result = le.verify(exported, (net(), INPUTS), adapters=adapters(), atol=1e-3, rtol=0.0)
+    assert result and result.proof is not None
+    judged = [figures.gate("tolerance") for _, figures in result.proof.verdict.measured]
+    assert judged and all(judged)
+
+
 def test_unjudged_positions_are_those_of_each_rows_adapter() -> None:
     truth = np.ones((3, 2, 2))
     masks = [np.array([[True, False]] * 3), np.array([[False, True]] * 3)]
