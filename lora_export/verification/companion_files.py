@@ -183,14 +183,13 @@ def _compare_tokenizers(base: _Folder, merged: _Folder, found: _Found) -> None:
         one, other = (_cutting(folder.json(name)) if folder.has(name) else {} for folder in (base, merged))
         found.add_values(name, list(_compared(one, other)))
         return
-    for name, read in TOKENIZER_READERS.items():
-        if name in before and name in after:
+    for name in sorted(before & after):
+        if (read := TOKENIZER_READERS.get(name)) is not None:
             found.add_values(name, list(_compared(read(base.json(name)), read(merged.json(name)))))
-    for name in VOCABULARIES:
-        if name in after and name not in before:
-            found.not_judged.append(f"{name}, which the base does not have")
-        elif name in after and not _are_equal(base.path / name, merged.path / name):
+        elif not _are_equal(base.path / name, merged.path / name):
             found.differences.append(f"{name} is not the base's")
+    if only := sorted(before ^ after):
+        found.not_judged.append(f"files of the tokenizer that only one folder has: {first_of(only, SHOWN_FILES)}")
 
 
 def _compare_other_files(base: _Folder, merged: _Folder, found: _Found, floats: Sequence[Sequence[str]]) -> None:

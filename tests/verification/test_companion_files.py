@@ -273,7 +273,7 @@ def test_documents_are_not_compared(tmp_path: Path) -> None:
     assert compare_files(base, merged, []) == Findings()
 
 
-@pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "tokenizer.model", "tokenizer.model.v3"])
 def test_vocabularies_are_compared_by_their_bytes(tmp_path: Path, name: str) -> None:
     base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged")
     (base / name).write_bytes(b"a\nb\n")
@@ -283,7 +283,14 @@ def test_vocabularies_are_compared_by_their_bytes(tmp_path: Path, name: str) -> 
     (merged / name).write_bytes(b"b\na\n")
     assert compare_files(base, merged, []).faults == (f"{name} is not the base's",)
     (base / name).unlink()
-    assert compare_files(base, merged, []).not_judged == (f"{name}, which the base does not have",)
+    assert compare_files(base, merged, []).not_judged == (f"files of the tokenizer that only one folder has: {name}",)
+
+
+def test_settings_of_a_tokenizer_that_one_folder_lacks_are_named(tmp_path: Path) -> None:
+    base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged")
+    (merged / "tokenizer_config.json").unlink()
+    lacking = "files of the tokenizer that only one folder has: tokenizer_config.json"
+    assert compare_files(base, merged, []) == Findings(not_judged=(lacking,))
 
 
 def test_chat_template_may_move_to_a_file_of_its_own(tmp_path: Path) -> None:
