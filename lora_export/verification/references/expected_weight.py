@@ -97,6 +97,11 @@ class _Part:
     spec: TensorSpec
     step: Step | None = None
 
+    @property
+    def first_row(self) -> int:
+        """Where it begins in the tensor."""
+        return 0 if self.spec.region is None else self.spec.region.rows.start
+
     def of(self, array: Array) -> Array:
         """This part of an array in the shape of the tensor, as rows; a view where the array's layout allows it."""
         region = self.spec.region
@@ -184,17 +189,17 @@ class ExpectedWeight:
                 wrong = other if number == 0 or other.numbers < wrong.numbers else wrong
                 if not wrong.numbers:
                     break
-            total += wrong
+            total += wrong._replace(first=wrong.first + part.first_row)
         if sum(math.prod(part.spec.shape) for part in self.parts) < math.prod(self.spec.shape):
             total += self._wrong_outside(base, candidate, dtype)
         return total
 
     def _wrong_outside(self, base: Array, candidate: Array, dtype: np.dtype[Any]) -> WrongNumbers:
-        """The wrong numbers outside of the parts that a step changes: those of the whole less those of the parts."""
-        whole = _wrong_in_part(*_Part(self.spec).weight(base, candidate, StoredForm.BASE), dtype)
-        inside = [_wrong_in_part(*part.weight(base, candidate, StoredForm.BASE), dtype).numbers for part in self.parts]
-        count = whole.numbers - sum(inside)
-        return WrongNumbers(count, whole.rows, whole.first) if count > 0 else WrongNumbers()
+        """The wrong numbers outside of the parts that steps change."""
+        regions = [part.spec.region for part in self.parts if part.spec.region is not None]
+        whole = StoredRegion(self.spec.name, regions[0].shape, slice(0, regions[0].shape[0]))
+        part = _Part(replace(self.spec, region=whole))
+        return _wrong_in_part(*part.weight(base, candidate, StoredForm.BASE), dtype, regions)
 
     # --- samples ---
 
@@ -259,18 +264,26 @@ def _cut(array: Array, region: StoredRegion) -> Array:
     return part if region.columns == EVERY_ROW else part[:, region.columns]
 
 
-def _wrong_in_part(weight: ChangedWeight, right: Fp64Sum, dtype: np.dtype[Any]) -> WrongNumbers:
+def _wrong_in_part(
+    weight: ChangedWeight, right: Fp64Sum, dtype: np.dtype[Any], others: Sequence[StoredRegion] = ()
+) -> WrongNumbers:
+    """The wrong numbers of a part, without those in `others`."""
     scratch, total = Scratch(), WrongNumbers()
     for block in weight.blocks():
         if compare_rows(block, right, scratch).off:
-            total += _wrong_in_block(block, right, dtype)
+            total += _wrong_in_block(block, right, dtype, others)
     return total
 
 
-def _wrong_in_block(block: WeightRows, right: Fp64Sum, dtype: np.dtype[Any]) -> WrongNumbers:
+def _wrong_in_block(
+    block: WeightRows, right: Fp64Sum, dtype: np.dtype[Any], others: Sequence[StoredRegion]
+) -> WrongNumbers:
     with np.errstate(over="ignore", invalid="ignore"):
         value, bound = right.rows(block.rows, block.before)
     wrong = ~_Terms(value, block.before, bound).are_near(block.stored, dtype).reshape(len(value), -1)
+    for region in others:
+        first, last = (max(0, edge - block.rows.start) for edge in (region.rows.start, region.rows.stop))
+        wrong[first:last, region.columns] = False
     rows = np.flatnonzero(wrong.any(axis=1))
     if not rows.size:
         return WrongNumbers()

@@ -26,6 +26,8 @@ from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name
 from lora_export.models.export import to_onnx
 from lora_export.models.load import from_module
 from lora_export.models.model import Model
+from lora_export.plan import Layout, Step, TensorSpec, Term
+from lora_export.plan.stored_region import StoredRegion
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
@@ -33,6 +35,7 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
 from lora_export.verification.references.candidate_tensors import compare_tensors
 from lora_export.verification.references.compare_tensors import CandidateTensor
+from lora_export.verification.references.expected_weight import ExpectedWeight, WrongNumbers
 
 Tensors = dict[str, NDArray[Any]]
 Change = Callable[[Tensors], None]
@@ -237,6 +240,22 @@ def test_a_modules_own_tensor_may_not_be_transposed() -> None:
     tensors = merged("none") | {"q.weight": MODULE.q.weight.detach().numpy().T}
     assert not compared(tensors).faults, "a graph may store it so"
     assert compared(tensors, source=CLASS).faults[0].startswith("q.weight: 2")
+
+
+@pytest.mark.parametrize("row", [3, 12, 18], ids=["in a part", "between two parts", "in another part"])
+def test_the_first_wrong_row_is_that_of_the_tensor(row: int) -> None:
+    random = np.random.default_rng(0)
+    base = random.normal(size=(24, 8)).astype(np.float32)  # q, k and v
+    found, steps = base.copy(), []
+    for name, rows in (("q", slice(0, 8)), ("v", slice(16, 24))):
+        pair = LoraPair(a=random.normal(size=(2, 8)), b=random.normal(size=(8, 2)), scale=1.0)
+        spec = TensorSpec(f"{name}.weight", (8, 8), "float32", Layout.OUT_IN, region=StoredRegion("qkv", (24, 8), rows))
+        steps.append(Step(spec, (Term("one", name, pair, 1.0),)))
+        found[rows] += pair.b @ pair.a
+    expected = ExpectedWeight(TensorSpec("qkv", (24, 8), "float32"), lambda: base, tuple(steps))
+    assert expected.wrong_in(found) == WrongNumbers()
+    found[row, 5] += 1
+    assert expected.wrong_in(found) == WrongNumbers(1, 1, row)
 
 
 def test_many_wrong_tensors_are_counted() -> None:
