@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_export.errors import EscapedLines, InputRefused, LoraExportError, escaped_lines, first_line
+from lora_export.errors import EscapedLines, InputRefused, LoraExportError, escaped_lines, first_line, first_of
 from lora_export.graph.cache_names import IDS, LOGITS
 from lora_export.isolation.limits import GIB
 from lora_export.models.pt2.program import Program
@@ -34,7 +34,13 @@ from lora_export.verification.diagnose.first_difference import (
     find_first_difference,
 )
 from lora_export.verification.diagnose.module_calls import ModuleCall, observing_calls
-from lora_export.verification.diagnose.traced_candidate import DiagnosisCase, TracedCandidate, outputs_renamed, trace
+from lora_export.verification.diagnose.traced_candidate import (
+    DiagnosisCase,
+    TracedCandidate,
+    TracedGraph,
+    outputs_renamed,
+    trace,
+)
 from lora_export.verification.module_copies import converted_copy, fp64_bytes, to_double
 from lora_export.verification.references import Diagnosed
 from lora_export.verification.references.proof_weights import ProofWeights
@@ -164,13 +170,15 @@ def _why_none_differs(case: DiagnosisCase, traced: TracedCandidate, calls: Seque
     verdict = parity.judge([case.outputs])
     if verdict.outcome is not parity.Outcome.DIFFERENT:
         return "every module that was compared is within its gate"
-    traced_case = replace(case.outputs, candidate=outputs_renamed(traced.outputs(case.inputs), case.outputs.candidate))
-    if not _differs(traced_case):
-        return (
-            "with its inner values as outputs, the graph agrees: onnxruntime fuses and reorders less then, so the "
-            "difference comes from its optimisations"
-        )
-    limits = [comparison.figures.limit_used for comparison in verdict.comparisons if comparison.figures]
+    if isinstance(traced, TracedGraph):
+        again = outputs_renamed(traced.outputs(case.inputs), case.outputs.candidate)
+        if not _differs(replace(case.outputs, candidate=again)):
+            return (
+                "with its inner values as outputs, the graph agrees: onnxruntime fuses and reorders less then, so the "
+                "difference comes from its optimisations"
+            )
+    faulty = (each for each in verdict.comparisons if each.figures or each.reasons)
+    limits = [each.figures.limit_used if each.figures else math.inf for each in faulty]
     if max(limits, default=math.inf) <= MODULE_FACTOR:
         return "the difference is small and no module stands out: it may grow from one module to the next"
     return f"every module that was compared agrees: the fault is after {calls[-1]}, or outside these modules"
@@ -197,8 +205,8 @@ def diagnose_module(
     unseen = [name for module in watched if isinstance(module, Program) for name in module.unobserved_weights]
     if unseen:
         return None, [
-            f"modules were not compared: {unseen[0]} and {len(unseen) - 1} more weights of the .pt2 are multiplied "
-            "by operators that belong to no layer"
+            f"modules were not compared: weights of the .pt2 are multiplied by operators that belong to no layer: "
+            f"{first_of(unseen, 1)}"
         ]
     copies = 0 if weights.is_large else 2 if attached.rounding else 1
     needed = copies * fp64_bytes(attached.module)

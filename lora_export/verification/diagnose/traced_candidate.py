@@ -239,6 +239,6 @@ def _module_with_weights_of(candidate: ScriptRunner, case: DiagnosisCase) -> nn.
     module.load_state_dict({name: state[name] for name in names})
     outputs = outputs_renamed(ModuleRunner(module).run(case.inputs), case.outputs.candidate)
     for name, value in case.outputs.candidate.items():
-        if not np.allclose(outputs[name], value, rtol=SCRIPT_RTOL, atol=SCRIPT_ATOL):
+        if name not in outputs or not np.allclose(outputs[name], value, rtol=SCRIPT_RTOL, atol=SCRIPT_ATOL):
             raise InputRefused(f"the model with the TorchScript file's weights computes another {name} than the file")
     return module

@@ -13,17 +13,19 @@ import pytest
 import torch
 
 from lora_export import layers, plan
+from lora_export.errors import InputRefused
 from lora_export.graph.exporter_names import FOLDED_FROM
 from lora_export.graph.onnx_file import writing
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.models import export_program
+from lora_export.models.load import from_module
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.diagnose.module_calls import ModuleCall
-from lora_export.verification.diagnose.traced_candidate import DiagnosisCase, outputs_renamed
+from lora_export.verification.diagnose.traced_candidate import DiagnosisCase, outputs_renamed, trace
 from lora_export.verification.parity import Case, Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references.attached_module import attach_adapters
@@ -191,6 +193,37 @@ def test_torchscript_with_branches_is_diagnosed_by_a_and_b(tmp_path: Path) -> No
         wrong, pairs={**wrong.pairs, DOWN.removesuffix(".weight"): dataclasses.replace(pair, b=pair.b / 2)}
     )
     assert_half(prove(scripted(attached_copy(bert(), [halved]), tmp_path), PyTorchReferences(bert(), [wrong])))
+
+
+def test_torchscript_with_outputs_of_other_names_is_not_traced() -> None:
+    class Stored(ScriptRunner):
+        def __init__(self) -> None:
+            pass
+
+        def state(self) -> Any:
+            return {name: tensor.numpy() for name, tensor in NamedInput().state_dict().items()}
+
+    outputs = Case("first", "", {"y": ROWS}, {"y": ROWS}, {"output_0": ROWS, "output_1": ROWS})
+    with pytest.raises(InputRefused, match="computes another output_0 than the file"):
+        trace(a_case(candidate=Stored(), outputs=outputs))
+
+
+@pytest.mark.slow
+def test_torchscript_that_lacks_an_output_is_no_fault_of_onnxruntime(tmp_path: Path) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self, outputs: int) -> None:
+            super().__init__()
+            self.layer, self.outputs = a_model()[0], outputs
+
+        def forward(self, rows: torch.Tensor) -> Any:
+            y = self.layer(rows)
+            return y if self.outputs == 1 else (y, y + 1)
+
+    inputs = {"rows": torch.randn(2, 3)}
+    path = tmp_path / "script.pt"
+    export_program.save_torchscript(export_program.to_torchscript(Net(1).eval(), inputs), path, extra={})
+    result = prove(ScriptRunner(path, ["rows"]), PyTorchReferences(from_module(Net(2).eval(), inputs)))
+    assert result.diagnosis is not None and "the fault is after layer" in result.diagnosis.why
 
 
 @pytest.mark.slow
