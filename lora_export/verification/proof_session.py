@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from lora_export.models.model import Model
@@ -101,5 +100,5 @@ def _digest(settings: Mapping[str, Any], cases: Mapping[str, Arrays]) -> str:
     for case, arrays in cases.items():
         for name, array in arrays.items():
             digest.update(json.dumps([case, name, str(array.dtype), array.shape]).encode())
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(array.tobytes())
     return digest.hexdigest()

@@ -7,7 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 import lora_export as le
@@ -133,3 +136,8 @@ def test_what_depends_on_other_inputs_or_another_base_is_computed_again(
     if changed == "base":
         tensors["lm_head.weight"][0] -= 1
         save_file(tensors, weights, {"format": "pt"})
+
+
+def test_inputs_in_bfloat16_are_told_apart_too() -> None:
+    cases = {"first": {"image": np.zeros(2, ml_dtypes.bfloat16)}}
+    assert le.ProofSession().without_adapters(torch.nn.Linear(1, 1), {}, cases).value is None

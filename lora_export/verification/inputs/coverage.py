@@ -91,10 +91,11 @@ class RowCoverage:
                 # A tied table may be looked up under another of its names, which has equal rows where ties are broken.
                 if table is tables[step.weight] or (name in steps and step.token_rows.equals(steps[name].token_rows)):
                     owner = module.get_submodule(name.rpartition(".")[0])
-                    owner.register_forward_pre_hook(functools.partial(self._record, step.weight))
+                    owner.register_forward_pre_hook(functools.partial(self._record, step.weight), with_kwargs=True)
 
-    def _record(self, table: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.seen[table] |= set(inputs[0].flatten().tolist())
+    def _record(self, table: str, _: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> None:
+        ids, *_ = (*inputs, *named_inputs.values())
+        self.seen[table] |= set(ids.flatten().tolist())
 
     @property
     def findings(self) -> Findings:

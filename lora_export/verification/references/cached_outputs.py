@@ -175,7 +175,8 @@ def code_of(module: nn.Module) -> dict[str, str]:
     structure.update(str(getattr(module, "config", "")).encode())
     code["structure"] = structure.hexdigest()
     for path in sorted({path for part in module.modules() for path in _sources(type(part))}):
-        code[f"code of {path.name}"] = file_sha256(path)
+        name = f"code of {path.name}"  # which several files may have
+        code[name] = code.get(name, "") + file_sha256(path)
     return code
 
 

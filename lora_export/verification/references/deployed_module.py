@@ -125,11 +125,14 @@ def round_activations(module: nn.Module, weights: Mapping[str, DequantisedWeight
                     f"{name} is multiplied in int8, and no hook sees the products of nn.MultiheadAttention: how far "
                     f"int8 is from fp64 there is unknown. {DECIDES}: the same graph of an accuracy_level below 4"
                 )
-            owners[0].register_forward_hook(functools.partial(_add_int8_error, matrix, weight.activation_block))
+            hook = functools.partial(_add_int8_error, matrix, weight.activation_block)
+            owners[0].register_forward_hook(hook, with_kwargs=True)
 
 
-def _add_int8_error(weight: torch.Tensor, block_size: int, _: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
-    (values,) = inputs
+def _add_int8_error(
+    weight: torch.Tensor, block_size: int, _: nn.Module, inputs: Any, named_inputs: Any, output: torch.Tensor
+) -> Any:
+    (values,) = (*inputs, *named_inputs.values())
     error = _rounded_to_int8(values, block_size) - values
     return output + nn.functional.linear(error, weight.to(error))
 

@@ -184,7 +184,7 @@ def output_errors(module: nn.Module, errors: Mapping[str, QuantisationError]) ->
         if error.is_corrected and error.own.ndim == 2 and not isinstance(owner, nn.Embedding | nn.MultiheadAttention):
             own, least = (part if layouts[name] is Layout.IN_OUT else part.T for part in (error.own, error.least))
             measure = functools.partial(_measure, found, name, torch.from_numpy(own), torch.from_numpy(least))
-            hooks.append(owner.register_forward_pre_hook(measure))
+            hooks.append(owner.register_forward_pre_hook(measure, with_kwargs=True))
     try:
         yield found
     finally:
@@ -193,9 +193,16 @@ def output_errors(module: nn.Module, errors: Mapping[str, QuantisationError]) ->
 
 
 def _measure(
-    found: OutputErrors, name: str, own: torch.Tensor, least: torch.Tensor, _: nn.Module, inputs: tuple[Any, ...]
+    found: OutputErrors,
+    name: str,
+    own: torch.Tensor,
+    least: torch.Tensor,
+    _: nn.Module,
+    inputs: tuple[Any, ...],
+    named_inputs: dict[str, Any],
 ) -> None:
-    x = inputs[0].detach().float().cpu()
+    x, *_others = (*inputs, *named_inputs.values())
+    x = x.detach().float().cpu()
     found.own[name] = found.own.get(name, 0.0) + float((x @ own).double().square().sum())
     found.least[name] = found.least.get(name, 0.0) + float((x @ least).double().square().sum())
 

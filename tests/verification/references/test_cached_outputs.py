@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +182,25 @@ def test_layers_outside_torch_are_identified_by_their_code(scaled):
     code = cached_outputs.code_of(scaled.module)
     assert {"torch", "lora_export", "structure", "code of factories.py"} <= set(code)
     assert np.all([len(value) > 2 for value in code.values()])
+
+
+def test_each_of_several_files_of_one_name_counts(tmp_path):
+    made = []
+    for name in ("one", "other"):
+        path = tmp_path / name / "layers.py"
+        path.parent.mkdir()
+        path.write_text("import torch\nclass Layer(torch.nn.Identity): pass\n")
+        made.append(runpy.run_path(str(path))["Layer"])
+        made[-1].__module__ = f"layers_{name}"
+        sys.modules[made[-1].__module__] = types.ModuleType("layers")
+        sys.modules[made[-1].__module__].__file__ = str(path)
+    net = torch.nn.Sequential(*(layer() for layer in made))
+    before = cached_outputs.code_of(net)
+    for layer in made:
+        path = Path(sys.modules[layer.__module__].__file__)
+        path.write_text(path.read_text() + "# more")
+        assert before != (before := cached_outputs.code_of(net))
+        del sys.modules[layer.__module__]
 
 
 def test_arguments_of_a_factory_that_no_weight_shows_miss_the_cache(scaled, runs, tmp_path):

@@ -87,13 +87,15 @@ def in_int8(weight: NDArray[np.float32]) -> DequantisedWeight:
     return DequantisedWeight("4 bits", weight, 0.0, activation_block=2, rounding=rounding)
 
 
-def test_activations_round_to_127_levels_of_each_block() -> None:
+@pytest.mark.parametrize("named", [False, True], ids=["by its place", "by its name"])
+def test_activations_round_to_127_levels_of_each_block(*, named: bool) -> None:
     module = nn.Module()
     module.layer = nn.Linear(4, 4, bias=False)
     nn.init.eye_(module.layer.weight)
     weight = np.eye(4, dtype=np.float32)
     round_activations(module, {"layer.weight": in_int8(weight)})
-    answer = module.layer(torch.tensor([[127.0, 3.4, 0.0, 0.0], [1.0, 0.5, -12.7, 0.34]]))
+    x = torch.tensor([[127.0, 3.4, 0.0, 0.0], [1.0, 0.5, -12.7, 0.34]])
+    answer = module.layer(input=x) if named else module.layer(x)
     expected = [[127, 3, 0, 0], [1, 64 / 127, -12.7, 0.3]]
     np.testing.assert_allclose(answer.detach().numpy(), expected, rtol=1e-6)
 

@@ -302,9 +302,10 @@ def test_transposed_weight_is_measured_in_its_own_layout() -> None:
     module = nn.Module()
     module.fc = Conv1D(8, 8)
     x = torch.eye(8)[:1]
-    with output_errors(module, errors) as found:
-        module.fc(x)
-    assert found.own["fc.weight"] == pytest.approx(1.0)  # row 0 of the error, which has one 1
+    for inputs in (((x,), {}), ((), {"x": x})):
+        with output_errors(module, errors) as found:
+            module.fc(*inputs[0], **inputs[1])
+        assert found.own["fc.weight"] == pytest.approx(1.0)  # row 0 of the error, which has one 1
 
 
 def test_weight_without_a_product_is_judged_by_its_own_distance() -> None:
