@@ -95,7 +95,8 @@ def audit(
 
 def audit_of(weights: Sequence[AuditedWeight]) -> Audit:
     """The audit of all tensors."""
-    return Audit(max((weight.outcome for weight in weights), key=SEVERITY.index), tuple(weights))
+    outcomes = (weight.outcome for weight in weights)
+    return Audit(max(outcomes, key=SEVERITY.index, default=Outcome.UNDECIDED), tuple(weights))
 
 
 def judge_all(by_tensor: Sequence[Sequence[Judgement]], progress: Callable[[int], None]) -> list[AuditedWeight | None]:

@@ -236,8 +236,9 @@ def _rows_indexed(value: ir.Value) -> int:
         for node, index in waiting.pop().uses():
             at = LOOKUPS.get(node.op_type, {}).get(index)
             table = None if at is None else node.inputs[at]
-            if table is not None and table.shape is not None and isinstance(table.shape[0], int):
-                rows.append(table.shape[0])
+            axis = node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
+            if table is not None and table.shape is not None and isinstance(size := table.shape[axis], int):
+                rows.append(size)
             elif node.op_type in VALUE_PRESERVING and index == 0 and node.outputs[0] not in known:
                 known.add(node.outputs[0])
                 waiting.append(node.outputs[0])

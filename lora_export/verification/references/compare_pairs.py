@@ -33,9 +33,9 @@ from lora_export.verification.parity import Array, Findings, Wide
 from lora_export.verification.references.compare_tensors import AGREES, CandidateTensor
 from lora_export.verification.references.expected_weight import rounded_to
 
-# A name in a graph or a module: its layer, A or B, which of several adapters. `lora_embedding_A` is PEFT's
 FP16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 TensorsOf = Callable[[Runner], Iterable[CandidateTensor]]
+# A name in a graph or a module: its layer, A or B, which of several adapters. `lora_embedding_A` is PEFT's
 NAME = re.compile(r"(?:(.+)\.)?lora_(?:embedding_)?([AB])(?:\.(.+?))??(?:\.MatMul)?(\.weight)?")
 
 

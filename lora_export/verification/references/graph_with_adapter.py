@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.errors import Undecided, count
+from lora_export.errors import Undecided, count, first_of
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.insert.adapter_nodes import insert_nodes
@@ -98,8 +98,8 @@ def refuse_parts(plan: Plan) -> None:
     parts = [step.weight for step in plan.steps if step.spec.region is not None]
     if parts:
         raise Undecided(
-            f"{parts[0]} and {len(parts) - 1} more are parts of weights that one node reads as a whole: the graph by "
-            f"itself shows no reference for them. Prove it against PyTorch ({named('model')})"
+            "the graph by itself shows no reference for parts of weights that one node reads as a whole: "
+            f"{first_of(parts, 1)}. Prove it against PyTorch ({named('model')})"
         )
 
 

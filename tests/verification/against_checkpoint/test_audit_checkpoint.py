@@ -24,7 +24,7 @@ from lora_export.plan import Step
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import safetensors_file
 from lora_export.verification.against_checkpoint import audit_checkpoint, stored_tensor
-from lora_export.verification.against_checkpoint.audit_checkpoint import judge_rest, judge_rounded
+from lora_export.verification.against_checkpoint.audit_checkpoint import audit_of, judge_rest, judge_rounded
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome
 from support import peak
@@ -495,3 +495,7 @@ def test_entries_behind_a_part_that_changes_are_those_of_the_base(tmp_path: Path
 def test_an_adapter_that_replaces_nothing_is_not_detected(tmp_path: Path) -> None:
     found = judged(tmp_path, BASE, Step(matrix("fc.weight", 3, 3), replace=np.float32(BASE)))
     assert (found.outcome, found.controls) == (Outcome.SAME, {"base": False})
+
+
+def test_an_audit_of_nothing_is_undecided() -> None:
+    assert audit_of([]).outcome is Outcome.UNDECIDED

@@ -201,3 +201,12 @@ def test_ids_of_a_fused_embedding_are_rows_of_its_tables() -> None:
     made = InputGenerator(model, "g").make(GraphSizes(40, 5, 0), seed=0)
     assert made["words"].min() >= 0 and 40 < made["words"].max() < 50
     assert sorted(set(made["kinds"].ravel().tolist())) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("axis", "most"), [(0, 3), (1, 50), (-1, 50)])
+def test_ids_are_places_along_the_axis_of_their_table(axis: int, most: int) -> None:
+    model = ir.from_onnx_text(f"""
+        <ir_version: 10, opset_import: ["" : 20]> g (int64[n] ids) => (y) <float[3,50] table = {{0}}>
+        {{ y = Gather <axis = {axis}> (table, ids) }}""")
+    ids = InputGenerator(model, "g").make(GraphSizes(400, 5, 0), seed=0)["ids"]
+    assert (ids.min(), ids.max()) == (0, most - 1)
