@@ -94,7 +94,7 @@ class RowCoverage:
                     owner.register_forward_pre_hook(functools.partial(self._record, step.weight), with_kwargs=True)
 
     def _record(self, table: str, _: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> None:
-        ids, *_ = (*inputs, *named_inputs.values())
+        ids = next(iter((*inputs, *named_inputs.values())))
         self.seen[table] |= set(ids.flatten().tolist())
 
     @property

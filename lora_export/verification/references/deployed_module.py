@@ -130,9 +130,14 @@ def round_activations(module: nn.Module, weights: Mapping[str, DequantisedWeight
 
 
 def _add_int8_error(
-    weight: torch.Tensor, block_size: int, _: nn.Module, inputs: Any, named_inputs: Any, output: torch.Tensor
+    weight: torch.Tensor,
+    block_size: int,
+    _: nn.Module,
+    inputs: tuple[Any, ...],
+    named_inputs: dict[str, Any],
+    output: torch.Tensor,
 ) -> Any:
-    (values,) = (*inputs, *named_inputs.values())
+    values = next(iter((*inputs, *named_inputs.values())))
     error = _rounded_to_int8(values, block_size) - values
     return output + nn.functional.linear(error, weight.to(error))
 

@@ -201,8 +201,7 @@ def _measure(
     inputs: tuple[Any, ...],
     named_inputs: dict[str, Any],
 ) -> None:
-    x, *_others = (*inputs, *named_inputs.values())
-    x = x.detach().float().cpu()
+    x = next(iter((*inputs, *named_inputs.values()))).detach().float().cpu()
     found.own[name] = found.own.get(name, 0.0) + float((x @ own).double().square().sum())
     found.least[name] = found.least.get(name, 0.0) + float((x @ least).double().square().sum())
 
