@@ -11,11 +11,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from lora_export.graph.exporter_names import PROMOTED_FROM
 from lora_export.graph.find_sites import Sites, find_sites
@@ -91,28 +89,22 @@ def _changed(sites: Sites, steps: Iterable[Step]) -> Iterator[tuple[Step, Site]]
 
 
 def _wrong_numbers(step: Step, site: Site, own: Site) -> int:
-    def turned(array: NDArray[Any]) -> NDArray[Any]:  # (out, in)
-        return array.T if site.layout in (Layout.EMBEDDING, Layout.IN_OUT) else array
-
-    before, values = (np.ascontiguousarray(turned(each.array)) for each in (site, own))
-    step = _of_matrix(step, before.shape, str(values.dtype))
+    before, values = (np.ascontiguousarray(each.matrix) for each in (site, own))
+    step = _of_matrix(step, site, before.shape, str(values.dtype))
     if own.quantised is None:
         return ExpectedWeight(step.spec, lambda: before, (step,)).wrong_in(values, (StoredForm.SUM,)).numbers
-    total = sum_in_fp64(step, before)
-    matrix = total.T if site.layout is Layout.EMBEDDING else total
-    nearest, steps = own.nearest(matrix), own.steps(matrix)
-    if site.layout is Layout.EMBEDDING:
-        nearest, steps = nearest.T, steps._replace(own=steps.own.T, largest=steps.largest.T)
-    rounding = NearestNumbers(nearest, steps, parity.EPS[own.quantised.scale_dtype], own.quantised.has_float_zeros)
+    total, eps = sum_in_fp64(step, before), parity.EPS[own.quantised.scale_dtype]
+    rounding = NearestNumbers(own.nearest(total), own.steps(total), eps, own.quantised.has_float_zeros)
     return quantisation_error_of(values, total, rounding).misrounded
 
 
-def _of_matrix(step: Step, shape: tuple[int, ...], dtype: str) -> Step:
-    """The step on its weight as (out, in), of this shape and dtype."""
+def _of_matrix(step: Step, site: Site, shape: tuple[int, ...], dtype: str) -> Step:
+    """The step on the site's matrix, of this shape and dtype: (out, in), or the rows of a table."""
+    layout = site.layout if site.layout is Layout.EMBEDDING else Layout.OUT_IN
     whole, rows = step.replace, step.token_rows
-    if step.spec.layout.is_transposed:
+    if step.spec.layout.is_transposed != layout.is_transposed:
         whole, rows = None if whole is None else whole.T, None if rows is None else rows.transposed
-    spec = replace(step.spec, shape=shape, layout=Layout.OUT_IN, dtype=dtype, region=None)
+    spec = replace(step.spec, shape=shape, layout=layout, dtype=dtype, region=None)
     return replace(step, spec=spec, replace=whole, token_rows=rows)
 
 
