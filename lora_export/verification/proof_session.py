@@ -15,6 +15,7 @@ from torch import nn
 from lora_export.models.model import Model
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.module_copies import parameters_and_buffers
+from lora_export.verification.references.cached_outputs import add_arrays
 
 MOST_RESULTS = 4  # of one base: those for other inputs are dropped
 
@@ -98,7 +99,5 @@ def _files(folder: Path) -> Hashable:
 def _digest(settings: Mapping[str, Any], cases: Mapping[str, Arrays]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for case, arrays in cases.items():
-        for name, array in arrays.items():
-            digest.update(json.dumps([case, name, str(array.dtype), array.shape]).encode())
-            digest.update(array.tobytes())
+        add_arrays(digest, arrays, f"{case}\0")
     return digest.hexdigest()

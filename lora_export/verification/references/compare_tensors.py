@@ -186,7 +186,7 @@ class _Comparison:
             start = 0
             while start < len(matrix) and (own := self._first_block(matrix[start:])) is not None:
                 self._compare(*own)
-                start += min(own[1].size // matrix.shape[1], len(matrix))
+                start += own[1].size // matrix.shape[1]
             if start:
                 return
 
@@ -202,9 +202,9 @@ class _Comparison:
     def _first_block(self, matrix: Array) -> tuple[ExpectedWeight, Array] | None:
         """The tensor of the model that the first rows of a matrix are, and these rows."""
         rows, inner = matrix.shape
-        for (low, high), names in [each for each in self.by_sizes.items() if len(each[0]) == 2]:
+        for low, high in (sizes for sizes in self.by_sizes if len(sizes) == 2):
             size = high if low == inner else low if high == inner else 0
-            if 0 < size <= rows and (own := self._equal_to(matrix[:size])) is not None and names:
+            if 0 < size <= rows and (own := self._equal_to(matrix[:size])) is not None:
                 return own
         return None
 
