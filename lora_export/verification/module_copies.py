@@ -106,7 +106,7 @@ def fp64_bytes(module: nn.Module) -> int:
 
 
 def _convert_in_place(wanted: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
-    """Convert tensors to dtypes. Tensors that share memory share it afterwards, too."""
+    """Convert tensors to dtypes. Those of one shape and memory share it afterwards, too; views of a part do not."""
     converted: dict[Any, torch.Tensor] = {}
     for tensor, dtype in wanted:
         memory = tensor.data_ptr(), tensor.shape, tensor.stride()

@@ -30,7 +30,7 @@ ONNX_HALVES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 
 @dataclass(frozen=True, eq=False)
 class BaseGraph:
-    """The graph that candidates were made from. Its model is read and never changed.
+    """The graph that candidates were made from. What its model computes never changes, but the sequence of nodes may.
 
     `checkpoint` names the graph's weights by content, where their names are lost. `user_inputs` (.npz) are one more
     case; where the graph does not determine its inputs, they are the only one. Inputs and outputs are computed once,

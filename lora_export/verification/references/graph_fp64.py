@@ -43,8 +43,7 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
 
     Inputs and stored tensors keep their dtypes, float outputs become fp64. A supported MatMulNBits becomes a MatMul by
     its dequantised weight, and an Attention the fp64 product of q, k and v before what keeps its dtype. Nodes with
-    subgraphs do not change. `types_of` returns the dtypes of values for which the
-    graph has none.
+    subgraphs do not change. `types_of` returns the dtypes of values for which the graph has none.
     """
     factory = NodeFactory(model)
     for node in list(model.graph):
