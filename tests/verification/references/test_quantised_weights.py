@@ -302,7 +302,7 @@ def test_promoted_layers_are_w_and_its_change(case: str, wide: Model, graph: ir.
 
 @UNDIAGNOSED
 @pytest.mark.parametrize("strength", [1.0, 0.1], ids=["kept", "promoted"])
-def test_a_fault_of_the_arithmetic_of_merges_is_no_fault_of_the_reference(
+def test_the_reference_has_no_arithmetic_of_merges(
     strength: float, wide: Model, graph: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = saved(exact(quantised(graph.clone()), 0), tmp_path), adapter_for_wide(strength)
