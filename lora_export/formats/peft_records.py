@@ -81,7 +81,7 @@ def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mappin
     only where all modules are of one kind. False is no evidence: it is the default of configs that PEFT did not write.
     """
     if LAYOUTS in file.metadata:
-        layouts = json_files.parse_json(file.metadata[LAYOUTS].encode(), f"{LAYOUTS} in the header of {file.path}")
+        layouts = json_files.parse_json(file.metadata[LAYOUTS], f"{LAYOUTS} in the header of {file.path}")
         wrong = [name for name, layout in layouts.items() if layout not in ("out_in", "in_out")]
         if wrong:
             raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
