@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, first_of
 from lora_export.formats import expert_layouts
 from lora_export.formats.adapter_files import TensorSource, by_headers, read_floats, refuse_problems
 from lora_export.formats.peft_config import is_declared
@@ -56,9 +56,8 @@ def notes_of(keys: Keys, config: Mapping[str, Any], tied: Mapping[str, str]) -> 
         for head, table in tied.items()
     ]
     if keys[UNUSED]:
-        unused = list(keys[UNUSED])
-        more = f" and {len(unused) - SHOWN_TENSORS} more" if len(unused) > SHOWN_TENSORS else ""
-        notes.append(f"tensors that only training uses are left out: {', '.join(unused[:SHOWN_TENSORS])}{more}")
+        unused = first_of(list(keys[UNUSED]), SHOWN_TENSORS)
+        notes.append(f"tensors that only training uses are left out: {unused}")
     return tuple(notes)
 
 
