@@ -86,7 +86,7 @@ def refuse_second_merge(adapters: Sequence[Adapter], base: Path, history: Histor
 def read_history(text: str, source: Path) -> History:
     """The adapters in the JSON text of a record. Raises InputRefused where it is damaged."""
     what = f"the record of an earlier merge in {source}"
-    return history(json_files.parse_json(text.encode(errors="surrogatepass"), what), source)
+    return history(json_files.parse_json(text, what), source)
 
 
 def history(record: Mapping[str, Any], source: Path) -> History:
@@ -103,8 +103,7 @@ def read_longest(properties: Mapping[str, Any], source: Path) -> dict[str, int]:
     """The sizes up to which a file was made, by their symbols. Raises InputRefused where the record is damaged."""
     if LONGEST_KEY not in properties:
         return {}
-    text = str(properties[LONGEST_KEY]).encode(errors="surrogatepass")
-    record = json_files.parse_json(text, f"{LONGEST_KEY} in {source}")
+    record = json_files.parse_json(str(properties[LONGEST_KEY]), f"{LONGEST_KEY} in {source}")
     if not all(type(size) is int and 0 < size < MOST_IN_RECORD for size in record.values()):
         raise InputRefused(f"{source}: {LONGEST_KEY} is damaged: its sizes are no numbers above 0")
     return dict(record)
@@ -118,7 +117,7 @@ def read_shared(properties: Mapping[str, str], source: Path) -> dict[str, tuple[
     if SHARED_KEY not in properties:
         return {}
     what = f"{SHARED_KEY} in {source}"
-    record = json_files.parse_json(properties[SHARED_KEY].encode(errors="surrogatepass"), what)
+    record = json_files.parse_json(properties[SHARED_KEY], what)
     found = {}
     for name, hashes in record.items():
         parts = Path(name).parts

@@ -81,22 +81,26 @@ def _of_factors(combination: Combination, terms: Sequence[Term], numbers: Mappin
 
 def _of_changes(combination: Combination, terms: Sequence[Term], numbers: Mapping[str, int], rank: int) -> Factors:
     shape = terms[0].pair.shape
-    if combination.method == "svd":  # a sum of low-rank changes has a low rank: no whole change is needed
-        if _are_low_rank(terms):
-            a, b = _concatenated(terms)
-            found = singular_values.of_product(b.reshape(shape[0], -1), a.reshape(len(a), -1))
-        else:
-            found = singular_values.of_matrix(_whole_sum(terms))
+    if combination.method == "svd" and _are_low_rank(terms):  # their sum has a low rank: no whole change is needed
+        a, b = _concatenated(terms)
+        found = singular_values.of_product(b.reshape(shape[0], -1), _finite(a).reshape(len(a), -1))
+    elif combination.method == "svd":
+        found = singular_values.of_matrix(_finite(_whole_sum(terms)))
     else:
         strengths = np.array([term.strength for term in terms])
         keys = [f"{combination.seed or 0}/{numbers[term.adapter]}/{term.module}" for term in terms]
         change = _combined(combination, [low_rank.whole_change(term.pair) for term in terms], strengths, keys)
-        if not np.isfinite(change).all():
-            raise InputRefused("the change holds values that float32 cannot hold. Check the scales and weights")
-        found = singular_values.of_matrix(change)
+        found = singular_values.of_matrix(_finite(change))
     a, b = found.factors(min(rank, len(found.s)))
     kernel = [1] * (len(shape) - 2)
     return a.reshape(len(a), *shape[1:]), b.reshape(*b.shape, *kernel)
+
+
+def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The values themselves. Raises InputRefused where some are not finite: LAPACK finds no SVD of them."""
+    if not np.isfinite(values).all():
+        raise InputRefused("the change holds values that float32 cannot hold. Check the scales and weights")
+    return values
 
 
 def _combined(

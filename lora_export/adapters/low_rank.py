@@ -233,7 +233,8 @@ def as_lora(
                 problems.append(
                     f"{module}: DoRA's magnitude is that of the exact change, and rank {rank} has {share:.4g}"
                 )
-    pairs |= {head: pairs[table].transposed for head, table in adapter.tied.items()}  # one pair for both
+    # One pair for both. Tied tables may have trained rows in place of pairs.
+    pairs |= {head: pairs[table].transposed for head, table in adapter.tied.items() if table in pairs}
     if problems:
         raise InputRefused(
             f"{adapter.name} as LoRA of rank {rank} would lose a part of {len(problems)} of {len(layers)} layers:",

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import command, named
-from lora_export.plan import Layout, TensorSpec
+from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY
-from lora_export.storage import json_files
 from lora_export.storage.json_files import parse_json
 
 ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
@@ -68,7 +67,7 @@ def read_row_adapters(metadata: Mapping[str, str], source: str) -> RowAdapters |
     """Read the record in a graph's metadata; None without one. Raises InputRefused where it is no JSON object."""
     if ROW_ADAPTERS_KEY not in metadata:
         return None
-    record = parse_json(metadata[ROW_ADAPTERS_KEY].encode(), source)
+    record = parse_json(metadata[ROW_ADAPTERS_KEY], source)
     names = record.get("adapters", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
@@ -311,7 +310,7 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
             f"{source} does not record where it takes adapters: it was not made with {named('lora', 'inputs')}, or it "
             f"has lost its metadata ({CONTRACT_KEY})"
         )
-    record = json_files.parse_json(metadata[key].encode(), f"{source}, {key}")
+    record = parse_json(metadata[key], f"{source}, {key}")
     try:
         places = tuple(_place(entry) for entry in record["places"])
         contract = Contract(str(record["base"]), str(record["names"]), places, bool(record.get("required")))
@@ -330,7 +329,7 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
 def _head(entry: Mapping[str, Any]) -> HeadPlace:
     weight, w, b, used, dtype = (str(entry[key]) for key in ("weight", "w", "b", "used", "dtype"))
     features, labels, base_labels = (operator.index(entry[key]) for key in ("features", "labels", "base_labels"))
-    if min(features, labels, base_labels) < 1 or np.dtype(dtype).kind == "O":
+    if min(features, labels, base_labels) < 1 or dtype not in FLOATS:
         raise ValueError(f"a head of {features} inputs and {labels} labels in {dtype}")
     outputs = tuple(map(str, entry["outputs"]))
     return HeadPlace(weight, w, b, used, features, labels, base_labels, dtype, outputs, bool(entry["narrower"]))
@@ -342,6 +341,8 @@ def _place(entry: Mapping[str, Any]) -> AdapterPlace:
         raise ValueError(f"a weight of shape {shape}")
     texts = {key: str(entry[key]) for key in ("weight", "a", "b", "dtype", "digest")}
     texts |= {key: str(entry[key]) for key in ("factor", "scale", "value", "quantised") if key in entry}
+    if texts["dtype"] not in FLOATS:
+        raise ValueError(f"a weight of {texts['dtype']}")
     start, stop = map(operator.index, entry.get("block", (0, 0)))
     max_rank = operator.index(entry.get("max_rank", 0))
     if max_rank < 0:
@@ -364,7 +365,7 @@ def read_strengths(metadata: Mapping[str, str], source: Path | str) -> list[str]
     """
     if STRENGTHS_KEY not in metadata:
         return []
-    names = json_files.parse_json(metadata[STRENGTHS_KEY].encode(), f"{source}, {STRENGTHS_KEY}").get("adapters")
+    names = parse_json(metadata[STRENGTHS_KEY], f"{source}, {STRENGTHS_KEY}").get("adapters")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise InputRefused(f"{source}: its record of strengths ({STRENGTHS_KEY}) is damaged: it names no adapters")
     return names

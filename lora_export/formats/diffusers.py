@@ -112,7 +112,7 @@ def _by_role(adapter: Adapter) -> Adapter:
 
 def _configs(recorded: str, source: str) -> dict[str, dict[str, Any]]:
     """The recorded LoraConfig of each component. Raises InputRefused for one that is not supported."""
-    table = json_files.parse_json(recorded.encode(errors="surrogatepass"), source)
+    table = json_files.parse_json(recorded, source)
     configs: dict[str, dict[str, Any]] = {}
     for key, value in table.items():
         first, _, field = key.partition(".")

@@ -31,7 +31,7 @@ from lora_export.formats.adapter_files import (
 )
 from lora_export.formats.expert_layouts import expert_stacks, stacked_factors
 from lora_export.formats.gguf_architecture import is_adapter, names_of
-from lora_export.formats.writing import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
+from lora_export.formats.writing import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype, why_no_low_rank
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.families import EXPERT, FamilyNames, column, model_types
 from lora_export.names.llama_cpp import LlamaCppNames
@@ -172,6 +172,8 @@ class _GgufFile:
 
     def add_pairs(self) -> None:
         for module, pair in self.experts.plain.items():
+            if why_no_low_rank(pair):
+                continue  # `beyond_pairs` named it
             if len(pair.shape) != 2:
                 self.problems.append(f"{module}: a convolution")
                 continue

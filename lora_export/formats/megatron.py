@@ -31,6 +31,7 @@ from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage.artifact_kinds import is_distributed_checkpoint
 from lora_export.storage.distributed_checkpoint import open_distributed_checkpoint, shards_of, text_in_metadata
+from lora_export.storage.safetensors_file import Entry
 from lora_export.storage.torch_pickle import PickledTensors
 
 DESCRIPTION = "a folder of torch.distributed.checkpoint with adapters of Megatron-Bridge (`adapter.linear_in.weight`)"
@@ -105,9 +106,7 @@ def _by_layer(found: PickledTensors) -> PickledTensors:
             arrays |= {f"{outer}{layer}.{rest}": each for layer, each in enumerate(value)}
         else:
             raise InputRefused(f"{found.path}: {key} is {value.shape}; one for each layer is needed")
-    entries = {
-        name: replace(next(iter(found.entries.values())), name=name, shape=one.shape) for name, one in arrays.items()
-    }
+    entries = {name: Entry(name, one.dtype, one.shape, 0, one.nbytes) for name, one in arrays.items()}
     return replace(found, entries=entries, arrays=arrays)
 
 

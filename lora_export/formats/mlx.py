@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions, adapter_files
 from lora_export.formats.expert_layouts import expert_stacks, is_stacked, stacked_factors, stacked_pairs
-from lora_export.formats.writing import beyond_pairs, refuse_inexpressible, smallest_dtype
+from lora_export.formats.writing import beyond_pairs, refuse_inexpressible, smallest_dtype, why_no_low_rank
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.names.families import FamilyNames, column, model_types
 from lora_export.names.table import is_embedding
@@ -151,8 +151,9 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     base = adapter_files.base_config(None, options.reading) or {}
     experts = expert_stacks(adapter, model_types(base))
     problems = beyond_pairs(adapter, {"magnitude", "tied"})
-    # mlx-lm applies the pair of tied embeddings at both.
-    plain = {name: pair for name, pair in experts.plain.items() if name not in adapter.tied}
+    # mlx-lm applies the pair of tied embeddings at both. `beyond_pairs` named what is no pair of A and B.
+    own = ((name, pair) for name, pair in experts.plain.items() if name not in adapter.tied)
+    plain = {name: pair for name, pair in own if not why_no_low_rank(pair)}
     pairs = [*plain.values(), *(pair for stack in experts.stacks.values() for pair in stack.values())]
     kinds = {(pair.rank, pair.scale) for pair in pairs}
     if len(kinds) > 1:

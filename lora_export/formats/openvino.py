@@ -16,8 +16,8 @@ from lora_export.formats import WriteOptions
 from lora_export.formats.adapter_files import header_in, weights_of
 from lora_export.formats.lora_file import OneFileFormat, module_by_prefix
 from lora_export.formats.peft_keys import SCALE_IN_B, WRAPPER
-from lora_export.formats.writing import OneFile, beyond_pairs
-from lora_export.lora import Adapter, LoraPair
+from lora_export.formats.writing import OneFile, beyond_pairs, why_no_low_rank
+from lora_export.lora import Adapter
 
 DESCRIPTION = "a .safetensors file that `convert` made for OpenVINO GenAI, with PEFT's keys and the scale in B"
 SUFFIX = ".safetensors"
@@ -35,9 +35,11 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     file = OneFile(adapter, "openvino", lambda module, ending: f"{WRAPPER}{module}.{ending}")
     file.problems += beyond_pairs(adapter)
     for name, pair in adapter.pairs.items():
+        if why_no_low_rank(pair):
+            continue  # `beyond_pairs` named it
         if pair.embedding or pair.as_stored or set(pair.shape[2:]) - {1}:
             file.problems.append(f"{name}: no pair of a linear layer, or of a convolution of one pixel")
-        elif isinstance(pair, LoraPair):
+        else:
             key = f"{WRAPPER}{name}.lora_"
             file.tensors |= {f"{key}A.weight": pair.a, f"{key}B.weight": pair.b * np.float32(pair.scale)}
     file.write(path, SCALE_IN_B)

@@ -68,6 +68,7 @@ def checked_config(config: dict[str, Any], source: str, fields: ConfigFields = O
 
     `source` is what contains them. Raises InputRefused with what is not supported.
     """
+    config = {name: _with_integers(value) for name, value in config.items()}
     refused = _refused_fields(config, fields) + (_refused_of_lora(config) if fields is OF_LORA else [])
     if refused:
         raise InputRefused(f"{source}: " + "; ".join(refused))
@@ -85,6 +86,15 @@ def checked_config(config: dict[str, Any], source: str, fields: ConfigFields = O
             config[name] = [unwrapped(each) for each in config[name]]
     config["modules_to_save"] = ModuleEndings(config.get("modules_to_save") or ())  # of one string its letters, as PEFT
     return config
+
+
+def _with_integers(value: Any) -> Any:
+    """A value whose whole numbers are integers: JSON has one kind of numbers, and a rank of 4.0 is 4."""
+    if isinstance(value, dict):
+        return {key: _with_integers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_integers(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_other_number(source: str, name: str, value: Any, *, is_signed: bool) -> None:

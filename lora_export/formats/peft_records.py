@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, first_of
 from lora_export.formats import expert_layouts
 from lora_export.formats.adapter_files import TensorSource, by_headers, read_floats, refuse_problems
 from lora_export.formats.peft_config import is_declared
@@ -56,9 +56,8 @@ def notes_of(keys: Keys, config: Mapping[str, Any], tied: Mapping[str, str]) -> 
         for head, table in tied.items()
     ]
     if keys[UNUSED]:
-        unused = list(keys[UNUSED])
-        more = f" and {len(unused) - SHOWN_TENSORS} more" if len(unused) > SHOWN_TENSORS else ""
-        notes.append(f"tensors that only training uses are left out: {', '.join(unused[:SHOWN_TENSORS])}{more}")
+        unused = first_of(list(keys[UNUSED]), SHOWN_TENSORS)
+        notes.append(f"tensors that only training uses are left out: {unused}")
     return tuple(notes)
 
 
@@ -81,7 +80,7 @@ def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mappin
     only where all modules are of one kind. False is no evidence: it is the default of configs that PEFT did not write.
     """
     if LAYOUTS in file.metadata:
-        layouts = json_files.parse_json(file.metadata[LAYOUTS].encode(), f"{LAYOUTS} in the header of {file.path}")
+        layouts = json_files.parse_json(file.metadata[LAYOUTS], f"{LAYOUTS} in the header of {file.path}")
         wrong = [name for name, layout in layouts.items() if layout not in ("out_in", "in_out")]
         if wrong:
             raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")

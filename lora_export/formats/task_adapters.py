@@ -156,8 +156,9 @@ def tasks_of(shape: Sequence[int]) -> int:
 
 def refuse_other_parametrizations(names: Iterable[str], source: object) -> None:
     """Raise InputRefused for parametrizations that are no such adapters, as DoRA's `magnitude` is."""
-    others = [n for n in names if PARAMETRIZED.fullmatch(n) and not STACKED_ADAPTER.fullmatch(n)]
-    if others := [name for name in others if not ORIGINAL.fullmatch(name)]:
+    known = (STACKED_ADAPTER, ORIGINAL)
+    others = [n for n in names if PARAMETRIZED.fullmatch(n) and not any(each.fullmatch(n) for each in known)]
+    if others:
         raise InputRefused(f"{source}: {len(others)} unknown tensors of parametrizations, such as {others[0]}")
 
 

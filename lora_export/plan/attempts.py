@@ -33,9 +33,7 @@ class Spelling(StrEnum):
     SAME = "same"  # the names of both are of one generation, or the model has only one
     LOADED = "loaded"  # the adapter has the names of the loaded model, the base has the original ones
     ORIGINAL = "original"  # the adapter has the original names, the base has those of the loaded model
-    OTHER_LAYOUT = (
-        "other layout"  # the adapter has the names of the model's authors, the base diffusers', or the reverse
-    )
+    OTHER_LAYOUT = "other layout"  # one has the names of the model's authors, the other those of diffusers
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from lora_export.names.loaded_names import Conversion, LoadedNames, LoadedTensor
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.pairs.open_shape import laid_on
 from lora_export.plan.attempts import ConvertedNames, Spelling, module_of_tensor, pair_weight, shape_in_model
-from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets, weight_of
+from lora_export.plan.match_names import BaseTensors, Prefix, endings, find_prefix, missing_targets, weight_of
 from lora_export.plan.placing import Place, places_in_result, places_in_sources
 from lora_export.plan.types import Layout, TensorSpec
 
@@ -214,17 +214,10 @@ class AsOriginal(_ByTransformers):
         targets, of_one = set(self.adapter.targets), {*numbered, *self.adapter.pairs}
         for module in self.adapter.pairs:
             names = [module_of_tensor(split_part(tensor)[0]) for tensor in self.weights_of(module)]
-            for target in targets.intersection(_endings(module)):
+            for target in targets.intersection(endings(module)):
                 kept = {target for name in names if f".{name}".endswith(f".{target}")}
                 found |= kept or {name if target in of_one else name.rpartition(".")[2] for name in names}
         return found
-
-
-def _endings(module: str) -> Iterator[str]:
-    """The name, and its last parts."""
-    yield module
-    while module := module.partition(".")[2]:
-        yield module
 
 
 def converted_attempts(
@@ -292,6 +285,9 @@ def _tensor_shapes(adapter: Adapter) -> Iterable[tuple[str, tuple[int, ...]]]:
 
 
 # --- The tensors of experts that an adapter lacks beside those that it has, of one stack of the base ---
+#
+# An adapter may have pairs for some experts, or for the gate and not for the other half of a fused tensor. A converter
+# of transformers needs every one of them to tell where each is in the stack. Those that are missing change nothing.
 
 WITHOUT_OPERATORS = re.compile(r"[\w.*]+")  # a pattern whose only wildcards are `*`, an expert, and the dots
 

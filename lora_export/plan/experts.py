@@ -204,9 +204,3 @@ def _whole(parts: Sequence[_RowPair], rows: int) -> LoraPair:
         b[part.first : part.last, start:stop] = part.pair.b * np.float32(part.pair.scale)
         start = stop
     return LoraPair(a=np.concatenate([part.pair.a for part in parts]), b=b, scale=1.0, as_stored=True)
-
-
-# --- Experts that an adapter does not change, where a base stacks all of them in one tensor ---
-#
-# An adapter may have pairs for some experts, or for the gate and not for the other half of a fused tensor. A converter
-# of transformers needs every one of them to tell where each is in the stack. Those that are missing change nothing.

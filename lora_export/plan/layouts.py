@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused, WrongUsage, first_of
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.table import CONV1D_NAMES, LINEAR_NAMES, OF_CONV1D, module_kind
 from lora_export.options.spelling import named
@@ -60,10 +60,9 @@ def refuse_unknown(steps: Sequence[Step]) -> None:
     specs = [step.spec for step in steps if step.terms and step.spec.layout is Layout.UNKNOWN]
     if specs:
         unknown, square = [spec.name for spec in specs], "square " * all(len(set(spec.shape)) == 1 for spec in specs)
-        more = f", and {len(unknown) - NAMED_WEIGHTS} more" if len(unknown) > NAMED_WEIGHTS else ""
         raise InputRefused(
             f"the layout of {len(unknown)} {square}{'matrix' if len(unknown) == 1 else 'matrices'} is unknown: "
-            f"{', '.join(unknown[:NAMED_WEIGHTS])}{more}. Neither the base nor the adapter determines whether it is "
+            f"{first_of(unknown, NAMED_WEIGHTS)}. Neither the base nor the adapter determines whether it is "
             "stored (out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by "
             f"{named('layout', {'NAME': 'out_in'})} or {named('layout', {'NAME': 'in_out'})}; "
             "NAME is a tensor, a module or a glob such as '*'. Nothing was written."
@@ -98,9 +97,8 @@ def _linear_pairs(
             weight = weight_of(prefix.to_base(module), base)
             if weight is not None and not stored.embedding and len(base[weight].shape) == 2:
                 pair = _for_one_layout(stored, base[weight].shape)
-                is_point = len(known_shape(pair)) > 2 and set(pair.shape[2:]) == {
-                    1
-                }  # a convolution of size 1 is a linear layer
+                # A convolution of size 1 is a linear layer.
+                is_point = len(known_shape(pair)) > 2 and set(pair.shape[2:]) == {1}
                 yield weight, pair.with_kernel(()) if is_point else pair
 
 

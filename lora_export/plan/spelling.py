@@ -187,7 +187,7 @@ def _as_named(pair: LoraPair, name: str, spelled: SpelledAdapter) -> LoraPair:
 # --- Names in which `_` stands for the dots, such as `blocks_0_attn_to_q`, resolved by the names of the base ---
 #
 # The flattening cannot be undone alone: `to_q` has a `_` of its own. The names of the base decide, in its own layout or
-# in another one that it has (see `other_layout.py`).
+# in another one that it has (see `names/diffusion_layouts.py`).
 
 _TENSOR_SUFFIX = re.compile(r"\.(weight|bias|in_proj_weight|in_proj_bias)")
 _SHOWN_NAMES = 3
@@ -267,9 +267,8 @@ class Respelling:
         self.misfits: list[Misfit] = []
         self.spelling = dict(self.adapter.spelling)
         self.modules: dict[str, str] = {}  # module of the adapter -> its new name, where it has one
-        self.whole: dict[
-            str, list[str]
-        ] = {}  # module of the adapter -> those whose weights have all entries of a tensor
+        # module of the adapter -> those whose weights have all entries of a tensor
+        self.whole: dict[str, list[str]] = {}
         self.transposed: set[str] = set()  # modules of the adapter whose weights the base stores transposed
 
     def result(self) -> SpelledAdapter:

@@ -96,13 +96,19 @@ class GgufFile:
         if field is None or field.type == ARRAY or field.stop - field.value > MAX_JSON:
             return default
         with self.path.open("rb") as file:
-            file.seek(field.value)
-            data = file.read(field.stop - field.value)
-        if len(data) != field.stop - field.value:
-            raise InputRefused(f"{self.path} became shorter while it was being read")
+            data = _read(self.path, file, field.value, field.stop)
         return (
             data[8:].decode(errors="replace") if field.type == STRING else struct.unpack(_NUMBERS[field.type], data)[0]
         )
+
+
+def _read(path: Path, file: BinaryIO, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file. Raises InputRefused where it ends before."""
+    file.seek(start)
+    data = file.read(stop - start)
+    if len(data) != stop - start:
+        raise InputRefused(f"{path} became shorter while it was being read")
+    return data
 
 
 def is_gguf(path: Path) -> bool:
@@ -280,11 +286,9 @@ def gguf_layout(
 
     A text takes the place of a field of this key. Raises InputRefused where the base became shorter.
     """
-    fields = []
+    kept = (field for key, field in base.fields.items() if key not in texts)
     with base.path.open("rb") as file:
-        for field in (field for key, field in base.fields.items() if key not in texts):
-            file.seek(field.start)
-            fields.append(file.read(field.stop - field.start))
+        fields = [_read(base.path, file, field.start, field.stop) for field in kept]
     fields += [gguf_field(key, text) for key, text in texts.items()]
     return header_of(fields, tensors, version=base.version, alignment=base.alignment)
 

@@ -14,12 +14,13 @@ from lora_export.isolation.limits import MAX_DEPTH, MAX_JSON, MAX_OBJECTS, MAX_V
 from lora_export.storage.input_files import read_bytes
 
 
-def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> dict[str, Any]:
-    """Parse a JSON object from an untrusted source.
+def parse_json(text: bytes | str, source: Path | str, *, most: int = MAX_OBJECTS) -> dict[str, Any]:
+    """Parse a JSON object from an untrusted source. A text from another JSON may have halves of surrogate pairs.
 
     Raises InputRefused, which names `source`, for text that is not JSON, is not an object, nests deeper than MAX_DEPTH,
     contains more than `most` objects, or names a key twice (Python would silently take the last one).
     """
+    text = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     refuse_flood(text, source)
     try:
         content = json.loads(text, object_pairs_hook=checked_objects(source, most))
@@ -83,6 +84,7 @@ _USED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "architectures": (lambda value: isinstance(value, list) and {*map(type, value)} <= {str}, "a list of names"),
     "id2label": (_is_flat, "a table of names"),
     "label2id": (_is_flat, "a table of numbers"),
+    "num_labels": (lambda value: type(value) is int, "a number"),
     "problem_type": (lambda value: isinstance(value, str), "a name"),
 }
 

@@ -157,6 +157,8 @@ def extract_adapter(
     Peak memory is the adapter and one block of a difference. Raises InputRefused, with all names, for tensors that only
     the base has, or with other shapes; for changes that no PEFT adapter holds; and where nothing differs.
     """
+    if not base.specs:
+        raise InputRefused(f"{base.path} contains no tensor")
     check_stated(layout or {}, {spec.name: spec for spec in base.specs})
     return _Extraction(base, tuned, truncation, layout or {}, exclude, progress).result(name)
 

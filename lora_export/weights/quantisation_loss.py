@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lora_export import sums
-from lora_export.errors import InputRefused, listed
+from lora_export.errors import InputRefused, first_of, listed
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.plan import FLOATS, Plan
 from lora_export.storage import block_copy
@@ -93,9 +93,8 @@ def notes_on_quantisation(base: Checkpoint, floats: Checkpoint, losses: Sequence
             "from?"
         )
     if moved := _other_vectors(base, floats):
-        more = f" and {len(moved) - SHOWN_NAMES} more" if len(moved) > SHOWN_NAMES else ""
         yield (
-            f"norms or biases, which are not quantised, differ too: {', '.join(moved[:SHOWN_NAMES])}{more}. AWQ and "
+            f"norms or biases, which are not quantised, differ too: {first_of(moved, SHOWN_NAMES)}. AWQ and "
             "SmoothQuant scale layers so, and the errors contain it"
         )
 

@@ -49,7 +49,7 @@ def sentence_modules(folder: Path) -> tuple[SentenceModule, ...] | None:
     if not path.is_file():
         return None
     text = input_files.read_text(path, MAX_JSON)
-    entries = json_files.parse_json(f'{{"modules": {text}}}'.encode(), path)["modules"]
+    entries = json_files.parse_json(f'{{"modules": {text}}}', path)["modules"]
     if not isinstance(entries, list) or not entries:
         raise InputRefused(f"{path} lists no modules")
     first, *others = [_module(path, entry) for entry in entries]

@@ -41,9 +41,7 @@ class TaskHead:
 
     ending: str
     labels: tuple[str, ...]
-    problem_type: str = (
-        ""  # of transformers: "regression", "multi_label_classification"; empty for one class of several
-    )
+    problem_type: str = ""  # of transformers, such as "regression"; empty for one class of several
 
 
 def config_for_head(config: Mapping[str, Any], head: TaskHead) -> dict[str, Any]:

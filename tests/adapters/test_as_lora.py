@@ -132,6 +132,15 @@ def test_modules_of_one_name_in_patterns_get_one_rank():
     assert {pair.rank for pair in made.pairs.values()} == {5}
 
 
+def test_tied_modules_have_one_pair_or_none():
+    """Of tied tables with trained rows PEFT saves both, and neither has a pair."""
+    of_table = replace(adapter(PAIRS["embedding"]), tied={"head": "fc"})
+    made, _ = as_lora(of_table, 8, 1.0)
+    np.testing.assert_array_equal(made.pairs["head"].a, made.pairs["fc"].b.T)
+    rows = replace(adapter(PAIRS["plain"]), tied={"head": "table"})
+    assert as_lora(rows, 8, 1.0)[0].pairs.keys() == {"fc"}
+
+
 @pytest.mark.parametrize("kind", [kind for kind in PAIRS if kind not in ("embedding", "a part of a LoKr")])
 def test_peft_computes_the_same_with_the_result(tmp_path: Path, kind):
     pair = PAIRS[kind]

@@ -16,7 +16,7 @@ from lora_export.adapters.combine import combine_adapters, combine_in_plan, comb
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.options.combining import Combination
-from lora_export.pairs.structured import HadamardPair
+from lora_export.pairs.structured import HadamardPair, WholePair
 from lora_export.plan import Layout, TensorSpec, Term
 
 
@@ -204,6 +204,8 @@ def test_a_seed_determines_what_dare_keeps() -> None:
         ("cat", term("two", [[1, 2, 3]], [[1], [0]]), "different kinds or shapes"),
         ("svd", term("two", [[1, 2]], [[1], [0]], embedding=True), "different kinds or shapes"),
         ("magnitude_prune_svd", term("two", [[1, 2]], [[1], [0]], scale=3e38, strength=10), "float32 cannot hold"),
+        ("svd", term("two", [[1, 2]], [[1], [0]], scale=3e38, strength=10), "float32 cannot hold"),
+        ("svd", Term("two", "m", WholePair({"change": np.eye(2)}, 3e38), 10), "float32 cannot hold"),
         ("linear", term("two", [[3e38, 2]], [[1], [0]], scale=1e6), "not finite"),
     ],
 )

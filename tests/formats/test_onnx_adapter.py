@@ -15,8 +15,8 @@ import pytest
 
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import AdapterPlace, Contract, read_contract
-from lora_export.provenance import CONTRACT_KEY
+from lora_export.formats.contract import AdapterPlace, Contract, HeadPlace, read_contract
+from lora_export.provenance import CONTRACT_KEY, SLOTS_KEY
 from lora_export.storage import hashes
 from support.onnx_adapters import shortened
 
@@ -173,3 +173,21 @@ def test_a_record_with_a_damaged_rank_is_refused(max_rank: Any) -> None:
     wrong = right.replace('"max_rank": 4', f'"max_rank": {json.dumps(max_rank)}')
     with pytest.raises(InputRefused, match="g: its record of adapter inputs"):
         read_contract({CONTRACT_KEY: wrong}, "g")
+
+
+@pytest.mark.parametrize("dtype", ["float33", "int32", "object"])
+@pytest.mark.parametrize("number", [1, 2, 3])  # of both places, and of the head
+def test_a_record_with_another_type_is_refused(dtype: str, number: int) -> None:
+    head = HeadPlace("h", "w", "b", "used", 4, 2, 2, "float32", ("y",), narrower=False)
+    places = tuple(replace(place, max_rank=4) for place in SLOTS)
+    right = Contract("ffffffff00", "00", places, required=True, slots=2, heads=(head,))
+    assert read_contract({SLOTS_KEY: str(right)}, "g") == right
+    dtypes = [dtype if place == number else "float32" for place in (1, 2, 3)]
+    one, two, three = (replace(own, dtype=other) for own, other in zip(right.every_place, dtypes, strict=True))
+    with pytest.raises(InputRefused, match="g: its record of adapter inputs"):
+        read_contract({SLOTS_KEY: str(replace(right, places=(one, two), heads=(three,)))}, "g")
+
+
+def test_a_record_with_half_a_character_is_refused() -> None:
+    with pytest.raises(InputRefused, match="g: its record of adapter inputs"):
+        read_contract({CONTRACT_KEY: '{"places": "\ud800"}'}, "g")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,6 +207,15 @@ DAMAGES = {
     "with a NaN": lambda tensors: tensors | {max(tensors): tensors[max(tensors)] * np.float32(np.nan)},
     "with another tensor": lambda tensors: tensors | {f"{min(tensors)}.other": np.ones((2, 2), np.float32)},
 }
+
+
+@pytest.mark.parametrize("name", list({name.partition(":")[0]: name for name in CASES}.values()))
+def test_a_number_with_a_point_is_the_same_number(tmp_path, name):
+    one = trained(CASES[name], tmp_path)
+    path = one.adapter / "adapter_config.json"
+    path.write_text(re.sub(r"(?<=[ \[])-?\d+(?=[,\n\]])", r"\g<0>.0", path.read_text()))  # 4 becomes 4.0
+    le.merge(one.base, one.adapter, tmp_path / "out.safetensors", layout=LAYOUT)
+    assert max(differences(one, tmp_path / "out.safetensors").values()) < 3e-6
 
 
 @pytest.mark.parametrize("name", list({name.partition(":")[0]: name for name in CASES}.values()))

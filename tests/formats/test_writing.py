@@ -6,6 +6,7 @@ What a format cannot hold is refused by name.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,11 @@ from lora_export.formats.writing import (
     without_component,
 )
 from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.options.reading import ReadOptions
 from lora_export.pairs.computed import FactoredPair
+from lora_export.pairs.open_shape import OpenPair
 from lora_export.pairs.structured import HadamardPair, KroneckerPair, WholePair
+from lora_export.pairs.transforms import WeightTransform
 from support.diffusion import arrays_of, change, fused_by_diffusers, linear_shapes, random_pairs, unet
 from support.one_files import drawn_adapters
 from support.written import adapter_of, assert_same_pairs, converted, drawn_pairs, low_rank
@@ -78,6 +82,23 @@ def test_a_computed_pair_gets_a_scale_above_zero() -> None:
 def test_a_computed_pair_is_written(to: str, tmp_path: Path) -> None:
     (pair,) = converted(computed(0.5), tmp_path, to).pairs.values()
     assert pair.delta().tolist() == [[0.5 * own] * 4 for own in (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("to", "other"), [("openvino", "linear layer"), ("mlx", "convolution"), ("gguf", "convolution")]
+)
+def test_all_that_has_no_a_and_b_is_named_at_once(to: str, other: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "num_hidden_layers": 1, "num_attention_heads": 2}')
+    scaled = WeightTransform("IA3", {"l": np.ones(4)}, lambda pair, shape: (), (4, 0))
+    convolution = LoraPair(a=np.ones((1, 2, 3, 3)), b=np.ones((2, 1, 1, 1)), scale=1.0)
+    adapter = adapter_of(
+        {"opened": OpenPair(lambda shape, shapes: convolution, ()), "scaled": scaled, "c": convolution}
+    )
+    with pytest.raises(InputRefused) as refused:
+        lora_export.convert(adapter, tmp_path / "out", to=to, reading=ReadOptions(base_config=tmp_path))
+    for problem in ("scaled: its change by IA3 follows from the weight", "opened: its file does not record its shape"):
+        assert problem in str(refused.value)
+    assert re.search(f"c: .*{other}", str(refused.value))
 
 
 def test_what_is_no_pair_is_named() -> None:

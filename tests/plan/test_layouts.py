@@ -34,7 +34,7 @@ def test_a_square_matrix_of_unknown_layout_is_refused_by_name():
     with pytest.raises(InputRefused) as refused:
         plan.make([one], base)
     assert str(refused.value).startswith(
-        "the layout of 5 square matrices is unknown: h.0.mix.weight, h.1.mix.weight, h.2.mix.weight, and 2 more. "
+        "the layout of 5 square matrices is unknown: h.0.mix.weight, h.1.mix.weight, h.2.mix.weight and 2 more. "
     )
     assert 'layout={"NAME": "out_in"} or layout={"NAME": "in_out"}' in str(refused.value)
     assert {layout for layout, _ in settled(plan.make([one], base, unknown_layout_ok=True)).values()} == {"unknown"}

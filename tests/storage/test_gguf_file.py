@@ -152,3 +152,6 @@ def test_a_file_that_becomes_shorter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused) as refused:
         found.value("general.architecture")
     assert "became shorter while it was being read" in str(refused.value)
+    with pytest.raises(InputRefused) as refused:
+        gguf_layout(found, [], {})
+    assert "became shorter while it was being read" in str(refused.value)

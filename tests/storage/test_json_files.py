@@ -28,6 +28,12 @@ def test_text_that_is_not_a_json_object_is_refused(text, message):
         json_files.parse_json(text, "X")
 
 
+@pytest.mark.parametrize("value", ["é", "\ud800"])
+def test_a_text_from_another_json_is_read_as_its_bytes_are(value):
+    """It may have half a pair of surrogates, which JSON can spell and UTF-8 cannot."""
+    assert json_files.parse_json(f'{{"a": "{value}"}}', "X") == {"a": value}
+
+
 @pytest.mark.fault(41)
 def test_json_is_read_from_regular_files_only(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"a": [1]}))
@@ -75,6 +81,9 @@ def test_a_models_config_is_checked_where_it_is_used(tmp_path):
     assert json_files.read_model_config(path)["architectures"] == ["Bert"]
     path.write_text('{"id2label": {"0": ["good"]}}')
     with pytest.raises(InputRefused, match=r"config\.json: id2label is .*; it must be a table of names"):
+        json_files.read_model_config(path)
+    path.write_text('{"num_labels": "two"}')
+    with pytest.raises(InputRefused, match=r"config\.json: num_labels is 'two'; it must be a number"):
         json_files.read_model_config(path)
 
 

@@ -139,6 +139,11 @@ def test_an_exclusion_that_no_tensor_has_is_refused(tmp_path: Path) -> None:
         extracted(tmp_path, OLD, {**OLD, "a.fc.weight": EYE + UP}, exclude=["a.fc.*", "a.cf"])
 
 
+def test_a_base_without_tensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="base contains no tensor"):
+        extracted(tmp_path, {}, OLD)
+
+
 def test_no_difference_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="there is nothing to extract"):
         extracted(tmp_path, OLD, OLD)

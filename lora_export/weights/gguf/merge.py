@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import EVERY_ROW
-from lora_export.options.spelling import named
+from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy, gguf_file
 from lora_export.storage.block_copy import Block, Bytes
@@ -124,7 +124,7 @@ def merge_gguf(
             return {provenance.KEY: json.dumps(own)}
 
         results = _write(path, base, stored, record, progress, backend, hashing)
-    refuse_below_rounding(results, min_retention)
+    refuse_below_rounding(results, min_retention, _ways_out)
     base.checkpoint.refuse_changed_files("merged")
     return MergeReport(
         results=results,
@@ -139,6 +139,14 @@ def merge_gguf(
 
 
 # --- What is refused ---
+
+
+def _ways_out() -> str:
+    """What helps where a weight loses its change in the type that it has."""
+    return (
+        f"Store them in a wider type ({named('dtype_of', {'*': 'F32'})}), or keep the adapter beside the model "
+        f"({command('convert', to='gguf')}), where llama.cpp adds it"
+    )
 
 
 def _refuse_added(plan: Plan) -> None:

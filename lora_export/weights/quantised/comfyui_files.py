@@ -20,7 +20,7 @@ def stated_by_file(shards: Mapping[str, TensorFile]) -> dict[str, Any] | None:
     layers: dict[str, Any] = {}
     for shard in shards.values():
         if text := shard.metadata.get(LAYERS_IN_HEADER):
-            found = json_files.parse_json(text.encode(), f"{LAYERS_IN_HEADER} of {shard.path}").get("layers")
+            found = json_files.parse_json(text, f"{LAYERS_IN_HEADER} of {shard.path}").get("layers")
             if not isinstance(found, dict):
                 raise InputRefused(f"{LAYERS_IN_HEADER} of {shard.path} has no table of layers")
             layers |= found

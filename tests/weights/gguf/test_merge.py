@@ -380,6 +380,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {"dtype_of": {"*": "keep"}},
         "4 of 4 weights would lose most of their change",
     ),
+    "a loss that is chosen, with what helps": (
+        lambda folder: an_adapter(folder / "a", alpha=WEAK),
+        {"dtype_of": {"*": "keep"}},
+        'Store them in a wider type (dtype_of={"*": "F32"}), or keep the adapter beside the model (convert(to="gguf"))',
+    ),
     "damaged scales": (
         lambda folder: damage(folder / "base.gguf", "blk.0.ffn_down.weight"),
         {},
