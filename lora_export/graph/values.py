@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -10,6 +10,15 @@ import onnx_ir as ir
 def initializers(model: ir.Model) -> Iterator[ir.Value]:
     """Every initializer of the main graph and of all subgraphs."""
     return (value for graph in model.graphs() for value in graph.initializers.values())
+
+
+def drop_unused(model: ir.Model, values: Iterable[ir.Value | None]) -> None:
+    """Take initializers out of the graph, or out of a subgraph, that nothing reads any more."""
+    for value in values:
+        if value is not None and not value.uses() and not value.is_graph_output():
+            for graph in model.graphs():
+                if graph.initializers.get(value.name or "") is value:
+                    graph.initializers.pop(value.name or "")
 
 
 def drop_tensors(model: ir.Model) -> None:

@@ -19,7 +19,8 @@ from lora_export.layers.module_tensors import input_embeddings
 from lora_export.layers.torch_internals import pre_hooks
 
 _TEXTS = "input_ids"
-_PASTS = "cache", "past_key_values"  # transformers 5.24 and before
+# The keyword of forward that takes the cache, in the order of transformers' generations: the second until 5.24.
+CACHE_KEYWORDS = "cache", "past_key_values"
 # By invocation, of the run of this thread: bools (batch, tokens, 1).
 _ACTIVE: ContextVar[Mapping[tuple[int, ...], Tensor]] = ContextVar("_ACTIVE")
 
@@ -73,7 +74,7 @@ class _Finder:
         given = arguments.get(_TEXTS)
         if given is None:
             raise InputRefused(f"an activated LoRA needs `{_TEXTS}`: it finds its invocation tokens there")
-        for name in _PASTS:
+        for name in CACHE_KEYWORDS:
             if (past := arguments.get(name)) is not None and past.get_seq_length():
                 raise InputRefused(f"an activated LoRA finds its tokens in whole texts: `{name}` has a part of them")
         _ACTIVE.set({invocation: active_tokens(given, invocation) for invocation in self.invocations})

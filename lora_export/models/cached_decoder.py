@@ -40,6 +40,7 @@ from lora_export.graph.cache_names import (
     PRESENT_RECURRENT,
     TOKEN_TYPES,
 )
+from lora_export.layers.activation import CACHE_KEYWORDS
 from lora_export.layers.torch_internals import is_stateful
 from lora_export.models.deepstack import deepstack_in_embeds, embeds_of
 from lora_export.models.export import exported_with_cache, name_axes
@@ -47,8 +48,6 @@ from lora_export.models.model import Axes, ModelInputs
 from lora_export.models.tracing import USE_CACHE, cache_setting, is_hugging_face, named_failures, tracing
 from lora_export.options.spelling import named
 
-# The keyword of forward that takes the cache, in the order of transformers' generations.
-CACHE_KEYWORDS = ("cache", "past_key_values")
 CACHE_TENSOR = re.compile(r"\.layers\.(\d+)\.(?:(key|value)s|(conv|recurrent)_states\.(\d+))$")
 # Layers of transformers' caches -> those of full length that take their place: the mask limits what a window reads
 KEY_VALUE_LAYERS = {"DynamicLayer": "DynamicLayer", "DynamicSlidingWindowLayer": "DynamicLayer"}

@@ -84,7 +84,7 @@ def from_diffusers(folder: Path, dtype: torch.dtype) -> Model:
         tensor.data = tensor.data.clone()  # out of the mapped file
     _flatten_arguments(module.eval(), wanted)
     symbols = {size for each in wanted for size in each.shape if isinstance(size, str)}
-    step = 2 ** (len(module.config.get("block_out_channels", "1")) - 1)  # a UNet halves the image so often
+    step = 2 ** (len(module.config.get("block_out_channels", [1])) - 1)  # a UNet halves the image so often
     sides = dict.fromkeys(SIDES, 8 * max(step // 4, 1))
     traced = {symbol: {**TRACED, **sides}[symbol] for symbol in symbols}
     axes = {each.name: {axis: size for axis, size in enumerate(each.shape) if isinstance(size, str)} for each in wanted}

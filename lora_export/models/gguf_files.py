@@ -48,7 +48,7 @@ def _config(base: GgufBase) -> Any:
     except InputRefused as error:
         beside = file.parent / "config.json"
         if not beside.is_file():
-            raise InputRefused(f"{str(error).rstrip(chr(46))}. Put the model's config.json beside it") from error
+            raise InputRefused(f"{str(error).rstrip('.')}. Put the model's config.json beside it") from error
     config = open_processor("AutoConfig", file.parent, needs="a Hugging Face model needs", failure=str(beside))
     wrong = [f"{name} {own!r}, not {its!r}" for name, its, own in _stated_by_both(base, config) if not _agree(its, own)]
     if wrong:

@@ -198,16 +198,14 @@ def _refuse_more_modules(folder: Path, fields: Mapping[str, Any], tensors: int) 
             raise InputRefused(f"{folder / CONFIG}: {name} is {sum(counts):,}; at most {MOST_LABELS:,} are supported")
 
 
-def _refuse_larger_model(cls: Any, config: Any, checkpoint: Checkpoint) -> None:
+def _refuse_larger_model(module: Any, checkpoint: Checkpoint) -> None:
     """Raise InputRefused where a config describes a far larger model than the folder has: before it takes memory."""
-    if (module := _described(cls, config)) is None:
-        return
     described = sum(tensor.numel() for tensor in itertools.chain(module.parameters(), module.buffers()))
     stored = sum(math.prod(spec.shape) for spec in checkpoint.specs)
     if described > MOST_NUMBERS + LARGER * stored:
         raise InputRefused(
-            f"{checkpoint.path / CONFIG} describes a {cls.__name__} of {described:,} numbers, and the folder has "
-            f"{stored:,}",
+            f"{checkpoint.path / CONFIG} describes a {type(module).__name__} of {described:,} numbers, and the folder "
+            f"has {stored:,}",
             _other_shapes(module, checkpoint),
         )
 
@@ -281,7 +279,9 @@ def _pretrained(
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) and architecture != "AutoModel":
         raise InputRefused(f"{path}: {architecture} is no model of transformers")
     disable_cache(config)  # the exported graph takes and returns no key-value cache
-    _refuse_larger_model(cls, config, checkpoint)
+    if (described := _described(cls, config)) is not None:
+        _refuse_larger_model(described, checkpoint)
+        cls = type(described)  # of AutoModel, which takes no weights in place of a folder
     quantisation = loading_options(transformers, base, checkpoint, config, lambda: _built(cls, config))
     try:
         load = functools.partial(
@@ -298,8 +298,8 @@ def _pretrained(
     except MemoryError:
         raise
     except Exception as error:  # values that do not fit together raise any type
-        described = _described(cls, config) if "ignore_mismatched_sizes" in str(error) else None
-        why = EscapedLines() if described is None else _other_shapes(described, checkpoint)
+        has_other_shapes = described is not None and "ignore_mismatched_sizes" in str(error)
+        why = _other_shapes(described, checkpoint) if has_other_shapes else EscapedLines()
         raise InputRefused(
             f"{folder}: transformers cannot load it as {architecture}:", why or listed(str(error).splitlines())
         ) from error

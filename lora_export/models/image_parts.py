@@ -16,7 +16,7 @@ from lora_export.models.processors import PIXELS
 def image_parts(model: Model) -> tuple[str, ...]:
     """The modules, by their names, that no text reaches: the tower and the projector beside the language model.
 
-    None where the inputs have images, or are not known.
+    Empty where the inputs have images, or are not known.
     """
     module: Any = model.module
     if not model.axes or PIXELS in model.axes or not hasattr(module, "get_image_features"):

@@ -48,14 +48,14 @@ def image_shape(config: Any, folder: Path) -> tuple[tuple[int, int, int], str]:
     """
     channels = next(filter(None, _fields(config, "num_channels")), CHANNELS)
     others = (getattr(config, name, None) for name in ("crop_size", "input_size"))  # the second is LayoutLMv3's
-    named = next(filter(None, (*_fields(config, "image_size"), *others)), None)
-    named, source = (named, "config.json") if named else (_processor_size(folder), PROCESSOR)
-    if named is None:
+    stated = next(filter(None, (*_fields(config, "image_size"), *others)), None)
+    stated, source = (stated, "config.json") if stated else (_processor_size(folder), PROCESSOR)
+    if stated is None:
         note = f"neither the config nor {PROCESSOR} names the size of an image: {USUAL_SIZE} x {USUAL_SIZE} is used"
         return (channels, USUAL_SIZE, USUAL_SIZE), note
-    height, width = named if isinstance(named, list | tuple) and len(named) == 2 else (named, named)
+    height, width = stated if isinstance(stated, list | tuple) and len(stated) == 2 else (stated, stated)
     if any(type(size) is not int or not 0 < size <= LARGEST_IMAGE for size in (height, width)):
-        raise InputRefused(f"{folder / source}: the size of an image is {named!r}; it must be 1 to {LARGEST_IMAGE}")
+        raise InputRefused(f"{folder / source}: the size of an image is {stated!r}; it must be 1 to {LARGEST_IMAGE}")
     refuse_huge(folder, "an image", (channels, height, width))
     _refuse_many_patches(config, folder / source, height, width)
     return (channels, height, width), ""

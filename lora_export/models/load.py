@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from lora_export.artifacts.kind import artifact_kind, refuse_no_model
@@ -30,7 +29,8 @@ from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes, in_dtype, in_dtype_of
 from lora_export.models.pt2.program import from_program
-from lora_export.models.stored_parameter import is_streamed, load_streamed
+from lora_export.models.stored_parameter import weights_in
+from lora_export.models.traced_lengths import without_values
 from lora_export.models.tracing import failure_on, line_of_model, named_failures, same_state, with_dictionaries
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
@@ -93,16 +93,15 @@ def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
 def module_with_weights(model: Model, path: Path) -> nn.Module:
     """A copy of the model's module with the weights of a .safetensors file.
 
-    Of a sentence-transformers model, this is the file of the transformer. Raises InputRefused unless the file has all
-    of the module's weights and no others.
+    Of a sentence-transformers model, this is the file of the transformer. A tensor that is tied in the module may have
+    one of its names in the file, or other values under each. Raises InputRefused unless the file has all of the
+    module's weights and no others.
     """
     file = safetensors_file.open_file(path)  # refuses a damaged file
-    module = copy.deepcopy(model.module)
+    state = sentence_transformer.whole_state(model.module, weights_in(file, model.module))
+    module = without_values(model.module)
     try:
-        if is_streamed(module):
-            load_streamed(module, file)
-        else:
-            module.load_state_dict(sentence_transformer.whole_state(module, load_file(path)), strict=True)
+        module.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise InputRefused(f"{path} does not fit {model.source}:", listed(str(error).splitlines())) from error
     return module

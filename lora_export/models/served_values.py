@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_export.errors import InputRefused
 from lora_export.extras import optional_package
 from lora_export.graph.cache_names import IDS, LOGITS
+from lora_export.layers.activation import CACHE_KEYWORDS
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import Limits, Model, ModelInputs, Sizes
 from lora_export.models.sentence_transformer import SENTENCE
@@ -162,7 +163,7 @@ def _widened(values: Tensor) -> Tensor:
 def cache_argument(cls: type[nn.Module]) -> str:
     """What a model takes a key/value cache as; empty where it takes none."""
     names = [name for base in cls.__mro__ if hasattr(base, "forward") for name in signature(base.forward).parameters]
-    return next((name for name in ("cache", "past_key_values") if name in names), "")
+    return next((name for name in CACHE_KEYWORDS if name in names), "")
 
 
 def _half_cache(config: Any) -> Any:

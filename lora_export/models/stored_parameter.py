@@ -163,18 +163,13 @@ class StreamedFolder:
                     if (tensor.dtype, tensor.shape, tensor.stride()) != (other.dtype, other.shape, other.stride()):
                         return False
                     if name not in made:
-                        made[name] = self._tensor(name, tensor, is_parameter=registry is parameters)
+                        is_parameter = registry is parameters
+                        is_large = is_parameter and tensor.numel() >= SMALLEST_STREAMED
+                        made[name] = _stored(
+                            self._files[name], name, tensor, is_parameter=is_parameter, is_read_later=is_large
+                        )
                     registry[attribute] = made[name]
         return True
-
-    def _tensor(self, name: str, like: Tensor, *, is_parameter: bool) -> Tensor:
-        read = functools.partial(_read, self._files[name], name)
-        if not is_parameter:
-            return read().to(like.dtype)
-        if like.numel() >= SMALLEST_STREAMED:
-            stored = getattr(torch, self._files[name].entries[name].dtype.name, None)
-            return StoredParameter(like.shape, read, like.dtype, stored)
-        return nn.Parameter(read().to(like.dtype), requires_grad=False)
 
 
 def streamed_folder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> StreamedFolder | None:
@@ -192,23 +187,31 @@ def is_streamed(module: nn.Module) -> bool:
     return any(isinstance(parameter, StoredParameter) for parameter in module.parameters())
 
 
-def load_streamed(module: nn.Module, file: TensorFile) -> None:
-    """Give a module the weights of a file, in place, to be read when they are needed.
+def weights_in(file: TensorFile, module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a file for a module, by name; those that are streamed there are read when they are needed.
 
-    Raises RuntimeError, as `load_state_dict`, unless the file has all weights of the module and no others.
+    A name that the file lacks has the tensor of another name of the same tied one. The file's other names have empty
+    tensors, which `load_state_dict` refuses.
     """
-    state: dict[str, Tensor] = {}
-    shared: dict[int, Tensor] = {}  # the names of a tied tensor have the values of the last one
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if name in file.entries:
-            read = functools.partial(_read, file, name)
-            is_large = isinstance(tensor, StoredParameter) and file.entries[name].shape == tuple(tensor.shape)
-            shared[id(tensor)] = StoredParameter(tensor.shape, read, tensor.dtype) if is_large else read().to(tensor)
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if name in file.entries:
-            state[name] = shared[id(tensor)]
-    others = {name: torch.empty(0) for name in file.entries if name not in state}
-    module.load_state_dict({**state, **others}, strict=True, assign=True)
+    own = module.state_dict(keep_vars=True)
+    found = {name: torch.empty(0) for name in file.entries}
+    tied: dict[int, Tensor] = {}
+    for name, like in own.items():
+        if name in found:
+            is_streamed = isinstance(like, StoredParameter) and file.entries[name].shape == tuple(like.shape)
+            is_parameter = isinstance(like, nn.Parameter)
+            found[name] = _stored(file, name, like, is_parameter=is_parameter, is_read_later=is_streamed)
+            tied.setdefault(id(like), found[name])
+    return found | {name: tied[id(like)] for name, like in own.items() if name not in found and id(like) in tied}
+
+
+def _stored(file: TensorFile, name: str, like: Tensor, *, is_parameter: bool, is_read_later: bool) -> Tensor:
+    """A tensor of a file, in the dtype of another: read now, or when it is needed."""
+    read = functools.partial(_read, file, name)
+    if is_read_later:
+        return StoredParameter(like.shape, read, like.dtype, getattr(torch, file.entries[name].dtype.name, None))
+    values = read().to(like.device, like.dtype)
+    return nn.Parameter(values, requires_grad=False) if is_parameter else values
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

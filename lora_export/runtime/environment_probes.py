@@ -60,7 +60,7 @@ def run_in_child(probe: Callable[..., dict[str, Any]], *arguments: str) -> Probe
         return ProbeResult({}, f"{TIMED_OUT} {PROBE_TIMEOUT} seconds")
     if child.returncode < 0:
         return ProbeResult({}, f"crashed with {signal.Signals(-child.returncode).name}")
-    if child.returncode:
+    if child.returncode or not child.stdout:  # a package may end the process when it is imported
         return ProbeResult({}, f"ended with code {child.returncode}", child.stderr)
     fault, found = json.loads(child.stdout.splitlines()[-1])
     return ProbeResult(found, fault, child.stderr)

@@ -64,14 +64,18 @@ def require_memory(needed: int, purpose: str, *ways_out: str) -> None:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """What each control group with a limit has left: that of the process, and the one that a container shows as all."""
+    """What each control group with a limit has left: that of the process and those around it.
+
+    A container may show its own group as the root, and name it by its path outside.
+    """
     text = _text(root / "proc/self/cgroup")
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
         mounted = root / "sys/fs/cgroup" / controllers
-        for folder in (mounted / path.lstrip("/"), mounted):
+        own = mounted / path.lstrip("/")
+        for folder in (each for each in (own, *own.parents) if each.is_relative_to(mounted)):
             limit, used, statistics = (folder / name for name in (_VERSION_1 if controllers else _VERSION_2))
             if _text(limit).strip().isdecimal() and _text(used).strip().isdecimal():
                 fields, prefix = _numbers(statistics), "total_" if controllers else ""

@@ -106,7 +106,7 @@ class Session:
     def mix(self, name: str, strengths: Mapping[str, float]) -> None:
         """Load the weighted sum of loaded adapters as one more adapter, whose rank is the sum of theirs.
 
-        Raises InputRefused for an adapter that is not loaded, a strength that is not finite, a DoRA adapter that
+        Raises InputRefused for an adapter that is not loaded, a strength that is not finite, one of DoRA or IA3 that
         cannot be mixed, a sum of ranks above the graph's fixed one, and where the graph's dtype cannot hold a value.
         """
         parts = [(self._values_of(part), np.float32(strength)) for part, strength in strengths.items()]
@@ -116,7 +116,7 @@ class Session:
         for place in self.contract.places:
             present = [(values, strength) for values, strength in parts if place.a in values]
             if present:
-                _refuse_dora(name, place, present)
+                _refuse_factors(name, place, present)
                 mixed |= {key: self._on_device(array) for key, array in _concatenated(name, place, present).items()}
         self._loaded[name] = mixed
 
@@ -241,7 +241,7 @@ def _concatenated(name: str, place: AdapterPlace, present: Sequence[tuple[OrtVal
     if place.max_rank:
         a, b = _with_fixed_rank(name, place, a, b)
     factors = {place.a: a, place.b: onnx_adapter.cast_factor(f"{name}, {place.weight}", place.b, b, place.dtype)}
-    return factors | {key: array_of_ort_value(present[0][0][key]) for key in place.input_shapes if key == place.factor}
+    return factors | {key: array_of_ort_value(present[0][0][key]) for key in place.input_shapes if key not in factors}
 
 
 def _with_fixed_rank(
@@ -258,14 +258,15 @@ def _with_fixed_rank(
     return place.padded(place.a, a.take(used, axis=other)), place.padded(place.b, b.take(used, axis=axis))
 
 
-def _refuse_dora(name: str, place: AdapterPlace, present: Sequence[tuple[OrtValues, np.float32]]) -> None:
-    """DoRA's factor is correct for one W + sBA: for no other strength, and for no sum."""
+def _refuse_factors(name: str, place: AdapterPlace, present: Sequence[tuple[OrtValues, np.float32]]) -> None:
+    """The factors of DoRA and IA3 are correct for one adapter: for no other strength, and for no sum."""
     is_unchanged = len(present) == 1 and present[0][1] == 1
-    uses_dora = place.factor and any((array_of_ort_value(values[place.factor]) != 1).any() for values, _ in present)
-    if uses_dora and not is_unchanged:
+    inputs = [key for key in (place.factor, place.scale) if key]
+    has_factors = any((array_of_ort_value(values[key]) != 1).any() for values, _ in present for key in inputs)
+    if has_factors and not is_unchanged:
         raise InputRefused(
-            f"{name}: an adapter uses DoRA at {place.weight}. It cannot be mixed there with another adapter, and its "
-            "strength must be 1: its factor is correct for W + sBA alone"
+            f"{name}: an adapter uses DoRA or IA3 at {place.weight}. It cannot be mixed there with another adapter, "
+            "and its strength must be 1: its factors are correct for this adapter alone"
         )
 
 

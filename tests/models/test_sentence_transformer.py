@@ -24,6 +24,7 @@ from torch import nn
 
 import lora_export as le
 from lora_export.errors import InputRefused
+from lora_export.models import stored_parameter
 from lora_export.models.load import load_model
 from support.small_models import words_tokenizer
 from support.tiny_models import tiny_bert
@@ -139,7 +140,10 @@ def test_pairs_on_the_pooler_are_left_out_with_a_note(embedder, tmp_path):
     ]
 
 
-def test_a_merge_keeps_the_weights_of_all_modules(embedder, tmp_path):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_merge_keeps_the_weights_of_all_modules(embedder, tmp_path, monkeypatch, streamed):
+    monkeypatch.setattr(stored_parameter, "MOST_WIDENED_WEIGHTS", 0 if streamed else 1 << 30)
+    monkeypatch.setattr(stored_parameter, "SMALLEST_STREAMED", 0)
     adapter_of(hf.AutoModel.from_pretrained(embedder), tmp_path / "adapter", ["query", "value"])
     le.merge(embedder, tmp_path / "adapter", tmp_path / "merged")
     assert_equal(tmp_path / "merged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -168,11 +169,14 @@ def a_model(kind: str) -> nn.Module:
 
 def a_folder(folder: Path, kind: str, dtype: torch.dtype) -> Path:
     a_model(kind).to(dtype).save_pretrained(folder)
+    if kind == "no class":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": None}))
     return folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "mixtral", "no class"])
 def test_streamed_model_is_the_whole_one(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "m", kind, dtype)
     whole, read = load_model(str(folder)), load_model(str(folder), streamed=True)
@@ -183,8 +187,10 @@ def test_streamed_model_is_the_whole_one(kind: str, dtype: torch.dtype, tmp_path
     for name, tensor in whole.module.named_buffers():
         assert torch.equal(read.module.get_buffer(name), tensor)
     expected, found = ModuleRunner(whole.module).run(IDS), ModuleRunner(read.module).run(IDS)
-    assert found["logits"].dtype == np.float32
-    assert (found["logits"] == expected["logits"]).all()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == np.float32
+        assert (found[name] == value).all()
 
 
 def test_weights_behind_a_missing_one_are_filled(tmp_path: Path) -> None:
@@ -241,6 +247,26 @@ def test_weights_of_a_file_are_streamed_beside_a_streamed_model(tmp_path: Path) 
     assert made.keys() == weights.keys()
     assert all(isinstance(tensor, StoredParameter) for tensor in made.values())
     assert all(torch.equal(made[name].detach(), tensor.float()) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_file_has_a_tied_tensor_under_one_name_or_other_values_under_each(
+    name: str, streamed: bool, tmp_path: Path
+) -> None:
+    base = load_model(str(a_folder(tmp_path / "m", "tied", torch.float32)), streamed=streamed)
+    weights = load_file(tmp_path / "m/model.safetensors")
+    table = weights.pop("model.embed_tokens.weight")
+    save_file({**weights, name: 2 * table}, tmp_path / "one.safetensors")
+    made = module_with_weights(base, tmp_path / "one.safetensors")
+    assert made.lm_head.weight is made.model.embed_tokens.weight
+    assert torch.equal(made.lm_head.weight.detach(), 2 * table)
+    both = {"model.embed_tokens.weight": table, "lm_head.weight": 3 * table}
+    save_file(weights | both, tmp_path / "two.safetensors")
+    made = module_with_weights(base, tmp_path / "two.safetensors")
+    assert torch.equal(made.lm_head.weight.detach(), 3 * table)
+    assert torch.equal(made.model.embed_tokens.weight.detach(), table)
+    assert torch.equal(base.module.lm_head.weight.detach(), table)
 
 
 @pytest.mark.parametrize("fault", ["lacks", "more", "shape"])

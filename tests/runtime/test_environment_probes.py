@@ -113,6 +113,7 @@ def module(site: Path, name: str, source: str) -> Package:
         ("raise RuntimeError('built for another ABI')", "RuntimeError: built for another ABI"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed with SIGSEGV"),
         ("raise SystemExit(3)", "ended with code 3"),
+        ("raise SystemExit", "ended with code 0"),
     ],
 )
 def test_broken_package_is_a_problem(source, fault, tmp_path, monkeypatch):

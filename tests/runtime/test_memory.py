@@ -51,6 +51,8 @@ def system(root: Path, files: Mapping[str, str]) -> Path:
         (MACHINE | VERSION_2 | {"sys/fs/cgroup/user/one/memory.max": "max"}, 5000 * 1024),
         (MACHINE | VERSION_2 | {"sys/fs/cgroup/user/one/memory.current": "9000"}, 0),
         (MACHINE | VERSION_2 | {"sys/fs/cgroup/user/one/memory.max": str(1 << 50)}, 5000 * 1024),
+        (MACHINE | VERSION_2 | {"proc/self/cgroup": "0::/user/one/step/task\n"}, 4300),  # Slurm bounds the outer ones
+        (MACHINE | VERSION_2 | {"proc/self/cgroup": "0::/user\n"}, 5000 * 1024),
     ],
 )
 def test_the_least_that_is_left_counts(files: Mapping[str, str], left: int | None, tmp_path: Path) -> None:

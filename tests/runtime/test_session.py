@@ -469,7 +469,7 @@ def test_mix_concatenates_the_ranks_of_every_kind_of_layer(tmp_path: Path) -> No
 @pytest.mark.parametrize("strengths", [{"dora": 1.0, "plain": 1.0}, {"dora": 0.5}])
 def test_dora_is_not_mixed_and_not_scaled(tmp_path: Path, strengths: dict[str, float]) -> None:
     session = loaded(tmp_path, dora={"m": PAIRS["m"]}, plain=without_dora("e", "m"))
-    with pytest.raises(InputRefused, match=r"both: an adapter uses DoRA at m.weight. It cannot be mixed"):
+    with pytest.raises(InputRefused, match=r"both: an adapter uses DoRA or IA3 at m.weight. It cannot be mixed"):
         session.mix("both", strengths)
     assert session.adapters == ("dora", "plain")
 
@@ -479,6 +479,24 @@ def test_dora_is_mixed_with_adapters_of_other_weights(tmp_path: Path) -> None:
     session.mix("both", {"dora": 1.0, "plain": -3.0})
     elsewhere = {"e": dataclasses.replace(PAIRS["e"], magnitude=None, scale=-3.0)}
     agree(session.run(FED, adapter="both"), {"m": PAIRS["m"], **elsewhere})
+
+
+@pytest.mark.parametrize("of_inputs", [False, True])
+def test_factors_of_ia3_are_not_mixed_and_not_scaled(of_inputs: bool, tmp_path: Path) -> None:
+    model = a_graph(BODY.format(dtype="float"))
+    kinds: dict[str, Any] = {"scaled" if of_inputs else "dora": ["m.weight"]}
+    contract = insert_inputs(model, find_sites(model), ["m.weight"], **kinds)
+    save_graph(model, tmp_path, "model.onnx")
+    (place,) = contract.places
+    factors, values = np.arange(2, 2 + M.shape[0 if of_inputs else 1]).astype(np.float32), place.zeros()
+    onnx_adapter.write(tmp_path / "x", values | {place.scale or place.factor: factors}, contract, sha256="1")
+    session = Session(tmp_path / "model.onnx", {"x": tmp_path / "x"})
+    session.mix("same", {"x": 1.0})
+    weight = factors[:, None] * M if of_inputs else M * factors
+    for name in ("x", "same"):
+        assert np.array_equal(session.run({"x": X}, adapter=name)["y"], X @ weight @ N)
+    with pytest.raises(InputRefused, match=r"half: an adapter uses DoRA or IA3 at m.weight"):
+        session.mix("half", {"x": 0.5})
 
 
 def test_adapter_of_one_block_in_packed_four_bit_weights(tmp_path: Path) -> None:

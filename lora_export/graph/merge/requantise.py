@@ -31,7 +31,7 @@ from lora_export.graph.merge.fold import InitializerChange
 from lora_export.graph.quantised.scheme_of_weight import quantised_tensor
 from lora_export.graph.quantised_weights import NBitsWeight, QuantisedWeight, stored_weight
 from lora_export.graph.refusals import graph_remedy
-from lora_export.graph.values import new_initializer, unused_name, value_names
+from lora_export.graph.values import drop_unused, new_initializer, unused_name, value_names
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import DTYPES, Entry
@@ -268,7 +268,7 @@ def _rescale(model: ir.Model, change: QuantisedChange, bits: int) -> list[NewTen
         node.replace_input_with(SCALES_OF_NBITS, scales)
         if len(node.inputs) > ZEROS_OF_NBITS:
             node.replace_input_with(ZEROS_OF_NBITS, None)
-    _drop_unused(model, old)
+    drop_unused(model, old)
     (rows, columns), size = change.stored.shape, change.stored.block_size
     shape = rows, -(-columns // size), size * bits // 8
     of_scales = [int(each) for each in scale.shape.numpy()]
@@ -298,7 +298,7 @@ def _to_floats(model: ir.Model, change: QuantisedChange) -> list[NewTensor]:
             ir.convenience.replace_all_uses_with(node.outputs[0], floats)
             assert node.graph is not None
             node.graph.remove(node, safe=True)
-    _drop_unused(model, old)
+    drop_unused(model, old)
     return [NewTensor(floats, change, output, ir.DataType.from_numpy(output.dtype), change.stored.shape)]
 
 
@@ -315,12 +315,3 @@ def _replace_product(old: ir.Node, weight: ir.Value) -> None:
         product.outputs[0].name = f"{old.outputs[0].name}_product"
         nodes.append(ir.node("Add", [product.outputs[0], bias], name=f"{old.name}_bias"))
     ir.convenience.replace_nodes_and_values(graph, old, [old], nodes, old.outputs, nodes[-1].outputs)
-
-
-def _drop_unused(model: ir.Model, values: Sequence[ir.Value | None]) -> None:
-    """Take initializers out of the graph that nothing reads any more."""
-    for value in values:
-        if value is not None and not value.uses() and not value.is_graph_output():
-            for graph in model.graphs():
-                if graph.initializers.get(value.name or "") is value:
-                    graph.initializers.pop(value.name or "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,7 +70,7 @@ def save_graph(
 
 def _save_in_one_file(model: ir.Model, path: Path) -> None:
     """Write the graph with its weights inside. Protobuf would hold them three times; here each is written by itself."""
-    with _weights_apart(model) as (location, weights):
+    with _weights_apart(initializers(model)) as (location, weights):
         message = message_of(model, check=False)
     pieces = split_at_tensors(message, location, [weight.nbytes for weight in weights])
     with path.open("wb") as file:
@@ -95,10 +95,10 @@ def _write_tensor(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def _weights_apart(model: ir.Model) -> Iterator[tuple[str, list[ir.TensorProtocol]]]:
-    """A location, and the large tensors and those of other files. The model's initializers name both meanwhile."""
+def _weights_apart(values: Iterable[ir.Value]) -> Iterator[tuple[str, list[ir.TensorProtocol]]]:
+    """A location, and the large tensors of initializers and those of other files. The values name both meanwhile."""
     location = unused_location()
-    apart = [value for value in initializers(model) if _is_apart(value.const_value)]
+    apart = [value for value in values if _is_apart(value.const_value)]
     tensors = [tensor for value in apart if (tensor := value.const_value) is not None]
     try:
         for number, (value, tensor) in enumerate(zip(apart, tensors, strict=True)):
@@ -168,10 +168,12 @@ def message_of(model: ir.Model, *, check: bool = True) -> bytes:
 def in_memory(model: ir.Model) -> tuple[bytes, dict[str, NDArray[Any]]]:
     """The graph's message without its large weights, and these weights by name, in memory or mapped from their files.
 
-    For a runtime that accepts both. Reads and copies no data. Weights in dtypes that NumPy lacks stay in the message.
+    For a runtime that accepts both. Copies none of these but transposed views. Weights in dtypes that NumPy lacks stay
+    in the message.
     """
     weights: dict[str, NDArray[Any]] = {}
-    message = ir.to_proto(model)
+    with _weights_apart(model.graph.initializers.values()):
+        message = ir.to_proto(model)
     for tensor in list(message.graph.initializer):
         value = model.graph.initializers[tensor.name]
         stored = value.const_value
@@ -182,11 +184,10 @@ def in_memory(model: ir.Model) -> tuple[bytes, dict[str, NDArray[Any]]]:
         is_native = not stored.dtype.is_string() and stored.dtype.numpy().isbuiltin == 1
         if is_native and stored.nbytes >= MIN_EXTERNAL_BYTES:
             weights[tensor.name] = np.ascontiguousarray(stored.numpy())  # onnxruntime accepts no views
-            tensor.ClearField("raw_data")
             tensor.ClearField("external_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="memory")
-        elif isinstance(stored, ir.ExternalTensor):
+        elif tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(ir.to_proto(ir.Tensor(stored.numpy(), dtype=stored.dtype, name=tensor.name)))
     return message.SerializeToString(), weights
 

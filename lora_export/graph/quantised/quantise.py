@@ -21,7 +21,9 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.operators import MICROSOFT, ONNX, operator_id
 from lora_export.graph.quantised_weights import MATMUL_NBITS
 from lora_export.graph.site import Site
+from lora_export.graph.values import drop_unused
 from lora_export.options.spelling import named
+from lora_export.plan import Layout
 
 BITS = {"int4": 4, "int8": 8}  # of a weight, by the name of the kind
 BLOCK_SIZE = 32  # entries of a row that share a scale
@@ -34,9 +36,10 @@ PART_ENDINGS = ("", "_scales")
 def quantise_graph(model: ir.Model, kind: str) -> list[str]:
     """Quantise every linear layer of a graph whose product onnxruntime can compute so; in place.
 
-    `kind` is a key of BITS. Embeddings, a head that is tied to one, convolutions and stacked experts keep their floats.
-    Returns notes on layers that do. Raises InputRefused for a graph without a layer that can be quantised, and
-    EnvironmentLacking without onnxruntime's quantiser. Reads and replaces one weight after another.
+    `kind` is a key of BITS. Embeddings, a head that is tied to one, convolutions, stacked experts and a matrix that
+    layers read as W and as its transpose keep their floats. Returns notes on layers that do. Raises InputRefused for a
+    graph without a layer that can be quantised, and EnvironmentLacking without onnxruntime's quantiser. Reads and
+    replaces one weight after another.
     """
     bits, sites = BITS[kind], find_sites(model)
     layers = {id(site.node): site for site in (*sites.linear, *sites.unnamed)}
@@ -44,10 +47,14 @@ def quantise_graph(model: ir.Model, kind: str) -> list[str]:
     # Read by something else than a product, too: the table of words, tied to the head.
     others = [site for readers in sites.by_name.values() for site in readers if not site.is_linear]
     shared = {name for site in others for name in (site.name, site.value.name) if name}
+    ways: dict[ir.Value, set[Layout]] = {}
+    for site in layers.values():
+        ways.setdefault(site.value, set()).add(site.layout)
     suited = [
         site
         for site in layers.values()
         if _is_suited(site)
+        and len(ways[site.value]) == 1
         and site.value not in inputs
         and not {site.value.name, site.name} & shared
         and all(id(node) in layers for node in _readers(site.value))
@@ -62,9 +69,7 @@ def quantise_graph(model: ir.Model, kind: str) -> list[str]:
         if site.value not in made:
             made[site.value] = _quantised(site, bits)
         _replace(model, site, bits, made[site.value])
-    for value in made:
-        if not value.uses() and not value.is_graph_output():
-            model.graph.initializers.pop(value.name or "")
+    drop_unused(model, made)
     model.opset_imports.setdefault(MICROSOFT, 1)
     left = [site.name or site.location for site in layers.values() if site not in suited]
     more = " and more" if left[NAMED_LAYERS:] else ""

@@ -302,7 +302,7 @@ class ProgramInputs:
     def make(self, sizes: Sizes, generator: torch.Generator) -> ModelInputs:
         """Inputs of these sizes, by name. Floats are in fp32, and first rounded to the program's own dtype.
 
-        Raises InputRefused for inputs above MAX_NUMBERS.
+        Raises InputRefused for an input of more than MAX_INPUT_NUMBERS.
         """
         made = {}
         for name, tensor in self.program.inputs.items():

@@ -16,7 +16,7 @@ from lora_export.errors import RuntimeRefused
 from lora_export.graph.onnx_file import writing
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.graph.onnx_file.writing import append_metadata, save_graph
+from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save_graph
 from support.graphs import a_graph, run, stored
 from support.small_graphs import LINEAR, LINEAR_WEIGHT, graph_with_external_data
 
@@ -49,6 +49,18 @@ def test_large_weights_go_into_file_named_by_content(tmp_path: Path, monkeypatch
     assert data.stat().st_size == 24  # nothing was appended
     model.graph.initializers["m.weight"].const_value = ir.Tensor(np.float32(LINEAR_WEIGHT) + 1)
     assert save_graph(model, tmp_path, "model.onnx")[0] != data
+
+
+def test_weights_in_memory_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weight(ir.Tensor[Any]):
+        def tobytes(self) -> bytes:
+            raise AssertionError("copied")
+
+    monkeypatch.setattr(writing, "MIN_EXTERNAL_BYTES", 16)
+    model, weight = a_graph(LINEAR), np.float32(LINEAR_WEIGHT)
+    model.graph.initializers["m.weight"].const_value = Weight(weight, name="m.weight")
+    message, weights = in_memory(model)
+    assert weights["m.weight"] is weight and weight.tobytes() not in message
 
 
 def test_appended_metadata_changes_no_existing_bytes(tmp_path: Path) -> None:

@@ -69,6 +69,26 @@ def test_a_head_that_is_tied_to_the_words_stays_in_floats() -> None:
     assert "words.weight" in model.graph.initializers and "m.weight" not in model.graph.initializers
 
 
+def test_a_matrix_that_layers_read_both_ways_stays_in_floats() -> None:
+    model = a_graph("""g (float[N,2] x) => (float[N,2] y)
+        <float[2,2] w.weight = {1,2,3,4}, float[2,2] m.weight = {1,1,2,2}>
+        { h = MatMul(x, w.weight)  e = MatMul(h, m.weight)  y = Gemm <transB = 1> (e, w.weight) }""")
+    assert len(quantise_graph(model, "int8")) == 1
+    assert [node.op_type for node in model.graph] == ["MatMul", "MatMulNBits", "Gemm"]
+
+
+def test_a_layer_in_a_branch_is_quantised() -> None:
+    values = ",".join(f"{value:g}" for value in W.T.flat)
+    model = a_graph(f"""g (float[N,32] x, bool c) => (float[N,2] y)
+        {{ y = If (c) <
+            then_branch = t () => (float[N,2] a) <float[32,2] m.weight = {{{values}}}> {{ a = MatMul(x, m.weight) }},
+            else_branch = e () => (float[N,2] b) <float[32,2] n.weight = {{{values}}}> {{ b = MatMul(x, n.weight) }}
+        > }}""")
+    quantise_graph(model, "int4")
+    assert np.array_equal(run(model, x=X, c=np.array(True))["y"], X @ W.T)
+    assert not any(graph.initializers for graph in model.graphs() if graph is not model.graph)
+
+
 @pytest.mark.parametrize(
     ("node", "weight"),
     [
