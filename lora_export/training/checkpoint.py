@@ -21,7 +21,16 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, listed
+from lora_export.errors import (
+    SHOWN_PROBLEMS,
+    EnvironmentLacking,
+    InputRefused,
+    OutputFailed,
+    brief,
+    count,
+    first_of,
+    listed,
+)
 from lora_export.extras import pip_install
 from lora_export.options.spelling import named
 
@@ -135,6 +144,7 @@ def json_line(record: StepRecord | EvaluationRecord) -> str:
 # --- Checkpoints ---
 
 TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
+OF_CHECKPOINT = (METRICS, TRAINING_STATE, BEST)  # its files; beside them only what was not whole, FILE.partial
 CHECKPOINT_FORMAT = "lora-export/training/1"
 MAY_DIFFER = ("learning_rate",)  # after a training that diverged, it is what must change
 
@@ -159,6 +169,16 @@ def norms_with_statistics(module: nn.Module) -> dict[str, bool]:
 def checkpoint_folder(output: Path) -> Path:
     """Where the checkpoint of a training with this output is. One without a name, such as `.`, is refused later."""
     return output.with_name(f"{output.name}.training") if output.name else output / ".training"
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise OutputFailed for the folder of a checkpoint that has other files: they would be removed with it."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if others := sorted(name for name in names if name.removesuffix(".partial") not in OF_CHECKPOINT):
+        raise OutputFailed(
+            f"{folder} is the place of the checkpoint, and has files that are none: "
+            f"{first_of(others, SHOWN_PROBLEMS)}. Move them, or name another output"
+        )
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
