@@ -276,6 +276,8 @@ class _Run:
         batch_size = 1 if self.settings.batch_size == 1 else 2 * self.settings.batch_size
         device, precision = self.accelerator.device, self.settings.precision
         score = evaluate(self.module, self.held_out, batch_size=batch_size, device=device, precision=precision)
+        if not math.isfinite(score.loss):
+            raise self._divergence(f"the held-out loss is {score.loss} after", step)
         self.history.evaluations.append(EvaluationRecord(step, score.loss, score.accuracy))
         if self.history.best is self.history.evaluations[-1]:
             self.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(self.module).items()}

@@ -420,6 +420,13 @@ def test_a_last_gradient_that_is_not_finite_is_a_divergence(tmp_path: Path) -> N
     assert not (tmp_path / "a.training").exists()
 
 
+def test_a_held_out_loss_that_is_not_finite_is_a_divergence(tmp_path: Path) -> None:
+    held_out = ArrayData({"x": torch.full((4, 4), torch.inf)}, torch.zeros(4, dtype=torch.int64))
+    checkpoints = Checkpoints(tmp_path / "a.training", {})
+    with pytest.raises(InputRefused, match=r"^the held-out loss is nan after step 2 of 4: training has diverged"):
+        fitted(adapted(), epochs=1, held_out=held_out, evaluate_every=2, checkpoints=checkpoints)
+
+
 def test_a_base_parameter_that_would_get_a_gradient_is_refused() -> None:
     class Unfreezing(Net):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
