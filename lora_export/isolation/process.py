@@ -45,7 +45,7 @@ def deadline(seconds: float, stop: Callable[[], None]) -> Iterator[threading.Eve
         expired.set()
         stop()
 
-    timer = threading.Timer(seconds, expire)
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), expire)
     timer.daemon = True
     timer.start()
     try:
@@ -64,7 +64,7 @@ def call_within(seconds: float, call: Callable[[], Result], stop: Callable[[], N
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(call)
         try:
-            return future.result(None if math.isinf(seconds) else seconds)
+            return future.result(min(seconds, threading.TIMEOUT_MAX))
         finally:
             if not future.done():
                 stop()
