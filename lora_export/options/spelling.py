@@ -18,7 +18,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-KEYWORDS = {"combine": "combination", "combine_seed": "seed"}  # names of flags -> keywords of Python
+# Names of flags -> keywords of Python; at last those of Expectations
+KEYWORDS = {"combine": "combination", "combine_seed": "seed", "prompt": "prompts", "image": "images"}
+KEYWORDS |= {f"expect_{name}": name for name in ("adapter_sha256", "base_sha256", "signature")}
 FUNCTIONS = {
     "onnx": "export_onnx",
     "torchscript": "export_torchscript",
