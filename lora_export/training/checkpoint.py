@@ -115,7 +115,7 @@ class TrainingHistory:
     def __str__(self) -> str:
         taken = sum(self.seconds)
         return (
-            f"{len(self.steps):,} {'step' if len(self.steps) == 1 else 'steps'} on {self.device} in {taken:.1f} s, "
+            f"{count(len(self.steps), 'step')} on {self.device} in {taken:.1f} s, "
             f"loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g}, peak memory {self.memory.peak / 2**20:,.0f} MiB"
         )
 
