@@ -274,7 +274,11 @@ def read_message(stream: io.BufferedIOBase, *, most: int) -> tuple[dict[str, Any
     size = int.from_bytes(_exactly(stream, 8), "little")
     if size > MAX_ANSWER:
         raise ValueError(f"a header of {size:,} bytes")
-    header = json.loads(_exactly(stream, size))
+    content = _exactly(stream, size)
+    try:
+        header = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("a header of too many lists in each other") from error
     described = header.pop("arrays")
     sizes = [math.prod(shape) * MESSAGE_DTYPES[dtype].itemsize for _, dtype, shape in described]
     if sum(sizes) > most or any(length < 0 for _, _, shape in described for length in shape):
