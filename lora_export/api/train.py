@@ -220,7 +220,7 @@ def _read_data(options: TrainOptions) -> TrainingData:
 def _place_of_checkpoint(options: TrainOptions) -> Path:
     """The folder of the checkpoint. Raises OutputFailed for one that is to be neither continued nor replaced.
 
-    And for one with other files, which nobody said are to go.
+    Also for one with other files, which would be removed with the checkpoint.
     """
     folder = checkpoint_folder(place(options.output))
     if process_rank() == 0 and folder.exists() and not (options.resume or options.overwrite):

@@ -216,8 +216,9 @@ TABLE = "tool.lora-export"
 NOT_OPTIONS = frozenset({"help", "version"})
 # Options that may name code, open pickles, or say what is written. A file of somebody else does not set them.
 MAY_NAME_CODE = frozenset({"model", "data", "runner"})
-WRITTEN = frozenset({"output", "overwrite", "report", "cache", "keep-residual", "tensorboard"})
-GUARDED = MAY_NAME_CODE | WRITTEN | {"allow-pickle"}
+GUARDED = MAY_NAME_CODE | {
+    *("allow-pickle", "output", "overwrite", "report", "cache", "keep-residual", "tensorboard"),
+}
 
 
 def defaults_of(command: click.Command, name: str) -> tuple[dict[str, Any], Path | None, list[str]]:
