@@ -12,10 +12,12 @@ from lora_export.api.load import load_adapters
 from lora_export.api.load_model import resolve_model
 from lora_export.api.verify import Verification, verify
 from lora_export.callbacks import ignore
+from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSources, Applied, Combination, TiedEmbeddings
 from lora_export.options.common import ModelSource
 from lora_export.options.proof import ProviderName, Running
 from lora_export.options.reading import DEFAULTS, ReadOptions
+from lora_export.options.spelling import named
 from lora_export.options.verify import runs_in_ci
 from lora_export.report.verdict_screen import screen
 from lora_export.runtime.runner import Runner
@@ -63,10 +65,13 @@ def assert_parity(
     which judges files. With `strict`, a part of the candidate that was not judged fails too; the default is that of the
     command line: where CI=true.
 
-    Returns the proof. Raises InputRefused for inputs that cannot be used, and EnvironmentLacking for a provider that
-    does not do the work: neither is a verdict on the candidate.
+    Returns the proof. Raises InputRefused for inputs that cannot be used, EnvironmentLacking for a provider that does
+    not do the work, and WrongUsage for arguments that do not go together: none is a verdict on the candidate.
     """
     __tracebackhide__ = True
+    of_files = [named(name) for name, value in (("onnx_adapter", onnx_adapter), ("adapter_id", adapter_id)) if value]
+    if of_files and not isinstance(candidate, str | Path):
+        raise WrongUsage(f"{' and '.join(of_files)}: the candidate is no file. Give a runner that has the adapter")
     if isinstance(candidate, str | Path):
         proof = _proof_of_file(
             verify(

@@ -82,6 +82,8 @@ def test_what_was_asked_wrongly_is_no_failure_of_the_candidate(place: Path) -> N
         assert_parity(place / "absent.onnx", FACTORY)
     with pytest.raises(WrongUsage, match="there is no adapter"):
         assert_parity(place / "right.pt", FACTORY, weights=[2.0])
+    with pytest.raises(WrongUsage, match=r"onnx_adapter= and adapter_id=: the candidate is no file"):
+        assert_parity(scaled()[0], FACTORY, onnx_adapter="de.onnx_adapter", adapter_id=1)
 
 
 @pytest.mark.slow

@@ -205,6 +205,7 @@ def _for_program(options: ConvertOptions, adapter: AdapterSource, loaded: Adapte
 
 def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter, source: str | Path) -> ConvertResult:
     output, model = place(options.output), on_disk(newly_opened(source), options.on_message)  # ONNX opens files alone
+    output = output if model.is_dir() else with_suffix(output, onnx_adapter.SUFFIX)
     if options.ignore_head:
         onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={})])
     if str(source) in RUNTIMES and not model.exists():

@@ -56,6 +56,7 @@ from lora_export.training.checkpoint import (
     Checkpoints,
     TrainingHistory,
     checkpoint_folder,
+    refuse_other_files,
     require_tensorboard,
 )
 from lora_export.training.compiling import refuse_without_compiler
@@ -217,13 +218,18 @@ def _read_data(options: TrainOptions) -> TrainingData:
 
 
 def _place_of_checkpoint(options: TrainOptions) -> Path:
-    """The folder of the checkpoint. Raises OutputFailed for one that is to be neither continued nor replaced."""
+    """The folder of the checkpoint. Raises OutputFailed for one that is to be neither continued nor replaced.
+
+    Also for one with other files, which would be removed with the checkpoint.
+    """
     folder = checkpoint_folder(place(options.output))
     if process_rank() == 0 and folder.exists() and not (options.resume or options.overwrite):
         raise OutputFailed(
             f"{folder} has the checkpoint of a training that did not end: add {named('resume', True)}, or "
             f"{named('overwrite', True)}"
         )
+    if process_rank() == 0 and not options.is_comparison:
+        refuse_other_files(folder)
     if options.resume and not (folder / TRAINING_STATE).is_file():
         options.on_message(f"note: there is no checkpoint in {folder}: training starts from the beginning")
     return folder

@@ -23,6 +23,7 @@ from lora_export.models.model import Model
 from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
 from lora_export.options.train import TrainOptions
+from lora_export.report.json_document import plain
 from lora_export.report.training import MODEL_CARD, comparison_page, draw_losses, model_card
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import hub_name
@@ -129,7 +130,7 @@ def write_comparison(
     stage: Path, document: Mapping[str, Any], runs: Sequence[TrainingRun], on_message: OnMessage
 ) -> None:
     """Write the table of all runs as JSON; its curves as PNG and a page, where matplotlib and jinja2 are installed."""
-    write_json(stage / f"{COMPARISON}.json", dict(document))
+    write_json(stage / f"{COMPARISON}.json", plain(document))
     picture = f"{COMPARISON}.png" if importlib.util.find_spec("matplotlib") else ""
     if picture:
         draw_losses(losses_of(runs), stage / picture)

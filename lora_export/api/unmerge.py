@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import get_args
 
 from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
@@ -87,7 +88,7 @@ def _in_order(residual: Residual, loaded: Sequence[Adapter]) -> list[Adapter]:
     """The adapters in the order of the merge, with their names there. Raises InputRefused where one is missing."""
     by_hash = {adapter.sha256: adapter for adapter in loaded}
     recorded = residual.facts["adapters"]
-    if not all(isinstance(one, dict) and {"sha256", "name", "weight"} <= one.keys() for one in recorded):
+    if not all(map(_is_record, recorded)):
         raise InputRefused(f"{residual.path} is damaged: its facts on the adapters are no records of a merge")
     missing = [f"{one['name']} (sha256 {str(one['sha256'])[:12]})" for one in recorded if one["sha256"] not in by_hash]
     if missing:
@@ -98,6 +99,16 @@ def _in_order(residual: Residual, loaded: Sequence[Adapter]) -> list[Adapter]:
     if recorded and (others := [adapter.name for adapter in loaded if adapter.sha256 not in known]):
         raise InputRefused(f"{', '.join(others)} was not in the merge that {residual.path} belongs to")
     return [replace(by_hash[one["sha256"]], name=str(one["name"])) for one in recorded]
+
+
+def _is_record(one: object) -> bool:
+    """Whether this is what the facts have of an adapter."""
+    return (
+        isinstance(one, dict)
+        and "name" in one
+        and isinstance(one.get("sha256"), str)
+        and isinstance(one.get("weight"), int | float)
+    )
 
 
 @dataclass(frozen=True)
@@ -115,8 +126,12 @@ class _PlanSettings:
         """Those that the residual records. Raises InputRefused for what is none."""
         try:
             layout, prefixes, reading, chosen, tied = (residual.facts["settings"][field.name] for field in fields(cls))
-            return cls(dict(layout), dict(prefixes), ReadOptions(**reading), Combination(**chosen), tied)
-        except (KeyError, TypeError, ValueError, WrongUsage) as error:
+            found = cls(dict(layout), dict(prefixes), ReadOptions(**reading), Combination(**chosen), tied)
+            is_known = tied in get_args(TiedEmbeddings) and {*found.layout.values()} <= {"in_out", "out_in"}
+            if not is_known or not {*map(type, found.prefixes.values())} <= {str}:
+                raise ValueError("a layout, a prefix or a way to handle ties that no merge has")
+            return found
+        except (AttributeError, KeyError, TypeError, ValueError, WrongUsage) as error:
             raise InputRefused(f"{residual.path} is damaged: its settings are not those of a merge") from error
 
 
@@ -126,7 +141,8 @@ def _plan(residual: Residual, adapters: Sequence[Adapter], base: Checkpoint, set
         return None
     weights = [one["weight"] for one in residual.facts["adapters"]]
     renamed = load_adapters(adapters, settings.prefixes, of_models=True)
-    apart = frozenset(map(str, residual.facts.get("apart") or ()))
+    apart = residual.facts.get("apart")
+    names = frozenset(map(str, apart)) if isinstance(apart, list) else frozenset()
     steps = plan.make(
         renamed,
         base.specs,
@@ -135,6 +151,6 @@ def _plan(residual: Residual, adapters: Sequence[Adapter], base: Checkpoint, set
         layout=settings.layout,
         rules=base.rules,
         # Merged tables show nothing of the base's. The residual has the rows of a table that is stored again.
-        ties=replace(ties_of(base, settings.tied), stored=frozenset(), apart=apart),
+        ties=replace(ties_of(base, settings.tied), stored=frozenset(), apart=names),
     )
     return combine_in_plan(steps, settings.combination)

@@ -23,6 +23,7 @@ from lora_export.cli.parameters import EVERY_OPTION, other_tools, parameters_of,
 from lora_export.errors import WrongUsage, one_line
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.declaring import Options
+from lora_export.options.spelling import entry_text
 from lora_export.storage import input_files
 
 # --- Options of other tools ---
@@ -199,10 +200,11 @@ def command_line() -> list[str]:
             continue
         value = context.params[str(parameter.name)]
         if isinstance(value, dict):
-            value = [f"{name}={choice}" for name, choice in value.items()]
-        spelling = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
-        if value is True:
-            words += spelling
+            value = [f"{name}={entry_text(choice)}" for name, choice in value.items()]
+        opts = parameter.secondary_opts if value is False else parameter.opts
+        spelling = [] if isinstance(parameter, click.Argument) else [max(opts, key=len, default="")]
+        if isinstance(value, bool):
+            words += filter(None, spelling)  # what switches a flag off, where something does
         else:
             words += [word for each in (value if parameter.multiple else [value]) for word in (*spelling, str(each))]
     return words
@@ -212,8 +214,11 @@ def command_line() -> list[str]:
 
 TABLE = "tool.lora-export"
 NOT_OPTIONS = frozenset({"help", "version"})
-# Options that run code, open pickles, or say what is written. A file of somebody else does not set them.
-GUARDED = frozenset({"model", "allow-pickle", "output", "overwrite", "report", "cache", "keep-residual", "tensorboard"})
+# Options that may name code, open pickles, or say what is written. A file of somebody else does not set them.
+MAY_NAME_CODE = frozenset({"model", "data", "runner"})
+GUARDED = MAY_NAME_CODE | {
+    *("allow-pickle", "output", "overwrite", "report", "cache", "keep-residual", "tensorboard"),
+}
 
 
 def defaults_of(command: click.Command, name: str) -> tuple[dict[str, Any], Path | None, list[str]]:
@@ -251,10 +256,9 @@ def _is_value(option: click.Option, value: Any) -> bool:
     """Whether a value of TOML is of a type that the option takes."""
     if option.is_flag:
         return isinstance(value, bool)
-    if isinstance(
-        option.type, click.types.IntParamType | click.types.FloatParamType | click.IntRange | click.FloatRange
-    ):
-        return isinstance(value, int | float | str) and not isinstance(value, bool)
+    for type_, taken in ((click.types.IntParamType, int | str), (click.types.FloatParamType, int | float | str)):
+        if isinstance(option.type, type_):  # click would cut 1.9 to 1
+            return isinstance(value, taken) and not isinstance(value, bool)
     return isinstance(value, str) and "\0" not in value  # which no path has
 
 
@@ -267,7 +271,7 @@ def _distrust(path: Path, option: str, value: Any) -> str:
         return "the file belongs to another user"
     if not is_here and not (path.parent / ".git").exists():
         return "the file is neither in the current folder nor in the root of a git repository"
-    if option == "model" and not is_here and ":" in str(value):
+    if option in MAY_NAME_CODE and not is_here and ":" in str(value):
         return "code is named by a file in the current folder alone"
     return ""
 

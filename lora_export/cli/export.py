@@ -33,7 +33,7 @@ def onnx_command(as_json: bool, **options: Any) -> None:
     `lora-export guide slots`.
     """
     from lora_export.api.onnx import export_onnx
-    from lora_export.cli.verdicts import export_proofs_document, show_export_proofs, show_files
+    from lora_export.cli.verdicts import export_document, show_export_proofs, show_files
     from lora_export.report.console import console
     from lora_export.report.json_document import as_dict
     from lora_export.report.screens import print_merge
@@ -41,10 +41,9 @@ def onnx_command(as_json: bool, **options: Any) -> None:
     with shown() as on_progress:
         result = export_onnx(on_progress=on_progress, **options)
     if as_json:
-        files = {"files": [str(path) for path in result.files]} if len(result.files) > 1 else {}
         stated = {"precision": dataclasses.asdict(result.precision)} if result.precision else {}
         stated |= {"merge": as_dict(result.merge)} if result.merge else {}
-        print_document({"output": str(result.output), **export_proofs_document(result.proofs), **stated, **files})
+        print_document(export_document(result) | stated)
         return
     if result.merge and verbosity() is not Verbosity.QUIET:
         print_merge(console(), result.merge, whole=verbosity() is Verbosity.FULL)
@@ -67,13 +66,12 @@ def torchscript_command(as_json: bool, **options: Any) -> None:
     the output has the names of the inputs.
     """
     from lora_export.api.torchscript import export_torchscript
-    from lora_export.cli.verdicts import export_proofs_document, show_export_proofs, show_files
+    from lora_export.cli.verdicts import export_document, show_export_proofs, show_files
 
     with shown() as on_progress:
         result = export_torchscript(on_progress=on_progress, **options)
     if as_json:
-        files = {"files": [str(path) for path in result.files]} if len(result.files) > 1 else {}
-        print_document({"output": str(result.output), **export_proofs_document(result.proofs), **files})
+        print_document(export_document(result))
     else:
         show_export_proofs(result.proofs)
         show_files(result.files)

@@ -63,7 +63,7 @@ def inspection_document(found: Inspection) -> dict[str, Any]:
         return {"format": "onnx_adapter", **versions, "has_hash": adapter.has_hash, "parameters": _parameters(adapter)}
     made = {
         "mode": found.mode,
-        "adapters": [asdict(adapter) for adapter in found.adapters],
+        "adapters": plain(found.adapters),
         "base": plain(found.record.base),
         "verdict": plain(found.verdict),
         "record": plain(found.record.content),

@@ -48,6 +48,7 @@ def train_command(as_json: bool, **options: Any) -> None:
             else:  # what a launcher was given is unknown here
                 print_message(f"to continue, launch as before: -m lora_export {shlex.join([*words[1:], '--resume'])}")
         raise
+    from lora_export.report.json_document import plain
     from lora_export.training.processes import rank
 
     if rank() > 0:  # of several processes, one prints
@@ -61,8 +62,8 @@ def train_command(as_json: bool, **options: Any) -> None:
                 "steps": len(result.history.losses),
                 "seconds": sum(result.history.seconds),
                 "accuracy": {name: score.accuracy for name, score in result.scores.items()},
-                "loss": {name: score.loss for name, score in result.scores.items()},
-                "runs": [run.document for run in result.runs],
+                "loss": plain({name: score.loss for name, score in result.scores.items()}),
+                "runs": plain([run.document for run in result.runs]),
             }
         )
         return

@@ -21,14 +21,9 @@ MOST_ADAPTERS = 4  # of the short screen
 MOST_FILES = 3  # of the short screen
 
 if TYPE_CHECKING:
-    from lora_export.api.publish import ExportProofs
+    from lora_export.api.publish import ExportProofs, ExportResult
     from lora_export.api.verify import Verification
     from lora_export.verification.proof import Proof
-
-
-def proof_document(proof: Proof | None) -> dict[str, Any] | None:
-    """The proof as JSON; None where no proof was requested."""
-    return None if proof is None else json_document.document_of_proof(proof)
 
 
 def show_proof(proof: Proof | Audit | None, name: str = "") -> None:
@@ -47,12 +42,12 @@ def show_proof(proof: Proof | Audit | None, name: str = "") -> None:
         print_summary(console(), proof)
 
 
-def export_proofs_document(proofs: ExportProofs | None) -> dict[str, Any]:
-    """The proofs of an export as JSON."""
-    return {
-        "proof": proof_document(proofs.whole if proofs else None),
-        **(proofs.parts(proof_document) if proofs else {}),
-    }
+def export_document(result: ExportResult) -> dict[str, Any]:
+    """An export as JSON: its output, its proofs, and its files where it has several."""
+    proofs, form = result.proofs, json_document.document_of_proof
+    proven = {"proof": form(proofs.whole), **proofs.parts(form)} if proofs else {"proof": None}
+    files = {"files": [str(path) for path in result.files]} if len(result.files) > 1 else {}
+    return {"output": str(result.output), **proven, **files}
 
 
 def show_export_proofs(proofs: ExportProofs | None) -> None:

@@ -10,6 +10,7 @@ from lora_export.fleet.run import run_jobs
 from lora_export.fleet.status import FleetStatus, status_of
 from lora_export.options.declaring import takes
 from lora_export.options.fleet import FleetOptions
+from lora_export.report.files import try_report_place
 from lora_export.report.fleet import check_fleet_report, write_fleet_report
 
 
@@ -25,11 +26,12 @@ def run_fleet(options: FleetOptions) -> FleetPlan | FleetStatus:
     A run starts processes that import the program: call it below `if __name__ == "__main__"`.
 
     Raises WrongUsage for keys and values of the file that do not exist, InputRefused where it is damaged, and
-    OutputFailed where another run has the fleet.
+    OutputFailed where another run has the fleet, or no report can be written.
     """
     options.check_usage()
     for path in options.reports:
         check_fleet_report(Path(path))
+        try_report_place(Path(path))
     fleet = read_fleet(Path(options.fleet))
     if options.action == "plan":
         return plan_of(fleet)

@@ -13,7 +13,7 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, LoraExportError, MatchError
 from lora_export.fleet.description import FleetFile
 from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
-from lora_export.fleet.records import FleetRecords, Standing
+from lora_export.fleet.records import GOOD, FleetRecords, Standing
 from lora_export.fleet.steps import FLEET_STEPS, FleetJob
 from lora_export.fleet.worker import output_exists
 from lora_export.formats.adapter_files import by_headers
@@ -74,7 +74,7 @@ def plan_of(fleet: FleetFile) -> FleetPlan:
     records, needs, standings = FleetRecords(fleet.records, reads=False), NeedsOfJobs(), dict[str, Standing]()
     for job in fleet.jobs:
         standings[job.id] = records.standing(job, standings)
-        if standings[job.id].outcome in ("done", "same"):
+        if standings[job.id].outcome in GOOD:
             needs.learn(job, standings[job.id].record["seconds"])
     problems = [problem for own in _by_adapter(fleet.jobs) for problem in _problems(own, standings)]
     unread = len(records.unread) if fleet.records.exists() else 0  # before the first run nothing is known anyway

@@ -33,7 +33,7 @@ def bound_child(memory: int) -> None:
         return
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     with contextlib.suppress(OSError, ValueError):
-        most = _data_bytes() + memory
+        most = min(_data_bytes() + memory, sys.maxsize)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
@@ -59,7 +59,7 @@ def bounded_memory(memory: int) -> Iterator[None]:
     key = object()
     with _lock:
         _ends.setdefault(UNBOUNDED_LIMIT, resource.getrlimit(resource.RLIMIT_DATA)[0])
-        _ends[key] = _data_bytes() + memory
+        _ends[key] = min(_data_bytes() + memory, sys.maxsize)  # the system has no larger limit
         _set_least()
     try:
         yield

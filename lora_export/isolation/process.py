@@ -45,7 +45,7 @@ def deadline(seconds: float, stop: Callable[[], None]) -> Iterator[threading.Eve
         expired.set()
         stop()
 
-    timer = threading.Timer(seconds, expire)
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), expire)
     timer.daemon = True
     timer.start()
     try:
@@ -64,7 +64,7 @@ def call_within(seconds: float, call: Callable[[], Result], stop: Callable[[], N
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(call)
         try:
-            return future.result(None if math.isinf(seconds) else seconds)
+            return future.result(min(seconds, threading.TIMEOUT_MAX))
         finally:
             if not future.done():
                 stop()
@@ -274,7 +274,11 @@ def read_message(stream: io.BufferedIOBase, *, most: int) -> tuple[dict[str, Any
     size = int.from_bytes(_exactly(stream, 8), "little")
     if size > MAX_ANSWER:
         raise ValueError(f"a header of {size:,} bytes")
-    header = json.loads(_exactly(stream, size))
+    content = _exactly(stream, size)
+    try:
+        header = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("a header of too many lists in each other") from error
     described = header.pop("arrays")
     sizes = [math.prod(shape) * MESSAGE_DTYPES[dtype].itemsize for _, dtype, shape in described]
     if sum(sizes) > most or any(length < 0 for _, _, shape in described for length in shape):

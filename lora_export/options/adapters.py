@@ -1,5 +1,6 @@
 """The options of the commands on adapters and on existing files: convert, combine, extract, resize, inspect, check."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,3 +194,5 @@ class CheckOptions(Download):
         super().__post_init__()
         if not self.runtimes:
             raise WrongUsage(f"{named('runtimes')} has to name a runtime: {', '.join(RUNTIMES)}")
+        if wrong := [name for name, value in self.settings.items() if not math.isfinite(value)]:
+            raise WrongUsage(f"{named('settings')}: {', '.join(wrong)} has to be a number, no infinity and no NaN")

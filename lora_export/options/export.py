@@ -158,7 +158,8 @@ class OnnxOptions(GivenAdapters, Running, Published):
         "floats; a merged graph is quantised after the merge.",
         only=(
             Only(
-                *("model", ("module",)),
+                "model",
+                ("module",),
                 "MODEL is a graph already. A graph that other tools quantised is a MODEL, too",
                 words="models that are exported",
             ),

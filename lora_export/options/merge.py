@@ -83,7 +83,8 @@ class MergeOptions(Applied, Signed):
         metavar="NAME",
         only=(
             Only(
-                *("base", ("checkpoint", "pipeline")),
+                "base",
+                ("checkpoint", "pipeline"),
                 words="folders of checkpoints, which may have several sets of weights",
             ),
         ),
@@ -122,7 +123,7 @@ class MergeOptions(Applied, Signed):
         "With {keep_quantised}: give weights that change new scales, by the rule of their scheme. In a .gguf BASE they "
         "are those of the least squared error.",
         section=Section.BASE,
-        only=(Only(*("keep_quantised", (True,), "other weights have no scales"), verb="needs"),),
+        only=(Only("keep_quantised", (True,), "other weights have no scales", verb="needs"),),
     )
     requantize: bool = option(
         False,
@@ -136,7 +137,7 @@ class MergeOptions(Applied, Signed):
         "Float checkpoint that a quantised BASE was made from. The report then has each weight's quantisation error.",
         section=Section.BASE,
         metavar="CHECKPOINT",
-        only=(Only(*("dequantize", (True,), "it is compared with the weights of a quantised BASE"), verb="needs"),),
+        only=(Only("dequantize", (True,), "it is compared with the weights of a quantised BASE", verb="needs"),),
     )
 
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(

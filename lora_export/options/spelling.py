@@ -18,7 +18,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-KEYWORDS = {"combine": "combination", "combine_seed": "seed"}  # names of flags -> keywords of Python
+# Names of flags -> keywords of Python; at last those of Expectations
+KEYWORDS = {"combine": "combination", "combine_seed": "seed", "prompt": "prompts", "image": "images"}
+KEYWORDS |= {f"expect_{name}": name for name in ("adapter_sha256", "base_sha256", "signature")}
 FUNCTIONS = {
     "onnx": "export_onnx",
     "torchscript": "export_torchscript",
@@ -100,7 +102,7 @@ def _flag(name: str, value: object, flags: Mapping[str, str]) -> str:
     if value is False:
         return f"--no-{flag.lstrip('-')}"
     if isinstance(value, Mapping):
-        return " ".join(f"{flag} {key}={_entry(entry)}" for key, entry in value.items())
+        return " ".join(f"{flag} {key}={entry_text(entry)}" for key, entry in value.items())
     return flag if value is UNSET or value is True else f"{flag} {value}"
 
 
@@ -113,7 +115,7 @@ def _keyword(name: str, value: object) -> str:
     return f"{name}={_quoted(value)}"
 
 
-def _entry(value: object) -> str:
+def entry_text(value: object) -> str:
     """A value of a table: on the command line, several flags of one are `1,0,1`."""
     return ",".join(str(int(each)) for each in value) if isinstance(value, tuple) else str(value)
 

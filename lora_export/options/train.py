@@ -79,7 +79,7 @@ class TrainingSettings(Evaluating):
         False, "Compute activations again in the backward pass: less memory, more time."
     )
     compile: bool = option(False, "Compute the steps with torch.compile. The first step takes long.")
-    seed: int = option(0, "Random seed for the split, the initial values and the order.")
+    seed: int = option(0, "Random seed for the split, the initial values and the order.", at_least=0)
 
     @property
     def recorded(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a training measured, and the files that it writes: metrics, TensorBoard's, and the checkpoint `OUT.training`.
 
-A checkpoint has all that the next step depends on: the trained tensors, AdamW's moments, and the number of the step.
+A checkpoint has all that the next step depends on: the trained tensors, AdamW's moments, and the number of the step;
+and the tensors of the best evaluation until then, which a later one of another learning rate must not replace.
 What is random in a step depends on the seed and the step alone. A file is written beside the former one and renamed, so
 that a kill or a full disk leaves the former one whole.
 """
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors
@@ -21,7 +23,16 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, listed
+from lora_export.errors import (
+    SHOWN_PROBLEMS,
+    EnvironmentLacking,
+    InputRefused,
+    OutputFailed,
+    brief,
+    count,
+    first_of,
+    listed,
+)
 from lora_export.extras import pip_install
 from lora_export.options.spelling import named
 
@@ -104,7 +115,7 @@ class TrainingHistory:
     def __str__(self) -> str:
         taken = sum(self.seconds)
         return (
-            f"{len(self.steps):,} {'step' if len(self.steps) == 1 else 'steps'} on {self.device} in {taken:.1f} s, "
+            f"{count(len(self.steps), 'step')} on {self.device} in {taken:.1f} s, "
             f"loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g}, peak memory {self.memory.peak / 2**20:,.0f} MiB"
         )
 
@@ -134,8 +145,10 @@ def json_line(record: StepRecord | EvaluationRecord) -> str:
 
 # --- Checkpoints ---
 
-TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
-CHECKPOINT_FORMAT = "lora-export/training/1"
+TRAINING_STATE = "state.safetensors"
+OF_CHECKPOINT = (METRICS, TRAINING_STATE)  # its files; beside them only what was not whole, FILE.partial
+CHECKPOINT_FORMAT = "lora-export/training/2"
+OF_TRAINED, OF_BEST = "trained.", "best."  # begin the names of tensors: after the last step, and of the best evaluation
 MAY_DIFFER = ("learning_rate",)  # after a training that diverged, it is what must change
 
 # PyTorch's common class of these is private.
@@ -159,6 +172,16 @@ def norms_with_statistics(module: nn.Module) -> dict[str, bool]:
 def checkpoint_folder(output: Path) -> Path:
     """Where the checkpoint of a training with this output is. One without a name, such as `.`, is refused later."""
     return output.with_name(f"{output.name}.training") if output.name else output / ".training"
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise OutputFailed for the folder of a checkpoint that has other files: they would be removed with it."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if others := sorted(name for name in names if name.removesuffix(".partial") not in OF_CHECKPOINT):
+        raise OutputFailed(
+            f"{folder} is the place of the checkpoint, and has files that are none: "
+            f"{first_of(others, SHOWN_PROBLEMS)}. Move them, or name another output"
+        )
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -202,32 +225,39 @@ class Checkpoints:
         with (self.folder / METRICS).open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(map(json_line, history.latest))
 
-    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, history: TrainingHistory) -> None:
-        """Write the state after the last step. Raises InputRefused for values that are not finite, OutputFailed."""
+    def save(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        history: TrainingHistory,
+        best: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Write the state after the last step. Raises InputRefused for values that are not finite, OutputFailed.
+
+        `best` are the tensors of the evaluation with the lowest loss.
+        """
         trained = trained_tensors(module)
         if broken := [name for name, tensor in trained.items() if not torch.isfinite(tensor).all()]:
             raise InputRefused("training has diverged: these are not finite:", listed(broken))
-        tensors = {f"trained.{name}": tensor for name, tensor in trained.items()}
+        tensors = {f"{OF_TRAINED}{name}": tensor for name, tensor in trained.items()}
+        tensors |= {f"{OF_BEST}{name}": tensor for name, tensor in best.items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         for parameter, state in optimizer.state.items():
             tensors |= {f"{key}.{names[parameter]}": value for key, value in state.items()}
         of_scaler = scaler.state_dict() if scaler is not None else None
         facts = {"identity": dict(self.identity), "history": history.as_table(), "scaler": of_scaler}
-        self._write(TRAINING_STATE, tensors, len(history.steps), facts=json.dumps(facts))
+        self._write(tensors, len(history.steps), json.dumps(facts))
 
-    def save_best(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Write the tensors of the evaluation with the lowest loss. Raises OutputFailed."""
-        self._write(BEST, tensors, step)
-
-    def _write(self, name: str, tensors: Mapping[str, Tensor], step: int, **facts: str) -> None:
+    def _write(self, tensors: Mapping[str, Tensor], step: int, facts: str) -> None:
         copies = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        beside = self.folder / f"{name}.partial"
+        beside = self.folder / f"{TRAINING_STATE}.partial"
         try:
             with beside.open("wb") as file:
-                file.write(to_bytes(copies, {"format": CHECKPOINT_FORMAT, **facts}))
+                file.write(to_bytes(copies, {"format": CHECKPOINT_FORMAT, "facts": facts}))
                 file.flush()
                 os.fsync(file.fileno())
-            beside.replace(self.folder / name)
+            beside.replace(self.folder / TRAINING_STATE)
         except OSError as error:
             beside.unlink(missing_ok=True)
             kept = f"; the checkpoint before it is whole. Continue with {named('resume', True)}" if self.exists else ""
@@ -235,16 +265,20 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror}{kept}"
             ) from error
 
-    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, history: TrainingHistory) -> None:
-        """Take over the state of the checkpoint.
+    def load(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, history: TrainingHistory
+    ) -> dict[str, Tensor]:
+        """Take over the state of the checkpoint, and return the tensors of its best evaluation, if it has one.
 
         Raises InputRefused for one that is damaged or of another training.
         """
         tensors, facts = self._read()
         self._refuse_another(facts["identity"])
         trained = trained_tensors(module)
-        own = "trained."
-        stored = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
+        stored, best = (
+            {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
+            for own in (OF_TRAINED, OF_BEST)
+        )
         if set(stored) != set(trained) or any(stored[name].shape != trained[name].shape for name in trained):
             raise InputRefused(f"{self.folder} is the checkpoint of another adapter")
         with torch.no_grad():
@@ -260,31 +294,25 @@ class Checkpoints:
         if scaler is not None and facts["scaler"]:
             scaler.load_state_dict(facts["scaler"])
         history.restore(facts["history"])
-
-    def load_best(self) -> dict[str, Tensor]:
-        """The tensors that `save_best` wrote; none where there are none."""
-        if not (self.folder / BEST).is_file():
-            return {}
-        with self._opened(BEST) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return best
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.exists:
             raise InputRefused(
                 f"there is no checkpoint in {self.folder}, so that nothing can be continued ({named('resume', True)})"
             )
-        with self._opened(TRAINING_STATE) as file:
+        with self._opened() as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != CHECKPOINT_FORMAT:
                 raise InputRefused(f"{self.folder / TRAINING_STATE} is no checkpoint of this version of lora-export")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         return tensors, json.loads(metadata["facts"])
 
-    def _opened(self, name: str) -> Any:
+    def _opened(self) -> Any:
         try:
-            return safetensors.safe_open(self.folder / name, framework="pt")
+            return safetensors.safe_open(self.folder / TRAINING_STATE, framework="pt")
         except (OSError, safetensors.SafetensorError) as error:
-            raise InputRefused(f"{self.folder / name} is damaged: {error}") from error
+            raise InputRefused(f"{self.folder / TRAINING_STATE} is damaged: {error}") from error
 
     def _refuse_another(self, stored: Mapping[str, Any]) -> None:
         current = json.loads(json.dumps(dict(self.identity)))

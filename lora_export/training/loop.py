@@ -150,8 +150,8 @@ class _Run:
         if self.checkpoints is None:
             return
         if resume and self.checkpoints.exists:
-            self.checkpoints.load(self.module, self.optimizer.optimizer, self.accelerator.scaler, self.history)
-            self.best = self.checkpoints.load_best()
+            state = self.module, self.optimizer.optimizer, self.accelerator.scaler, self.history
+            self.best = self.checkpoints.load(*state)
             if rank() == 0:  # a killed training may have recorded steps after its checkpoint
                 self.history.write(self.checkpoints.folder / METRICS)
             self._evaluate_after(len(self.history.steps))  # where the evaluation was interrupted
@@ -199,8 +199,9 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint of the last whole step, where there is one."""
         if self.checkpoints is not None and self.history.steps and rank() == 0:
+            state = self.module, self.optimizer.optimizer, self.accelerator.scaler, self.history
             with deferred_signals():
-                self.checkpoints.save(self.module, self.optimizer.optimizer, self.accelerator.scaler, self.history)
+                self.checkpoints.save(*state, self.best)
 
     def _gradients_of(self, step: int) -> tuple[float, int, float]:
         """Compute a step's gradients. Returns its loss, its tokens, and its learning rate."""
@@ -276,11 +277,11 @@ class _Run:
         batch_size = 1 if self.settings.batch_size == 1 else 2 * self.settings.batch_size
         device, precision = self.accelerator.device, self.settings.precision
         score = evaluate(self.module, self.held_out, batch_size=batch_size, device=device, precision=precision)
+        if not math.isfinite(score.loss):
+            raise self._divergence(f"the held-out loss is {score.loss} after", step)
         self.history.evaluations.append(EvaluationRecord(step, score.loss, score.accuracy))
         if self.history.best is self.history.evaluations[-1]:
             self.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(self.module).items()}
-            if self.checkpoints is not None and rank() == 0:
-                self.checkpoints.save_best(self.best, step)
 
 
 def accelerator_for(device: Device, precision: Precision) -> Any:

@@ -79,9 +79,8 @@ class _Processes:
 
     def _new_pool(self) -> concurrent.futures.ProcessPoolExecutor:
         threads = max(1, (os.cpu_count() or 1) // self.at_once)
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a copy of this process would have its locks, without its threads
+        # A copy of this process would have its locks, without its threads.
+        context = multiprocessing.get_context("spawn")
         return concurrent.futures.ProcessPoolExecutor(self.at_once, context, _begin, (threads,))
 
     def submit(self, request: Request, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Any]:  # noqa: ARG002

@@ -95,6 +95,7 @@ def test_without_the_base_the_names_are_not_checked(place: Path, call: Call) -> 
     [
         ({"runtimes": []}, WrongUsage, "has to name a runtime: comfyui, diffusers"),
         ({"runtimes": ["tgi"]}, WrongUsage, "is 'tgi'; it must be comfyui"),
+        ({"runtimes": ["vllm"], "settings": {"max-lora-rank": float("nan")}}, WrongUsage, "max-lora-rank has to be"),
         ({"runtimes": ["vllm"], "base": "nowhere"}, InputRefused, "nowhere"),
     ],
 )

@@ -38,8 +38,9 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_converted_adapter_runs_in_the_graph(graph: Path, tmp_path: Path) -> None:
     seen = Recorder()
     adapter = an_adapter(tmp_path / "next")
-    result = le.convert(adapter, tmp_path / "next.onnx_adapter", graph=graph, on_message=seen.messages.append)
-    assert (result.weights, result.of) == (1, 1) and result.output.is_file()
+    result = le.convert(adapter, tmp_path / "other", graph=graph, on_message=seen.messages.append)
+    assert (result.weights, result.of) == (1, 1) and result.output == tmp_path / "other.onnx_adapter"
+    assert le.inspect(result.output).onnx_adapter is not None
     verdict = le.verify(graph, MODEL, adapters=adapter, onnx_adapter=result.output)
     assert verdict.verdict.same
 

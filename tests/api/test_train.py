@@ -366,6 +366,15 @@ def test_an_interrupted_training_is_continued(data: Path, tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"data.npz", "whole", "ad"}
 
 
+@pytest.mark.parametrize("option", ["overwrite", "resume"])
+def test_files_that_are_no_checkpoint_stay_in_its_place(option: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "ad.training").mkdir()
+    (tmp_path / "ad.training/notes.txt").write_text("mine")
+    with pytest.raises(OutputFailed, match=r"ad\.training is .*, and has files that are none: notes\.txt\. Move them"):
+        le.train(MODEL, data, tmp_path / "ad", rank=2, epochs=1, **{option: True})
+    assert (tmp_path / "ad.training/notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("was_begun", [False, True])
 def test_a_training_that_was_killed_before_its_first_checkpoint_starts_again(
     was_begun: bool, data: Path, tmp_path: Path

@@ -299,6 +299,11 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "no facts on a file": (lambda m, f: f["shards"].update({SHARD: {"number": 0}}), "are not those of a weight file"),
     "no shards": (lambda m, f: f.pop("shards"), "has no shards"),
     "adapters that are none": (lambda m, f: f.update(adapters=[3]), "are no records of a merge"),
+    "an adapter without a weight": (lambda m, f: f["adapters"][0].update(weight=None), "are no records of a merge"),
+    "an adapter without a hash": (lambda m, f: f["adapters"][0].update(sha256=[1]), "are no records of a merge"),
+    "no way of ties": (lambda m, f: f["settings"].update(tied="much"), "its settings are not those of a merge"),
+    "no layout": (lambda m, f: f["settings"].update(layout={"up": "in"}), "its settings are not those of a merge"),
+    "no parts": (lambda m, f: f["settings"]["reading"].update(enable_lora=5), "its settings are not those of a merge"),
     "no settings": (lambda m, f: f.update(settings={}), "its settings are not those of a merge"),
     "a tensor more": (lambda m, f: f["shards"][SHARD]["changed"].update({"new.weight": 1}), "which the base has not"),
     "rows that do not divide": (

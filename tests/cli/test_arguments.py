@@ -50,6 +50,7 @@ def given_again(name: str, *words: str) -> list[str]:
         ("verify", "m.onnx", "--model", "base", "--report", "a name.html", "--fixed", "sequence=128"),
         ("onnx", "base", "--output", "m.onnx", "--lora", "nodes", "--no-verify", "--overwrite"),
         ("verify", "merged", "--base", "base", "--prefix", "model.=m.", "--prefix", "=x."),
+        ("verify", "merged", "--base", "base", "--no-strict", "--enable-lora", "qkv=1,0,1"),
     ],
 )
 def test_a_command_line_can_be_given_again(words: tuple[str, ...]) -> None:
@@ -207,6 +208,7 @@ def test_the_nearest_table_counts_and_a_file_without_one_does_not(place: Path) -
         ("[tool.lora-export]\nmin-retention = [1]\n", "`min-retention` is [1]; it must be float range"),
         ('[tool.lora-export]\noverwrite = "yes"\n', "`overwrite` is 'yes'; it must be true or false"),
         ("[tool.lora-export]\nlayout = [5]\n", "`layout` is [5]; it must be text"),
+        ("[tool.lora-export]\njobs = 1.9\n", "`jobs` is 1.9; it must be integer range"),
     ],
 )
 def test_a_wrong_table_is_a_usage_error_and_writes_nothing(
@@ -226,7 +228,7 @@ def test_options_of_other_commands_are_no_error(place: Path, capsys: pytest.Capt
 
 def test_a_report_has_the_options_from_everywhere(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(*MERGE) == 0
-    configure(place, '[tool.lora-export.verify]\nreport = "v.json"\nquiet = true\n')
+    configure(place, '[tool.lora-export.verify]\nreport = "v.json"\nquiet = true\nallow-pickle = false\n')
     monkeypatch.setenv("LORA_EXPORT_VERIFY_BASE", "base.safetensors")
     assert call("verify", "merged.safetensors", "-a", "adapter") == 0
     words = json.loads(Path("v.json").read_text())["about"]["command"]
@@ -235,7 +237,7 @@ def test_a_report_has_the_options_from_everywhere(place: Path, monkeypatch: pyte
     assert sorted(zip(words[3::2], words[4::2], strict=True)) == pairs
 
 
-FACTORY = 'model = "evil.py:make"\n'
+FACTORY, RUNNER = 'model = "evil.py:make"\n', 'runner = "evil.py:run"\n'
 REPORT = 'report = "v.json"\n'
 
 
@@ -246,6 +248,8 @@ REPORT = 'report = "v.json"\n'
         (REPORT, True, False, "`report` of {} is left out: the file belongs to another user"),
         (FACTORY, True, True, "`model` of {} is left out: code is named by a file in the current folder alone"),
         (FACTORY, True, False, "`model` of {} is left out: the file belongs to another user"),
+        (RUNNER, True, True, "`runner` of {} is left out: code is named by a file in the current folder alone"),
+        (RUNNER, True, False, "`runner` of {} is left out: the file belongs to another user"),
     ],
 )
 def test_a_file_that_was_found_runs_no_code_and_names_no_output(

@@ -50,6 +50,7 @@ def test_options_of_a_run_are_of_a_run(place: Path, capsys: Capture) -> None:
     assert call("fleet", "status", "fleet.toml", "-j", "2") == 2
     assert "-j is for `fleet run`" in capsys.readouterr().err
     assert call("fleet", "plan", "fleet.toml", "--report", "x.xml") == 2
+    assert call("fleet", "run", "fleet.toml", "--report", "fleet.toml/x.xml") == 7
     assert call("fleet", "begin", "fleet.toml") == 2
     assert call("fleet", "plan", "nowhere.toml") == 3
     assert not (place / "fleet.records").exists()

@@ -126,13 +126,15 @@ def test_adapters_and_checkpoints_have_a_line_a_kind(place: Path, tmp_path: Path
 def test_a_hostile_record_is_shown_and_does_no_harm(tmp_path: Path, capsys: Capture) -> None:
     graph_file(tmp_path / "m.onnx", {"up.weight": np.eye(4, dtype=np.float32)})
     graph = onnx.load(tmp_path / "m.onnx")
-    hostile = '{"adapters": [{"name": "\\u001b[2J\\nx", "weight": "much"}], "base": [1], "verdict": {"outcome": NaN}}'
+    adapters = '[{"name": "\\u001b[2J\\nx", "weight": "much"}, {"weight": NaN}]'
+    hostile = f'{{"adapters": {adapters}, "base": [1], "verdict": {{"outcome": NaN}}}}'
     onnx.helper.set_model_props(graph, {"lora_export": hostile})
     onnx.save(graph, tmp_path / "m.onnx")
     shown = "\n".join(lines(capsys, tmp_path / "m.onnx"))
     assert "\x1b" not in shown and "\\x1b[2J\\nx" in shown
     code, document = answer(capsys, "inspect", tmp_path / "m.onnx")
-    assert code == 0 and document["verdict"]["outcome"] is None and document["adapters"][0]["weight"] is None
+    assert code == 0 and document["verdict"]["outcome"] is None
+    assert [adapter["weight"] for adapter in document["adapters"]] == [None, None]
 
 
 def test_layers_without_a_name_lead_to_the_base(tmp_path: Path, capsys: Capture) -> None:

@@ -47,6 +47,12 @@ def test_json_has_the_figures_of_the_training(data: Path, capsys: Capture) -> No
     assert {(pair.rank, pair.scale) for pair in adapter.pairs.values()} == {(3, 2.0)}
 
 
+def test_json_has_no_number_for_a_loss_that_is_not_finite(data: Path, capsys: Capture) -> None:
+    line = ("train", MODEL, "--data", data, "-o", data.parent / "ad", "--rank", "2", "--epochs", "1")
+    code, document = answer(capsys, *line, "--batch-size", "24", "--learning-rate", "1e30")
+    assert code == 0 and document["loss"]["adapter"] is None and document["loss"]["adapter_text"] in ("nan", "inf")
+
+
 def test_an_output_without_a_name_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.chdir(data.parent)
     assert call("train", MODEL, "--data", data, "-o", ".") == 7

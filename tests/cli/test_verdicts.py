@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_export.api.publish import ExportProofs
+from lora_export.api.publish import ExportProofs, ExportResult
 from lora_export.cli import verdicts
 from lora_export.verification.against_checkpoint import Audit, AuditedWeight, Fate
 from lora_export.verification.parity import Outcome, Verdict
@@ -26,12 +26,14 @@ def a_verification(proof: Any) -> Any:
     return SimpleNamespace(proof=proof, about=ABOUT)
 
 
+def exported(proofs: ExportProofs | None, *files: str) -> dict[str, Any]:
+    return verdicts.export_document(ExportResult(Path("m"), tuple(map(Path, files)), proofs))
+
+
 def test_a_proof_is_a_document_with_its_exit_code() -> None:
-    document = verdicts.proof_document(a_proof(DIFFERENT, diagnosis=DIAGNOSIS))
-    assert document is not None
+    document = exported(ExportProofs(a_proof(DIFFERENT, diagnosis=DIAGNOSIS)))["proof"]
     assert (document["outcome"], document["exit_code"], document["diagnosis"]["first"]) == ("different", 4, "encoder.1")
     assert document["placement"]["compute_nodes"] == 142 and document["about"]["seed"] == 3
-    assert verdicts.proof_document(None) is None
 
 
 def test_a_file_without_a_proof_is_said_to_have_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,10 +63,12 @@ def test_a_verdict_is_printed_with_its_diagnosis(capsys: pytest.CaptureFixture[s
 
 def test_swapped_adapters_have_a_verdict_each(capsys: pytest.CaptureFixture[str]) -> None:
     proofs = ExportProofs(a_proof(), {"fr": a_proof(), "de": a_proof()}, mixed=a_proof(), unlike_base=[])
-    document = verdicts.export_proofs_document(proofs)
-    assert list(document) == ["proof", "bits_of_base", "adapters", "mixed"] and document["bits_of_base"] is True
+    document = exported(proofs)
+    assert (
+        list(document) == ["output", "proof", "bits_of_base", "adapters", "mixed"] and document["bits_of_base"] is True
+    )
     assert list(document["adapters"]) == ["fr", "de"] and document["adapters"]["fr"]["outcome"] == "same"
-    assert verdicts.export_proofs_document(ExportProofs(a_proof(), unlike_base=["y"]))["bits_of_base"] is False
+    assert exported(ExportProofs(a_proof(), unlike_base=["y"]))["bits_of_base"] is False
     verdicts.show_export_proofs(proofs)
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "the base", "fr", "de", "mixed batches",
@@ -73,8 +77,8 @@ def test_swapped_adapters_have_a_verdict_each(capsys: pytest.CaptureFixture[str]
 
 def test_one_proof_is_the_whole_document(capsys: pytest.CaptureFixture[str]) -> None:
     proofs = ExportProofs(a_proof())
-    assert list(verdicts.export_proofs_document(proofs)) == ["proof"]
-    assert verdicts.export_proofs_document(None) == {"proof": None}
+    assert list(exported(proofs)) == ["output", "proof"]
+    assert exported(None, "m", "n") == {"output": "m", "proof": None, "files": ["m", "n"]}
     verdicts.show_export_proofs(proofs)
     assert capsys.readouterr().out.startswith("same")
 

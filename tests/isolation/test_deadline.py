@@ -28,6 +28,14 @@ def test_run_that_ends_in_time_is_not_stopped() -> None:
     assert not stopped.wait(0.2) and not expired.is_set()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_time_that_no_clock_has_is_none_that_ends_a_run() -> None:
+    stopped = threading.Event()
+    with deadline(1e12, stopped.set) as expired:
+        assert call_within(1e12, lambda: time.sleep(0.05), stopped.set) is None
+    assert not stopped.is_set() and not expired.is_set()
+
+
 def test_nothing_keeps_what_is_stopped_alive_afterwards() -> None:
     """A graph's weights may be views of a mapped file, which cannot be closed before the last view is gone."""
 

@@ -49,6 +49,7 @@ def test_array_of_objects_is_not_sent() -> None:
         raw({"arrays": [3]}),
         io.BytesIO((1 << 40).to_bytes(8, "little")),
         io.BytesIO((2).to_bytes(8, "little") + b"[["),
+        io.BytesIO((200_000).to_bytes(8, "little") + b"[" * 200_000),
     ],
 )
 def test_malformed_message_is_refused_before_memory_is_taken(stream: io.BytesIO) -> None:

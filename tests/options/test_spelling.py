@@ -22,6 +22,7 @@ SPELLINGS = [
     (lambda: named("requantize", True), "requantize=True", "--requantize"),
     (lambda: named("per_row", 2), "per_row=2", "--adapters-per-row 2"),
     (lambda: named("weights"), "weights=", "--weight"),
+    (lambda: named("expect_base_sha256"), "base_sha256=", "--expect-base-sha256"),
     (lambda: named("columns", {"a": "b", "c": "d"}), 'columns={"a": "b", "c": "d"}', "--column a=b --column c=d"),
     (lambda: named("hashing", "sha256"), 'hashing="sha256"', "--hash sha256"),
     (

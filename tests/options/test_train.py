@@ -25,6 +25,7 @@ GOOD: dict[str, Any] = {"epochs": 1, "learning_rate": 0.1, "batch_size": 2, "see
         ({"learning_rate": float("nan")}, "learning_rate= is nan; it must be above 0"),
         ({"learning_rate": float("inf")}, "learning_rate= is inf"),
         ({"max_gradient_norm": 0.0}, "max_gradient_norm= is 0"),
+        ({"seed": -1}, "seed= is -1; it must be at least 0"),
         ({"warmup": 1.0}, "warmup= is 1; it must be at least 0 and below 1"),
         ({"weight_decay": -0.1}, "weight_decay= is -0.1"),
         ({"schedule": "stairs"}, "schedule= is 'stairs'; it must be linear, cosine or constant"),

@@ -36,6 +36,7 @@ def test_integer_labels_are_classes_and_float_labels_values(tmp_path: Path) -> N
         ({"x": np.ones(3), "labels": np.arange(2)}, r"`x` has the shape \(3,\), and there are 2 labels"),
         ({"x": np.ones(0), "labels": np.arange(0)}, "contains no examples"),
         ({"x": np.ones(2), "labels": np.array(1)}, r"`labels` has the shape \(\), and there are 0 labels"),
+        ({"x": np.array([0, 1e300]), "labels": np.arange(2)}, "`x` contains 1 value that is not finite, .* in row 1"),
         ({"x": np.array([0, np.inf]), "labels": np.arange(2)}, "`x` contains 1 value that is not finite, .* in row 1"),
         ({"x": np.ones(2), "labels": np.array([np.nan, 1])}, "`labels` contains 1 value that is not finite"),
         ({"x": np.ones(2), "labels": np.array(["a", "b"])}, "`labels` contains <U1, not numbers"),

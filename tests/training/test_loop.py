@@ -319,6 +319,21 @@ def test_the_end_of_a_training_is_a_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(tensor, again.state_dict()[name])
 
 
+def test_the_best_of_a_training_that_went_on_otherwise_is_that_of_its_checkpoint(tmp_path: Path) -> None:
+    def killed(record: StepRecord, *_: int) -> None:
+        if record.step == 6:
+            raise MemoryError("as after a kill: nothing is saved")
+
+    checkpoints, held_out = Checkpoints(tmp_path / "a.training", {}), some_data(31)
+    options = {"epochs": 2, "held_out": held_out, "evaluate_every": 1, "keep_best": True, "save_every": 4}
+    with pytest.raises(EnvironmentLacking):
+        fitted(adapted(), **options, checkpoints=checkpoints, on_step=killed)
+    module = adapted()
+    history = fitted(module, **options, checkpoints=checkpoints, resume=True, learning_rate=1e-30)
+    assert history.best is not None and history.best.step == 4
+    assert evaluate(module, held_out).loss == pytest.approx(history.best.held_out_loss)
+
+
 @pytest.mark.slow
 def test_a_continued_training_has_the_same_bits(tmp_path: Path) -> None:
     options = {"held_out": noise(), "keep_best": True, "epochs": 4, "save_every": 3, "evaluate_every": 2}
@@ -418,6 +433,13 @@ def test_a_last_gradient_that_is_not_finite_is_a_divergence(tmp_path: Path) -> N
     with pytest.raises(InputRefused, match=r"^weights are not finite after step 1 of 1: .* Nothing was written\.$"):
         fitted(adapted(), data, epochs=1, batch_size=1, checkpoints=Checkpoints(tmp_path / "a.training", {}))
     assert not (tmp_path / "a.training").exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_is_a_divergence(tmp_path: Path) -> None:
+    held_out = ArrayData({"x": torch.full((4, 4), torch.inf)}, torch.zeros(4, dtype=torch.int64))
+    checkpoints = Checkpoints(tmp_path / "a.training", {})
+    with pytest.raises(InputRefused, match=r"^the held-out loss is nan after step 2 of 4: training has diverged"):
+        fitted(adapted(), epochs=1, held_out=held_out, evaluate_every=2, checkpoints=checkpoints)
 
 
 def test_a_base_parameter_that_would_get_a_gradient_is_refused() -> None:

@@ -92,11 +92,18 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
+def _exact(place: Mapping[str, Any], name: str) -> str:
+    """A value with all of its digits. JSON has no NaN and no infinity: their names are beside them, as texts."""
+    value = place[name]
+    return str(place[f"{name}_text"]) if value is None else f"{value:.9g}"
+
+
 def _percent(fraction: float | None) -> str:
     return "–" if fraction is None else percent(fraction)
 
 
 FILTERS: dict[str, Callable[..., str]] = {
+    "exact": _exact,
     "figure": _figure,
     "times": times,
     "percent": _percent,

@@ -187,15 +187,18 @@ def read_labelled_arrays(path: Path) -> LabelledArrays:
     if "labels" not in arrays:
         raise InputRefused(f"{path} has no `labels` beside {', '.join(arrays) or 'nothing'}")
     labels = arrays.pop("labels")
-    if problems := _array_problems(arrays, labels):
+    inputs, labels = {name: _in_fp32(values) for name, values in arrays.items()}, _in_fp32(labels)
+    if problems := _array_problems(inputs, labels):
         raise InputRefused(f"{path}:", listed(problems))
     if not len(labels):
         raise InputRefused(f"{path} contains no examples")
-    # NumPy's default is fp64, but a module is trained in fp32.
-    inputs = {
-        name: values.astype(np.float32) if values.dtype.kind == "f" else values for name, values in arrays.items()
-    }
-    return LabelledArrays(inputs, labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64))
+    return LabelledArrays(inputs, labels if labels.dtype.kind == "f" else labels.astype(np.int64))
+
+
+def _in_fp32(values: NDArray[Any]) -> NDArray[Any]:
+    """Floats as a module is trained with them: NumPy's default is fp64. What is beyond fp32 becomes infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32) if values.dtype.kind == "f" else values
 
 
 def _array_problems(arrays: Mapping[str, NDArray[Any]], labels: NDArray[Any]) -> list[str]:

@@ -345,5 +345,9 @@ class SavedDataset(Records):
         values: dict[str, Any] = {name: value for name, value in self._dataset[row].items() if value is not None}
         for name, feature in self._names.items():
             if name in values:
+                if values[name] not in range(feature.num_classes):  # -1 where nobody gave a label
+                    raise InputRefused(
+                        f"`{name}` is {values[name]}, and its classes are 0 to {feature.num_classes - 1}"
+                    )
                 values[name] = feature.int2str(values[name])
         return values

@@ -212,7 +212,7 @@ SUM = against_checkpoint.AuditedWeight(
 )  # fmt: skip
 WRONG = dataclasses.replace(
     SUM, name="layers.1.weight", outcome=parity.Outcome.DIFFERENT, why="it is the sum with english × 1.1", off=7,
-    error=math.inf, retention=math.nan,
+    error=math.inf, retention=math.nan, worst=parity.WorstElement((0, 1), math.nan, -math.inf),
 )  # fmt: skip
 KEPT = against_checkpoint.AuditedWeight("norm.weight", against_checkpoint.Fate.KEPT, parity.Outcome.SAME, elements=40)
 
@@ -244,7 +244,7 @@ def test_audit_begins_with_what_is_wrong() -> None:
     table = page.text.split("worst element")[1]
     assert table.index("layers. 1. weight") < table.index("layers. 0. weight")
     assert page.title == "different: merged – lora-export verify"
-    assert "7 entries are off" in table and "× inf" in table
+    assert "7 entries are off" in table and "× inf" in table and "at [0, 1] nan, not -inf" in table
     assert (
         "layers.1.weight is this sum not in layers.0.weight matches" in page.text
         and page.text.count("first to differ") == 2
