@@ -12,7 +12,7 @@ from lora_export.api.adapter_names import repeated_tables, with_shapes_of_base
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
-from lora_export.errors import InputRefused, WrongUsage, without_output
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats import onnx_adapter
 from lora_export.formats.gguf import GGUF_ROWS
 from lora_export.lora import Adapter
@@ -53,12 +53,6 @@ def check(options: CheckOptions) -> CheckResult:
     Raises InputRefused where the adapter cannot be read or does not fit the base, and WrongUsage for an unknown runtime
     or a setting that none of them has.
     """
-    with without_output():
-        return _checked(options)
-
-
-def _checked(options: CheckOptions) -> CheckResult:
-    """As `check`."""
     runtimes = [runtime_named(name) for name in dict.fromkeys(options.runtimes)]
     known = {setting for runtime in runtimes for setting in runtime.settings}
     if unknown := sorted(options.settings.keys() - known):

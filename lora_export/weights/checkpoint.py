@@ -125,7 +125,7 @@ class Checkpoint:
         """Raise InputRefused where a file of weights changed since it was opened."""
         for shard in self.shards.values():
             if not shard.unchanged():
-                raise InputRefused(f"{shard.path} changed while it was being {doing}. Nothing was written.")
+                raise InputRefused(f"{shard.path} changed while it was being {doing}")
 
     def other_files(self) -> Iterator[Path]:
         """The other files of the folder (config, tokenizer, licence), without weights in other formats.

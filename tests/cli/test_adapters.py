@@ -67,7 +67,7 @@ RESIZE = ("resize", "big", "-o", "small")
         ((*RESIZE, "--energy", "1.1"), 2, "Invalid value for '--energy': 1.1 is not in the range 0<x<=1"),
         ((*RESIZE, "--rank", "2", "-o", "big"), 7, "big"),
         ((*AS_LORA, "--min-kept", "0.65"), 3, "fc: 0.6429 of its change at rank 1"),
-        (AS_LORA, 3, "of each layer by --min-kept. Nothing was written."),
+        (AS_LORA, 3, "of each layer by --min-kept\nNothing was written.\n"),
         ((*AS_LORA[:-2],), 2, "--as lora needs --rank R"),
         ((*AS_LORA[:6], "--rank", "1"), 2, "--rank is for --as lora"),
         (("convert", "fr", "-o", "x.onnx_adapter"), 2, "--to onnx_adapter needs --for MODEL.onnx, or a .pte"),
