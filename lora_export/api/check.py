@@ -123,15 +123,16 @@ def _least_handling(adapter: Adapter, checkpoint: Checkpoint, both: plan.Ties | 
 
     Raises InputRefused for an adapter that fits in no way.
     """
-    how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True}
+    how: dict[str, Any] = {"rules": checkpoint.rules, "identity_ok": True, "unknown_layout_ok": True}
     for handling in () if both is None else (plan.Tied.ERROR, plan.Tied.UNTIE):
+        may_add = checkpoint.takes_more or handling is plan.Tied.UNTIE  # which is for the checkpoint of a GGUF file
         with contextlib.suppress(InputRefused):
             ties = _ties(checkpoint, handling)
-            laid = plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=ties, **how)
+            laid = plan.make([adapter], checkpoint.specs, ties=ties, may_add=may_add, **how)
             if handling is plan.Tied.ERROR:
                 refuse_broken_tie(laid, checkpoint)
             return handling
-    plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=both, **how)
+    plan.make([adapter], checkpoint.specs, ties=both, may_add=True, **how)
     return None if both is None else plan.Tied.BOTH
 
 
