@@ -26,6 +26,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
+from lora_export.storage.gguf_file import is_gguf
 from lora_export.storage.manifest import OF_THE_OUTPUT, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.storage.store_path import place
@@ -171,22 +172,32 @@ def refuse_link_outside(path: Path, home: Path) -> None:
         raise InputRefused(f"{path} is a link to {target}, outside the model. Replace the link with a copy of the file")
 
 
-def open_checkpoint(path: str | Path, *, dequantise: bool = False, variant: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, dequantise: bool = False, variant: str | None = None, what: str = "base model"
+) -> Checkpoint:
     """Read the headers, config and index of a base. Reads no weights.
 
     With `dequantise`, the weights of a quantised folder are read as floats (`Checkpoint.quantised`). `variant` chooses
-    one of several sets of weights in a folder: its name, or "none" for that without a name. Raises
-    InputRefused for missing or damaged shards, an index that disagrees with them, two sets of weights, pickled weights,
-    and quantised weights that are not to be dequantised, or whose scheme is not known.
+    one of several sets of weights in a folder: its name, or "none" for that without a name. Messages call the base
+    `what`. Raises InputRefused for missing or damaged shards, an index that disagrees with them, two sets of weights,
+    pickled weights, and quantised weights that are not to be dequantised, or whose scheme is not known.
     """
     path = place(path)
-    input_files.must_exist(path, "base model")
+    input_files.must_exist(path, what)
     if path.is_dir():
         return _open_folder(path, dequantise, variant)
     if variant is not None:
         raise InputRefused(f"{path} is one file, which has no variants. Leave {named('variant')} out")
     if not safetensors_file.is_safetensors(path):
-        raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
+        if is_gguf(path):
+            raise InputRefused(
+                f"{path} is a GGUF file, which is not taken here. Give the Hugging Face folder or the .safetensors "
+                "file that it was made from"
+            )
+        raise InputRefused(
+            f"{path} is no checkpoint: give a Hugging Face folder or a .safetensors file, or, where the command takes "
+            "them, a .gguf or .onnx file"
+        )
     shards, tasks = without_adapters({path.name: safetensors_file.open_file(path)}, {})
     history = _history(path, {}, shards[path.name])
     quantised = _read_quantised(path, shards, {}, stated_by_file(shards), dequantise)

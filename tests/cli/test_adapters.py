@@ -59,7 +59,7 @@ RESIZE = ("resize", "big", "-o", "small")
         ((*EXTRACT, "--rank", "2", "--layout", "x"), 2, "x is not NAME=out_in"),
         (("extract", "base.safetensors", "base.safetensors", "-o", "x", "--rank", "1"), 3, "nothing to extract"),
         ((*EXTRACT[:3], "-o", "x", "--rank", "1"), 3, "fc.weight: how it is stored is unknown"),
-        (("extract", "base.safetensors", "nowhere", "-o", "x", "--rank", "1"), 3, "nowhere"),
+        (("extract", "base.safetensors", "nowhere", "-o", "x", "--rank", "1"), 3, "no tuned model at nowhere"),
         ((*EXTRACT[:3], "-o", "base.safetensors", "--rank", "1"), 7, "base"),
         (RESIZE, 2, "give --rank, or --energy"),
         (("resize", "nowhere", "-o", "small", "--rank", "1"), 3, "nowhere"),
