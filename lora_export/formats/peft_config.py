@@ -151,11 +151,13 @@ def value_for_module(module: str, config: Mapping[str, Any], patterns: str, defa
     return next(iter(config[patterns].values(module)), config[default])
 
 
-def adapter_scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
+def adapter_scale(rank: float, alpha: float, config: Mapping[str, Any]) -> float:
     """The factor of B A. Raises InputRefused where float32 cannot hold it: the change would be zero or infinite."""
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if not SMALLEST_SCALE <= abs(scale) <= LARGEST_SCALE:
-        raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
+        raise InputRefused(
+            f"lora_alpha {alpha:g} and rank {rank:g} make a scale of {scale:g}, which float32 cannot hold"
+        )
     return scale
 
 
