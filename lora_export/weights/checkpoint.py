@@ -26,7 +26,6 @@ from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
-from lora_export.storage.gguf_file import is_gguf
 from lora_export.storage.manifest import OF_THE_OUTPUT, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.storage.store_path import place
@@ -189,6 +188,8 @@ def open_checkpoint(
     if variant is not None:
         raise InputRefused(f"{path} is one file, which has no variants. Leave {named('variant')} out")
     if not safetensors_file.is_safetensors(path):
+        from lora_export.storage.gguf_file import is_gguf  # a base of safetensors does not need it
+
         if is_gguf(path):
             raise InputRefused(
                 f"{path} is a GGUF file, which is not taken here. Give the Hugging Face folder or the .safetensors "
