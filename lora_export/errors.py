@@ -6,10 +6,8 @@ wrong, where, and what to do. Every other exception is a bug: it ends as a trace
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, SupportsIndex
@@ -150,16 +148,6 @@ class RuntimeRefused(LoraExportError):
     exit_code = 8
 
 
-@contextlib.contextmanager
-def without_output() -> Iterator[None]:
-    """The context of what writes no output: its errors do not end with that nothing was written."""
-    try:
-        yield
-    except LoraExportError as error:
-        error.args = (EscapedLines(re.sub(r"(^|\s)Nothing was written\.(?=\s|$)", "", str(error))),)
-        raise
-
-
 def refuse_unprintable(names: Iterable[str], source: str) -> None:
     """Raise InputRefused for tensor names with control characters: only an attack has such names."""
     strange = [repr(name) for name in names if not name.isprintable()]
@@ -200,7 +188,7 @@ class MatchError(InputRefused):
         by_adapter: dict[str, list[Misfit]] = {}
         for misfit in self.misfits:
             by_adapter.setdefault(misfit.adapter, []).append(misfit)
-        lines: list[str] = [f"{len(self.misfits)} of {targets} targets do not fit the base. Nothing was written."]
+        lines: list[str] = [f"{len(self.misfits)} of {targets} targets do not fit the base."]
         for adapter, own_misfits in by_adapter.items():
             lines += [f"  in {adapter}:", listed(own_misfits, indent="    ")]
             if base := made_for.get(adapter):

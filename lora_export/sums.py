@@ -170,7 +170,7 @@ def dora_factors(step: Step, squares: NDArray[np.float64], outputs: slice = EVER
     if zeros:
         raise InputRefused(
             f"{step.weight}: {zeros} outputs of W + s·BA are zero, and DoRA cannot rescale a zero vector. Check that "
-            "the adapter was trained on this base. Nothing was written."
+            "the adapter was trained on this base"
         )
     factors: NDArray[np.float64] = step.magnitude[outputs] / np.sqrt(squares)
     return factors

@@ -57,7 +57,7 @@ def test_misfits_are_listed_by_adapter():
     error = MatchError(misfits, targets=5)
     assert error.misfits == tuple(misfits)
     assert str(error).splitlines() == [
-        "3 of 5 targets do not fit the base. Nothing was written.",
+        "3 of 5 targets do not fit the base.",
         "  in one:",
         "    a: no such weight",
         "    c: too wide",
@@ -70,7 +70,7 @@ def test_only_the_first_misfits_are_listed_and_all_are_kept():
     misfits = [Misfit("fr", f"layer {number}", "no such weight") for number in range(224)]
     error = MatchError([*misfits, Misfit("de", "x", "too wide")], targets=300, made_for={"fr": "owner/model\x1b"})
     assert str(error).splitlines() == [
-        "225 of 300 targets do not fit the base. Nothing was written.",
+        "225 of 300 targets do not fit the base.",
         "  in fr:",
         *(f"    layer {number}: no such weight" for number in range(5)),
         "    and 219 more",

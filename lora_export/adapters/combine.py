@@ -321,7 +321,7 @@ def _combined_terms(
             problems.append(f"{name}: {error}")
     if problems:
         raise InputRefused(
-            f"{len(problems)} of {len(terms)} weights cannot be combined by {combination.method}. Nothing was written.",
+            f"{len(problems)} of {len(terms)} weights cannot be combined by {combination.method}",
             listed(problems),
         )
     return combined

@@ -179,7 +179,7 @@ def refuse_beyond_pairs(adapters: Sequence[Adapter], what: str, *, whole_ok: boo
     """
     problems = [f"{adapter.name}: {problem}" for adapter in adapters for problem in _beyond_pairs(adapter, whole_ok)]
     if problems:
-        raise InputRefused(f"{what} can contain pairs of A and B alone. Nothing was written.", listed(problems))
+        raise InputRefused(f"{what} can contain pairs of A and B alone:", listed(problems))
 
 
 def _beyond_pairs(adapter: Adapter, whole_ok: bool) -> Iterator[str]:
@@ -240,7 +240,7 @@ def as_lora(
             f"{adapter.name} as LoRA of rank {rank} would lose a part of {len(problems)} of {len(layers)} layers:",
             listed(problems, len(problems)),
             f"Give a larger {named('rank')}, or state the least share of ‖ΔW‖² that has to be kept of each layer by "
-            f"{named('min_kept')}. Nothing was written.",
+            f"{named('min_kept')}",
         )
     return replace(adapter, pairs=pairs, sha256="", file_sha256=""), tuple(layers)
 

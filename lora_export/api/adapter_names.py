@@ -341,7 +341,7 @@ def _under_names_of_authors(adapter: Adapter, checkpoint: Checkpoint, to: str) -
         if diffusers_class is not None and diffusers_class not in KNOWN_CLASSES:
             raise InputRefused(
                 f"what the authors of {diffusers_class} call its layers is not known, and files for {to} have "
-                f"their names. {named('to', 'diffusers')} keeps those of diffusers. Nothing was written."
+                f"their names. {named('to', 'diffusers')} keeps those of diffusers"
             )
         return adapter
     names = _NamesOfAuthors(adapter, shapes)
@@ -354,7 +354,6 @@ def _under_names_of_authors(adapter: Adapter, checkpoint: Checkpoint, to: str) -
         raise InputRefused(
             f"the format {to} cannot express everything in {adapter.name}:",
             listed(names.problems, len(names.problems)),
-            "Nothing was written.",
         )
     return names.result()
 

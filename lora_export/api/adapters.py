@@ -170,7 +170,7 @@ def extract(options: ExtractOptions) -> ExtractResult:
 def _extracted(options: ExtractOptions, base: Path, tuned: Path) -> ExtractResult:
     """As `extract`, with both checkpoints found."""
     output, truncation = place(options.output), Truncation(options.rank, options.energy)
-    one, other = open_checkpoint(base), open_checkpoint(tuned)
+    one, other = open_checkpoint(base), open_checkpoint(tuned, what="tuned model")
     with atomic_output.staged(options, output, [base, tuned]) as stage:
         found = extract_adapter(
             one,

@@ -12,7 +12,7 @@ from lora_export.api.adapter_names import repeated_tables, with_shapes_of_base
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
-from lora_export.errors import InputRefused, WrongUsage, without_output
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats import onnx_adapter
 from lora_export.formats.gguf import GGUF_ROWS
 from lora_export.lora import Adapter
@@ -53,12 +53,6 @@ def check(options: CheckOptions) -> CheckResult:
     Raises InputRefused where the adapter cannot be read or does not fit the base, and WrongUsage for an unknown runtime
     or a setting that none of them has.
     """
-    with without_output():
-        return _checked(options)
-
-
-def _checked(options: CheckOptions) -> CheckResult:
-    """As `check`."""
     runtimes = [runtime_named(name) for name in dict.fromkeys(options.runtimes)]
     known = {setting for runtime in runtimes for setting in runtime.settings}
     if unknown := sorted(options.settings.keys() - known):
@@ -129,15 +123,16 @@ def _least_handling(adapter: Adapter, checkpoint: Checkpoint, both: plan.Ties | 
 
     Raises InputRefused for an adapter that fits in no way.
     """
-    how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True}
+    how: dict[str, Any] = {"rules": checkpoint.rules, "identity_ok": True, "unknown_layout_ok": True}
     for handling in () if both is None else (plan.Tied.ERROR, plan.Tied.UNTIE):
+        may_add = checkpoint.takes_more or handling is plan.Tied.UNTIE  # which is for the checkpoint of a GGUF file
         with contextlib.suppress(InputRefused):
             ties = _ties(checkpoint, handling)
-            laid = plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=ties, **how)
+            laid = plan.make([adapter], checkpoint.specs, ties=ties, may_add=may_add, **how)
             if handling is plan.Tied.ERROR:
                 refuse_broken_tie(laid, checkpoint)
             return handling
-    plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=both, **how)
+    plan.make([adapter], checkpoint.specs, ties=both, may_add=True, **how)
     return None if both is None else plan.Tied.BOTH
 
 

@@ -163,7 +163,7 @@ def _written(request: ShardRequest) -> dict[str, Any]:
     if maker.digest(request.shard) != request.digest:
         raise InputRefused(
             f"{request.shard}: a worker sees another base, adapter or version of lora-export than the process that "
-            "began the merge. Nothing was written"
+            "began the merge"
         )
     if isinstance(stage, StorePath):
         with written_by_worker(stage, request.shard, request.run) as path:

@@ -175,7 +175,7 @@ def _refuse_other_labels(located: Located) -> None:
         raise InputRefused(
             "the graph alone shows no reference for heads with other labels than its own:",
             listed(others),
-            f"Name the PyTorch model that it was exported from ({named('reference', 'MODEL')}). Nothing was written.",
+            f"Name the PyTorch model that it was exported from ({named('reference', 'MODEL')})",
         )
 
 
@@ -236,7 +236,7 @@ def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: Onn
     """Where the graph comes from: the hashes of its files. Raises InputRefused where one has changed meanwhile."""
     base = {path.name: hashes.get(path.name) or {FAST: file_hash(path, FAST)} for path in graph.sources}
     for path in graph.changed():
-        raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
+        raise InputRefused(f"{path} changed while it was being read")
     settings = {**options.form_settings, **options.settings}
     settings |= {"requantize": True, "min_retention": options.min_retention} if options.requantize else {}
     return provenance.record(options.adapters, options.strengths, base, graph.history, settings, base_path=graph.path)

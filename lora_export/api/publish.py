@@ -136,7 +136,7 @@ def require_same(proof: Proof, what: str = "") -> Proof:
     raise kind(
         EscapedLines(f"{one_line(what)}: {summary}") if what else summary,
         *([proof.diagnosis.text] if proof.diagnosis else []),
-        f"Nothing was written. {named('verify', False)} would publish the file without a proof.",
+        f"{named('verify', False)} would publish the file without a proof.",
         proof=proof,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 from lora_export.api.training_data import TrainingData
 from lora_export.api.training_strategies import TrainingRun, has_whole_head, losses_of
 from lora_export.callbacks import OnMessage
-from lora_export.errors import OutputFailed
+from lora_export.errors import LoraExportError, OutputFailed
 from lora_export.extras import pip_install
 from lora_export.formats import WriteOptions, peft
 from lora_export.lora import Adapter
@@ -62,10 +62,10 @@ def staged_output(output: Path, inputs: Sequence[Path], *, overwrite: bool, on_m
 
 @contextlib.contextmanager
 def noted_checkpoint(folder: Path) -> Iterator[None]:
-    """Let the message of an interrupted command name the checkpoint that it has left."""
+    """Let the message of a command that is interrupted or refused know of the checkpoint that it has left."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LoraExportError):
         if folder.exists():
             atomic_output.published.append(folder)
         raise

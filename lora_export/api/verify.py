@@ -26,7 +26,7 @@ from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.artifacts.kind import artifact_kind
-from lora_export.errors import InputRefused, LoraExportError, WrongUsage, brief, without_output
+from lora_export.errors import InputRefused, LoraExportError, WrongUsage, brief
 from lora_export.formats import is_only_adapter
 from lora_export.formats.peft_keys import INNER, WRAPPER
 from lora_export.isolation.limits import stated_memory
@@ -143,7 +143,7 @@ def _verified(options: VerifyOptions, in_step: AuditInStep[Verification] | None 
     """One proof, with its reports."""
     begun = time.perf_counter()
     request = replace(_request(options), in_step=in_step)
-    with stated_memory(options.memory), without_output():
+    with stated_memory(options.memory):
         candidate = _candidate(options)
         request = replace(request, origin=_origin(request, candidate))
         _refuse_adapter(candidate, request)

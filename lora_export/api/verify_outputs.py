@@ -66,7 +66,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         require_provider(request.provider)
         loaded = load_adapters(request.adapters, activated=True)
         names = [adapter.name for adapter in loaded]
-        request, loaded = _of_adapter_id(request, loaded)
+        request, loaded, chosen = _of_adapter_id(request, loaded)
         printed = {note: None for adapter in loaded for note in adapter.notes}
         note_each(on_message, printed)
         require_memory_to_verify(model, candidate, request.dtype)
@@ -81,6 +81,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         base = adapted.model
         stage("loading the candidate")
         runner = open_candidate(candidate, HowToOpen(base, request, names, _seconds(request, base, candidate)))
+        note_each(on_message, chosen)  # the graph may have refused the number of adapters
         if isinstance(runner, OnnxRunner | SeveralGraphs) and runner.has_slots:
             stage("filling the slots")
             if not loaded:
@@ -137,22 +138,22 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     return replace(proof, about=about)
 
 
-def _of_adapter_id(request: VerifyRequest, adapters: list[Adapter]) -> tuple[VerifyRequest, list[Adapter]]:
-    """The request and its adapters; of several, which are those of the graph in the order of the ids, the chosen one.
+def _of_adapter_id(request: VerifyRequest, adapters: list[Adapter]) -> tuple[VerifyRequest, list[Adapter], list[str]]:
+    """The request, its adapters, and notes; of several, which are the graph's in the order of the ids, the chosen one.
 
     Raises InputRefused for an id that is none of them, and as `plan.checked_strengths`.
     """
     number = request.adapter_id
     if number is None or len(adapters) < (2 if number else 1):
-        return request, adapters
+        return request, adapters, []
     strengths = checked_strengths(adapters, request.weights)
     if number > len(adapters):
         given = ", ".join(f"{place} ({adapter.name})" for place, adapter in enumerate(adapters, start=1))
         raise InputRefused(f"{named('adapter_id', number)} is none of the adapters that are given: {given}")
     own = slice(number - 1, number) if number else slice(0)
     reference = f"{adapters[number - 1].name} alone" if number else "the base without adapters"
-    request.on_message(f"note: {named('adapter_id', number)}: the reference is {reference}")
-    return replace(request, weights=strengths[own]), adapters[own]
+    chosen = f"{named('adapter_id', number)}: the reference is {reference}"
+    return replace(request, weights=strengths[own]), adapters[own], [chosen]
 
 
 def _seconds(request: VerifyRequest, base: Model, candidate: Artifact) -> float:

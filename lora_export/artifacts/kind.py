@@ -14,6 +14,7 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import command
 from lora_export.storage import input_files
 from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
+from lora_export.storage.store_path import StorePath
 from lora_export.weights.weight_files import MODULES_FILE, PIPELINE_INDEX
 
 MODEL_FORMS = ("a Hugging Face folder that exists", "`package.module:factory`", "`file.py:factory`")
@@ -46,7 +47,8 @@ def _kind_of_content(path: Path) -> ArtifactKind:
     if is_gguf(path):  # as programs that download models store them
         return ArtifactKind.GGUF
     names: set[str] = set()
-    if path.is_file() and zipfile.is_zipfile(path):
+    # A program is on the disk: what is in a store is not opened by name.
+    if not isinstance(path, StorePath) and path.is_file() and zipfile.is_zipfile(path):
         with contextlib.suppress(InputRefused), archive.opened(path) as opened:
             names = {name.partition("/")[2] for name in opened.namelist()}
     return next((kind for member, kind in MEMBERS.items() if member in names), ArtifactKind.OTHER)

@@ -210,7 +210,7 @@ def run(arguments: list[str] | None = None) -> int:
         # `| head` has read enough: the code that shells report of a program that SIGPIPE ended. Windows has no SIGPIPE.
         return 128 + getattr(signal, "SIGPIPE", 13)
     except (Exception, KeyboardInterrupt) as error:
-        failure = failures.failure_of(error)
+        failure = failures.failure_of(error, invocation)
         if failure is None:
             failures.show_failure(failures.bug(error), invocation)
             raise

@@ -29,6 +29,7 @@ from lora_export.errors import (
     MatchError,
     NotTheSame,
     OutputFailed,
+    RuntimeRefused,
     one_line,
     printable,
 )
@@ -65,7 +66,7 @@ class Failure:
 
     message: str
     exit_code: int
-    text: str  # the message as a person reads it on stderr, with click's usage lines
+    text: str  # the message as a person reads it on stderr, with click's usage lines, and that nothing was written
     facts: dict[str, Any] = field(default_factory=dict)  # more for the JSON document
     details: str = ""  # what -v prints besides: every figure of a proof, and the original of a wrapped error
 
@@ -85,6 +86,16 @@ class Invocation:
         options = self.arguments[: self.arguments.index("--")] if "--" in self.arguments else self.arguments
         parameters = self.context.params if self.context else {}
         return bool(parameters.get("as_json", "--json" in options))
+
+    @property
+    def has_written_nothing(self) -> bool:
+        """Whether the command writes an output, and has published none."""
+        parameters = self.context.params if self.context else {}
+        if parameters.get("output") is None or parameters.get("dry_run"):
+            return False
+        from lora_export.storage import atomic_output
+
+        return not atomic_output.published
 
     @property
     def command(self) -> str:
@@ -113,7 +124,7 @@ def answered() -> None:
 # --- From an exception to a failure ---
 
 
-def failure_of(error: BaseException) -> Failure | None:
+def failure_of(error: BaseException, invocation: Invocation) -> Failure | None:
     """The message and the exit code of an exception; None for a bug of ours."""
     error = _raised(error)
     if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
@@ -122,7 +133,9 @@ def failure_of(error: BaseException) -> Failure | None:
     if isinstance(error, click.ClickException):
         return Failure(_in_one_line(error.format_message()), error.exit_code, _usage(error))
     if isinstance(error, LoraExportError):
-        return Failure(str(error), error.exit_code, f"Error: {error}", _facts(error), _details(error))
+        refused = isinstance(error, InputRefused | NotTheSame | RuntimeRefused)
+        outcome = "\nNothing was written." if refused and invocation.has_written_nothing else ""
+        return Failure(str(error), error.exit_code, f"Error: {error}{outcome}", _facts(error), _details(error))
     known = _known(error)
     if known is None:
         return None

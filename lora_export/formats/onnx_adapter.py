@@ -73,7 +73,6 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter], of: str = "graph") -> No
             listed(problems),
             f"Merge such an adapter into a {of} of its own ({named('lora', 'merged')}).",
             *(remedies if of == "graph" and any(adapter.replaced for adapter in adapters) else []),
-            "Nothing was written.",
         )
 
 
@@ -88,7 +87,7 @@ def refuse_new_tables(plan: Plan, of: str = "graph") -> None:
         raise InputRefused(
             f"only low-rank pairs can be swapped while a {of} runs; these tensors would differ from the base's:",
             listed(tables),
-            f"Merge such an adapter into a {of} of its own ({named('lora', 'merged')}). Nothing was written.",
+            f"Merge such an adapter into a {of} of its own ({named('lora', 'merged')})",
         )
 
 
@@ -106,7 +105,7 @@ def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
             "the graph has no input for the factors of DoRA or IA3 at these weights:",
             listed(lacking),
             "Make the graph with an adapter that has them, or, for factors of outputs, with "
-            f"`{command('onnx', lora='inputs', dora=True)}`. Nothing was written.",
+            f"`{command('onnx', lora='inputs', dora=True)}`",
         )
 
 
@@ -130,8 +129,7 @@ def refuse_larger_ranks(plan: Plan, max_ranks: Mapping[str, int], of: str = "gra
         raise InputRefused(
             f"the {of} has a fixed rank ({named('max_rank')}), and these adapters have a larger one:",
             listed(larger),
-            f"Export with a larger {named('max_rank')}, or make the adapter smaller ({command('resize')}). "
-            "Nothing was written.",
+            f"Export with a larger {named('max_rank')}, or make the adapter smaller ({command('resize')})",
         )
 
 

@@ -294,7 +294,8 @@ class _StoredPairs:
         key = self.keys[MAGNITUDE].get(module)
         if (key is not None) is not bool(self.config.get("use_dora")):
             raise InputRefused(
-                "the config sets use_dora, but lora_magnitude_vector is missing"
+                "the config sets use_dora, but lora_magnitude_vector is missing: PEFT leaves it out where it converts "
+                "PiSSA or OLoRA to plain LoRA. Merge the adapter in PEFT before that (merge_and_unload)"
                 if key is None
                 else "lora_magnitude_vector is present, but the config does not set use_dora"
             )

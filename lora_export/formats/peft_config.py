@@ -34,6 +34,8 @@ MERGE_IN_PEFT = (
 CONVERT_IN_PEFT = (
     "Convert the adapter to plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
 )
+# What PEFT's conversion refuses (patterns, with rsLoRA alone), or leaves out of the file: it keeps A and B.
+LOST_IN_CONVERSION = ("use_dora", "modules_to_save", "trainable_token_indices")
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # do not change the base weights
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # lists of names, or None
 NOT_OF_ALORA = (  # PEFT makes no such adapters, or what they mean depends on its version
@@ -109,7 +111,9 @@ def _refused_of_lora(config: Mapping[str, Any]) -> list[str]:
     """What a config of LoRA has that is not supported, and why."""
     refused, init = [], config.get("init_lora_weights", True)
     if init not in SAFE_INITS:
-        remedy = MERGE_IN_PEFT if init == "loftq" else CONVERT_IN_PEFT
+        has_patterns = config.get("use_rslora") and (config.get("rank_pattern") or config.get("alpha_pattern"))
+        loses = any(map(config.get, LOST_IN_CONVERSION)) or config.get("bias", "none") != "none"
+        remedy = MERGE_IN_PEFT if init == "loftq" or has_patterns or loses else CONVERT_IN_PEFT
         refused.append(
             f"init_lora_weights is {init!r}, which changes the base weights: W + sBA on the original base is wrong. "
             f"{remedy}"
@@ -161,11 +165,13 @@ def value_for_module(module: str, config: Mapping[str, Any], patterns: str, defa
     return next(iter(config[patterns].values(module)), config[default])
 
 
-def adapter_scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
+def adapter_scale(rank: float, alpha: float, config: Mapping[str, Any]) -> float:
     """The factor of B A. Raises InputRefused where float32 cannot hold it: the change would be zero or infinite."""
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if not SMALLEST_SCALE <= abs(scale) <= LARGEST_SCALE:
-        raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
+        raise InputRefused(
+            f"lora_alpha {alpha:g} and rank {rank:g} make a scale of {scale:g}, which float32 cannot hold"
+        )
     return scale
 
 

@@ -116,7 +116,6 @@ def refuse_inexpressible(adapter: Adapter, target: str, problems: Sequence[str])
         raise InputRefused(
             f"the format {target} cannot express everything in {adapter.name}:",
             listed(sorted(set(problems)), len(problems)),
-            "Nothing was written.",
         )
 
 

@@ -189,4 +189,4 @@ def refuse_not_finite(weight: str, after: NDArray[Any], *, before: NDArray[Any] 
     else:
         limit = float(ml_dtypes.finfo(after.dtype).max)
         reason = f"the largest {after.dtype} is {limit:g}; check the adapter's scale, or export in float32"
-    raise InputRefused(f"{weight}: {count(bad, 'value')} would not be finite: {reason}. Nothing was written.")
+    raise InputRefused(f"{weight}: {count(bad, 'value')} would not be finite: {reason}")

@@ -20,6 +20,7 @@ import inspect
 import math
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -161,6 +162,8 @@ class Declared:
         for one in value if isinstance(value, Iterable) and not isinstance(value, str) else (value,):
             if self.choices and one not in (*self.choices, self.default):
                 raise WrongUsage(f"{named(self.name)} is {one!r}; it must be {_either(self.choices)}")
+            if is_number and isinstance(one, int) and abs(one) > sys.float_info.max:
+                raise WrongUsage(f"{named(self.name)} has more than {sys.float_info.max_10_exp} digits")
             if is_number and (limit := self._limit_of(one)):
                 raise WrongUsage(f"{named(self.name)} is {one:g}; it must be {limit}")
 

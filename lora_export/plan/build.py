@@ -259,7 +259,7 @@ def checked_strengths(
         if not abs(strength) <= LARGEST_STRENGTH:
             raise InputRefused(f"the weight of {adapter.name} is {strength}; it must be a finite number in float32")
         if not identity_ok and (why := _why_no_effect(adapter, strength)):
-            raise InputRefused(f"the adapter {adapter.name} has no effect: {why}. Nothing was written.")
+            raise InputRefused(f"the adapter {adapter.name} has no effect: {why}")
     return strengths
 
 

@@ -98,7 +98,7 @@ def _is_transposed(adapter: Adapter, parameter: str, shown: Mapping[str, bool], 
         missing = "the adapter records no peft_version" if unrecorded else "the base has no config with a model_type"
         raise InputRefused(
             f"{parameter} of {adapter.name}: each expert is a square matrix, and {missing}: whether the experts' "
-            "inputs are their rows or their columns is unknown. Add it. Nothing was written."
+            "inputs are their rows or their columns is unknown. Add it"
         )
     return is_known
 

@@ -65,7 +65,7 @@ def refuse_unknown(steps: Sequence[Step]) -> None:
             f"{first_of(unknown, NAMED_WEIGHTS)}. Neither the base nor the adapter determines whether it is "
             "stored (out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by "
             f"{named('layout', {'NAME': 'out_in'})} or {named('layout', {'NAME': 'in_out'})}; "
-            "NAME is a tensor, a module or a glob such as '*'. Nothing was written."
+            "NAME is a tensor, a module or a glob such as '*'"
         )
 
 

@@ -77,6 +77,6 @@ def with_labels_of(adapter: Adapter, specs: Iterable[TensorSpec]) -> list[Tensor
         raise InputRefused(
             "the base lacks these layers, which adapters save whole, so that rows with id 0 would have none:",
             listed(lacking),
-            f"Merge one adapter's head into the base first: {head_into_base()}. Nothing was written.",
+            f"Merge one adapter's head into the base first: {head_into_base()}",
         )
     return list(by_name.values())

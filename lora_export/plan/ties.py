@@ -248,7 +248,7 @@ def refuse_lost_rows(table: Step, other: Step) -> None:
         raise InputRefused(
             f"{lost[0]} replaces rows of {table.weight}, and so of {other.weight}, which is tied to it; "
             f"{other.values_of[0]} replaces {'rows of' if other.replaces_only_rows else 'the whole'} {other.weight}. "
-            f"Merge only one of these adapters{_or_both(table, other)}. Nothing was written."
+            f"Merge only one of these adapters{_or_both(table, other)}"
         )
 
 

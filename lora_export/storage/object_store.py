@@ -205,7 +205,7 @@ class Bucket:
             with _errors(self._of(key), EnvironmentLacking):
                 content = memoryview(self._store.get(key, options=options).bytes())
         except ObjectChanged:
-            raise InputRefused(f"{self._of(key)} changed while it was being read. Nothing was written") from None
+            raise InputRefused(f"{self._of(key)} changed while it was being read") from None
         if len(content) != stop - start:
             raise InputRefused(f"{self._of(key)}: the store returned {len(content)} of {stop - start} bytes")
         return content
@@ -341,7 +341,7 @@ class Bucket:
         with _errors(self._of(key), EnvironmentLacking):
             now = self._stated(self._store.head(key))
         if before is None or (now.size, now.e_tag) != (before.size, before.e_tag):
-            raise InputRefused(f"{self._of(key)} changed while it was being read. Nothing was written")
+            raise InputRefused(f"{self._of(key)} changed while it was being read")
 
     def refuse_late_unseen(self, key: str) -> None:
         """The same for an object that was put by requests whose answers obstore does not return."""

@@ -255,11 +255,11 @@ class _Run:
         self.optimizer.step()
 
     def _divergence(self, what: str, step: int) -> InputRefused:
-        kept = "Nothing was written."
+        kept = ""
         if self.checkpoints is not None and self.checkpoints.exists:
-            kept = f"The last checkpoint is in {self.checkpoints.folder}: {named('resume', True)} continues from it."
+            kept = f". The last checkpoint is in {self.checkpoints.folder}: {named('resume', True)} continues from it"
         return InputRefused(
-            f"{what} step {step} of {self.total}: training has diverged. Try a lower learning rate. {kept}"
+            f"{what} step {step} of {self.total}: training has diverged. Try a lower learning rate{kept}"
         )
 
     def _refuse_gradients_of_the_base(self) -> None:

@@ -143,12 +143,12 @@ def refuse_overflow(name: str, before: NDArray[Any], after: NDArray[Any]) -> Non
         return
     bad = before.size - np.count_nonzero(np.isfinite(before))
     if bad:
-        raise InputRefused(f"{name}: the base holds {count_that_are(bad, 'value')} not finite. Nothing was written.")
+        raise InputRefused(f"{name}: the base holds {count_that_are(bad, 'value')} not finite")
     limit = float(ml_dtypes.finfo(after.dtype).max)
     beyond = after.size - np.count_nonzero(np.isfinite(after))
     raise InputRefused(
         f"{name}: {count(beyond, 'value')} would exceed {limit:g}, the largest "
-        f"{after.dtype}. Check the adapter's scale, or use {named('dtype', 'float32')}. Nothing was written."
+        f"{after.dtype}. Check the adapter's scale, or use {named('dtype', 'float32')}"
     )
 
 

@@ -125,7 +125,7 @@ class Checkpoint:
         """Raise InputRefused where a file of weights changed since it was opened."""
         for shard in self.shards.values():
             if not shard.unchanged():
-                raise InputRefused(f"{shard.path} changed while it was being {doing}. Nothing was written.")
+                raise InputRefused(f"{shard.path} changed while it was being {doing}")
 
     def other_files(self) -> Iterator[Path]:
         """The other files of the folder (config, tokenizer, licence), without weights in other formats.
@@ -171,22 +171,34 @@ def refuse_link_outside(path: Path, home: Path) -> None:
         raise InputRefused(f"{path} is a link to {target}, outside the model. Replace the link with a copy of the file")
 
 
-def open_checkpoint(path: str | Path, *, dequantise: bool = False, variant: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, dequantise: bool = False, variant: str | None = None, what: str = "base model"
+) -> Checkpoint:
     """Read the headers, config and index of a base. Reads no weights.
 
     With `dequantise`, the weights of a quantised folder are read as floats (`Checkpoint.quantised`). `variant` chooses
-    one of several sets of weights in a folder: its name, or "none" for that without a name. Raises
-    InputRefused for missing or damaged shards, an index that disagrees with them, two sets of weights, pickled weights,
-    and quantised weights that are not to be dequantised, or whose scheme is not known.
+    one of several sets of weights in a folder: its name, or "none" for that without a name. Messages call the base
+    `what`. Raises InputRefused for missing or damaged shards, an index that disagrees with them, two sets of weights,
+    pickled weights, and quantised weights that are not to be dequantised, or whose scheme is not known.
     """
     path = place(path)
-    input_files.must_exist(path, "base model")
+    input_files.must_exist(path, what)
     if path.is_dir():
         return _open_folder(path, dequantise, variant)
     if variant is not None:
         raise InputRefused(f"{path} is one file, which has no variants. Leave {named('variant')} out")
     if not safetensors_file.is_safetensors(path):
-        raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
+        from lora_export.storage.gguf_file import is_gguf  # a base of safetensors does not need it
+
+        if is_gguf(path):
+            raise InputRefused(
+                f"{path} is a GGUF file, which is not taken here. Give the Hugging Face folder or the .safetensors "
+                "file that it was made from"
+            )
+        raise InputRefused(
+            f"{path} is no checkpoint: give a Hugging Face folder or a .safetensors file, or, where the command takes "
+            "them, a .gguf or .onnx file"
+        )
     shards, tasks = without_adapters({path.name: safetensors_file.open_file(path)}, {})
     history = _history(path, {}, shards[path.name])
     quantised = _read_quantised(path, shards, {}, stated_by_file(shards), dequantise)

@@ -213,8 +213,7 @@ class _Extraction:
                 f"{len(self.problems)} differences between {self.base.path} and {self.tuned.path} are none of a PEFT "
                 "adapter:",
                 listed(self.problems),
-                f"{named('exclude', 'NAME')} (a tensor, a module or a glob) leaves them out of the adapter. "
-                "Nothing was written.",
+                f"{named('exclude', 'NAME')} (a tensor, a module or a glob) leaves them out of the adapter",
             )
         if not self.pairs and not whole:
             raise InputRefused(f"{self.tuned.path} has the weights of {self.base.path}: there is nothing to extract")

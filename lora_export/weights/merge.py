@@ -282,7 +282,6 @@ def refuse_before_merge(plan: Plan, base: Checkpoint) -> None:
         raise InputRefused(
             "transformers would ignore weights of the result, or draw some at random:",
             listed(lines),
-            "Nothing was written.",
         )
 
 

@@ -157,7 +157,7 @@ def refuse_below_rounding(
             f"{len(lost)} of {len(results)} weights would lose most of their change to rounding "
             f"({named('min_retention', min_retention)}):",
             listed(lines),
-            f"{ways_out() if ways_out else in_a_checkpoint}. Nothing was written.",
+            f"{ways_out() if ways_out else in_a_checkpoint}",
         )
 
 

@@ -93,7 +93,7 @@ def refuse_promotion(layers: Sequence[QuantisedLayer], of: int, because: str, wa
         raise InputRefused(
             f"{len(lost)} of {of} quantised weights cannot hold their change, and {because}:",
             listed([f"{layer.weight} ({layer.scheme}): {layer.why}" for layer in lost]),
-            f"{ways_out}. Nothing was written.",
+            f"{ways_out}",
         )
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, first_of
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 
@@ -86,7 +86,9 @@ def weight_files(folder: Path, variant: str | None = None) -> tuple[str, list[st
             f"{folder} has its weights in pickle files ({', '.join(pickles)}), which can run code when they are "
             "opened. Load the model where you trust it, and save it as safetensors"
         )
-    raise InputRefused(f"{folder} has no safetensors weights")
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    instead = f". Name the GGUF file in it: {first_of(files, 3)}" if files else ""
+    raise InputRefused(f"{folder} has no safetensors weights{instead}")
 
 
 def _by_variant(names: Iterable[str]) -> dict[str, list[str]]:

@@ -132,7 +132,7 @@ def test_everything_is_named_at_once() -> None:
     with pytest.raises(InputRefused) as refused:
         refuse_beyond_pairs([PLAIN, WHOLE, Adapter("empty", "peft", {})], "x")
     assert str(refused.value).splitlines() == [
-        "x can contain pairs of A and B alone. Nothing was written.",
+        "x can contain pairs of A and B alone:",
         "  whole: head.weight is saved whole",
         "  whole: fc has a bias of B",
         "  whole: n.weight has a change of a vector, such as the weight of a norm",

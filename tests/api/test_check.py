@@ -170,9 +170,10 @@ def test_a_type_of_model_without_gguf_adapters_is_repaired_by_a_merge(tmp_path: 
     assert [[repair.name for repair in outcome.repairs] for outcome in found.outcomes] == [["merge"], ["merge"]]
 
 
-def test_a_gguf_base_gets_no_head_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [CASES["tied head"], Case({"modules_to_save": ["lm_head"]}, tied=True)])
+def test_a_gguf_base_gets_no_head_of_its_own(case: Case, tmp_path: Path) -> None:
     """The model of which it was made does."""
-    CASES["tied head"].write(tmp_path / "a")
+    case.write(tmp_path / "a")
     base = write_llama(tmp_path / "base.gguf", model=llama(tied=True))
     for outcome in lora_export.check(tmp_path / "a", runtimes=["ollama", "llama.cpp"], base=base).outcomes:
         (repair,) = outcome.repairs

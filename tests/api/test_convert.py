@@ -152,11 +152,20 @@ def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("base", "message"),
-    [("nowhere", "there is no base model at {}"), ("empty", "{} has no safetensors"), ("text.md", "{} is neither a")],
+    [
+        ("nowhere", "there is no base model at {}"),
+        ("empty", "{} has no safetensors weights"),
+        ("text.md", "{} is no checkpoint: "),
+        ("pickled", "{} has its weights in pickle files (pytorch_model.bin), which can run code"),
+        ("of gguf", "{} has no safetensors weights. Name the GGUF file in it: m.gguf"),
+    ],
 )
 def test_a_base_that_is_no_model_is_refused_by_convert(tmp_path: Path, base: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.md").write_text("a base")
+    for folder, file in (("pickled", "pytorch_model.bin"), ("of gguf", "m.gguf")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).touch()
     adapter = peft_adapter(tmp_path / "one", {"fc": ([[1.0]], [[1.0]])})
     with pytest.raises(InputRefused, match=re.escape(message.format(tmp_path / base))):
         le.convert(adapter, tmp_path / "out", to="peft", base=tmp_path / base)

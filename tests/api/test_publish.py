@@ -62,7 +62,7 @@ def test_only_a_proof_that_is_the_same_is_returned() -> None:
             publish.require_same(a_proof(verdict, diagnosis=DIAGNOSIS), "fr")
         text = str(refused.value)
         assert text.startswith(f"fr: {verdict.outcome}") and "encoder.1" in text
-        assert text.endswith("Nothing was written. verify=False would publish the file without a proof.")
+        assert text.endswith("\nverify=False would publish the file without a proof.")
         assert refused.value.proof.verdict is verdict
 
 

@@ -340,3 +340,9 @@ def test_no_option_is_a_path_of_the_disk_alone() -> None:
         path.name: path.read_text(encoding="utf-8") for path in Path(le.__file__).parent.joinpath("api").glob("*.py")
     }
     assert len(texts) > 30 and [name for name, text in texts.items() if re.search(r"\bPath\(options\.", text)] == []
+
+
+def test_another_file_of_a_store_is_no_checkpoint(local: Path, stored: Stored) -> None:
+    stored.put("notes.txt", b"x")
+    with pytest.raises(InputRefused, match=r"notes\.txt is no checkpoint: give a Hugging Face folder"):
+        le.convert(local / "adapter", local / "out", to="peft", base=str(stored / "notes.txt"))

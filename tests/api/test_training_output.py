@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import lora_export as le
-from lora_export.api.training_output import staged_output
-from lora_export.errors import OutputFailed
+from lora_export.api.training_output import noted_checkpoint, staged_output
+from lora_export.errors import InputRefused, OutputFailed
+from lora_export.storage import atomic_output
 from support.api import MODEL, Recorder
 
 
@@ -136,3 +137,14 @@ def test_a_failed_output_names_the_checkpoint_where_there_is_one(has_checkpoint:
     checkpoint = f"The last checkpoint is in {tmp_path}/ad.training: resume=True continues from it."
     assert lines[1:] == ([checkpoint] if has_checkpoint else [])
     assert not (tmp_path / "ad").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InputRefused])
+def test_a_checkpoint_that_is_left_counts_as_written(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic_output, "published", published := [])
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(error), noted_checkpoint(folder):
+            raise error
+    assert published == [tmp_path]

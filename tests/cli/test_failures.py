@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 import lora_export.api.merge
 import lora_export.api.verify
 from lora_export import cli, errors
-from lora_export.cli.failures import Terminated
+from lora_export.cli.failures import Invocation, Terminated, failure_of
 from lora_export.models.load import load_model
+from lora_export.storage import atomic_output
 from support import FACTORIES, junit_schema
 from support.cli import Capture, answer, call
 from support.handmade import base_file, peft_adapter
@@ -311,7 +312,7 @@ def test_a_wrong_model_is_named_before_anything_is_read(
     monkeypatch.chdir(tmp_path)
     assert call(*words) == 3
     models = f"give a Hugging Face folder that exists, `package.module:factory`{accepted}"
-    assert capsys.readouterr().err == f"Error: {words[1]!r} is no model: {models}\n"
+    assert capsys.readouterr().err == f"Error: {words[1]!r} is no model: {models}\nNothing was written.\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -357,8 +358,9 @@ def test_an_adapter_in_the_place_of_a_model_is_named(
     assert call("convert", "ad", "-o", "kohya.safetensors", "--to", "kohya") == 0
     assert call("merge", "base", "ad", "-o", "merged", "--keep-residual", "residual.bin") == 0
     assert call(*words) == 3
+    nothing = "Nothing was written.\n" if "-o" in words else ""
     position = 3 if words[0] in {"check", "convert"} else 2 if words[:2] == ("extract", "base") else 1
-    assert capsys.readouterr().err.endswith(f"Error: {words[position]} is an adapter. {next_step}\n")
+    assert capsys.readouterr().err.endswith(f"Error: {words[position]} is an adapter. {next_step}\n{nothing}")
 
 
 @pytest.mark.parametrize(
@@ -413,3 +415,32 @@ def test_weights_of_the_base_beside_an_adapter_are_a_model(
     named = {f"{name.format(module)}.weight": value for module, value in weights.items() if module in modules}
     base_file(tmp_path / "both.safetensors", {**named, **load_file(tmp_path / FILE)})
     assert call("verify", "both.safetensors", "--base", "base.safetensors", "-a", "ad") == code
+
+
+@pytest.mark.parametrize(
+    ("error", "parameters", "published", "states_it"),
+    [
+        (errors.InputRefused, {"output": "out"}, [], True),
+        (errors.Undecided, {"output": "out", "dry_run": False}, [], True),
+        (errors.RuntimeRefused, {"output": "out"}, [], True),
+        (errors.InputRefused, {"output": "out"}, ["out.training"], False),
+        (errors.InputRefused, {"output": "out", "dry_run": True}, [], False),
+        (errors.InputRefused, {"output": None}, [], False),
+        (errors.InputRefused, {"candidate": "merged"}, [], False),
+        (errors.OutputFailed, {"output": "out"}, [], False),
+        (errors.WrongUsage, {"output": "out"}, [], False),
+    ],
+)
+def test_a_refusal_of_a_command_that_writes_ends_with_that_nothing_was_written(
+    error: type[errors.LoraExportError],
+    parameters: dict[str, Any],
+    published: list[str],
+    states_it: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = click.Context(click.Command("merge"))
+    context.params = parameters
+    monkeypatch.setattr(atomic_output, "published", published)
+    failure = failure_of(error("the reason", "  of it"), Invocation([], context))
+    assert failure is not None and failure.message == "the reason\n  of it"
+    assert failure.text == "Error: the reason\n  of it" + ("\nNothing was written." if states_it else "")

@@ -355,7 +355,7 @@ MAGNITUDES = "base_model.model.fc.lora_magnitude_vector"
     [
         ({"base_model.model.fc.lora_B.bias": [np.nan, 1, 2]}, {"lora_bias": True}, "the bias of B holds 1 value that"),
         ({MAGNITUDES: [1, 2, 3]}, {}, "lora_magnitude_vector is present, but the config does not set use_dora"),
-        ({}, {"use_dora": True}, "the config sets use_dora, but lora_magnitude_vector is missing"),
+        ({}, {"use_dora": True}, "lora_magnitude_vector is missing: PEFT leaves it out where it converts PiSSA"),
         ({MAGNITUDES: [1, 2]}, {"use_dora": True}, "the magnitude is (2,), B (3, 1) needs (3,)"),
         ({MAGNITUDES: [1, np.nan, 3]}, {"use_dora": True}, "MAGNITUDE holds 1 value that is not finite"),
         (

@@ -104,6 +104,18 @@ def test_modules_to_save_in_one_string_are_its_letters(tmp_path, saved):
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base weights"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', which changes"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base weights"),
+        *(
+            ({"init_lora_weights": "pissa", **more}, "original base is wrong. PEFT cannot convert such an adapter")
+            for more in (
+                {"use_rslora": True, "rank_pattern": {"fc": 2}},
+                {"use_rslora": True, "alpha_pattern": {"fc": 2}},
+                {"use_dora": True},
+                {"modules_to_save": ["head"]},
+                {"trainable_token_indices": [1]},
+                {"bias": "all"},
+            )
+        ),
+        ({"init_lora_weights": "pissa", "rank_pattern": {"fc": 2}, "use_rslora": False}, "wrong. Convert the adapter"),
         ({"next_years_idea": 0.5, "and_another": [1]}, "unknown fields: and_another, next_years_idea"),
         ({"peft_type": "NEXT_YEARS"}, "peft_type is 'NEXT_YEARS', which is not supported; supported are LORA, ADALORA"),
         ({"peft_type": None}, "peft_type is None, which is not supported"),

@@ -241,6 +241,10 @@ def test_a_damaged_adapter_is_refused(tmp_path, name):
     ("name", "config", "message"),
     [
         ("LoHa: linear", {"alpha": None}, "alpha is None; it must be a number other than 0"),
+        ("Deft: relu", {"alpha": 10**400}, "alpha is 10+$"),
+        ("Deft: relu", {"alpha": 10**308}, "which float32 cannot hold"),
+        ("AdaLora: linear", {"lora_alpha": 1e300}, "which float32 cannot hold"),
+        ("VBLoRA: logits", {"topk": 2.5}, "topk is 2.5, and the bank has"),
         # PEFT takes the rank in its place
         ("AdaLora: linear", {"lora_alpha": -3}, "lora_alpha is -3; it must be a positive number"),
         ("LoHa: linear", {"r": 3}, "up: its tensors have the rank 2, the config's is 3"),

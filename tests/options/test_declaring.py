@@ -60,6 +60,7 @@ def test_arguments_come_first_then_the_own_options_of_a_record():
         ({"dtype": "float8"}, "dtype= is 'float8'; it must be keep, float32, bfloat16 or float16"),
         ({"min_retention": 1.5}, "min_retention= is 1.5; it must be at least 0 and at most 1"),
         ({"min_retention": float("nan")}, "min_retention= is nan"),
+        ({"weights": [10**400]}, "weights= has more than 308 digits"),
         ({"tied": "maybe"}, "tied= is 'maybe'; it must be error, untie or both"),
         ({"combination": "mean"}, "method= is 'mean'; it must be cat, linear"),
     ],

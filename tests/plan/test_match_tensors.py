@@ -146,7 +146,7 @@ def test_every_misfit_is_listed_with_its_key_and_the_nearest_name():
     ]
     with pytest.raises(MatchError) as refused:
         plan.make([first, second], base, may_add=True)
-    assert str(refused.value).startswith("8 of 9 targets do not fit the base. Nothing was written.")
+    assert str(refused.value).startswith("8 of 9 targets do not fit the base.\n")
     assert [misfit.adapter for misfit in refused.value.misfits] == ["first"] * 7 + ["second"]
     assert list(map(str, refused.value.misfits)) == [
         "base_model.model.layer.attn.q.lora_A.weight: the base has no weight for layer.attn.q; "

@@ -410,7 +410,9 @@ def diverging(data: ArrayData, at: int) -> ReadyBatches:
 
 def test_a_loss_that_is_not_finite_stops_with_its_step() -> None:
     module = adapted()
-    with pytest.raises(InputRefused, match=r"the loss is inf at step 3 of 4: .* Nothing was written"):
+    with pytest.raises(
+        InputRefused, match=r"the loss is inf at step 3 of 4: training has diverged\. Try a lower learning rate$"
+    ):
         fitted(module, diverging(some_data(), at=3), epochs=1, batch_size=1)
     assert not module.training
 
@@ -430,7 +432,7 @@ def test_a_last_gradient_that_is_not_finite_is_a_divergence(tmp_path: Path) -> N
         return scores.mean() + torch.sqrt(0 * scores).sum()  # finite, and its gradient is not
 
     data = ReadyBatches(diverging(some_data(), at=0).batches[:1], OwnLoss(own))
-    with pytest.raises(InputRefused, match=r"^weights are not finite after step 1 of 1: .* Nothing was written\.$"):
+    with pytest.raises(InputRefused, match=r"^weights are not finite after step 1 of 1: .* lower learning rate$"):
         fitted(adapted(), data, epochs=1, batch_size=1, checkpoints=Checkpoints(tmp_path / "a.training", {}))
     assert not (tmp_path / "a.training").exists()
 

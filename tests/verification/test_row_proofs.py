@@ -330,5 +330,7 @@ def test_id_0_is_the_base_also_beside_one_adapter(exported: Path) -> None:
 )
 def test_an_id_that_no_adapter_has_is_refused(exported: Path, number: int, why: str) -> None:
     more = [an_adapter({"0": PAIR}, name="three")] * (number == 1)
+    said: list[str] = []
     with pytest.raises(InputRefused, match=why):
-        le.verify(exported, (net(), INPUTS), adapters=[*adapters(), *more], adapter_id=number)
+        le.verify(exported, (net(), INPUTS), adapters=[*adapters(), *more], adapter_id=number, on_message=said.append)
+    assert said == []

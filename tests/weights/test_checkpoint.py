@@ -190,8 +190,13 @@ def test_a_damaged_record_of_an_earlier_merge_is_refused(tmp_path, record):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "model.gguf").touch()
-    assert refusal(tmp_path / "model.gguf") == "BASE is neither a Hugging Face folder nor a .safetensors file"
+    (tmp_path / "model.bin").touch()
+    assert refusal(tmp_path / "model.bin") == (
+        "BASE is no checkpoint: give a Hugging Face folder or a .safetensors file, or, where the command takes them, a "
+        ".gguf or .onnx file"
+    )
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert refusal(tmp_path / "model.gguf").startswith("BASE is a GGUF file, which is not taken here. Give the")
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": ["a"]}, {"weight_map": {}}, {"weight_map": None}])

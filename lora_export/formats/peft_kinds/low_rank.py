@@ -35,7 +35,7 @@ def adalora(stored: Stored) -> LoraPair:
     rank = first if kept is None else sum(map(bool, kept)) if isinstance(kept, list) else -1
     if a.ndim != 2 or b.ndim != 2 or (len(a), b.shape[1], e.shape) != (rank, rank, (rank, 1)):
         raise InputRefused(f"A {a.shape}, B {b.shape} and E {e.shape} are not of the rank {rank} that the config has")
-    scale = stored.config["lora_alpha"] / float(np.float32(first) + np.float32(1e-5))
+    scale = adapter_scale(float(np.float32(first) + np.float32(1e-5)), stored.config["lora_alpha"], {})
     if rank == 0:  # training left this layer as it was
         return LoraPair(a=np.zeros((1, a.shape[1]), np.float32), b=np.zeros((len(b), 1), np.float32), scale=scale)
     return LoraPair(a=a * e, b=b, scale=scale)

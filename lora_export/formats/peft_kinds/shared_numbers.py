@@ -54,7 +54,7 @@ def vblora(stored: Stored) -> LoraPair:
 def _vectors(stored: Stored, name: str, bank: NDArray[np.float32]) -> NDArray[np.float32]:
     """The mixtures (., ., length), from logits for all vectors of the bank, or from the largest weights alone."""
     count = stored.config["topk"]
-    if not 0 < count <= len(bank):
+    if not isinstance(count, int) or count > len(bank):
         raise InputRefused(f"topk is {count}, and the bank has {len(bank)} vectors")
     if name in stored.parts:
         logits = stored.part(name, 3)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.peft_kinds.kind import Stored
 from lora_export.lora import LoraPair
 from lora_export.pairs.stages import EntryWise, LowRank, OfMatrix, Stage
@@ -24,7 +26,7 @@ def deft(stored: Stored) -> WeightTransform:
     directions, method = stored.part("deft_P", 2), config.get("decomposition_method", "relu")
     injected = None if config.get("para") else parts.get("deft_R")
     alpha = config.get("alpha")
-    if alpha is not None and (type(alpha) not in (int, float) or not 0 <= alpha < float("inf")):
+    if alpha is not None and (type(alpha) not in (int, float) or not 0 <= alpha <= sys.float_info.max):
         raise InputRefused(f"alpha is {alpha!r}")
     if method not in ("relu", "qr") or bool(config.get("para")) is not ("deft_R" not in parts):
         raise InputRefused(
@@ -35,7 +37,7 @@ def deft(stored: Stored) -> WeightTransform:
     rank = directions.shape[1]
     if injected is not None and (injected.ndim != 2 or len(injected) != rank):
         raise InputRefused(f"deft_P {directions.shape} and deft_R {injected.shape} have different ranks")
-    settings = {"method": method, "scale": alpha / rank if alpha else 1.0}
+    settings = {"method": method, "scale": adapter_scale(rank, alpha, {}) if alpha else 1.0}
     tensors = {"deft_P": directions} | ({} if injected is None else {"deft_R": np.asarray(injected, np.float32)})
     whole = (len(directions), 0 if injected is None else injected.shape[1])
     return WeightTransform(stored.title, tensors, _lower_deft, whole, settings=settings, rank=rank)

@@ -172,7 +172,7 @@ def _refuse_pairs_of_heads(plan: Plan, heads: Sequence[Head]) -> None:
         raise InputRefused(
             "a whole layer can be chosen by row, and not one tensor of a layer that has a pair, too:",
             listed(found),
-            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}). Nothing was written.",
+            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')})",
         )
 
 
@@ -190,7 +190,7 @@ def _refuse_without_sum(plan: Plan, heads: Sequence[Head]) -> None:
         raise InputRefused(
             f"several adapters on one row ({named('per_row')}) are summed, and these have no sum:",
             listed(found),
-            "Export them with one adapter for each row. Nothing was written.",
+            "Export them with one adapter for each row",
         )
 
 

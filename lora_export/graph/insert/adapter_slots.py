@@ -200,6 +200,6 @@ def head_values(contract: Contract, sites: Sites, adapter: str, head: Head) -> d
         raise InputRefused(
             "a slot takes the layers of the adapters that the graph was made with; these do not fit:",
             listed(problems),
-            f"Export again with this adapter ({named('adapters')}). Nothing was written.",
+            f"Export again with this adapter ({named('adapters')})",
         )
     return values

@@ -95,8 +95,7 @@ def batch_axes(layers: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.
         raise InputRefused(
             f"{count(len(problems), 'layer')} cannot have an adapter for each row of the batch, `{batch}`:",
             listed(problems),
-            f"Remove them from the adapter, or switch whole adapters instead ({named('lora', 'inputs')}). "
-            "Nothing was written.",
+            f"Remove them from the adapter, or switch whole adapters instead ({named('lora', 'inputs')})",
         )
     return axes
 

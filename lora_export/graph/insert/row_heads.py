@@ -108,7 +108,7 @@ def head_layers(inserter: Inserter, sites: Sites, heads: Sequence[Head]) -> list
         raise InputRefused(
             "only linear layers can be chosen by row; these whole tensors cannot:",
             listed(problems),
-            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}). Nothing was written.",
+            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')})",
         )
     order = {
         node: number for number, node in enumerate(ir.traversal.RecursiveGraphIterator(inserter.factory.model.graph))

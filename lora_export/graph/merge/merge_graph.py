@@ -63,7 +63,7 @@ def merge_graph(
     record = provenance.record(plan.adapters, plan.strengths, run.hashes, graph.history, settings, base_path=graph.path)
     append_metadata(stage / run.file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():
-        raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
+        raise InputRefused(f"{path} changed while it was being merged")
     return merge_report(plan, graph, stage, run, time.perf_counter() - begun)
 
 

@@ -123,7 +123,7 @@ def shared_weights(path: Path, output: Path, stage: Path, *, sign: bool = False)
     finally:
         _leave_signed(stage, shared.files, shared.used if sign else set())
     for changed in graph.changed():
-        raise InputRefused(f"{changed} changed while it was being read. Nothing was written.")
+        raise InputRefused(f"{changed} changed while it was being read")
 
 
 def _leave_signed(stage: Path, files: Set[str], signed: Set[str]) -> None:

@@ -205,7 +205,7 @@ def write_residual(
         writer.write(FACTS, facts_as_bytes(facts))
     for shard in base.shards.values():
         if not shard.unchanged():
-            raise InputRefused(f"{shard.path} changed while it was being merged. Nothing was written.")
+            raise InputRefused(f"{shard.path} changed while it was being merged")
 
 
 def needs_adapters(plan: Plan) -> bool:

@@ -70,7 +70,7 @@ def restore_base(
         else:
             raise InputRefused(f"{merged} has no {name}, which the base had: it is not as the merge wrote it")
         if file_hash(stage / name, hashing) != facts.get("hash"):
-            raise InputRefused(f"{merged / name} is not the file that the merge wrote. Nothing was written.")
+            raise InputRefused(f"{merged / name} is not the file that the merge wrote")
 
 
 def _shards(residual: Residual) -> Mapping[str, Any]:
@@ -110,9 +110,7 @@ class _RestoredShard:
     def write(self, target: Path, progress: OnBytesWritten) -> None:
         """Write the file. Raises InputRefused as `restore_base` does."""
         merged, source = self.merged, self.merged.path
-        not_merged = (
-            f"{source} is not what the merge wrote: the residual belongs to other weights. Nothing was written."
-        )
+        not_merged = f"{source} is not what the merge wrote: the residual belongs to other weights"
         lacks = any(self.plan.output_name(name) not in merged.entries for name in self.base.entries)
         if merged.size != self.facts["merged"]["bytes"] or lacks:
             raise InputRefused(not_merged)
@@ -136,7 +134,7 @@ class _RestoredShard:
         if hashes.target.hexdigest() != self.facts["base"]["hash"]:
             raise InputRefused(
                 f"{source}: the result would not be the base. The adapters or the options are others than those of the "
-                "merge, or the residual is damaged. Nothing was written."
+                "merge, or the residual is damaged"
             )
 
     def _changed(self) -> dict[str, ChangedTensor]:
