@@ -65,10 +65,14 @@ def resolve_model(
         return loaded.taking(read_arrays(place(inputs))) if export else loaded
     if dtype != "float32":
         raise InputRefused(f"a model in memory is used in its own precision, not in {dtype}")
-    if isinstance(source, tuple):
-        return from_module(*source)
-    assert isinstance(source, Model)
-    return source
+    if isinstance(source, Model):
+        return source
+    pair = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
+    if pair[1] is None or not isinstance(pair[0], torch.nn.Module):
+        raise InputRefused(
+            f"{type(pair[0]).__name__} is no model: give a path, (module, example_inputs), or what load_model returns"
+        )
+    return from_module(*pair)
 
 
 def shared_model(

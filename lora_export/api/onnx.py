@@ -17,6 +17,7 @@ from lora_export.artifacts.files import names_file, with_suffix
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IMAGE_INPUTS
 from lora_export.isolation.limits import stated_memory
+from lora_export.isolation.turns import in_turn
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
 from lora_export.options.export import IMAGE_TEXT_TO_TEXT, TEXT_GENERATION, OnnxOptions
@@ -28,6 +29,7 @@ from lora_export.storage.store_path import newly_opened, place
 
 
 @takes(OnnxOptions)
+@in_turn
 def export_onnx(options: OnnxOptions) -> OnnxResult:
     """Put adapters into an ONNX graph, prove the graph, and only then publish it.
 

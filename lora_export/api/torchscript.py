@@ -38,6 +38,7 @@ from lora_export.callbacks import OnMessage, in_stages, note_each
 from lora_export.errors import RuntimeRefused, WrongUsage, first_line
 from lora_export.formats.contract import Contract
 from lora_export.graph.refusals import refuse_transforms
+from lora_export.isolation.turns import in_turn
 from lora_export.models.model import Model
 from lora_export.options.combining import AdapterSource
 from lora_export.options.common import ModelSource
@@ -62,6 +63,7 @@ class TorchScriptResult(ExportResult):
 
 
 @takes(TorchScriptOptions)
+@in_turn
 def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     """Export a model with its adapters to TorchScript, a .pt2 or a .pte, prove the file, and only then publish it.
 

@@ -40,6 +40,7 @@ from lora_export.callbacks import ignore, note_each
 from lora_export.errors import InputRefused, OutputFailed, WrongUsage
 from lora_export.extras import pip_install
 from lora_export.formats.peft_records import as_peft_computes
+from lora_export.isolation.turns import in_turn
 from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, require_bitsandbytes
 from lora_export.models.load import load_model
@@ -104,6 +105,7 @@ class _Base:
 
 
 @takes(TrainOptions)
+@in_turn
 def train(options: TrainOptions) -> TrainResult:
     """Train a LoRA adapter for a model and save it as a PEFT folder.
 

@@ -39,6 +39,12 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` returned another for; any other module itself."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
+
+
 def unsaved_buffers(module: nn.Module) -> set[str]:
     """The attributes of the module's own buffers that its state_dict leaves out."""
     return module._non_persistent_buffers_set

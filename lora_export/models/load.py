@@ -22,6 +22,7 @@ from torch import nn
 from lora_export.artifacts.kind import artifact_kind, refuse_no_model
 from lora_export.errors import InputRefused, listed
 from lora_export.layers.module_tensors import dtype_name
+from lora_export.layers.torch_internals import uncompiled
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
 from lora_export.models.diffusion import from_diffusers, is_diffusion_model
@@ -61,6 +62,8 @@ def load_model(
     Raises InputRefused for a model that cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
+    if not all(isinstance(adapter, Adapter) for adapter in adapters):
+        raise InputRefused("a model is loaded for adapters in memory: give it load_adapter(PATH) in place of a path")
     path = Path(source)
     is_diffusion = path.is_dir() and is_diffusion_model(path)
     if base and base.quantization and (is_diffusion or not path.is_dir()):
@@ -143,8 +146,10 @@ def from_module(module: nn.Module, example_inputs: Any) -> Model:
 def from_factory(source: str, factory: Callable[[], Any]) -> Model:
     """Call a factory that returns (module, example_inputs). The module is put in eval mode and converted to fp32.
 
+    So are float inputs. What `torch.compile`, DataParallel and PEFT wrap around a module is left out: it computes the
+    same, and its forward does not name the inputs.
     Raises InputRefused where the factory fails, where it returns something else, where the example inputs do not fit
-    the module, and where the model fails at another batch size.
+    the module, where the model has no weights in memory, and where it fails at another batch size.
     """
     with failures_of_user_code(source):
         result = factory()
@@ -155,11 +160,30 @@ def from_factory(source: str, factory: Callable[[], Any]) -> Model:
         )
     if example_inputs is None:
         raise InputRefused(f"{source} returned a module without example inputs; return (module, example_inputs)")
+    module = _unwrapped(source, module)
     module.eval().to(torch.float32)
-    named = _named(source, module, example_inputs)
+    named = in_dtype(torch.float32, _named(source, module, example_inputs))
     module = with_dictionaries(module, named)
     axes, sizes = varying_axes(source, module, named)
     return Model(source, module, axes, functools.partial(resampled, named, axes), sizes)
+
+
+def _unwrapped(source: str, module: nn.Module) -> nn.Module:
+    """The module without what is around it. Raises InputRefused for what no exporter can run."""
+    outer: nn.Module | None = None
+    while outer is not module:
+        outer = module
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputRefused(f"{source} is a module of TorchScript: give the module that it was made from")
+        inner: Any = uncompiled(module)
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        if type(inner).__module__ == "peft.peft_model" and not inner.active_peft_config.is_prompt_learning:
+            inner = inner.get_base_model()
+        module = inner
+    if any(tensor.is_meta for tensor in itertools.chain(module.parameters(), module.buffers())):
+        raise InputRefused(f"{source} has weights on the device meta, which have no values: load them first")
+    return module
 
 
 # --- Example inputs ---
@@ -177,6 +201,8 @@ def _named(source: str, module: nn.Module, example_inputs: Any) -> ModelInputs:
         raise InputRefused(f"{source}: the example inputs do not fit forward({', '.join(parameters)})")
     if not named or not all(isinstance(value, torch.Tensor) for value in named.values()):
         raise InputRefused(f"{source}: example inputs are tensors, as one tensor, a tuple, or a dict by name")
+    if any(value.is_meta for value in named.values()):
+        raise InputRefused(f"{source}: the example inputs are on the device meta, and have no values")
     return {name: named[name].detach() for name in parameters if name in named}
 
 
@@ -196,6 +222,8 @@ def varying_axes(source: str, module: nn.Module, example_inputs: ModelInputs) ->
                 module(**trial)
         except Exception as error:  # any exception of the user's model means that this size is fixed
             if symbol == "batch":
+                if cause := failure_on(module, example_inputs):
+                    raise InputRefused(f"{source}: {cause}{line_of_model(module, error)}") from error
                 why = f"{size + 1}: {error}{line_of_model(module, error)}"
                 raise InputRefused(f"{source}: the model fails at another batch size, {why}") from error
         else:

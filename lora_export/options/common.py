@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from lora_export.callbacks import OnMessage, OnProgress, ignore
+from lora_export.errors import WrongUsage
 from lora_export.options.declaring import Option, Options, Section, declares, option, table_of
+from lora_export.options.spelling import named
 
 
 class LoadedModel(Protocol):
@@ -79,6 +81,12 @@ class Reported(Options):
 
     on_message: OnMessage = field(default=ignore, repr=False, compare=False)
     on_progress: OnProgress = field(default=ignore, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("on_message", "on_progress"):
+            if not callable(getattr(self, name)):
+                raise WrongUsage(f"{named(name)} is {getattr(self, name)!r}; it must be a function, or left out")
 
 
 @dataclass(frozen=True, kw_only=True)

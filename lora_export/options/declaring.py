@@ -19,14 +19,15 @@ import functools
 import inspect
 import math
 import operator
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, ClassVar, Literal, Never, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 
 from lora_export.errors import WrongUsage
 from lora_export.options.spelling import as_python, named
@@ -59,6 +60,8 @@ _MEANING = "meaning"  # in the metadata of a field
 # What an option takes. `source` is a path or a name that is looked up, `folder` a path that is no file.
 OptionKind = Literal["flag", "choice", "int", "float", "text", "path", "folder", "source"]
 KIND_OF_TYPE: Mapping[Any, OptionKind] = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
+VALUES_OF_KIND = {"flag": "True or False", "int": "a whole number", "float": "a number", "path": "a path"}
+VALUES_OF_KIND |= {"folder": "a path", "source": "a path, or what is loaded already"}
 OPTION_IN_TEXT = re.compile(r"\{(\w+)(?:=([^}]*))?\}")  # `{lora=inputs}` in a help text names an option
 
 
@@ -143,6 +146,7 @@ class Declared:
     multiple: bool
     section: Section  # of `--help`
     default: Any  # MISSING: it has to be given
+    types: tuple[Any, ...]  # those of the field; a quoted one is a text
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -154,18 +158,50 @@ class Declared:
         """The same, with other spellings where there are any."""
         return dataclasses.replace(self, option=dataclasses.replace(self.option, flags=flags)) if flags else self
 
-    def check(self, value: Any) -> None:
-        """Raise WrongUsage for a value that the option cannot have."""
-        is_number = self.kind in ("int", "float")
-        if not (self.choices or is_number) or value is None or value is self.default:
-            return
-        for one in value if isinstance(value, Iterable) and not isinstance(value, str) else (value,):
-            if self.choices and one not in (*self.choices, self.default):
-                raise WrongUsage(f"{named(self.name)} is {one!r}; it must be {_either(self.choices)}")
-            if is_number and isinstance(one, int) and abs(one) > sys.float_info.max:
+    def taken(self, value: Any) -> Any:
+        """The value as a record has it: numbers as Python's own, several values as a sequence.
+
+        Numbers of NumPy and PyTorch would fail where a record is written as JSON, and an iterator could be read once.
+        Raises WrongUsage for a value that the option cannot have.
+        """
+        if value is self.default or (value is None and (self.default is None or NoneType in self.types)):
+            return value
+        if any(get_origin(part) is Mapping for part in self.types):
+            return value if isinstance(value, Mapping) else self._refuse(value, f"a dict of {self.option.metavar}")
+        if not self.multiple or isinstance(value, str | bytes | os.PathLike) or not _is_collection(value):
+            one = self._one(value)
+            return (one,) if self.multiple and all(map(_is_sequence, self.types)) else one
+        if isinstance(value, Mapping | Set):
+            self._refuse(value, "a list")
+        values = tuple(map(self._one, value))
+        return value if isinstance(value, Sequence) and all(map(operator.is_, value, values)) else values
+
+    def _one(self, value: Any) -> Any:
+        if self.choices:
+            return value if value in (*self.choices, self.default) else self._refuse(value, _either(self.choices))
+        if self.kind in ("int", "float"):
+            number = _number(self.kind, value)
+            if number is None:
+                self._refuse(value, VALUES_OF_KIND[self.kind])
+            if isinstance(number, int) and abs(number) > sys.float_info.max:
                 raise WrongUsage(f"{named(self.name)} has more than {sys.float_info.max_10_exp} digits")
-            if is_number and (limit := self._limit_of(one)):
-                raise WrongUsage(f"{named(self.name)} is {one:g}; it must be {limit}")
+            if limit := self._limit_of(number):
+                raise WrongUsage(f"{named(self.name)} is {number:g}; it must be {limit}")
+            return number
+        if self.kind == "flag":
+            is_flag = type(value).__name__ in ("bool", "bool_") or value in (0, 1)  # NumPy's have these names, too
+            return bool(value) if is_flag else self._refuse(value, VALUES_OF_KIND[self.kind])
+        if self.kind == "text" or isinstance(value, str | Path):
+            return value
+        if isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
+            return Path(path)
+        are_paths = {str, Path, NoneType}.issuperset(self.types)
+        if are_paths or value is None or isinstance(value, bytes):
+            self._refuse(value, VALUES_OF_KIND["path" if are_paths else self.kind])
+        return value
+
+    def _refuse(self, value: Any, expected: str) -> Never:
+        raise WrongUsage(f"{named(self.name)} is {_shown(value)}; it must be {expected}")
 
     def _limit_of(self, value: float) -> str:
         """The limits, where the value is beyond them or no number; empty where it is within."""
@@ -243,7 +279,12 @@ class Options:
 
     def __post_init__(self) -> None:
         for declared in options_of(type(self)):
-            declared.check(getattr(self, declared.name))
+            given = getattr(self, declared.name)
+            if (taken := declared.taken(given)) is not given:
+                object.__setattr__(self, declared.name, taken)  # a record is frozen
+        for name, types in _types_of_nested(type(self)).items():
+            if not isinstance(given := getattr(self, name), types):
+                raise WrongUsage(f"{named(name)} is {_shown(given)}; it must be a {types[-1].__name__}")
 
     def chosen(self) -> dict[str, Any]:
         """The options whose values are not their defaults. An empty list or table is the default of several values."""
@@ -308,6 +349,13 @@ def nested_in(record: type[Options]) -> Mapping[str, Nested]:
     return {one.name: meaning for one, _, meaning, _ in _fields(record) if isinstance(meaning, Nested)}
 
 
+@_once
+def _types_of_nested(record: type[Options]) -> Mapping[str, tuple[type, ...]]:
+    """The types of the fields of a record that are records. The record is the last one."""
+    found = _fields(record)
+    return {one.name: get_args(type_) or (type_,) for one, type_, meaning, _ in found if isinstance(meaning, Nested)}
+
+
 def takes(record: Callable[_P, _R]) -> Callable[[Callable[[_R], _T]], Callable[_P, _T]]:
     """Make a function of a record one of the record's fields, as keywords. Its documentation lists the options.
 
@@ -367,7 +415,32 @@ def _declared(one: dataclasses.Field[Any], type_: Any, option: Option, section: 
         "choice" if choices else "path" if "path" in known else known[0] if known else "text"
     )
     default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-    return Declared(one.name, option, kind, choices, multiple, option.section or section, default)
+    return Declared(one.name, option, kind, choices, multiple, option.section or section, default, union)
+
+
+def _is_sequence(type_: Any) -> bool:
+    return get_origin(type_) is Sequence or str(type_).startswith("Sequence[")
+
+
+def _is_collection(value: Any) -> bool:
+    """Whether there are several values in it. An array without axes can be iterated over by its type alone."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
+
+
+def _number(kind: OptionKind, value: Any) -> int | float | None:
+    """The number as Python's own, or None where it is none. A text is none."""
+    if isinstance(value, int) or (kind == "float" and isinstance(value, float)):
+        return value
+    try:
+        return operator.index(value) if kind == "int" else float(type(value).__float__(value))
+    except (TypeError, ValueError, AttributeError):
+        return None
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: a short one as Python writes it, another by its type."""
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else f"a value of the type {type(value).__name__}"
 
 
 def _either(values: Sequence[str]) -> str:

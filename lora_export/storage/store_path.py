@@ -34,6 +34,8 @@ def place(path: str | Path) -> Path:
     """
     if isinstance(path, Path):
         return path
+    if not isinstance(path, str):
+        raise InputRefused(f"a path is a text or a Path, and not of the type {type(path).__name__}")
     if is_hub_address(path):
         raise InputRefused(f"{path}: hf:// is read where a model or an adapter is named, and nowhere else")
     if not SCHEME.match(path):

@@ -32,6 +32,15 @@ def test_a_model_is_resolved_from_a_factory_a_module_or_itself() -> None:
         load_model.resolve_model((module, torch.ones(2, 3)), dtype="float16")
 
 
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [(a_model(), "Sequential"), ([a_model(), 1], "list"), ((a_model(), 1, 2), "tuple"), ((len, 1), "builtin_function")],
+)
+def test_what_is_no_model_is_refused(source: object, named: str) -> None:
+    with pytest.raises(InputRefused, match=f"{named}.* is no model: give a path, \\(module, example_inputs\\), or"):
+        load_model.resolve_model(source)
+
+
 def test_the_paths_of_a_model_are_those_that_exist(tmp_path: Path) -> None:
     assert load_model.model_paths(MODEL) == [FACTORIES]
     assert load_model.model_paths(tmp_path) == [tmp_path]

@@ -7,7 +7,9 @@ import functools
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,19 @@ def test_a_module_in_memory_is_exported(tmp_path: Path) -> None:
     adapter = le.load_adapter(an_adapter(tmp_path / "adapter"))
     result = le.export_onnx((module, examples), tmp_path / "m.onnx", adapters=adapter)
     np.testing.assert_allclose(hidden(result.output), expected(module), atol=1e-5)
+
+
+def test_threads_export_one_after_the_other(tmp_path: Path) -> None:
+    adapter = le.load_adapter(an_adapter(tmp_path / "adapter"))
+    before = [sys.stdout, sys.stderr, torch.Tensor.reshape, torch.fft.irfft, nn.Module.__setattr__]
+
+    def exported(name: str) -> Path:
+        return le.export_onnx(factories.scaled(), tmp_path / f"{name}.onnx", adapters=adapter).output
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(exported, ["one", "other"])
+    assert one.read_bytes() == other.read_bytes() == exported("alone").read_bytes()
+    assert [sys.stdout, sys.stderr, torch.Tensor.reshape, torch.fft.irfft, nn.Module.__setattr__] == before
 
 
 class Words(nn.Module):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.models.load import load_model, module_with_weights, with_inputs_from
+from lora_export.models.load import from_module, load_model, module_with_weights, with_inputs_from
 from lora_export.models.model import Model
 from support import FACTORIES
 
@@ -24,6 +27,73 @@ def test_a_model_and_its_float_inputs_are_converted_to_the_dtype() -> None:
     floats = load_model(f"{FACTORIES}:scaled", dtype=torch.float16).example_inputs()
     assert {value.dtype for value in floats.values()} == {torch.float16}
     assert loaded.notes == ("the model runs in bfloat16, and its weights are rounded to it (dtype=)",)
+
+
+class Doubled(nn.Linear):
+    """2 x, of the name that a wrapper's forward does not have."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return super().forward(2 * values)
+
+
+ROWS = torch.linspace(-1, 1, 12).reshape(3, 4)
+
+
+def with_lora(module: nn.Module, *names: str) -> peft.PeftModel:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(OrderedDict(inner=module)), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.eval()
+
+
+def second(module: nn.Module) -> nn.Module:
+    model = with_lora(module, "one", "two")
+    model.set_adapter("two")
+    return model
+
+
+def without_adapter(module: nn.Module) -> nn.Module:
+    model = with_lora(module, "one")
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [torch.compile, nn.DataParallel, lambda module: torch.compile(nn.DataParallel(module)), second, without_adapter],
+    ids=["compiled", "parallel", "both", "second adapter of PEFT", "disabled adapter of PEFT"],
+)
+def test_what_is_around_a_module_is_left_out(wrapped: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(1)
+    given = wrapped(Doubled(4, 2).double())
+    loaded = from_module(given, ROWS.double())
+    inner = getattr(given, "_orig_mod", given)
+    expected = getattr(inner, "module", inner)(ROWS.double())  # without a compiler and devices
+    assert list(loaded.axes) in (["values"], ["input"]) and loaded.example_inputs().popitem()[1].dtype == torch.float32
+    torch.testing.assert_close(loaded.module(ROWS), expected.float())
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "reason"),
+    [
+        (torch.jit.script(nn.Linear(4, 2)), ROWS, "is a module of TorchScript: give the module that it was made from"),
+        (nn.Linear(4, 2, device="meta"), ROWS, "Linear has weights on the device meta, which have no values"),
+        (nn.Linear(4, 2), ROWS.to("meta"), "the example inputs are on the device meta"),
+        (nn.Linear(4, 2), ROWS[:, :3], r"Linear itself fails on the inputs \(input\): mat1 and mat2 shapes"),
+    ],
+)
+def test_a_module_that_does_not_run_is_refused_with_the_reason(
+    module: nn.Module, example: torch.Tensor, reason: str
+) -> None:
+    with pytest.raises(InputRefused, match=reason):
+        from_module(module, example)
+
+
+def test_adapters_are_loaded_before_the_model() -> None:
+    with pytest.raises(InputRefused, match=r"give it load_adapter\(PATH\) in place of a path"):
+        load_model(f"{FACTORIES}:scaled", ["adapter"])
 
 
 def test_a_program_takes_no_dtype(tmp_path: Path) -> None:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import os
+from dataclasses import MISSING
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.errors import WrongUsage
+from lora_export.options.adapters import CheckOptions, ExtractOptions, ResizeOptions
 from lora_export.options.combining import Combination, Weighted
 from lora_export.options.commands import RECORDS, declared_flags
-from lora_export.options.declaring import Only, documentation, extended, narrowed, nested_in, options_of, takes
-from lora_export.options.export import OnnxOptions, TorchScriptOptions
+from lora_export.options.declaring import (
+    Declared,
+    Only,
+    documentation,
+    extended,
+    narrowed,
+    nested_in,
+    options_of,
+    takes,
+)
+from lora_export.options.export import GenerateOptions, OnnxOptions, TorchScriptOptions
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import as_command_line
 from lora_export.options.train import TrainingSettings, TrainOptions
@@ -63,11 +78,57 @@ def test_arguments_come_first_then_the_own_options_of_a_record():
         ({"weights": [10**400]}, "weights= has more than 308 digits"),
         ({"tied": "maybe"}, "tied= is 'maybe'; it must be error, untie or both"),
         ({"combination": "mean"}, "method= is 'mean'; it must be cat, linear"),
+        ({"combination": {"method": "svd"}}, "combination= is {'method': 'svd'}; it must be a Combination"),
+        ({"dtype": ["float16"]}, r"dtype= is \['float16'\]; it must be keep, float32, bfloat16 or float16"),
+        ({"min_retention": "0.5"}, "min_retention= is '0.5'; it must be a number"),
+        ({"weights": "12"}, "weights= is '12'; it must be a number"),
+        ({"weights": [None]}, "weights= is None; it must be a number"),
+        ({"weights": {"fr": 0.5}}, "weights= is {'fr': 0.5}; it must be a list"),
+        ({"jobs": 2.0}, "jobs= is 2.0; it must be a whole number"),
+        ({"overwrite": "no"}, "overwrite= is 'no'; it must be True or False"),
+        ({"layout": "in_out"}, r"layout= is 'in_out'; it must be a dict of NAME=in_out\|out_in"),
+        ({"reading": {"format": "peft"}}, "reading= is {'format': 'peft'}; it must be a ReadOptions"),
+        ({"on_message": None}, "on_message= is None; it must be a function, or left out"),
+        ({"base": b"base"}, "base= is b'base'; it must be a path"),
+        ({"base": None}, "base= is None; it must be a path"),
+        ({"base": Declared}, r"base= is a value of the type type; it must be a path"),
+        ({"adapters": None}, "adapters= is None; it must be a path, or what is loaded already"),
+        ({"adapters": {"fr": "fr"}}, "adapters= is {'fr': 'fr'}; it must be a list"),
     ],
 )
 def test_a_record_refuses_values_that_do_not_exist(wrong, message):
     with pytest.raises(WrongUsage, match=message):
-        MergeOptions("base", ["a"], "out", **wrong)
+        MergeOptions(**{"base": "base", "adapters": ["a"], "output": "out"} | wrong)
+
+
+@pytest.mark.parametrize(
+    ("record", "given", "taken"),
+    [
+        (ResizeOptions, {"rank": np.int64(2), "energy": np.float32(0.5)}, {"rank": 2, "energy": 0.5}),
+        (ResizeOptions, {"rank": torch.tensor(2), "energy": Fraction(1, 2)}, {"rank": 2, "energy": 0.5}),
+        (Weighted, {"weights": np.array([0.5, 2])}, {"weights": (0.5, 2.0)}),
+        (Weighted, {"weights": (each for each in (0.5, 2))}, {"weights": (0.5, 2)}),
+        (Weighted, {"weights": 0.5}, {"weights": (0.5,)}),
+        (ExtractOptions, {"exclude": "*.bias"}, {"exclude": ("*.bias",)}),
+        (CheckOptions, {"runtimes": "vllm"}, {"runtimes": ("vllm",)}),
+        (GenerateOptions, {"prompts": "Once"}, {"prompts": ("Once",)}),
+        (OnnxOptions, {"target": "all-linear", "overwrite": np.True_}, {"target": "all-linear", "overwrite": True}),
+        (TrainOptions, {"rank": np.int32(4)}, {"rank": 4}),
+    ],
+)
+def test_values_are_those_of_python_and_several_are_a_sequence(record, given, taken):
+    needed = {"adapter", "base", "tuned", "output", "model", "data", "source", "prompts"}
+    arguments = {one.name: "x" for one in options_of(record) if one.name in needed and one.default is MISSING}
+    options = record(**arguments | given)
+    assert {name: getattr(options, name) for name in taken} == taken
+    assert all(type(getattr(options, name)) is type(value) for name, value in taken.items())
+
+
+def test_a_path_is_whatever_the_system_takes_for_one(tmp_path):
+    (tmp_path / "base").mkdir()
+    (entry,) = os.scandir(tmp_path)
+    options = MergeOptions(entry, entry, entry)
+    assert options.base == options.adapters == options.output == tmp_path / "base"
 
 
 @pytest.mark.parametrize(

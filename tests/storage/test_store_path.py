@@ -84,6 +84,12 @@ def test_other_texts_are_paths(text: str) -> None:
     assert place(text) == Path(text) and not isinstance(place(text), StorePath)
 
 
+@pytest.mark.parametrize(("given", "named"), [(b"base", "bytes"), (None, "NoneType"), (3, "int")])
+def test_another_type_is_no_path(given: object, named: str) -> None:
+    with pytest.raises(InputRefused, match=f"a path is a text or a Path, and not of the type {named}"):
+        place(given)
+
+
 def test_the_address_stays_what_was_written() -> None:
     path = place("s3://bucket/a/b.c")
     shown = [str(path), str(path.parent.parent), str(path / "d"), f"{path.relative_to(path.parent)}"]
