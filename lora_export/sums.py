@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -145,9 +146,13 @@ def add_into(total: NDArray[Any], weight: NDArray[Any], change: NDArray[np.float
 
 
 def round_into(out: NDArray[Any], total: NDArray[Any]) -> None:
-    """Round a sum to the dtype of `out`, unless it is the sum. Integer arithmetic takes 1.2 times as long for bf16."""
+    """Round a sum to the dtype of `out`, unless it is the sum. Integer arithmetic takes 1.2 times as long for bf16.
+
+    From fp64 to bf16 by way of fp32, as PyTorch does, and ml_dtypes before 0.7: every version makes the same bits.
+    """
     if out is not total:
-        np.copyto(out, total, casting="unsafe")
+        is_wide = total.dtype == np.float64 and out.dtype == ml_dtypes.bfloat16
+        np.copyto(out, total.astype(np.float32) if is_wide else total, casting="unsafe")
 
 
 # --- DoRA ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from lora_export import sums
 from lora_export.errors import InputRefused
@@ -30,6 +31,15 @@ def test_a_half_precision_weight_is_summed_in_fp32():
 
 def test_an_fp64_weight_is_summed_in_fp64():
     assert rounded_sum(np.array([1.0]), np.array([2**-40], np.float32)).tolist() == [1 + 2**-40]
+
+
+def test_fp64_goes_to_bf16_as_in_pytorch():
+    """By way of fp32, with every version of ml_dtypes: 0.7 rounds once."""
+    values = np.array([1 + 2.0**-8 + 2.0**-40, 1 + 3 * 2.0**-8 - 2.0**-40, 1e39, -3.0])
+    found = np.empty(4, ml_dtypes.bfloat16)
+    with np.errstate(over="ignore"):
+        sums.round_into(found, values)
+    assert found.astype(np.float64).tolist() == torch.tensor(values).to(torch.bfloat16).tolist()
 
 
 def test_a_sum_leaves_the_weight_unchanged():

@@ -77,7 +77,7 @@ def apply_by_numpy(part: StepRows) -> Statistics | None:
     step, output = part.step, part.output
     weight = sums.starting_rows(step, part.rows, part.stored)
     if step.is_replacement:
-        np.copyto(output, weight, casting="unsafe")
+        sums.round_into(output, weight)
         if step.token_rows is not None:
             step.token_rows.write_into(output, part.rows.start)
         refuse_overflow(part.name, weight, output)

@@ -332,7 +332,7 @@ class _RowChange:
         statistics = []
         with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
             for others in () if self.tensor.step is not None else _rows_beside(rows, parts):
-                np.copyto(output[others], stored[others], casting="unsafe")
+                sums.round_into(output[others], stored[others])
                 refuse_overflow(self.target.name, stored[others], output[others])
             for patch, of_all_rows in parts:
                 own = patch.within(rows)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
@@ -426,9 +427,15 @@ EITHER = pytest.mark.parametrize("piece_bytes", [A_ROW, WHOLE], indirect=True)
 
 
 def judged(
-    folder: Path, values: Any, step: Step | None = None, *, dtype: Any = np.float32, base: Any = BASE
+    folder: Path,
+    values: Any,
+    step: Step | None = None,
+    *,
+    dtype: Any = np.float32,
+    base: Any = BASE,
+    base_dtype: Any = np.float32,
 ) -> AuditedWeight:
-    before = None if base is None else stored(folder / "base.safetensors", base)
+    before = None if base is None else stored(folder / "base.safetensors", base, base_dtype)
     return judge_rounded("fc.weight", step, before, stored(folder / "merged.safetensors", values, dtype))
 
 
@@ -437,6 +444,23 @@ def judged(
 def test_a_kept_tensor_has_the_bits_of_the_base(tmp_path: Path, dtype: Any) -> None:
     found = judged(tmp_path, np.asarray(BASE, np.float32).astype(dtype), dtype=dtype)
     assert (found.fate, found.outcome, found.elements, found.controls) == (Fate.KEPT, Outcome.SAME, 9, {})
+
+
+@EITHER
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_value_in_fp64_may_have_gone_by_way_of_fp32(tmp_path: Path, dtype: str, bits: int, replaced: bool) -> None:
+    """Just above the middle of two numbers of 16 bits: PyTorch makes the lower one of it, NumPy the upper one."""
+    ulp = 2.0 ** (1 - bits)
+    base = np.full((3, 3), 1 + ulp / 2 + 2.0**-40)
+    step = Step(matrix("fc.weight", 3, 3), replace=base) if replaced else None
+    before = np.zeros((3, 3)) if replaced else base
+    by_torch = torch.tensor(base).to(getattr(torch, dtype)).double().numpy()
+    by_numpy = base.astype(DTYPES[dtype]).astype(np.float64)  # as PyTorch in bf16, before ml_dtypes 0.7
+    for value in (1 - ulp / 2, 1.0, 1 + ulp, 1 + 2 * ulp):
+        values = np.full((3, 3), value, DTYPES[dtype])
+        found = judged(tmp_path, values, step, dtype=DTYPES[dtype], base=before, base_dtype=np.float64)
+        assert found.outcome is (Outcome.SAME if value in (by_torch[0, 0], by_numpy[0, 0]) else Outcome.DIFFERENT)
 
 
 @EITHER
