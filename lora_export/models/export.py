@@ -38,6 +38,7 @@ from lora_export.layers.torch_internals import (
 )
 from lora_export.models.decompositions import decomposed_in_place
 from lora_export.models.model import Axes
+from lora_export.models.open_sizes import refused_numbers
 from lora_export.models.shared_context import SharedContext
 from lora_export.models.tracing import (
     USE_CACHE,
@@ -326,7 +327,7 @@ def _exported_by_transformers(
 
 def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model]) -> ir.Model:
     """What an exporter makes, simplified. Raises RuntimeRefused where it refuses, or writes another operator set."""
-    with exporter_refusals(module):
+    with refused_numbers(module), exporter_refusals(module):
         with decomposed_in_place(), READ_ONCE:
             model = _exported(export)
         simplify(model)

@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,10 @@ LONGEST = 400  # characters of a cause: some contain tensors
 # Of torch.onnx, where no function of ONNX computes an operator of PyTorch
 MISSING_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 FRAME = re.compile(r'File "[^"]*?([^"/\\]+)", (line \d+, in \S+)\n\s*(.+)')  # of a Python traceback
+CHANGE_THE_LINE = (
+    "Change that line of the model's code, so that it computes with the size itself, or export only the part of the "
+    "model that a graph can contain."
+)
 DEPENDS_ON_VALUES = (
     "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
     "export only the part of the model that a graph can contain."
@@ -324,16 +328,23 @@ def _failing_node(error: BaseException) -> torch.fx.Node | None:
 
 def line_of_model(module: nn.Module, error: BaseException | None) -> str:
     """The last line of the model's own files that ran before an error; empty where there is none."""
-    modules = (sys.modules.get(type(part).__module__) for part in module.modules())
-    files = {Path(file) for each in modules if (file := getattr(each, "__file__", None))}
-    found = ""
+    files, found = files_of(module), ""
     while error is not None:
-        for frame in traceback.extract_tb(error.__traceback__):
-            file = Path(frame.filename)
-            if file in files and not any(map(file.is_relative_to, (OWN_CODE, OF_PYTORCH))):
-                found = _shown(frame)
+        found = innermost_line(traceback.extract_tb(error.__traceback__), files) or found
         error = error.__cause__
     return found
+
+
+def files_of(module: nn.Module) -> set[Path]:
+    """The files with the code of a module and its parts, but for PyTorch's and this package's."""
+    modules = (sys.modules.get(type(part).__module__) for part in module.modules())
+    files = {Path(file) for each in modules if (file := getattr(each, "__file__", None))}
+    return {file for file in files if not any(map(file.is_relative_to, (OWN_CODE, OF_PYTORCH)))}
+
+
+def innermost_line(frames: Sequence[traceback.FrameSummary], files: Collection[Path]) -> str:
+    """The last of these frames that is in one of the files, as a message shows it; empty where there is none."""
+    return next((_shown(frame) for frame in reversed(frames) if Path(frame.filename) in files), "")
 
 
 def line_of_size(error: BaseException) -> str:
