@@ -43,12 +43,12 @@ from lora_export.models.shared_context import SharedContext
 from lora_export.models.tracing import (
     USE_CACHE,
     exporter_refusals,
+    fails_on_node,
     fixes_size,
     is_hugging_face,
     line_of_size,
     named_failures,
     named_outputs,
-    names_operator,
     tracing,
     without_cache,
 )
@@ -342,7 +342,7 @@ def _exported(export: Callable[[], ir.Model]) -> ir.Model:
         with WITHOUT_STACK_TRACES:
             return export()
     except Exception as error:
-        if not names_operator(error):
+        if not fails_on_node(error):
             raise
     return export()
 

@@ -291,15 +291,16 @@ def exporter_refusals(module: nn.Module) -> Iterator[None]:
         elif fixes_size(error):
             cause += "".join(getattr(error, "__notes__", ())) or line_of_size(error)
         elif not LINE.search(cause):
-            cause += line_of_model(module, error)
+            line, place = line_of_model(module, error), _place(error)
+            cause, remedy = cause + (line or place), NOT_IN_ONNX if place and not line else remedy
         if not missing and OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
             remedy = f"Where that line is about float16 alone, export in {named('dtype', 'float32')}. {remedy}"
         raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", remedy) from error
 
 
-def names_operator(error: BaseException) -> bool:
-    """Whether an exporter refused an operator that ONNX lacks."""
-    return MISSING_OPERATOR.search(innermost_cause(error)) is not None
+def fails_on_node(error: BaseException) -> bool:
+    """Whether an exporter traced the model, and refused an operator of it."""
+    return _failing_node(error) is not None
 
 
 def fixes_size(error: BaseException) -> bool:
