@@ -57,7 +57,7 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
 
     def guard_int(self: Any, file: str, line: int) -> int:
         size, note = self.expr, _NOTE.get()
-        number = number_of(self, file, line)
+        number: int = number_of(self, file, line)
         if note is not None and size.free_symbols and _varies(size, self.shape_env.var_to_range, number):
             note(number)
         return number
