@@ -18,7 +18,7 @@ from torch import nn
 from lora_export.errors import RuntimeRefused
 from lora_export.layers.torch_internals import private
 from lora_export.models.shared_context import SharedContext
-from lora_export.models.tracing import CHANGE_THE_LINE, files_of, innermost_line
+from lora_export.models.tracing import CHANGE_THE_LINE, code_files, innermost_line
 
 LARGE = range(64, 128)  # sizes: `chunk` and `tensor_split` may make fewer parts of smaller ones
 
@@ -29,7 +29,7 @@ def refused_numbers(module: nn.Module) -> Iterator[None]:
 
     One that is the same for all large sizes is not refused: the parts of `chunk(2)` are two.
     """
-    files, found = files_of(module), list[str]()
+    files, found = code_files(module), list[str]()
 
     def note(number: int) -> None:
         if line := innermost_line(traceback.extract_stack(), files):

@@ -329,14 +329,14 @@ def _failing_node(error: BaseException) -> torch.fx.Node | None:
 
 def line_of_model(module: nn.Module, error: BaseException | None) -> str:
     """The last line of the model's own files that ran before an error; empty where there is none."""
-    files, found = files_of(module), ""
+    files, found = code_files(module), ""
     while error is not None:
         found = innermost_line(traceback.extract_tb(error.__traceback__), files) or found
         error = error.__cause__
     return found
 
 
-def files_of(module: nn.Module) -> set[Path]:
+def code_files(module: nn.Module) -> set[Path]:
     """The files with the code of a module and its parts, but for PyTorch's and this package's."""
     modules = (sys.modules.get(type(part).__module__) for part in module.modules())
     files = {Path(file) for each in modules if (file := getattr(each, "__file__", None))}
