@@ -61,8 +61,11 @@ def _patched() -> contextlib.AbstractContextManager[Any]:
         if not _IS_EXPORTING.get() or table is None:
             return traced_again(program, *args, **kwargs)
         _state_sizes_of_parts(program.graph)
+        _repeat_what_is_written(program.graph)
         return_whole(program.graph, _is_new)
         _divide_grids(program.graph)
+        _sort_stably(program.graph)
+        _floor_quotients(program.graph)
         _index_in_place_of_calls(program.graph)
         exchanges = None if _state_sizes_of_equal_parts(program.graph) else _exchanges(program, table)
         if exchanges is None and any(node.target in WITHOUT_TRANSLATION for node in program.graph.nodes):
@@ -171,7 +174,7 @@ def _divide_grids(graph: Graph) -> None:
             continue
         if arguments.get("indexing") == "xy":
             order[:2] = 1, 0
-        sizes = [_size_of_line(axes[each]) for each in order]
+        sizes = [_size_of(axes[each], 0) for each in order]
         for user in list(node.users):
             place, grid = order.index(user.args[1]), axes[user.args[1]]
             for axis in range(len(order)):
@@ -180,9 +183,52 @@ def _divide_grids(graph: Graph) -> None:
         graph.erase_node(node)
 
 
-def _size_of_line(line: Node) -> Any:
-    (size,) = line.meta["val"].shape
-    return size if isinstance(size, int) else Exchange(aten.sym_size.int, (line, 0), value=size)
+def _repeat_what_is_written(graph: Graph) -> None:
+    """Expand what is written into a larger part: onnxscript 0.7.2 leaves it as it is."""
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        part, source = node.args[:2]
+        shapes = [each.meta["val"].shape for each in (part, source) if "val" in each.meta]
+        if len(shapes) == 2 and str(shapes[0]) != str(shapes[1]):
+            sizes = [_size_of(part, axis) for axis in range(len(shapes[0]))]
+            _exchange(node, Exchange(aten.copy_.default, (part, Exchange(aten.expand.default, (source, sizes)))))
+
+
+def _sort_stably(graph: Graph) -> None:
+    """Sort bools as whole numbers, for ONNX sorts no bools. The order of equal values is stable there in any case."""
+    for node in [each for kind in SORTS for each in graph.find_nodes(op="call_function", target=kind)]:
+        arguments = _arguments(node)
+        x: Any = arguments["self"]
+        if "val" not in x.meta:
+            continue
+        if x.meta["val"].dtype == torch.bool:
+            numbers = x.meta["val"].to(torch.int32)
+            x = Exchange(aten._to_copy.default, (x,), {"dtype": torch.int32}, numbers)
+            for user in list(node.users):
+                if user.target is operator.getitem and user.args[1] == 0:
+                    value = Exchange(operator.getitem, (node, 0), value=numbers)
+                    _exchange(user, Exchange(aten._to_copy.default, (value,), {"dtype": torch.bool}))
+        _exchange(node, Exchange(SORTS[node.target], (x, arguments["dim"], arguments["descending"])))
+
+
+def _floor_quotients(graph: Graph) -> None:
+    """Divide sizes that may be negative as Python does: ONNX rounds their quotients towards zero."""
+    for node in graph.find_nodes(op="call_function", target=operator.floordiv):
+        number, divisor = node.args
+        if any(map(_may_be_negative, (number, divisor))):
+            rest = Exchange(operator.mod, (number, divisor))
+            _exchange(node, Exchange(operator.floordiv, (Exchange(operator.sub, (number, rest)), divisor)))
+
+
+def _may_be_negative(size: Any) -> bool:
+    value = size.meta.get("val") if isinstance(size, Node) else size
+    if isinstance(value, torch.SymInt):
+        return bool(value.node.shape_env.bound_sympy(value.node.expr).lower < 0)
+    return not isinstance(value, int) or value < 0
+
+
+def _size_of(x: Node, axis: int) -> Any:
+    size = x.meta["val"].shape[axis]
+    return size if isinstance(size, int) else Exchange(aten.sym_size.int, (x, axis), value=size)
 
 
 def _index_in_place_of_calls(graph: Graph) -> None:
@@ -276,6 +322,10 @@ OF_NUMBERS = frozenset(
         *(operator.and_, operator.or_, torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not),
     }
 )
+# Operators that sort -> the ones without a choice of the order of equal values. ONNX keeps it.
+SORTS: Mapping[Any, Any] = {
+    each: kind.default for kind in (aten.sort, aten.argsort) for each in (kind.default, kind.stable)
+}
 # PyTorch keeps these whole too, and leaves them out of the table of all others.
 UPSAMPLING = frozenset({aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec})
 # Operators that transformers puts into a program after the trace. They return what their first argument is like.

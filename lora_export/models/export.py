@@ -38,16 +38,17 @@ from lora_export.layers.torch_internals import (
 )
 from lora_export.models.decompositions import decomposed_in_place
 from lora_export.models.model import Axes
+from lora_export.models.open_sizes import refused_numbers
 from lora_export.models.shared_context import SharedContext
 from lora_export.models.tracing import (
     USE_CACHE,
     exporter_refusals,
+    fails_on_node,
     fixes_size,
     is_hugging_face,
     line_of_size,
     named_failures,
     named_outputs,
-    names_operator,
     tracing,
     without_cache,
 )
@@ -326,7 +327,7 @@ def _exported_by_transformers(
 
 def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model]) -> ir.Model:
     """What an exporter makes, simplified. Raises RuntimeRefused where it refuses, or writes another operator set."""
-    with exporter_refusals(module):
+    with refused_numbers(module), exporter_refusals(module):
         with decomposed_in_place(), READ_ONCE:
             model = _exported(export)
         simplify(model)
@@ -341,7 +342,7 @@ def _exported(export: Callable[[], ir.Model]) -> ir.Model:
         with WITHOUT_STACK_TRACES:
             return export()
     except Exception as error:
-        if not names_operator(error):
+        if not fails_on_node(error):
             raise
     return export()
 

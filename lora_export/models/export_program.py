@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten
 from lora_export.errors import RuntimeRefused
 from lora_export.models.export import LOADED_ALONE, WITHOUT_STACK_TRACES, check_axes
 from lora_export.models.model import Axes
+from lora_export.models.open_sizes import refused_numbers
 from lora_export.models.tracing import (
     USE_CACHE,
     convert_outputs,
@@ -62,7 +63,8 @@ def to_program(
         copied = copy.deepcopy(module).requires_grad_(False)
     # A file cannot name the classes of other packages.
     convert_outputs(copied, lambda outputs: named_outputs(outputs) if isinstance(outputs, Mapping) else outputs)
-    with tracing(copied), without_cache(copied), exporter_refusals(module), WITHOUT_STACK_TRACES:
+    refused = exporter_refusals(module)
+    with refused_numbers(module), tracing(copied), without_cache(copied), refused, WITHOUT_STACK_TRACES:
         program = _exported(copied, inputs, dynamic)
     _refuse_unwritable(module, program)
     for graph in program.graph_module.modules():

@@ -27,6 +27,7 @@ def traceable_code(module: nn.Module) -> Iterator[None]:
 
     - `tensor_split` makes equal parts of an open axis by their open sizes: the first ones may have one more. PyTorch
       2.13 takes the sizes at hand for those of all inputs, also where the model computes with them.
+    - A write at an open place (`x[:, n // 2] = y`) writes into a view of it. PyTorch 2.13 takes the place at hand.
     - A part that is converted into the dtype that it has stays as it is. PyTorch exchanges its parameters, which it
       cannot in a trace (Switch Transformers).
 
@@ -105,6 +106,41 @@ def _parts_of_open_sizes(owner: Any) -> Any:
     return mock.patch.object(owner, "tensor_split", tensor_split)
 
 
+def _writes_at_open_places() -> Any:
+    write: Callable[..., None] = torch.Tensor.__setitem__
+
+    def set_item(x: torch.Tensor, key: Any, value: Any) -> None:
+        places = key if isinstance(key, tuple) else (key,)
+        if not any(isinstance(each, torch.SymInt) for each in places) or not all(map(_makes_a_view, places)):
+            write(x, key, value)
+        elif isinstance(value, torch.Tensor):
+            part = _view_at(x, places)
+            part.copy_(value.reshape(value.shape[max(0, value.ndim - part.ndim) :]))  # as a write does
+        else:
+            _view_at(x, places).fill_(value)
+
+    return mock.patch.object(torch.Tensor, "__setitem__", set_item)
+
+
+def _makes_a_view(place: Any) -> bool:
+    return place is None or place is Ellipsis or type(place) in (int, torch.SymInt, slice)
+
+
+def _view_at(x: torch.Tensor, places: tuple[Any, ...]) -> torch.Tensor:
+    """The part of a tensor at these places, none of which is a tensor, a list or a bool."""
+    named = sum(each is not None and each is not Ellipsis for each in places)
+    part, axis = x, 0
+    for each in places:
+        if each is Ellipsis:
+            axis += x.ndim - named
+        elif each is None or isinstance(each, slice):
+            part = part[(*[slice(None)] * axis, each)]
+            axis += 1
+        else:
+            part = part.select(axis, each)
+    return part
+
+
 def _unchanged_parts() -> Any:
     convert: Callable[..., nn.Module] = nn.Module.to
 
@@ -119,5 +155,7 @@ def _unchanged_parts() -> Any:
 
 
 _OF_PYTORCH = SharedContext(
-    _unchanged_parts, *(functools.partial(_parts_of_open_sizes, owner) for owner in (torch, torch.Tensor))
+    _unchanged_parts,
+    _writes_at_open_places,
+    *(functools.partial(_parts_of_open_sizes, owner) for owner in (torch, torch.Tensor)),
 )

@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,10 @@ LONGEST = 400  # characters of a cause: some contain tensors
 # Of torch.onnx, where no function of ONNX computes an operator of PyTorch
 MISSING_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 FRAME = re.compile(r'File "[^"]*?([^"/\\]+)", (line \d+, in \S+)\n\s*(.+)')  # of a Python traceback
+CHANGE_THE_LINE = (
+    "Change that line of the model's code, so that it computes with the size itself, or export only the part of the "
+    "model that a graph can contain."
+)
 DEPENDS_ON_VALUES = (
     "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
     "export only the part of the model that a graph can contain."
@@ -287,15 +291,16 @@ def exporter_refusals(module: nn.Module) -> Iterator[None]:
         elif fixes_size(error):
             cause += "".join(getattr(error, "__notes__", ())) or line_of_size(error)
         elif not LINE.search(cause):
-            cause += line_of_model(module, error)
+            line, place = line_of_model(module, error), _place(error)
+            cause, remedy = cause + (line or place), NOT_IN_ONNX if place and not line else remedy
         if not missing and OF_HALF.search(cause) and any(each.dtype == torch.float16 for each in module.parameters()):
             remedy = f"Where that line is about float16 alone, export in {named('dtype', 'float32')}. {remedy}"
         raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", remedy) from error
 
 
-def names_operator(error: BaseException) -> bool:
-    """Whether an exporter refused an operator that ONNX lacks."""
-    return MISSING_OPERATOR.search(innermost_cause(error)) is not None
+def fails_on_node(error: BaseException) -> bool:
+    """Whether an exporter traced the model, and refused an operator of it."""
+    return _failing_node(error) is not None
 
 
 def fixes_size(error: BaseException) -> bool:
@@ -324,16 +329,23 @@ def _failing_node(error: BaseException) -> torch.fx.Node | None:
 
 def line_of_model(module: nn.Module, error: BaseException | None) -> str:
     """The last line of the model's own files that ran before an error; empty where there is none."""
-    modules = (sys.modules.get(type(part).__module__) for part in module.modules())
-    files = {Path(file) for each in modules if (file := getattr(each, "__file__", None))}
-    found = ""
+    files, found = code_files(module), ""
     while error is not None:
-        for frame in traceback.extract_tb(error.__traceback__):
-            file = Path(frame.filename)
-            if file in files and not any(map(file.is_relative_to, (OWN_CODE, OF_PYTORCH))):
-                found = _shown(frame)
+        found = innermost_line(traceback.extract_tb(error.__traceback__), files) or found
         error = error.__cause__
     return found
+
+
+def code_files(module: nn.Module) -> set[Path]:
+    """The files with the code of a module and its parts, but for PyTorch's and this package's."""
+    modules = (sys.modules.get(type(part).__module__) for part in module.modules())
+    files = {Path(file) for each in modules if (file := getattr(each, "__file__", None))}
+    return {file for file in files if not any(map(file.is_relative_to, (OWN_CODE, OF_PYTORCH)))}
+
+
+def innermost_line(frames: Sequence[traceback.FrameSummary], files: Collection[Path]) -> str:
+    """The last of these frames that is in one of the files, as a message shows it; empty where there is none."""
+    return next((_shown(frame) for frame in reversed(frames) if Path(frame.filename) in files), "")
 
 
 def line_of_size(error: BaseException) -> str:

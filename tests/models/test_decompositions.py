@@ -117,6 +117,26 @@ def written_into_parts(x: Tensor) -> Tensor:
     return parts + 1
 
 
+def written_at_open_places(x: Tensor) -> Tensor:
+    parts = torch.cat((x, x.new_ones(3, 2, 4)))
+    parts[x.shape[0] // 2, :, 1:] = x.new_ones(1, 1, 1, 3)  # more axes than the part
+    parts[-x.shape[0] // 2, ..., 2] += 5
+    parts[None, x.shape[0] // 2 + 1, ..., 3] = 0.1
+    return parts * 1
+
+
+def copied_into_parts(x: Tensor) -> Tensor:
+    doubled = x * 2
+    doubled[:, :, 1:].copy_(x[:, :1, 1:])
+    doubled[:, 1].copy_(x[0, 0, :1])
+    return doubled
+
+
+def sorted_bools(x: Tensor) -> Tensor:
+    values, places = (x > 0.5).sort(2, descending=True)
+    return values * places + (x > 0.2).argsort(dim=2, stable=True)
+
+
 def written_under_a_view(x: Tensor) -> Tensor:
     doubled = x * 2
     view = doubled[:, 0]
@@ -208,8 +228,16 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "equal parts by keywords": lambda x: torch.cat(x.tensor_split(dim=0, sections=3)[::-1]),
     "a repeated part of an open axis": lambda x: torch.cat((x, x)).tensor_split(3)[0].repeat(2, 1, 1),
     "the size of an equal part": lambda x: x * x.tensor_split(3)[1].shape[0],
+    "sorted bools": sorted_bools,
+    "bools of a sort": lambda x: (x > 0.5).sort(dim=2, stable=True)[0],
+    "sorted stably": lambda x: whole(x).sort(dim=2, stable=True)[1],
+    "quotients of negative sizes": lambda x: (
+        x * (-x.shape[0] // 2) - ((3 - x.shape[0]) // 2) + (x.shape[0] // -3) + (-7 // (x.shape[0] + 2))
+    ),
 }
 TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "written at open places": written_at_open_places,
+    "repeated into a part by copy_": copied_into_parts,
     "equal parts by the operator": lambda x: torch.cat(torch.ops.aten.tensor_split.sections(x, 3)[::-1]),
     "a view of what is written": written_after_a_view,
     "a view of what a part is written into": written_under_a_view,
@@ -232,6 +260,7 @@ TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "pooled to two": lambda x: F.adaptive_avg_pool1d(whole(x), 2),
     "pooled to a plane of 2 by 1": lambda x: F.adaptive_avg_pool2d(whole(x), (2, 1)),
     "normalised by itself": lambda x: F.batch_norm(x * 0, None, None, training=True) + x,
+    "quotients of negative sizes": lambda x: x.diff(n=2) * -(-x.shape[0] // 2),
     "another dtype in place": lambda x: (x > 0.5).int().add_((x > 0.2).long()),
 }
 

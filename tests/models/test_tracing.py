@@ -247,6 +247,20 @@ def test_other_refusals_have_their_cause_and_a_way_out() -> None:
     assert caught.value.__cause__ is not None and caught.value.__cause__.__cause__ is cause
 
 
+class Shifted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(x.shape[0] // 2, 0)
+
+
+def test_an_operator_whose_arguments_onnx_lacks_is_named_with_its_line() -> None:
+    with pytest.raises(RuntimeRefused) as caught:
+        to_onnx(Shifted().eval(), {"x": torch.ones(4, 4)}, axes={"x": {0: "rows"}})
+    first, remedy = str(caught.value).splitlines()
+    line = Shifted.forward.__code__.co_firstlineno + 1
+    assert first.endswith(f"(test_tracing.py, line {line}, in forward: `return x.roll(x.shape[0] // 2, 0)`)")
+    assert remedy.startswith("Compute it there with operators that ONNX has")
+
+
 def test_a_missing_operator_without_a_node_has_no_place() -> None:
     message = "No ONNX function found for <OpOverload(op='aten.strange', overload='default')>."
     with (
