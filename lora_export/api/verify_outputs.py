@@ -163,7 +163,7 @@ def _seconds(request: VerifyRequest, base: Model, candidate: Artifact) -> float:
     not, for which onnxruntime has no kernels.
     """
     from lora_export.models.model import in_dtype_of
-    from lora_export.models.tracing import failure_on
+    from lora_export.models.refusals import failure_on
     from lora_export.verification.module_copies import is_large
 
     if candidate.kind is ArtifactKind.ENDPOINT:

@@ -45,7 +45,8 @@ from lora_export.layers.torch_internals import is_stateful
 from lora_export.models.deepstack import deepstack_in_embeds, embeds_of
 from lora_export.models.export import exported_with_cache, name_axes
 from lora_export.models.model import Axes, ModelInputs
-from lora_export.models.tracing import USE_CACHE, cache_setting, is_hugging_face, named_failures, tracing
+from lora_export.models.refusals import named_failures
+from lora_export.models.tracing import USE_CACHE, cache_setting, is_hugging_face, tracing
 from lora_export.options.spelling import named
 
 CACHE_TENSOR = re.compile(r"\.layers\.(\d+)\.(?:(key|value)s|(conv|recurrent)_states\.(\d+))$")

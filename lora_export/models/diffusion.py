@@ -20,7 +20,8 @@ import torch
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import Model, ModelInputs, Sizes
-from lora_export.models.tracing import innermost_cause, silence
+from lora_export.models.refusals import innermost_cause
+from lora_export.models.tracing import silence
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, OF_DIFFUSERS, open_checkpoint
 

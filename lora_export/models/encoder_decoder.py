@@ -37,7 +37,8 @@ from lora_export.graph.cache_names import (
 from lora_export.models.cached_decoder import BATCH_SYMBOL, PAST_SYMBOL, SEQUENCE_SYMBOL, TRACED_PAST, TRACED_SEQUENCE
 from lora_export.models.export import exported_with_cache, name_axes, to_onnx
 from lora_export.models.model import Model, ModelInputs
-from lora_export.models.tracing import USE_CACHE, cache_setting, is_hugging_face, named_failures, tracing
+from lora_export.models.refusals import named_failures
+from lora_export.models.tracing import USE_CACHE, cache_setting, is_hugging_face, tracing
 
 ENCODER_SYMBOL = "encoder_sequence"  # the axis of the positions that the encoder returns
 ENCODER_OUTPUTS = "encoder_outputs"  # the keyword of forward

@@ -39,19 +39,10 @@ from lora_export.layers.torch_internals import (
 from lora_export.models.decompositions import decomposed_in_place
 from lora_export.models.model import Axes
 from lora_export.models.open_sizes import refused_numbers
+from lora_export.models.outputs import named_outputs
+from lora_export.models.refusals import exporter_refusals, fails_on_node, fixes_size, line_of_size, named_failures
 from lora_export.models.shared_context import SharedContext
-from lora_export.models.tracing import (
-    USE_CACHE,
-    exporter_refusals,
-    fails_on_node,
-    fixes_size,
-    is_hugging_face,
-    line_of_size,
-    named_failures,
-    named_outputs,
-    tracing,
-    without_cache,
-)
+from lora_export.models.tracing import USE_CACHE, is_hugging_face, tracing, without_cache
 from lora_export.options.spelling import named
 
 # onnxscript 0.7.2 removes x + c, x - c, x * c and x / c where c is within these tolerances of 0 or 1

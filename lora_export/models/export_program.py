@@ -26,16 +26,9 @@ from lora_export.errors import RuntimeRefused
 from lora_export.models.export import LOADED_ALONE, WITHOUT_STACK_TRACES, check_axes
 from lora_export.models.model import Axes
 from lora_export.models.open_sizes import refused_numbers
-from lora_export.models.tracing import (
-    USE_CACHE,
-    convert_outputs,
-    exporter_refusals,
-    is_hugging_face,
-    named_outputs,
-    silence,
-    tracing,
-    without_cache,
-)
+from lora_export.models.outputs import convert_outputs, named_outputs
+from lora_export.models.refusals import exporter_refusals
+from lora_export.models.tracing import USE_CACHE, is_hugging_face, silence, tracing, without_cache
 
 OPERATOR = type(torch.ops.aten.add.Tensor)
 UNWRITABLE = torch.ops.higher_order.flat_apply

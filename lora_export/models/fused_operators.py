@@ -20,7 +20,8 @@ from lora_export.graph.operators import MICROSOFT, operator_id
 from lora_export.layers.torch_internals import fusions_for
 from lora_export.models.cached_decoder import BATCH_SYMBOL
 from lora_export.models.export import is_nearly_neutral
-from lora_export.models.tracing import innermost_cause, silence
+from lora_export.models.refusals import innermost_cause
+from lora_export.models.tracing import silence
 from lora_export.options.spelling import named
 
 ATTENTION = (MICROSOFT, "GroupQueryAttention")

@@ -26,8 +26,8 @@ from lora_export.models.images import (
     refuse_huge,
 )
 from lora_export.models.model import CHECKED_SIZES, TRACED_SIZES, Model, ModelInputs, Sizes, in_dtype_of
+from lora_export.models.refusals import failure_on
 from lora_export.models.text_inputs import ONE_TOKEN, Part, decoder_part, placeholders, text_lengths, text_part
-from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
 
 # Mean and standard deviation of CLAP's spectrograms, in decibels. Those of others are about 0 and 1: Whisper's values

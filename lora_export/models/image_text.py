@@ -29,7 +29,7 @@ from lora_export.models.image_encoders import FeatureEncoder, MaskedTileEncoder,
 from lora_export.models.image_grids import grid_images
 from lora_export.models.image_sizes import ROW_TOWER, RowEncoder, SizedTileEncoder, pixels_of_token
 from lora_export.models.model import Axes, Model, ModelInputs
-from lora_export.models.tracing import convert_outputs
+from lora_export.models.outputs import convert_outputs
 
 
 class Images(NamedTuple):

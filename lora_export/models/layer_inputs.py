@@ -20,8 +20,8 @@ from lora_export.errors import InputRefused
 from lora_export.layers import with_loaded_names
 from lora_export.models.huggingface import load_tokenizer
 from lora_export.models.model import Model, in_dtype_of
+from lora_export.models.refusals import named_failures
 from lora_export.models.text_inputs import text_lengths
-from lora_export.models.tracing import named_failures
 from lora_export.weights.calibrated_rounding import FITTED, HELD_OUT, LayerInputs, StoredInputs
 
 HELD_OUT_EVERY = 5  # of so many texts, one is held out

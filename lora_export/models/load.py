@@ -29,10 +29,12 @@ from lora_export.models.diffusion import from_diffusers, is_diffusion_model
 from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes, in_dtype, in_dtype_of
+from lora_export.models.outputs import with_dictionaries
 from lora_export.models.pt2.program import from_program
+from lora_export.models.refusals import failure_on, line_of_model, named_failures
 from lora_export.models.stored_parameter import weights_in
 from lora_export.models.traced_lengths import without_values
-from lora_export.models.tracing import failure_on, line_of_model, named_failures, same_state, with_dictionaries
+from lora_export.models.tracing import same_state
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.storage.artifact_kinds import ArtifactKind

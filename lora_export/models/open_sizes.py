@@ -17,8 +17,8 @@ from torch import nn
 
 from lora_export.errors import RuntimeRefused
 from lora_export.layers.torch_internals import private
+from lora_export.models.refusals import CHANGE_THE_LINE, code_files, innermost_line
 from lora_export.models.shared_context import SharedContext
-from lora_export.models.tracing import CHANGE_THE_LINE, code_files, innermost_line
 
 LARGE = range(64, 128)  # sizes: `chunk` and `tensor_split` may make fewer parts of smaller ones
 

@@ -19,10 +19,10 @@ from lora_export.graph.cache_names import IDS, LOGITS
 from lora_export.layers.activation import CACHE_KEYWORDS
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import Limits, Model, ModelInputs, Sizes
+from lora_export.models.outputs import named_outputs
 from lora_export.models.sentence_transformer import SENTENCE
 from lora_export.models.text_inputs import LONG
 from lora_export.models.traced_lengths import OF_TEXTS, with_traced_lengths
-from lora_export.models.tracing import named_outputs
 from lora_export.weights.task_head import CLASS_ENDINGS
 
 SCORES = "log_probabilities"

@@ -24,15 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from lora_export.errors import RuntimeRefused
 from lora_export.layers.torch_internals import TorchDispatchMode, grouped_products, tree_map
+from lora_export.models.outputs import have_names, named_outputs
+from lora_export.models.refusals import named_failures
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, is_streamed
-from lora_export.models.tracing import (
-    attribute_writes,
-    have_names,
-    named_failures,
-    named_outputs,
-    same_state,
-    state_reader,
-)
+from lora_export.models.tracing import attribute_writes, same_state, state_reader
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow, within_memory
 from lora_export.runtime.runs_in_step import MOST_IN_STEP, Meet, by_itself, run_in_step

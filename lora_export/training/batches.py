@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.models.tracing import named_failures
+from lora_export.models.refusals import named_failures
 from lora_export.training.records.opening import IGNORED
 from lora_export.training.records.rows import Records, Row
 from lora_export.user_code import failures_of_user_code

@@ -15,7 +15,7 @@ from lora_export.layers.frozen_linear import scales_of_4bit
 from lora_export.layers.module_tensors import own_share
 from lora_export.layers.products import fastest_products as fastest_products
 from lora_export.layers.torch_internals import compiler_errors
-from lora_export.models.tracing import innermost_cause
+from lora_export.models.refusals import innermost_cause
 from lora_export.options.spelling import named
 from lora_export.options.train import Precision
 from lora_export.training.checkpoint import MemoryUse

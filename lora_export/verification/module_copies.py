@@ -14,8 +14,8 @@ from torch import nn
 
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models import stored_parameter
+from lora_export.models.outputs import named_outputs
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, packed
-from lora_export.models.tracing import named_outputs
 from lora_export.runtime.memory import release_memory
 
 

@@ -21,7 +21,8 @@ from lora_export.errors import InputRefused
 from lora_export.extras import optional_package
 from lora_export.models.export_program import FIXED_TIME, to_program, with_inputs
 from lora_export.models.model import CHECKED_SIZES, Model, Sizes
-from lora_export.models.tracing import exporter_refusals, silence
+from lora_export.models.refusals import exporter_refusals
+from lora_export.models.tracing import silence
 from lora_export.options.export import TorchScriptOptions
 from lora_export.options.spelling import named
 from lora_export.runtime.registered.executorch import EXECUTORCH, open_executorch

@@ -12,7 +12,8 @@ from torch import nn
 from lora_export.errors import RuntimeRefused
 from lora_export.models import export_program
 from lora_export.models.model import Model
-from lora_export.models.tracing import cache_setting, named_outputs
+from lora_export.models.outputs import named_outputs
+from lora_export.models.tracing import cache_setting
 from lora_export.options.export import TorchScriptOptions
 from lora_export.runtime.torchscript.runner import ScriptRunner
 

@@ -18,7 +18,7 @@ from lora_export.isolation.bounds import bound_child
 from lora_export.isolation.limits import MAX_CODE
 from lora_export.isolation.process import private_streams, read_request, write_message
 from lora_export.layers.torch_internals import script_archive, script_operators
-from lora_export.models.tracing import have_names, named_outputs
+from lora_export.models.outputs import have_names, named_outputs
 from lora_export.runtime.torch_runners import to_numpy
 from lora_export.runtime.torchscript.code_check import check_code, check_pickle
 

@@ -15,7 +15,7 @@ from lora_export.graph.cache_names import IDS, MASK, POSITION_IDS
 from lora_export.lora import Adapter
 from lora_export.models.cached_decoder import takes_positions
 from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes, in_dtype_of
-from lora_export.models.tracing import failure_on
+from lora_export.models.refusals import failure_on
 from lora_export.options.spelling import named
 from lora_export.runtime.endpoint.tensors import TensorRunner
 from lora_export.runtime.kv_cache import CacheRunner, graph_of

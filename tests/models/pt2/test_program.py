@@ -23,8 +23,8 @@ from lora_export import layers, plan
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import RuntimeRefused
 from lora_export.models.load import load_model
+from lora_export.models.outputs import named_outputs
 from lora_export.models.pt2 import program, reader
-from lora_export.models.tracing import named_outputs
 from lora_export.runtime.open_artifact import HowToOpen, open_candidate
 from lora_export.runtime.torch_runners import Fp64Runner
 from support.factories import Spotter

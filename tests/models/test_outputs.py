@@ -1,0 +1,103 @@
+"""What a module returns has names: nested tensors, and the fields of dataclasses."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_export.errors import RuntimeRefused
+from lora_export.models import export, export_program
+from lora_export.models.load import from_module
+from lora_export.models.outputs import have_names, named_outputs, with_dictionaries
+from support.graphs import run
+
+pytestmark = pytest.mark.exports
+ONE, TWO = torch.ones(1), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        (ONE, ["output_0"]),
+        ((ONE, None, TWO), ["output_0", "output_2"]),
+        ({"logits": ONE, "loss": None, "states": (TWO, TWO)}, ["logits", "states.0", "states.1"]),
+        ([{"a": ONE}], ["output_0.a"]),
+    ],
+)
+def test_outputs_are_named_by_keys_or_positions(outputs: object, names: list[str]) -> None:
+    assert list(named_outputs(outputs)) == names
+    assert have_names(named_outputs(outputs)) is (names[0] == "logits")
+
+
+def test_outputs_without_a_tensor_are_refused() -> None:
+    with pytest.raises(RuntimeRefused, match="the model returned dict, which contains no tensors"):
+        named_outputs({"loss": None})
+
+
+@dataclass
+class Scores:
+    scores: Tensor
+    is_large: Tensor
+    rest: tuple[Tensor, ...] | None = None
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Any:
+        scores = self.linear(x) * scale
+        return Scores(scores, scores > 0)
+
+
+class Pair(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(x), [Scores(x, x > 0, rest=(x + 1,))]
+
+
+class Mapped(Net):
+    def forward(self, x: Tensor) -> Any:
+        return OrderedDict(y=self.linear(x))
+
+
+X = torch.tensor([[1.0, 2, 3], [-4, 5, -6]])
+
+
+def test_a_dataclass_is_a_graph_of_its_fields() -> None:
+    model = from_module(Net(), X)
+    graph = export.to_onnx(model.module, {"x": X}, axes=model.axes)
+    outputs = run(graph, x=X.numpy()[:1])
+    expected = Net.forward(model.module, X[:1])
+    torch.testing.assert_close(torch.tensor(outputs["scores"]), expected.scores)
+    assert outputs["is_large"].tolist() == expected.is_large.tolist()
+
+
+def test_a_traced_module_returns_the_fields_by_name() -> None:
+    script = export_program.to_torchscript(from_module(Net(), X).module, {"x": X})
+    assert set(script(X)) == {"scores", "is_large"}
+
+
+def test_copies_return_dictionaries_and_keep_the_signature() -> None:
+    module = with_dictionaries(Net(), {"x": X})
+    assert type(module).__name__ == "Net" and isinstance(module, Net)
+    assert list(inspect.signature(module.forward).parameters) == ["x", "scale"]
+    assert set(copy.deepcopy(module)(X, scale=1.0)) == {"scores", "is_large"}
+    assert isinstance(Net()(X), Scores)  # other modules of the class do not change
+
+
+def test_dataclasses_inside_tuples_are_dictionaries() -> None:
+    outputs = with_dictionaries(Pair(), {"x": X})(X)
+    assert set(outputs[1][0]) == {"scores", "is_large", "rest"} and outputs[1][0]["rest"][0].equal(X + 1)
+
+
+def test_other_modules_are_left_as_they_are() -> None:
+    for module, inputs in ((Mapped(), {"x": X}), (Net(), {"x": torch.ones(2, 9)}), (nn.Linear(3, 2), {"input": X})):
+        assert type(with_dictionaries(module, inputs)) in (Mapped, Net, nn.Linear)
