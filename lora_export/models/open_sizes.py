@@ -1,7 +1,7 @@
 """Numbers that a model's code makes of sizes that vary, while it is traced.
 
 PyTorch 2.13 refuses an axis whose own size becomes a number. Of what is computed from it, as `x.shape[1] // 2` is, it
-takes the number of the trace for those of all inputs, and says nothing.
+takes the number of the trace for those of all inputs, without a warning.
 """
 
 from __future__ import annotations

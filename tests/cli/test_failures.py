@@ -431,7 +431,7 @@ def test_weights_of_the_base_beside_an_adapter_are_a_model(
         (errors.WrongUsage, {"output": "out"}, [], False),
     ],
 )
-def test_a_refusal_of_a_command_that_writes_ends_with_that_nothing_was_written(
+def test_a_refused_command_that_writes_ends_with_nothing_was_written(
     error: type[errors.LoraExportError],
     parameters: dict[str, Any],
     published: list[str],

@@ -319,7 +319,7 @@ def test_the_end_of_a_training_is_a_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(tensor, again.state_dict()[name])
 
 
-def test_the_best_of_a_training_that_went_on_otherwise_is_that_of_its_checkpoint(tmp_path: Path) -> None:
+def test_the_best_of_another_training_is_that_of_its_checkpoint(tmp_path: Path) -> None:
     def killed(record: StepRecord, *_: int) -> None:
         if record.step == 6:
             raise MemoryError("as after a kill: nothing is saved")
