@@ -251,9 +251,7 @@ def test_weights_of_a_file_are_streamed_beside_a_streamed_model(tmp_path: Path) 
 
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
-def test_a_file_has_tied_tensors_under_one_name_or_each(
-    name: str, streamed: bool, tmp_path: Path
-) -> None:
+def test_a_file_has_tied_tensors_under_one_name_or_each(name: str, streamed: bool, tmp_path: Path) -> None:
     base = load_model(str(a_folder(tmp_path / "m", "tied", torch.float32)), streamed=streamed)
     weights = load_file(tmp_path / "m/model.safetensors")
     table = weights.pop("model.embed_tokens.weight")
