@@ -181,7 +181,7 @@ def _by_call(calls: Choices, chosen: Sequence[torch.Tensor]) -> dict[Call, torch
     fit = len(calls) == len(chosen) and all(
         own.indices.shape[-1] == indices.shape[-1]
         and own.indices.numel() == indices.numel()
-        and int(indices.max()) < call.shape[-1]
+        and bool((indices < call.shape[-1]).all())
         for (call, own), indices in zip(calls.items(), chosen, strict=True)
     )
     if not fit:

@@ -100,8 +100,8 @@ class _Choosing(TorchFunctionMode):
         self._owner, self._choose, self._calls = owner, choose, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in TOP_K or kwargs.get("out") is not None:
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "out" or value is not None}
+        if func not in TOP_K or "out" in kwargs:
             return func(*args, **kwargs)
         return self._top_k(*args, **kwargs)
 

@@ -139,6 +139,11 @@ def test_choices_that_pytorch_cannot_make_are_not_taken() -> None:
     assert not verdict.same and not any("took the candidate's choice" in note for note in verdict.notes)
 
 
+def test_a_call_without_rows_is_read() -> None:
+    call, none = Call("", 0, (0, 5)), torch.zeros(0, 2, dtype=torch.int64)
+    assert list(shared_choices._by_call({call: Choice(torch.zeros(0, 5), none, True)}, [none])) == [call]
+
+
 @pytest.mark.parametrize(("times", "reads"), [(0, 0), (1, 1), (2, 0)])
 def test_a_candidate_is_read_where_pytorch_makes_each_call_once(
     times: int, reads: int, monkeypatch: pytest.MonkeyPatch

@@ -28,7 +28,10 @@ class Router(nn.Module):
         self.how, self.as_method = {"dim": dim, "largest": largest}, as_method
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
-        values, indices = scores.topk(2, **self.how) if self.as_method else torch.topk(input=scores, k=2, **self.how)
+        if self.as_method:
+            values, indices = scores.topk(2, **self.how)
+        else:
+            values, indices = torch.topk(input=scores, k=2, out=None, **self.how)
         return values + 10 * indices
 
 
