@@ -31,7 +31,7 @@ from lora_export.errors import InputRefused, LoraExportError, WrongUsage, brief
 from lora_export.formats import is_only_adapter
 from lora_export.formats.peft_keys import INNER, WRAPPER
 from lora_export.isolation.limits import stated_memory
-from lora_export.isolation.turns import PYTORCH_TURN
+from lora_export.isolation.turns import pytorch_turn
 from lora_export.names.table import is_embedding, read_table
 from lora_export.options.common import ModelSource, is_address
 from lora_export.options.declaring import extended, takes
@@ -125,7 +125,7 @@ def verify(options: VerifyOptions) -> Verification:
     """
     pause = None if options.watch is None else seconds_of(options.watch)
     for seed in itertools.count(options.input_seed or 0):
-        with contextlib.nullcontext() if options.model is None else PYTORCH_TURN:
+        with contextlib.nullcontext() if options.model is None else pytorch_turn():
             result = _verified(options if pause is None else replace(options, input_seed=seed))
         if pause is None or not result:
             return result

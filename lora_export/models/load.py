@@ -32,8 +32,7 @@ from lora_export.models.model import Axes, Model, ModelInputs, Sizes, in_dtype, 
 from lora_export.models.outputs import with_dictionaries
 from lora_export.models.pt2.program import from_program
 from lora_export.models.refusals import failure_on, line_of_model, named_failures
-from lora_export.models.stored_parameter import weights_in
-from lora_export.models.traced_lengths import without_values
+from lora_export.models.stored_parameter import is_streamed, weights_in
 from lora_export.models.tracing import same_state
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
@@ -104,12 +103,25 @@ def module_with_weights(model: Model, path: Path) -> nn.Module:
     """
     file = safetensors_file.open_file(path)  # refuses a damaged file
     state = sentence_transformer.whole_state(model.module, weights_in(file, model.module))
-    module = without_values(model.module)
+    module = copy.deepcopy(model.module)
+    # In place where that is possible: a forward may have a parameter that is no attribute, in a list of its own.
+    is_assigned = is_streamed(module) or _has_other_values(module, state)
     try:
-        module.load_state_dict(state, strict=True, assign=True)
+        module.load_state_dict(state, strict=True, assign=is_assigned)
     except RuntimeError as error:
         raise InputRefused(f"{path} does not fit {model.source}:", listed(str(error).splitlines())) from error
     return module
+
+
+def _has_other_values(module: nn.Module, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a state has other values under each name of a tensor that is tied in the module."""
+    first: dict[int, torch.Tensor] = {}
+    own = module.state_dict(keep_vars=True)
+    return not all(
+        torch.equal(first.setdefault(id(tensor), state[name]), state[name])
+        for name, tensor in own.items()
+        if name in state
+    )
 
 
 def with_inputs_from(path: Path, model: Model) -> Model:

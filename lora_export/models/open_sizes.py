@@ -27,7 +27,8 @@ LARGE = range(64, 128)  # sizes: `chunk` and `tensor_split` may make fewer parts
 def refused_numbers(module: nn.Module) -> Iterator[None]:
     """Raise RuntimeRefused, with the line, where the module's code made a number of an open size, in this thread.
 
-    One that is the same for all large sizes is not refused: the parts of `chunk(2)` are two.
+    Numbers are compared at the sizes of LARGE. One that is the same there is not refused: the parts of `chunk(2)` are
+    two. So a number that changes at other sizes alone is left to the proof. One that nothing uses is refused, too.
     """
     files, found = code_files(module), list[str]()
 

@@ -85,6 +85,8 @@ class Reported(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("on_message", "on_progress"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ignore)  # a record is frozen
             if not callable(getattr(self, name)):
                 raise WrongUsage(f"{named(name)} is {getattr(self, name)!r}; it must be a function, or left out")
 

@@ -164,8 +164,10 @@ class Declared:
         Numbers of NumPy and PyTorch would fail where a record is written as JSON, and an iterator could be read once.
         Raises WrongUsage for a value that the option cannot have.
         """
-        if value is self.default or (value is None and (self.default is None or NoneType in self.types)):
+        if value is self.default or (value is None and NoneType in self.types):
             return value
+        if value is None and self.default is not dataclasses.MISSING:
+            return self.default
         if any(get_origin(part) is Mapping for part in self.types):
             return value if isinstance(value, Mapping) else self._refuse(value, f"a dict of {self.option.metavar}")
         if not self.multiple or isinstance(value, str | bytes | os.PathLike) or not _is_collection(value):
@@ -178,7 +180,8 @@ class Declared:
 
     def _one(self, value: Any) -> Any:
         if self.choices:
-            return value if value in (*self.choices, self.default) else self._refuse(value, _either(self.choices))
+            is_choice = _is_one_of(value, (*self.choices, self.default))
+            return value if is_choice else self._refuse(value, _either(self.choices))
         if self.kind in ("int", "float"):
             number = _number(self.kind, value)
             if number is None:
@@ -189,7 +192,7 @@ class Declared:
                 raise WrongUsage(f"{named(self.name)} is {number:g}; it must be {limit}")
             return number
         if self.kind == "flag":
-            is_flag = type(value).__name__ in ("bool", "bool_") or value in (0, 1)  # NumPy's have these names, too
+            is_flag = type(value).__name__ in ("bool", "bool_") or _is_one_of(value, (0, 1))  # NumPy's, too
             return bool(value) if is_flag else self._refuse(value, VALUES_OF_KIND[self.kind])
         if self.kind == "text" or isinstance(value, str | Path):
             return value
@@ -416,6 +419,11 @@ def _declared(one: dataclasses.Field[Any], type_: Any, option: Option, section: 
     )
     default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
     return Declared(one.name, option, kind, choices, multiple, option.section or section, default, union)
+
+
+def _is_one_of(value: Any, others: Sequence[Any]) -> bool:
+    """Whether a value equals one of these. An array equals none: its entries are compared one by one."""
+    return not getattr(value, "ndim", 0) and value in others
 
 
 def _is_sequence(type_: Any) -> bool:

@@ -146,7 +146,8 @@ def json_line(record: StepRecord | EvaluationRecord) -> str:
 # --- Checkpoints ---
 
 TRAINING_STATE = "state.safetensors"
-OF_CHECKPOINT = (METRICS, TRAINING_STATE)  # its files; beside them only what was not whole, FILE.partial
+# The files of a checkpoint, with one of the first format; beside them only what was not whole, FILE.partial.
+OF_CHECKPOINT = (METRICS, TRAINING_STATE, "best.safetensors")
 CHECKPOINT_FORMAT = "lora-export/training/2"
 OF_TRAINED, OF_BEST = "trained.", "best."  # begin the names of tensors: after the last step, and of the best evaluation
 MAY_DIFFER = ("learning_rate",)  # after a training that diverged, it is what must change

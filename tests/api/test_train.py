@@ -375,6 +375,14 @@ def test_files_that_are_no_checkpoint_stay_in_its_place(option: str, data: Path,
     assert (tmp_path / "ad.training/notes.txt").read_text() == "mine"
 
 
+def test_a_checkpoint_of_an_earlier_version_is_replaced(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "ad.training").mkdir()
+    for name in ("state.safetensors", "best.safetensors"):
+        (tmp_path / "ad.training" / name).write_bytes(b"")
+    le.train(MODEL, data, tmp_path / "ad", rank=2, epochs=1, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.npz", "ad"}
+
+
 @pytest.mark.parametrize("was_begun", [False, True])
 def test_a_training_that_was_killed_before_its_first_checkpoint_starts_again(
     was_begun: bool, data: Path, tmp_path: Path

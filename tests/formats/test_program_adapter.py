@@ -90,7 +90,7 @@ Q, V = PLACES
         ),
         (replace(CONTRACT, places=(Q, replace(V, max_rank=0))), r"m\.v\.weight: a rank of 0"),
         (replace(CONTRACT, places=(Q, replace(V, max_rank=1 << 40))), r"m\.v\.weight: a rank of 1099511627776"),
-        (replace(CONTRACT, places=(Q, replace(V, dtype="int8"))), r"m\.v\.weight: inputs of int8"),
+        (replace(CONTRACT, places=(Q, replace(V, dtype="float16"))), r"m\.v\.weight: inputs of float16"),
         (
             replace(CONTRACT, places=(Q, replace(V, b=V.a))),
             r"base_model\.model\.m\.v\.lora_A\.weight: 2 inputs have this name",

@@ -113,6 +113,26 @@ def test_a_file_of_weights_must_have_them_all(tmp_path: Path) -> None:
         module_with_weights(loaded, tmp_path / "part.safetensors")
 
 
+class Listed(nn.Module):
+    """Multiplies by a weight that it has in a list, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4, bias=False)
+        self.weights = [self.fc.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weights[0]
+
+
+def test_a_weight_in_a_list_is_that_of_the_file(tmp_path: Path) -> None:
+    loaded = from_module(Listed(), torch.ones(2, 4))
+    weight = torch.arange(16.0).reshape(4, 4)
+    save_file({"fc.weight": weight}, tmp_path / "w.safetensors")
+    changed = module_with_weights(loaded, tmp_path / "w.safetensors")
+    assert changed(torch.eye(4)).tolist() == weight.tolist()
+
+
 class Pair(nn.Module):
     """Adds a projection of `left`, and of `right` where it is there: (batch, length, 4)."""
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lora_export.api.verify_record import VerifyRequest
+from lora_export.callbacks import ignore
 from lora_export.errors import WrongUsage
 from lora_export.options.adapters import CheckOptions, ExtractOptions, ResizeOptions
 from lora_export.options.combining import Combination, Weighted
@@ -88,17 +89,21 @@ def test_arguments_come_first_then_the_own_options_of_a_record():
         ({"overwrite": "no"}, "overwrite= is 'no'; it must be True or False"),
         ({"layout": "in_out"}, r"layout= is 'in_out'; it must be a dict of NAME=in_out\|out_in"),
         ({"reading": {"format": "peft"}}, "reading= is {'format': 'peft'}; it must be a ReadOptions"),
-        ({"on_message": None}, "on_message= is None; it must be a function, or left out"),
+        ({"on_message": "print"}, "on_message= is 'print'; it must be a function, or left out"),
+        ({"dtype": np.array([1, 2])}, r"dtype= is array\(\[1, 2\]\); it must be keep, float32"),
+        ({"overwrite": np.array([1, 0])}, r"overwrite= is array\(\[1, 0\]\); it must be True or False"),
         ({"base": b"base"}, "base= is b'base'; it must be a path"),
         ({"base": None}, "base= is None; it must be a path"),
         ({"base": Declared}, r"base= is a value of the type type; it must be a path"),
-        ({"adapters": None}, "adapters= is None; it must be a path, or what is loaded already"),
         ({"adapters": {"fr": "fr"}}, "adapters= is {'fr': 'fr'}; it must be a list"),
     ],
 )
 def test_a_record_refuses_values_that_do_not_exist(wrong, message):
     with pytest.raises(WrongUsage, match=message):
         MergeOptions(**{"base": "base", "adapters": ["a"], "output": "out"} | wrong)
+
+
+LEFT_OUT = {"overwrite": False, "dtype": "float32", "adapters": (), "on_message": ignore}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +119,7 @@ def test_a_record_refuses_values_that_do_not_exist(wrong, message):
         (GenerateOptions, {"prompts": "Once"}, {"prompts": ("Once",)}),
         (OnnxOptions, {"target": "all-linear", "overwrite": np.True_}, {"target": "all-linear", "overwrite": True}),
         (TrainOptions, {"rank": np.int32(4)}, {"rank": 4}),
+        (OnnxOptions, {"overwrite": None, "dtype": None, "adapters": None, "on_message": None}, LEFT_OUT),
     ],
 )
 def test_values_are_those_of_python_and_several_are_a_sequence(record, given, taken):

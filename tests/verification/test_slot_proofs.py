@@ -104,7 +104,7 @@ def test_given_adapters_become_files_of_the_fixed_rank(tmp_path: Path) -> None:
         "0.lora_B.weight": (16, 2),
     }
     le.convert(adapter("z", 3.0), tmp_path / "z", graph=tmp_path / "slots.onnx")
-    stored = onnx_adapter.arrays_of(tmp_path / "z")
+    stored = onnx_adapter.arrays_of(tmp_path / "z.onnx_adapter")
     assert np.array_equal((stored["0.lora_A.weight"] @ stored["0.lora_B.weight"]).T, 3 * PAIR.b @ PAIR.a)
 
 
