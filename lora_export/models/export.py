@@ -8,7 +8,6 @@ names that the user gave them, nothing is printed, and an error names what the e
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import math
 import re
@@ -196,8 +195,11 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     with tracing(module), without_cache(module):
         with named_failures(module, inputs, "example inputs", remedy):
             names = list(named_outputs(module(**inputs)))
-        run = functools.partial(_run_exporter, module, inputs, dynamic, names, opset)
-        model = _simplified(module, opset, run)
+
+        def export(factor: int = 1) -> ir.Model:
+            return _run_exporter(module, _larger(inputs, axes, factor), dynamic, names, opset)
+
+        model = _simplified(module, opset, export, export)
     refuse_unused_inputs(model, inputs)
     name_axes(model, axes)
     return model
@@ -316,15 +318,63 @@ def _exported_by_transformers(
     return program
 
 
-def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model]) -> ir.Model:
-    """What an exporter makes, simplified. Raises RuntimeRefused where it refuses, or writes another operator set."""
-    with refused_numbers(module), exporter_refusals(module):
-        with decomposed_in_place(), READ_ONCE:
-            model = _exported(export)
+def _simplified(
+    module: nn.Module,
+    opset: int | None,
+    export: Callable[[], ir.Model],
+    larger: Callable[[int], ir.Model] | None = None,
+) -> ir.Model:
+    """What an exporter makes, simplified. `larger` exports at sizes that are as many times as large.
+
+    Raises RuntimeRefused where it refuses, or writes another operator set.
+    """
+
+    def graph_at(factor: int) -> object:
+        assert larger is not None
+        with exporter_refusals(module):
+            return [*_operations(model if factor == 1 else larger(factor))]
+
+    dependent = refused_numbers(module, graph_at if larger else None)
+    with decomposed_in_place(), READ_ONCE, dependent, exporter_refusals(module):
+        model = _exported(export)
+    with exporter_refusals(module):
         simplify(model)
     if opset is not None and model.opset_imports[""] != opset:
         raise RuntimeRefused(f"the exporter wrote opset {model.opset_imports['']} in place of the requested {opset}")
     return model
+
+
+def _larger(inputs: Mapping[str, torch.Tensor], axes: Axes, factor: int) -> dict[str, torch.Tensor]:
+    """The inputs, repeated along the axes that vary: each symbol by a factor of its own, this one at least."""
+    if factor == 1:
+        return dict(inputs)
+    symbols = [*dict.fromkeys(symbol for own in axes.values() for symbol in own.values())]
+    times = {symbol: factor + place for place, symbol in enumerate(symbols)}
+    return {
+        name: tensor.repeat([times[own[axis]] if axis in own else 1 for axis in range(tensor.ndim)])
+        for name, tensor in inputs.items()
+        for own in [axes.get(name, {})]
+    }
+
+
+def _operations(model: ir.Model) -> Iterator[object]:
+    """What a graph computes, apart from the values of its weights: equal for two exports that do not differ."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            names = [value and value.name for value in node.inputs], [value.name for value in node.outputs]
+            yield node.op_identifier(), names, [_comparable(each) for each in node.attributes.values()]
+    for value in model.graph.outputs:
+        yield value.name
+
+
+def _comparable(attribute: ir.Attr) -> object:
+    """An attribute's value. That of a graph is its nodes, which follow."""
+    if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+        return attribute.name
+    if attribute.type is ir.AttributeType.TENSOR:
+        tensor = attribute.as_tensor()
+        return attribute.name, tensor.dtype, tuple(tensor.shape), tensor.tobytes()
+    return str(attribute)
 
 
 def _exported(export: Callable[[], ir.Model]) -> ir.Model:

@@ -21,32 +21,59 @@ from lora_export.models.refusals import CHANGE_THE_LINE, code_files, innermost_l
 from lora_export.models.shared_context import SharedContext
 
 LARGE = range(64, 128)  # sizes: `chunk` and `tensor_split` may make fewer parts of smaller ones
+OTHER_SIZES = 2, 3  # times as large as those of the trace, which keeps them multiples of what a module asks for
 
 
 @contextlib.contextmanager
-def refused_numbers(module: nn.Module) -> Iterator[None]:
+def refused_numbers(module: nn.Module, graph_at: Callable[[int], object] | None = None) -> Iterator[None]:
     """Raise RuntimeRefused, with the line, where the module's code made a number of an open size, in this thread.
 
     Numbers are compared at the sizes of LARGE. One that is the same there is not refused: the parts of `chunk(2)` are
-    two. So a number that changes at other sizes alone is left to the proof. One that nothing uses is refused, too.
+    two. So a number that changes at other sizes alone is left to the proof.
+
+    `graph_at(factor)` exports once more, with open sizes as many times as large. A number of which the graph does not
+    depend is not refused then. Without it each is: a program of PyTorch asks for the trace's number at each call.
     """
-    files, found = code_files(module), list[str]()
+    with _noted(module) as found:
+        yield
+    if found and (graph_at is None or _depends(module, graph_at, found)):
+        (line, (number, *_)), *_ = found.items()
+        raise RuntimeRefused(
+            f"the exporter refused {type(module).__name__}: its code makes a number of a size that varies. The graph "
+            f"would have {number}, that of the trace, for all sizes{line}",
+            CHANGE_THE_LINE,
+        )
+
+
+def _depends(module: nn.Module, graph_at: Callable[[int], object], found: Mapping[str, list[int]]) -> bool:
+    """Whether the graph is another at other sizes, or a line makes the same numbers at them, so that nobody knows."""
+    graph, unchanged = graph_at(1), set(found)
+    for factor in OTHER_SIZES:
+        with _noted(module) as others:
+            try:
+                if graph_at(factor) != graph:
+                    return True
+            except RuntimeRefused:  # the module may not take such sizes
+                return True
+        unchanged -= {line for line in unchanged if others.get(line) != found[line]}
+    return bool(unchanged)
+
+
+@contextlib.contextmanager
+def _noted(module: nn.Module) -> Iterator[dict[str, list[int]]]:
+    """The numbers that the module's code makes of open sizes, by line. The dictionary is filled meanwhile."""
+    files, found = code_files(module), dict[str, list[int]]()
 
     def note(number: int) -> None:
         if line := innermost_line(traceback.extract_stack(), files):
-            found.append(
-                f"its code makes a number of a size that varies. The graph would have {number}, that of the trace, for "
-                f"all sizes{line}"
-            )
+            found.setdefault(line, []).append(number)
 
     before = _NOTE.set(note)
     try:
         with _PATCHED:
-            yield
+            yield found
     finally:
         _NOTE.reset(before)
-    if found:
-        raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {found[0]}", CHANGE_THE_LINE)
 
 
 _NOTE: ContextVar[Callable[[int], None] | None] = ContextVar("_NOTE", default=None)

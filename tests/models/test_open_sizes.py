@@ -54,11 +54,25 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "a root": lambda x: x * int(x.shape[1] ** 0.5),
     "a size of two": lambda x: x * int(x.shape[1] // x.shape[0]),
 }
+
+
+def asked(x: Tensor) -> Tensor:
+    torch._check(int(x.shape[1] // 2) < 100_000)
+    return x * 2
+
+
+def counted(x: Tensor) -> Tensor:
+    places = range(x.shape[1] // 3)
+    return x * len(x.shape) + (0 if places is None else 1)
+
+
 SAME_FOR_ALL: dict[str, Callable[[Tensor], Tensor]] = {
     "two chunks": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
     "three parts": lambda x: torch.cat(x.tensor_split(3, 1)[::-1], 1),
     "a size less itself": lambda x: x * int((x.shape[1] + 2) // (x.shape[1] + 1)),
     "an open place": lambda x: x[:, x.shape[1] // 2],
+    "a number that is asked for": asked,
+    "a range that nothing walks": counted,
 }
 
 
