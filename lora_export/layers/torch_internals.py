@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from types import MappingProxyType
@@ -140,11 +140,11 @@ def forget_kernels(operators: Iterable[Any]) -> None:
 
 
 def sizes_of_branches(
-    run: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], axes: Mapping[str, int]
+    run: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], axes: Mapping[str, Collection[int]]
 ) -> tuple[int, int]:
     """The least and the greatest size for which `run` takes the branches that it takes for these inputs.
 
-    `axes` has the axis of each input that varies; all have one size. Shapes alone are computed. Where `run` fails, or
+    `axes` has the axes of each input that vary; all have one size. Shapes alone are computed. Where `run` fails, or
     needs values to choose a branch, it is about the branches before that.
     """
     fake, symbolic = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
@@ -155,13 +155,13 @@ def sizes_of_branches(
     environment._get_stack_summary = lambda *_, **__: nowhere
     mode = private(fake, "FakeTensorMode")(shape_env=environment, allow_non_fake_inputs=True)
     for name, value in inputs.items():
-        sizes = [kinds.DUCK if axis == axes.get(name) else kinds.STATIC for axis in range(value.ndim)]
+        sizes = [kinds.DUCK if axis in axes.get(name, ()) else kinds.STATIC for axis in range(value.ndim)]
         how = private(symbolic, "StatelessSymbolicContext")(dynamic_sizes=sizes)
         source = private("torch._dynamo.source", "ConstantSource")(name)
         made[name] = mode.from_tensor(value, source=source, symbolic_context=how)
     with mode, contextlib.suppress(Exception):  # of any code
         run(made)
-    name, axis = next(iter(axes.items()))
+    name, (axis, *_) = next(iter(axes.items()))
     found = environment.bound_sympy(made[name].shape[axis].node.expr)
     return int(found.lower), int(min(found.upper, sys.maxsize))
 

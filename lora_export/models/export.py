@@ -359,7 +359,8 @@ def _larger(inputs: Mapping[str, torch.Tensor], axes: Axes, factor: int) -> dict
 
 def _operations(model: ir.Model) -> Iterator[object]:
     """What a graph computes, apart from the values of its weights: equal for two exports that do not differ."""
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         for node in ir.traversal.RecursiveGraphIterator(graph):
             names = [value and value.name for value in node.inputs], [value.name for value in node.outputs]
             yield node.op_identifier(), names, [_comparable(each) for each in node.attributes.values()]

@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from lora_export.models.outputs import with_dictionaries
 from lora_export.models.pt2.program import from_program
 from lora_export.models.refusals import failure_on, line_of_model, named_failures
 from lora_export.models.stored_parameter import is_streamed, weights_in
-from lora_export.models.tracing import same_state
+from lora_export.models.tracing import REGISTRIES, same_state
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.storage.artifact_kinds import ArtifactKind
@@ -154,7 +154,8 @@ def with_inputs_from(path: Path, model: Model) -> Model:
 
 def from_module(module: nn.Module, example_inputs: Any) -> Model:
     """A model of a copy of `module`, as if a factory had returned (module, example_inputs)."""
-    return from_factory(type(module).__name__, lambda: (copy.deepcopy(module), example_inputs))
+    name = type(module).__name__
+    return from_factory(name, lambda: (_copied(name, module, {}), example_inputs))
 
 
 def from_factory(source: str, factory: Callable[[], Any]) -> Model:
@@ -175,11 +176,33 @@ def from_factory(source: str, factory: Callable[[], Any]) -> Model:
     if example_inputs is None:
         raise InputRefused(f"{source} returned a module without example inputs; return (module, example_inputs)")
     module = _unwrapped(source, module)
+    _copied(source, module, {id(each): each for each in itertools.chain(module.parameters(), module.buffers())})
     module.eval().to(torch.float32)
     named = in_dtype(torch.float32, _named(source, module, example_inputs))
     module = with_dictionaries(module, named)
     axes, sizes = varying_axes(source, module, named)
     return Model(source, module, axes, functools.partial(resampled, named, axes), sizes)
+
+
+def _copied(source: str, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy. Exports and proofs make some: InputRefused, with the attribute, where a module cannot be copied."""
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:  # of any code
+        attributes = [f"{path}.{name}".lstrip(".") for path, part in module.named_modules() for name in _uncopied(part)]
+        which = f"its attribute {attributes[0]}: " if attributes else ""
+        raise InputRefused(
+            f"{source} cannot be copied, which an export and its proof need ({which}{error})",
+            "Make such a thing where it is used, or give its class a __deepcopy__.",
+        ) from error
+
+
+def _uncopied(part: nn.Module) -> Iterator[str]:
+    for name, value in vars(part).items():
+        try:
+            copy.deepcopy(None if name in REGISTRIES else value)
+        except Exception:  # noqa: BLE001  of any code
+            yield name
 
 
 def _unwrapped(source: str, module: nn.Module) -> nn.Module:

@@ -1,14 +1,15 @@
-"""The lengths of texts that a trace of a model computes as the model does.
+"""The sizes that a trace of a model computes as the model does.
 
 A trace has one branch of each comparison in the model's Python code. BigBird attends to all tokens of a short text, and
 to blocks of a longer one; DeepSeek-V3.2 leaves tokens out beyond `index_topk`. No field of a config has it for
-all models. PyTorch finds the comparisons, by a run with a length that is a symbol: it records what had to hold.
+all models. PyTorch finds the comparisons, by a run with a size that is a symbol: it records what had to hold.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,37 +19,43 @@ from torch import nn
 from lora_export.layers.torch_internals import sizes_of_branches
 from lora_export.models.blocks import each_kind_of_block_once
 from lora_export.models.model import Limits, Model, Sizes
+from lora_export.models.refusals import failure_on
 from lora_export.models.text_inputs import LONGEST_TEXT, MOST_WORK, PAST_WINDOW, SHORT
 from lora_export.models.tracing import tracing, without_cache
 from lora_export.options.spelling import named
 
 OF_TEXTS = "sequence"
-NO_LIMIT = 1 << 40  # tokens
+NO_LIMIT = 1 << 40  # of a size
+LEAST = 2  # PyTorch takes sizes of 0 and 1 for constants
 _known: dict[str, Limits] = {}  # class, config and inputs -> what was found: a process proves a model several times
 
 
 def with_traced_lengths(model: Model) -> Model:
-    """The model with `traced`, and a long text beyond it, where that takes no more than other long texts.
+    """The model with `traced`, and a case beyond these sizes, where that takes no more than other cases.
 
     Itself where its code has no such comparison. The model runs once, without its weights and on shapes alone, as far
-    as no branch depends on values. Only texts of Hugging Face models are looked at.
+    as no branch depends on values. Of Hugging Face models, only texts are looked at.
     """
+    if model.traced or model.derive is not None:
+        return model
+    return _with_traced_texts(model) if model.is_huggingface else _with_traced_sizes(model)
+
+
+def _with_traced_texts(model: Model) -> Model:
     most = model.limits.get(OF_TEXTS, (0, None))[1]
-    symbols = {symbol for axes in model.axes.values() for symbol in axes.values()}
-    if model.traced or not model.is_huggingface or OF_TEXTS not in symbols or model.derive is not None:
+    if OF_TEXTS not in _symbols(model):
         return model
     reached = _longest_text(model).get(OF_TEXTS, SHORT)
     if most is not None and most <= reached:
         return model
-    low, high = _traced(model).get(OF_TEXTS, (0, None))
+    high = _traced(model).get(OF_TEXTS, (0, None))[1]
     if high is None or (most is not None and most <= high):
         return model
-    model = replace(model, traced={OF_TEXTS: (low, high)})
+    model = replace(model, traced={OF_TEXTS: (0, high)})
     wanted = high + PAST_WINDOW if most is None else min(most, high + PAST_WINDOW)
-    parameters = sum(parameter.numel() for parameter in model.module.parameters())
     if wanted <= reached:
         return model
-    if wanted * parameters <= MOST_WORK and wanted <= LONGEST_TEXT:
+    if wanted * _parameters(model) <= MOST_WORK and wanted <= LONGEST_TEXT:
         others = [sizes for sizes in model.further if sizes is not _longest_text(model)]
         return replace(model, further=(*others, {**_longest_text(model), OF_TEXTS: wanted}))
     text = (
@@ -58,9 +65,44 @@ def with_traced_lengths(model: Model) -> Model:
     return replace(model, not_judged=(*model.not_judged, text))
 
 
+def _with_traced_sizes(model: Model) -> Model:
+    """A model that is not of Hugging Face. Sizes at which it fails do not count: it computes nothing there."""
+    module = type(model.module).__name__
+    traced, further, not_judged = Limits(), list[Sizes](), list[str]()
+    for symbol, (low, high) in _sizes_of_branches(model, sorted(_symbols(model))).items():
+        traced[symbol] = 0, None  # looked at
+        if low > LEAST and not _fails(model, {symbol: low - 1}):
+            not_judged.append(f"sizes of {symbol} below {low:,}, which {module} computes in another way")
+        beyond = {symbol: high + 1} if high else {}
+        numbers = sum(tensor.numel() // len(tensor) for tensor in model.inputs(beyond, seed=0).values())
+        if high and numbers * _parameters(model) > MOST_WORK:
+            not_judged.append(f"sizes of {symbol} above {high:,}, which {module} computes in another way")
+        elif high and not _fails(model, beyond):
+            traced[symbol] = 0, high
+            further.append(beyond)
+    return replace(
+        model,
+        traced=traced,
+        further=(*model.further, *further),
+        not_judged=(*model.not_judged, *(f"{text}. Give such inputs by {named('inputs')}" for text in not_judged)),
+    )
+
+
 def _longest_text(model: Model) -> Sizes:
     """The sizes of the case of a long text; none where there is no such case."""
     return next((sizes for sizes in model.further if sizes.get(OF_TEXTS, 0) > SHORT), {})
+
+
+def _symbols(model: Model) -> set[str]:
+    return {symbol for axes in model.axes.values() for symbol in axes.values()}
+
+
+def _parameters(model: Model) -> int:
+    return sum(parameter.numel() for parameter in model.module.parameters())
+
+
+def _fails(model: Model, sizes: Sizes) -> bool:
+    return bool(failure_on(model.module, model.inputs(sizes, seed=0)))
 
 
 def _traced(model: Model) -> Limits:
@@ -68,16 +110,20 @@ def _traced(model: Model) -> Limits:
     module: Any = model.module
     key = f"{type(module)} {module.config.to_json_string()} {json.dumps([model.axes, model.traced_sizes])}"
     if key not in _known:
-        _known[key] = {OF_TEXTS: _sizes_of_branches(model)}
+        _known[key] = _sizes_of_branches(model, [OF_TEXTS])
     return _known[key]
 
 
-def _sizes_of_branches(model: Model) -> tuple[int, int | None]:
-    module = without_values(model.module)
-    axes = {name: axis for name, own in model.axes.items() for axis, symbol in own.items() if symbol == OF_TEXTS}
-    with tracing(module), without_cache(module), each_kind_of_block_once(module):
-        low, high = sizes_of_branches(lambda inputs: module(**inputs), model.example_inputs(), axes)
-    return low, high if high < NO_LIMIT else None
+def _sizes_of_branches(model: Model, symbols: Iterable[str]) -> Limits:
+    """The sizes of each symbol for which the model's code takes the branches that it takes at the traced one."""
+    module, found = without_values(model.module), Limits()
+    for symbol in symbols:
+        own = {name: [axis for axis, each in axes.items() if each == symbol] for name, axes in model.axes.items()}
+        axes = {name: varying for name, varying in own.items() if varying}
+        with tracing(module), without_cache(module), each_kind_of_block_once(module):
+            low, high = sizes_of_branches(lambda inputs: module(**inputs), model.example_inputs(), axes)
+        found[symbol] = low, high if high < NO_LIMIT else None
+    return found
 
 
 def without_values(module: nn.Module) -> nn.Module:
@@ -97,5 +143,5 @@ def longest_traced(model: Model) -> dict[str, int]:
 
 
 def passes_traced_lengths(model: Model) -> bool:
-    """Whether a generated text is longer than those that a trace computes as the model does."""
-    return any(_longest_text(model).get(symbol, 0) > high for symbol, high in longest_traced(model).items())
+    """Whether generated inputs are larger than those that a trace computes as the model does."""
+    return any(sizes.get(symbol, 0) > high for symbol, high in longest_traced(model).items() for sizes in model.further)

@@ -61,6 +61,10 @@ def test_axes_of_one_size_vary_together() -> None:
         (f"{FACTORIES}:failing", r"factories\.py:\d+: ValueError: no weights at hand"),
         (f"{FACTORIES}:wrong_examples", r"do not fit forward\(signal\)"),
         (
+            f"{FACTORIES}:uncopied",
+            r"cannot be copied, which .* \(its attribute 0.lock: cannot pickle '_thread.lock' object\)",
+        ),
+        (
             f"{FACTORIES}:fixed_batch",
             r"fails at another batch size, 3: .* \(factories\.py, line \d+, in forward: `return x",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
 
 from lora_export.api.generate import generate
 from lora_export.api.onnx import export_onnx
+from lora_export.api.verify import verify
 from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
@@ -140,3 +143,77 @@ def test_graphs_of_an_encoder_decoder_state_their_length(tmp_path: Path) -> None
     assert generate(tmp_path / "served", [[3] * 56], max_new_tokens=2)
     with pytest.raises(InputRefused, match="up to 56 in sequence, and this run has 57"):
         generate(tmp_path / "served", [[3] * 57], max_new_tokens=2)
+
+
+class Own(torch.nn.Module):
+    """A layer, and a function of its outputs [batch, x_axis1, 4]."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = torch.nn.Linear(4, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+def own(function: Callable[[Tensor], Tensor]) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return Own(function).eval(), {"x": torch.rand(2, 7, 4)}
+
+
+def failing(x: Tensor) -> Tensor:
+    if x.shape[1] > 100:
+        raise ValueError("too long")
+    return x
+
+
+# Their branches, and the greatest sizes of each symbol for which a graph has the traced one.
+BRANCHES: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, int]]] = {
+    "a length": (lambda x: x * 3 if x.shape[1] > 100 else x, {"x_axis1": 100}),
+    "half a length": (lambda x: x * 3 if x.shape[1] // 2 > 50 else x, {"x_axis1": 101}),
+    "within the usual sizes": (lambda x: x * 3 if x.shape[1] > 8 else x, {"x_axis1": 8}),
+    "rows": (lambda x: x * 3 if x.shape[0] > 9 else x, {"batch": 9}),
+    "both": (lambda x: x * (2 if x.shape[0] > 9 else 1) * (3 if x.shape[1] > 20 else 1), {"batch": 9, "x_axis1": 20}),
+    "none": (lambda x: x * 3, {}),
+    "the larger of two": (lambda x: x * max(x.shape[1], 9), {}),
+    "a length that is refused": (failing, {}),
+    "the first ones": (lambda x: x[:, :64], {}),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_graphs_of_own_modules_state_the_sizes_of_their_branch(name: str, tmp_path: Path) -> None:
+    function, longest = BRANCHES[name]
+    proof = export_onnx(own(function), tmp_path / "m.onnx").proof
+    assert proof is not None
+    assert OnnxRunner(tmp_path / "m.onnx").longest == longest
+    noted = "computes in another way" in " ".join(proof.verdict.not_judged)
+    assert not noted
+
+
+def test_a_graph_that_states_no_size_differs_beyond_it(tmp_path: Path) -> None:
+    export_onnx(own(BRANCHES["a length"][0]), tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx")
+    del graph.metadata_props[[entry.key for entry in graph.metadata_props].index(LONGEST_KEY)]
+    onnx.save(graph, tmp_path / "other.onnx")
+    verdict = verify(tmp_path / "other.onnx", model=own(BRANCHES["a length"][0])).proof.verdict
+    assert {reason.case for reason in verdict.reasons} == {"batch 1 x x_axis1 101"}
+
+
+@pytest.mark.parametrize(
+    ("function", "work", "text"),
+    [
+        (lambda x: x * 3 if x.shape[1] < 5 else x, None, "sizes of x_axis1 below 5, which Own computes in another way"),
+        (BRANCHES["a length"][0], 0.0, "sizes of x_axis1 above 100, which Own computes in another way"),
+    ],
+)
+def test_sizes_that_no_case_has_are_not_judged(
+    function: Any, work: float | None, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if work is not None:
+        monkeypatch.setattr("lora_export.models.traced_lengths.MOST_WORK", work)
+    proof = export_onnx(own(function), tmp_path / "m.onnx").proof
+    assert proof is not None
+    (found,) = proof.verdict.not_judged
+    assert found.startswith(text)
+    assert not OnnxRunner(tmp_path / "m.onnx").longest

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -142,6 +145,12 @@ def wrong_examples() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 class FixedBatch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(2, -1)
+
+
+def uncopied() -> Any:
+    module = nn.Sequential(nn.Linear(4, 2))
+    module[0].lock = threading.Lock()  # type: ignore[assignment]
+    return module, torch.rand(2, 4)
 
 
 def fixed_batch() -> tuple[nn.Module, torch.Tensor]:

@@ -217,7 +217,7 @@ def _limits(candidate: Runner, model: Model) -> Limits:
             if (symbol != "batch" or excuses_batch) and axis < len(declared.get(name, ())):
                 limits[symbol] = declared[name][axis]
     traced = candidate if isinstance(candidate, ScriptRunner | SeveralGraphs) else graph_of(candidate)
-    limits |= {symbol: (0, size) for symbol, size in (traced.longest if traced else {}).items() if symbol != "batch"}
+    limits |= {symbol: (0, size) for symbol, size in (traced.longest if traced else {}).items()}
     return limits
 
 
