@@ -17,7 +17,7 @@ from lora_export.artifacts.files import names_file, with_suffix
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IMAGE_INPUTS
 from lora_export.isolation.limits import stated_memory
-from lora_export.isolation.turns import in_turn
+from lora_export.isolation.turns import pytorch_turn
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
 from lora_export.options.export import IMAGE_TEXT_TO_TEXT, TEXT_GENERATION, OnnxOptions
@@ -29,7 +29,6 @@ from lora_export.storage.store_path import newly_opened, place
 
 
 @takes(OnnxOptions)
-@in_turn
 def export_onnx(options: OnnxOptions) -> OnnxResult:
     """Put adapters into an ONNX graph, prove the graph, and only then publish it.
 
@@ -73,7 +72,8 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
         if not names_kind(model, ArtifactKind.GRAPH):
             from lora_export.api.onnx_from_model import export_from_model
 
-            return export_from_model(request)
+            with pytorch_turn():
+                return export_from_model(request)
         from lora_export.api.onnx_from_graph import export_from_graph
 
         return export_from_graph(request)

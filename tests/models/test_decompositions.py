@@ -12,25 +12,17 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.export import ExportedProgram
 
 from lora_export.errors import RuntimeRefused
 from lora_export.models import decompositions, export
 from support.exported_models import LLAMA, exported, inputs
+from support.factories import Computed
 from support.graphs import run
 
 pytestmark = pytest.mark.exports
-
-
-class Computed(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @pytest.fixture
@@ -255,7 +247,7 @@ TRACED_AGAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "convolved to the same size": lambda x: F.conv1d(whole(x), torch.ones(1, 2, 2), padding="same"),
     "convolved without a batch": lambda x: F.conv1d(whole(x)[0], torch.ones(1, 2, 2), padding="valid"),
     "lengths by an axis from the end": lambda x: F.linear(
-        x, torch._weight_norm(torch.ones(3, 4), torch.ones(3, 1), -2)
+        whole(x), torch._weight_norm(torch.ones(3, 4), torch.ones(3, 1), -2)
     ),
     "pooled to two": lambda x: F.adaptive_avg_pool1d(whole(x), 2),
     "pooled to a plane of 2 by 1": lambda x: F.adaptive_avg_pool2d(whole(x), (2, 1)),

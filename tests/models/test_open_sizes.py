@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_export.errors import RuntimeRefused
 from lora_export.models.export import to_onnx
 from lora_export.models.export_program import to_program
+from support.factories import Computed
 from support.graphs import run
 
 pytestmark = pytest.mark.exports
@@ -20,13 +21,8 @@ AXES = {"x": {0: "batch", 1: "sequence"}}
 EXAMPLE = {"x": torch.rand(2, 7, 4)}
 
 
-class Computed(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+class OfThisFile(Computed):
+    """A refusal names a line of a file that a class of the model is in."""
 
 
 def repeated(x: Tensor) -> Tensor:
@@ -79,20 +75,20 @@ SAME_FOR_ALL: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_made_of_an_open_size_is_refused(name: str) -> None:
     with pytest.raises(RuntimeRefused) as refused:
-        to_onnx(Computed(NUMBERS[name]).eval(), EXAMPLE, axes=AXES)
+        to_onnx(OfThisFile(NUMBERS[name]).eval(), EXAMPLE, axes=AXES)
     assert "makes a number of a size that varies" in str(refused.value)
     assert re.search(r"\(test_open_sizes.py, line \d+, in \w+", str(refused.value).replace("<lambda>", "function"))
 
 
 def test_no_program_has_such_a_number() -> None:
     with pytest.raises(RuntimeRefused, match=r"would have 3, that of the trace.*in repeated: `for _ in range"):
-        to_program(Computed(repeated).eval(), EXAMPLE, axes=AXES)
+        to_program(OfThisFile(repeated).eval(), EXAMPLE, axes=AXES)
 
 
 @pytest.mark.parametrize("name", SAME_FOR_ALL)
 def test_a_number_that_all_sizes_have_is_exported(name: str) -> None:
     function = SAME_FOR_ALL[name]
-    graph = to_onnx(Computed(function).eval(), EXAMPLE, axes=AXES)
+    graph = to_onnx(OfThisFile(function).eval(), EXAMPLE, axes=AXES)
     for shape in [(1, 5, 4), (3, 12, 4), (5, 31, 4)]:
         x = torch.rand(shape)
         (found,) = run(graph, x=x.numpy()).values()

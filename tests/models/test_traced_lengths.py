@@ -30,6 +30,7 @@ from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
+from support.factories import Computed
 from support.generators import BART_LIKE
 from support.small_models import MODELS, TEXT
 
@@ -145,20 +146,10 @@ def test_graphs_of_an_encoder_decoder_state_their_length(tmp_path: Path) -> None
         generate(tmp_path / "served", [[3] * 57], max_new_tokens=2)
 
 
-class Own(torch.nn.Module):
-    """A layer, and a function of its outputs [batch, x_axis1, 4]."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.layer, self.function = torch.nn.Linear(4, 4), function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.layer(x))
-
-
 def own(function: Callable[[Tensor], Tensor]) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """A layer, and a function of its outputs [batch, input_axis1, 4]."""
     torch.manual_seed(0)
-    return Own(function).eval(), {"x": torch.rand(2, 7, 4)}
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), Computed(function)).eval(), {"input": torch.rand(2, 7, 4)}
 
 
 def failing(x: Tensor) -> Tensor:
@@ -169,11 +160,14 @@ def failing(x: Tensor) -> Tensor:
 
 # Their branches, and the greatest sizes of each symbol for which a graph has the traced one.
 BRANCHES: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, int]]] = {
-    "a length": (lambda x: x * 3 if x.shape[1] > 100 else x, {"x_axis1": 100}),
-    "half a length": (lambda x: x * 3 if x.shape[1] // 2 > 50 else x, {"x_axis1": 101}),
-    "within the usual sizes": (lambda x: x * 3 if x.shape[1] > 8 else x, {"x_axis1": 8}),
+    "a length": (lambda x: x * 3 if x.shape[1] > 100 else x, {"input_axis1": 100}),
+    "half a length": (lambda x: x * 3 if x.shape[1] // 2 > 50 else x, {"input_axis1": 101}),
+    "within the usual sizes": (lambda x: x * 3 if x.shape[1] > 8 else x, {"input_axis1": 8}),
     "rows": (lambda x: x * 3 if x.shape[0] > 9 else x, {"batch": 9}),
-    "both": (lambda x: x * (2 if x.shape[0] > 9 else 1) * (3 if x.shape[1] > 20 else 1), {"batch": 9, "x_axis1": 20}),
+    "both": (
+        lambda x: x * (2 if x.shape[0] > 9 else 1) * (3 if x.shape[1] > 20 else 1),
+        {"batch": 9, "input_axis1": 20},
+    ),
     "none": (lambda x: x * 3, {}),
     "the larger of two": (lambda x: x * max(x.shape[1], 9), {}),
     "a length that is refused": (failing, {}),
@@ -197,14 +191,18 @@ def test_a_graph_that_states_no_size_differs_beyond_it(tmp_path: Path) -> None:
     del graph.metadata_props[[entry.key for entry in graph.metadata_props].index(LONGEST_KEY)]
     onnx.save(graph, tmp_path / "other.onnx")
     verdict = verify(tmp_path / "other.onnx", model=own(BRANCHES["a length"][0])).proof.verdict
-    assert {reason.case for reason in verdict.reasons} == {"batch 1 x x_axis1 101"}
+    assert {reason.case for reason in verdict.reasons} == {"batch 1 x input_axis1 101"}
 
 
 @pytest.mark.parametrize(
     ("function", "work", "text"),
     [
-        (lambda x: x * 3 if x.shape[1] < 5 else x, None, "sizes of x_axis1 below 5, which Own computes in another way"),
-        (BRANCHES["a length"][0], 0.0, "sizes of x_axis1 above 100, which Own computes in another way"),
+        (
+            lambda x: x * 3 if x.shape[1] < 5 else x,
+            None,
+            "sizes of input_axis1 below 5, which Sequential computes in another way",
+        ),
+        (BRANCHES["a length"][0], 0.0, "sizes of input_axis1 above 100, which Sequential"),
     ],
 )
 def test_sizes_that_no_case_has_are_not_judged(
