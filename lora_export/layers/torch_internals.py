@@ -6,12 +6,14 @@ the name, and a user gets EnvironmentLacking with it.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from unittest import mock
@@ -140,30 +142,85 @@ def forget_kernels(operators: Iterable[Any]) -> None:
 
 
 def sizes_of_branches(
-    run: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], axes: Mapping[str, Collection[int]]
-) -> tuple[int, int]:
-    """The least and the greatest size for which `run` takes the branches that it takes for these inputs.
+    run: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]
+) -> dict[str, tuple[int, int]]:
+    """The least and the greatest size of each symbol for which `run` takes the branches that it takes for these inputs.
 
-    `axes` has the axes of each input that vary; all have one size. Shapes alone are computed. Where `run` fails, or
-    needs values to choose a branch, it is about the branches before that.
+    `axes` has the symbols of the axes that vary, by input. A branch is a comparison in Python code, but for PyTorch's
+    own. Shapes alone are computed. Where `run` fails, or needs values to choose a branch, it is about the branches
+    before that. Where one depends on several symbols, the others keep the size of these inputs.
     """
+    sizes = {each: inputs[name].shape[axis] for name, own in axes.items() for axis, each in own.items()}
+    environment, ranges = _environment_after(run, inputs, axes)
+    is_together = len({*sizes.values()}) == len(sizes)  # axes of one size have one symbol in PyTorch
+    if len(sizes) > 1 and not (is_together and all(len(each.expr.free_symbols) < 2 for each in environment.guards)):
+        for symbol in sizes:
+            alone = {name: {axis: each for axis, each in own.items() if each == symbol} for name, own in axes.items()}
+            ranges |= _environment_after(run, inputs, alone)[1]
+    return ranges
+
+
+def _environment_after(
+    run: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]
+) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """What PyTorch records of comparisons while `run` has symbols for the sizes of these axes, and their ranges."""
     fake, symbolic = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
     kinds, made = private(symbolic, "DimDynamic"), {}
     environment = private(symbolic, "ShapeEnv")()
     # Where in the code each branch is: nobody reads it, and to find it, PyTorch imports its exporter and compiler.
     nowhere = private("torch._guards", "SLoc")(None, None), ""
     environment._get_stack_summary = lambda *_, **__: nowhere
+    evaluate = environment.evaluate_expr
+
+    def evaluate_expr(expression: Any, hint: Any = None, *others: Any, **options: Any) -> Any:
+        is_branch = hint is None or _is_in_python(sys._getframe(1))
+        return evaluate(expression, hint, *others, **options) if is_branch else hint
+
+    environment.evaluate_expr = evaluate_expr
     mode = private(fake, "FakeTensorMode")(shape_env=environment, allow_non_fake_inputs=True)
     for name, value in inputs.items():
         sizes = [kinds.DUCK if axis in axes.get(name, ()) else kinds.STATIC for axis in range(value.ndim)]
         how = private(symbolic, "StatelessSymbolicContext")(dynamic_sizes=sizes)
         source = private("torch._dynamo.source", "ConstantSource")(name)
         made[name] = mode.from_tensor(value, source=source, symbolic_context=how)
+    traced = {
+        symbol: (made[name].shape[axis].node.expr, inputs[name].shape[axis])
+        for name, own in axes.items()
+        for axis, symbol in own.items()
+    }
     with mode, contextlib.suppress(Exception):  # of any code
         run(made)
-    name, (axis, *_) = next(iter(axes.items()))
-    found = environment.bound_sympy(made[name].shape[axis].node.expr)
-    return int(found.lower), int(min(found.upper, sys.maxsize))
+    ranges = {}
+    for symbol, (expression, size) in traced.items():
+        bounds = environment.bound_sympy(expression)
+        high = int(min(bounds.upper, sys.maxsize))
+        for guard in environment.guards:  # `28 * size <= 800` narrows no bounds of PyTorch's
+            if guard.expr.free_symbols == {expression}:
+                violated = partial(_is_violated, guard.expr, expression)
+                high = size + bisect.bisect_left(range(size, high + 1), True, key=violated) - 1
+        ranges[symbol] = int(bounds.lower), high
+    return environment, ranges
+
+
+def _is_violated(comparison: Any, symbol: Any, size: int) -> bool:
+    return not comparison.subs(symbol, size)
+
+
+def _is_in_python(frame: Any) -> bool:
+    """Whether Python code asks for a bool or a number of a size, and not what PyTorch's operators are made of.
+
+    oneDNN, as an example, computes a convolution of 16 rows in another way.
+    """
+    folder = Path(torch.__file__).parent
+    symbols, asked = str(folder / "fx" / "experimental"), str(folder / "__init__.py")  # bool(size) is in the second
+    files = []
+    while frame is not None and (frame.f_code.co_filename.startswith(symbols) or frame.f_code.co_filename == asked):
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    if asked not in files or frame is None:
+        return False
+    place = Path(frame.f_code.co_filename)
+    return not place.is_relative_to(folder) or place.is_relative_to(folder / "nn")
 
 
 # --- transformers ---

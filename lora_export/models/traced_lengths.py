@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from lora_export.layers.torch_internals import sizes_of_branches
 from lora_export.models.blocks import each_kind_of_block_once
-from lora_export.models.model import Limits, Model, Sizes
+from lora_export.models.model import Axes, Limits, Model, Sizes
 from lora_export.models.refusals import failure_on
 from lora_export.models.text_inputs import LONGEST_TEXT, MOST_WORK, PAST_WINDOW, SHORT
 from lora_export.models.tracing import tracing, without_cache
@@ -69,11 +68,11 @@ def _with_traced_sizes(model: Model) -> Model:
     """A model that is not of Hugging Face. Sizes at which it fails do not count: it computes nothing there."""
     module = type(model.module).__name__
     traced, further, not_judged = Limits(), list[Sizes](), list[str]()
-    for symbol, (low, high) in _sizes_of_branches(model, sorted(_symbols(model))).items():
+    for symbol, (low, high) in _sizes_of_branches(model, model.axes).items():
         traced[symbol] = 0, None  # looked at
         if low > LEAST and not _fails(model, {symbol: low - 1}):
             not_judged.append(f"sizes of {symbol} below {low:,}, which {module} computes in another way")
-        beyond = {symbol: high + 1} if high else {}
+        beyond = {**model.traced_sizes, symbol: high + 1} if high else {}
         numbers = sum(tensor.numel() // len(tensor) for tensor in model.inputs(beyond, seed=0).values())
         if high and numbers * _parameters(model) > MOST_WORK:
             not_judged.append(f"sizes of {symbol} above {high:,}, which {module} computes in another way")
@@ -110,20 +109,19 @@ def _traced(model: Model) -> Limits:
     module: Any = model.module
     key = f"{type(module)} {module.config.to_json_string()} {json.dumps([model.axes, model.traced_sizes])}"
     if key not in _known:
-        _known[key] = _sizes_of_branches(model, [OF_TEXTS])
+        own = {
+            name: {axis: each for axis, each in axes.items() if each == OF_TEXTS} for name, axes in model.axes.items()
+        }
+        _known[key] = _sizes_of_branches(model, own)
     return _known[key]
 
 
-def _sizes_of_branches(model: Model, symbols: Iterable[str]) -> Limits:
-    """The sizes of each symbol for which the model's code takes the branches that it takes at the traced one."""
-    module, found = without_values(model.module), Limits()
-    for symbol in symbols:
-        own = {name: [axis for axis, each in axes.items() if each == symbol] for name, axes in model.axes.items()}
-        axes = {name: varying for name, varying in own.items() if varying}
-        with tracing(module), without_cache(module), each_kind_of_block_once(module):
-            low, high = sizes_of_branches(lambda inputs: module(**inputs), model.example_inputs(), axes)
-        found[symbol] = low, high if high < NO_LIMIT else None
-    return found
+def _sizes_of_branches(model: Model, axes: Axes) -> Limits:
+    """The sizes of each symbol of these axes for which the model's code takes the branches of the traced ones."""
+    module = without_values(model.module)
+    with tracing(module), without_cache(module), each_kind_of_block_once(module):
+        found = sizes_of_branches(lambda inputs: module(**inputs), model.example_inputs(), axes)
+    return {symbol: (low, high if high < NO_LIMIT else None) for symbol, (low, high) in found.items()}
 
 
 def without_values(module: nn.Module) -> nn.Module:

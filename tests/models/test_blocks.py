@@ -99,11 +99,11 @@ def test_a_block_that_may_write_into_an_argument_always_runs() -> None:
 
 def test_the_branch_of_a_later_block_is_found() -> None:
     module = Stack(Block(0), Block(1), Block(2, most=40), Block(3))
-    inputs, axes = {"x": torch.zeros(3, 4)}, {"x": [0]}
+    inputs, axes = {"x": torch.zeros(3, 4)}, {"x": {0: "rows"}}
     expected = sizes_of_branches(lambda given: module(**given), inputs, axes)
     with each_kind_of_block_once(module):
         assert sizes_of_branches(lambda given: module(**given), inputs, axes) == expected
-    assert expected[1] == 39
+    assert expected["rows"][1] == 39
 
 
 @pytest.mark.parametrize(
