@@ -25,6 +25,10 @@ from torch.utils._pytree import tree_map as tree_map
 
 from lora_export.errors import EnvironmentLacking
 
+TORCH = str(Path(torch.__file__).parent)
+# Files of PyTorch: of sizes that are symbols, what bool(size) and int(size) call of them, and modules in Python
+SIZES, LAYERS = (str(Path(TORCH, "fx", "experimental")), str(Path(TORCH, "__init__.py"))), str(Path(TORCH, "nn"))
+
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters of a module itself, by attribute. Where adapters are attached, `.weight` is W + ΔW instead."""
@@ -211,16 +215,11 @@ def _is_in_python(frame: Any) -> bool:
 
     oneDNN, as an example, computes a convolution of 16 rows in another way.
     """
-    folder = Path(torch.__file__).parent
-    symbols, asked = str(folder / "fx" / "experimental"), str(folder / "__init__.py")  # bool(size) is in the second
-    files = []
-    while frame is not None and (frame.f_code.co_filename.startswith(symbols) or frame.f_code.co_filename == asked):
-        files.append(frame.f_code.co_filename)
+    is_asked = False
+    while frame is not None and (file := frame.f_code.co_filename).startswith(SIZES):
+        is_asked = is_asked or file == SIZES[1]
         frame = frame.f_back
-    if asked not in files or frame is None:
-        return False
-    place = Path(frame.f_code.co_filename)
-    return not place.is_relative_to(folder) or place.is_relative_to(folder / "nn")
+    return is_asked and frame is not None and (not file.startswith(TORCH) or file.startswith(LAYERS))
 
 
 # --- transformers ---
