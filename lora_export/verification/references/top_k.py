@@ -163,7 +163,8 @@ class NearTies:
         wanted = Choice(own.scores, self.wanted[call].to(own.indices))
         best, best_wanted = (each.best if own.is_ordered else _ordered(each.best) for each in (own, wanted))
         distance = (best_wanted - best).abs()
-        is_tie = (distance <= self.margins[call.owner, call.number].to(distance)).all(-1, keepdim=True)
+        margin = self.margins[call.owner, call.number][: distance.shape[-1]]
+        is_tie = (distance <= margin.to(distance)).all(-1, keepdim=True)
         return torch.where(is_tie, wanted.indices, own.indices)
 
 
@@ -174,6 +175,8 @@ def _ordered(scores: torch.Tensor) -> torch.Tensor:
 def margins_of(runs: Iterable[tuple[Choices, Choices]]) -> Margins:
     """How far apart two scores may be that a right computation may take for each other, [k] in fp64 for each call.
 
+    k is the largest of all cases: DeepSeek-V3.2 chooses all tokens of a short text.
+
     `runs` are, for each case, those of the reference and those of PyTorch with the same choices. Both scores may be off
     by the largest error at this rank and the next ones, in any row of any case.
     """
@@ -183,7 +186,8 @@ def margins_of(runs: Iterable[tuple[Choices, Choices]]) -> Margins:
             errors = _errors_by_rank(choice, deployed[call].scores)
             around = nn.functional.max_pool1d(errors[None], RANKS_TOGETHER, 1, RANKS_TOGETHER // 2)[0]
             margin, at = 2 * around[: choice.indices.shape[-1]], (call.owner, call.number)
-            margins[at] = torch.maximum(margins[at], margin) if at in margins else margin
+            short, long = sorted((margins.get(at, margin), margin), key=len)
+            margins[at] = torch.cat((torch.maximum(short, long[: len(short)]), long[len(short) :]))
     return margins
 
 

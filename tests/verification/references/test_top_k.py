@@ -118,7 +118,8 @@ def near_ties(wanted: list[list[int]], margins: list[float], *, is_ordered: bool
 
 
 @pytest.mark.parametrize(
-    ("margins", "expected"), [([0, 0], [1, 2]), ([0, 0.09], [1, 2]), ([0, 0.11], [1, 3]), ([0.11, 0], [1, 2])]
+    ("margins", "expected"),
+    [([0, 0], [1, 2]), ([0, 0.09], [1, 2]), ([0, 0.11], [1, 3]), ([0.11, 0], [1, 2]), ([0, 0.11, 9], [1, 3])],
 )
 def test_a_wanted_score_is_taken_within_the_margin_of_its_rank(margins: list[float], expected: list[int]) -> None:
     """0.2 in place of 0.3; the second row wants what no margin allows."""
@@ -173,6 +174,17 @@ def test_exact_scores_tie_within_the_rounding_of_their_dtype() -> None:
     choice = Choice(truth, torch.tensor([[0]]))
     (margin,) = margins_of([({call: choice}, {call: Choice(truth.half(), choice.indices)})]).values()
     assert margin.tolist() == [2 * 4 * torch.finfo(torch.float16).eps]
+
+
+def test_margins_reach_the_most_that_any_case_chooses() -> None:
+    """DeepSeek-V3.2 chooses all tokens of a short text."""
+    truth = torch.tensor([[4.0, 2.0, 1.0]], dtype=torch.float64)
+    runs = []
+    for size, error in ((2, 0.5), (3, 0.25)):
+        call, indices = Call("r", 0, (1, size)), torch.arange(size)[None]
+        runs.append(({call: Choice(truth[:, :size], indices)}, {call: Choice(truth[:, :size] + error, indices)}))
+    for order in (runs, runs[::-1]):
+        assert margins_of(order)["r", 0].tolist() == [1.0, 1.0, 0.5]
 
 
 def test_cases_of_the_same_calls_are_apart() -> None:
