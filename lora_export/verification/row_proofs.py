@@ -263,7 +263,7 @@ def _mixed_cases(candidate: Runner, proofs: Sequence[Proof], rows: Sequence[Mixe
         outputs = named_as(alone[0].reference, candidate.run(arrays))
         own = [rows[row % len(rows)] for row in range(batch)]
         places = np.array([row.proof for row in own])
-        mixed = _mixed(alone, places, {key: outputs[key] for key in by_row}, ", ".join(map(str, own)))
+        mixed = _mixed(alone, places, by_row, outputs, ", ".join(map(str, own)))
         apart = dict.fromkeys(between_rows, places[:, None] != places)
         cases.append(replace(mixed, unjudged_by_output={**mixed.unjudged_by_output, **apart}))
     return cases
@@ -348,9 +348,11 @@ def _without_adapter(base: parity.Case, case: parity.Case) -> parity.Outputs:
     }
 
 
-def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays, label: str) -> parity.Case:
-    """A case in which every row of every run is the row of the case of its adapter."""
-    groups = {key: _by_labels(key, [alone[chosen].reference[key] for chosen in ids]) for key in outputs}
+def _mixed(
+    alone: Sequence[parity.Case], ids: NDArray[Any], by_row: Sequence[str], outputs: Arrays, label: str
+) -> parity.Case:
+    """A case of the outputs `by_row`, in which every row of every run is the row of the case of its adapter."""
+    groups = {key: _by_labels(key, [alone[chosen].reference[key] for chosen in ids]) for key in by_row}
     unjudged = alone[0].unjudged
 
     def judged(array: NDArray[Any], group: Sequence[int], *, is_whole: bool) -> NDArray[Any]:
@@ -368,7 +370,9 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays, lab
         }
 
     def candidate_rows(key: str, group: Sequence[int], *, is_whole: bool) -> NDArray[Any]:
-        """The candidate's rows, without the labels that their heads do not have."""
+        """The candidate's rows, without the labels that their heads do not have; all of what has no such rows."""
+        if outputs[key].shape[:1] != ids.shape:
+            return outputs[key]
         labels = alone[ids[group[0]]].reference[key].shape[-1]
         return judged(without_absent(outputs[key][group], labels), group, is_whole=is_whole)
 
@@ -381,6 +385,7 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays, lab
             name: candidate_rows(key, group, is_whole=len(own) == 1)
             for key, own in groups.items()
             for name, group in own.items()
+            if key in outputs
         },
         base=rows([_without_adapter(alone[0], case) for case in alone]),
         scaled=rows([case.scaled or case.reference for case in alone]),

@@ -135,6 +135,29 @@ def test_unjudged_positions_are_those_of_each_rows_adapter() -> None:
     assert mixed.unjudged_by_output["y"].tolist() == [[False, True], [True, False], [False, True]]
 
 
+@pytest.mark.parametrize(
+    ("outputs", "found"),
+    [
+        ({"y": np.ones((3, 2))}, "z: the candidate lacks this output"),
+        ({"y": np.ones((3, 2)), "z": np.float64(1)}, "z: the candidate's shape is [], the reference's is [3]"),
+        ({"z": np.ones(3), "y": np.ones((1, 2))}, "y: the candidate's shape is [1, 2], the reference's is [3, 2]"),
+    ],
+)
+def test_mixed_batch_whose_outputs_lack_rows_is_different(outputs: Arrays, found: str) -> None:
+    """Rows of an output that is missing, or is one for the whole batch, ended a proof with a traceback."""
+    truth = {"y": np.ones((3, 2)), "z": np.ones(3)}
+    case = parity.Case("a", "", truth, truth, truth)
+    proof = Proof(parity.judge([case]), inputs={"a": {"ids": np.zeros((3, 2))}}, cases=(case,))
+
+    class Given(torch_runners.ModuleRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            return outputs
+
+    verdict = judge_mixed(Given(nn.Identity()), [proof, proof], [1, 0]).verdict
+    reasons = [reason for reason in verdict.reasons if reason.outcome is Outcome.DIFFERENT]
+    assert [f"{reason.output}: {reason.text}".startswith(found) for reason in reasons] == [True]
+
+
 @pytest.mark.parametrize(("position", "outcome"), [(0, parity.Outcome.SAME), (1, parity.Outcome.DIFFERENT)])
 @pytest.mark.parametrize("labels", [(4, 4, 4), (4, 3, 6)], ids=["equal heads", "heads of their own"])
 def test_mixed_batch_is_judged_from_each_rows_first_token(
