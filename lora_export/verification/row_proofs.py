@@ -24,7 +24,7 @@ from lora_export.runtime.runner import Arrays, RowsRunner, Runner, StrengthsRunn
 from lora_export.runtime.three_graphs import EncoderDecoderRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import OnProofStep
-from lora_export.verification.compare_outputs import named_as
+from lora_export.verification.compare_outputs import named_as, same_bits
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import References
@@ -169,7 +169,8 @@ def _prove_moved(candidate: RowsRunner, references: References, proofs: Sequence
 
 def _is_distinguished(proof: Proof, neighbour: Proof) -> bool:
     """Whether the candidate with the neighbour's adapter is different from the reference of this one."""
-    cases = [replace(case, candidate=other.candidate) for case, other in zip(proof.cases, neighbour.cases, strict=True)]
+    others = {case.name: case.candidate for case in neighbour.cases}
+    cases = [replace(case, candidate=others[case.name]) for case in proof.cases if case.name in others]
     return parity.judge(cases, dtype=proof.verdict.dtype).outcome is Outcome.DIFFERENT
 
 
@@ -251,11 +252,16 @@ def _outputs_between_rows(proof: Proof) -> list[str]:
 
 
 def _mixed_cases(candidate: Runner, proofs: Sequence[Proof], rows: Sequence[MixedRow]) -> list[parity.Case]:
-    """A case for each of the inputs, whose rows are these, over and over."""
+    """A case for each of the inputs that all proofs have, whose rows are these, over and over.
+
+    A proof has further inputs where those of all reach no expert of its adapter.
+    """
     cases = []
     between_rows = _outputs_between_rows(proofs[0])
-    for number, (name, arrays) in enumerate(proofs[0].inputs.items()):
-        alone = [proof.cases[number] for proof in proofs]
+    for name, arrays in proofs[0].inputs.items():
+        if not all(name in proof.inputs and same_bits(arrays, proof.inputs[name]) for proof in proofs):
+            continue
+        alone = [case for proof in proofs for case in proof.cases if case.name == name]
         batch = len(next(iter(arrays.values())))
         by_row = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]
         if not by_row:
