@@ -276,7 +276,7 @@ def _expected_config(
 
 def _compared(expected: Values, found: Values, prefix: str = "") -> Iterator[tuple[bool, str]]:
     """Whether both have a value that differs, and then a sentence; or the name of the value that only one has."""
-    for key in expected.keys() | found.keys():
+    for key in {**expected, **found}:
         one, other, name = expected.get(key), found.get(key), f"{prefix}{key}"
         if key in UNIMPORTANT or one == other:
             continue

@@ -17,10 +17,10 @@ PRECISION_GATES = {"error", "tail", "bulk", "features"}  # these compare a candi
 
 
 def named_as(reference: parity.Outputs, outputs: Arrays) -> Arrays:
-    """The outputs that the reference has, by its names: by order where the graph has other names."""
-    if reference.keys() <= outputs.keys():
-        return {name: outputs[name] for name in reference}
-    return dict(zip(reference, outputs.values(), strict=True))
+    """The outputs that the reference has, by its names: by order where the graph has as many of other names."""
+    if len(outputs) == len(reference) and reference.keys() != outputs.keys():
+        return dict(zip(reference, outputs.values(), strict=True))
+    return {name: outputs[name] for name in reference if name in outputs}
 
 
 def aligned(outputs: Arrays, reference: parity.Outputs, *, names_known: bool) -> Arrays:

@@ -133,7 +133,7 @@ def prove(
     has_outputs = any(case.candidate for case in cases)
     if has_outputs and (trace or verdict.outcome is parity.Outcome.DIFFERENT):
         diagnosis, notes = prepared.diagnose(_to_diagnose(cases, verdict, inputs), every=trace, step=step)
-        verdict = _noted(verdict, notes)
+        verdict = parity.with_findings(verdict, parity.Findings(tuple(notes)), "diagnosis")
     about = _about(references, inputs, atol, rtol)
     proof = Proof(verdict, placement, about, inputs.cases, tuple(cases), diagnosis=diagnosis)
     if references.adapters or not expected.is_quantised or verdict.outcome is not parity.Outcome.UNDECIDED:
@@ -247,10 +247,6 @@ def _by_further_peers(
     return verdict, cases
 
 
-def _noted(verdict: parity.Verdict, notes: Sequence[str]) -> parity.Verdict:
-    return replace(verdict, notes=(*verdict.notes, *notes))
-
-
 def _with_remedy(verdict: parity.Verdict, remedy: str) -> parity.Verdict:
     """The verdict, whose doubts name this remedy first."""
     if not remedy or verdict.outcome is not parity.Outcome.UNDECIDED:
@@ -293,7 +289,7 @@ def _by_origin(proof: Proof, candidate: Runner, references: References, step: On
     if references.origin is None:
         option = named("base", "BASE.onnx")
         note = f"fp64 cannot decide about this quantised graph; the graph that it was made from can ({option})"
-        return replace(proof, verdict=_noted(proof.verdict, [note]))
+        return replace(proof, verdict=parity.with_findings(proof.verdict, parity.Findings((note,)), "origin"))
     step("the graph that it was made from")
     return prove_by_origin(proof, graph, references.origin, references.as_run)
 

@@ -24,7 +24,7 @@ from lora_export.runtime.runner import Arrays, RowsRunner, Runner, StrengthsRunn
 from lora_export.runtime.three_graphs import EncoderDecoderRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import OnProofStep
-from lora_export.verification.compare_outputs import named_as
+from lora_export.verification.compare_outputs import named_as, same_bits
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import References
@@ -169,7 +169,8 @@ def _prove_moved(candidate: RowsRunner, references: References, proofs: Sequence
 
 def _is_distinguished(proof: Proof, neighbour: Proof) -> bool:
     """Whether the candidate with the neighbour's adapter is different from the reference of this one."""
-    cases = [replace(case, candidate=other.candidate) for case, other in zip(proof.cases, neighbour.cases, strict=True)]
+    others = {case.name: case.candidate for case in neighbour.cases}
+    cases = [replace(case, candidate=others[case.name]) for case in proof.cases if case.name in others]
     return parity.judge(cases, dtype=proof.verdict.dtype).outcome is Outcome.DIFFERENT
 
 
@@ -251,11 +252,16 @@ def _outputs_between_rows(proof: Proof) -> list[str]:
 
 
 def _mixed_cases(candidate: Runner, proofs: Sequence[Proof], rows: Sequence[MixedRow]) -> list[parity.Case]:
-    """A case for each of the inputs, whose rows are these, over and over."""
+    """A case for each of the inputs that all proofs have, whose rows are these, over and over.
+
+    A proof has further inputs where those of all reach no expert of its adapter.
+    """
     cases = []
     between_rows = _outputs_between_rows(proofs[0])
-    for number, (name, arrays) in enumerate(proofs[0].inputs.items()):
-        alone = [proof.cases[number] for proof in proofs]
+    for name, arrays in proofs[0].inputs.items():
+        if not all(name in proof.inputs and same_bits(arrays, proof.inputs[name]) for proof in proofs):
+            continue
+        alone = [case for proof in proofs for case in proof.cases if case.name == name]
         batch = len(next(iter(arrays.values())))
         by_row = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]
         if not by_row:
@@ -263,7 +269,7 @@ def _mixed_cases(candidate: Runner, proofs: Sequence[Proof], rows: Sequence[Mixe
         outputs = named_as(alone[0].reference, candidate.run(arrays))
         own = [rows[row % len(rows)] for row in range(batch)]
         places = np.array([row.proof for row in own])
-        mixed = _mixed(alone, places, {key: outputs[key] for key in by_row}, ", ".join(map(str, own)))
+        mixed = _mixed(alone, places, by_row, outputs, ", ".join(map(str, own)))
         apart = dict.fromkeys(between_rows, places[:, None] != places)
         cases.append(replace(mixed, unjudged_by_output={**mixed.unjudged_by_output, **apart}))
     return cases
@@ -348,9 +354,11 @@ def _without_adapter(base: parity.Case, case: parity.Case) -> parity.Outputs:
     }
 
 
-def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays, label: str) -> parity.Case:
-    """A case in which every row of every run is the row of the case of its adapter."""
-    groups = {key: _by_labels(key, [alone[chosen].reference[key] for chosen in ids]) for key in outputs}
+def _mixed(
+    alone: Sequence[parity.Case], ids: NDArray[Any], by_row: Sequence[str], outputs: Arrays, label: str
+) -> parity.Case:
+    """A case of the outputs `by_row`, in which every row of every run is the row of the case of its adapter."""
+    groups = {key: _by_labels(key, [alone[chosen].reference[key] for chosen in ids]) for key in by_row}
     unjudged = alone[0].unjudged
 
     def judged(array: NDArray[Any], group: Sequence[int], *, is_whole: bool) -> NDArray[Any]:
@@ -368,7 +376,9 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays, lab
         }
 
     def candidate_rows(key: str, group: Sequence[int], *, is_whole: bool) -> NDArray[Any]:
-        """The candidate's rows, without the labels that their heads do not have."""
+        """The candidate's rows, without the labels that their heads do not have; all of what has no such rows."""
+        if outputs[key].shape[:1] != ids.shape:
+            return outputs[key]
         labels = alone[ids[group[0]]].reference[key].shape[-1]
         return judged(without_absent(outputs[key][group], labels), group, is_whole=is_whole)
 
@@ -381,6 +391,7 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays, lab
             name: candidate_rows(key, group, is_whole=len(own) == 1)
             for key, own in groups.items()
             for name, group in own.items()
+            if key in outputs
         },
         base=rows([_without_adapter(alone[0], case) for case in alone]),
         scaled=rows([case.scaled or case.reference for case in alone]),

@@ -319,6 +319,7 @@ def test_many_differences_are_counted_and_printable(tmp_path: Path) -> None:
     found = compare_files(base, merged, []).faults
     assert len(found) == 9 and found[-1] == "tokenizer.json: and 92 more values"
     assert all("\n" not in line for line in found)
+    assert all(f"vocab.{number}" in line for number, line in enumerate(found[:8]))  # in the order of the file
 
 
 def test_files_without_a_folder_have_no_companions(tmp_path: Path) -> None:

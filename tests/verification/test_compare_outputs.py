@@ -22,8 +22,7 @@ def test_outputs_get_the_names_of_the_reference() -> None:
     by_order = compare_outputs.named_as(reference, {"x": ONE, "y": TWO})
     assert list(by_name) == list(by_order) == ["a", "b"]
     assert by_name["b"] is TWO and by_order["b"] is TWO
-    with pytest.raises(ValueError, match="zip"):
-        compare_outputs.named_as(reference, {"x": ONE})
+    assert compare_outputs.named_as(reference, {"b": TWO}) == {"b": TWO} and not compare_outputs.named_as(reference, {})
 
 
 def test_names_that_identify_outputs_are_kept() -> None:

@@ -135,6 +135,51 @@ def test_unjudged_positions_are_those_of_each_rows_adapter() -> None:
     assert mixed.unjudged_by_output["y"].tolist() == [[False, True], [True, False], [False, True]]
 
 
+@pytest.mark.parametrize(
+    ("outputs", "found"),
+    [
+        ({"y": np.ones((3, 2))}, "z: the candidate lacks this output"),
+        ({"y": np.ones((3, 2)), "z": np.float64(1)}, "z: the candidate's shape is [], the reference's is [3]"),
+        ({"z": np.ones(3), "y": np.ones((1, 2))}, "y: the candidate's shape is [1, 2], the reference's is [3, 2]"),
+    ],
+)
+def test_mixed_batch_whose_outputs_lack_rows_is_different(outputs: Arrays, found: str) -> None:
+    """Rows of an output that is missing, or is one for the whole batch, ended a proof with a traceback."""
+    truth = {"y": np.ones((3, 2)), "z": np.ones(3)}
+    case = parity.Case("a", "", truth, truth, truth)
+    proof = Proof(parity.judge([case]), inputs={"a": {"ids": np.zeros((3, 2))}}, cases=(case,))
+
+    class Given(torch_runners.ModuleRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            return outputs
+
+    verdict = judge_mixed(Given(nn.Identity()), [proof, proof], [1, 0]).verdict
+    reasons = [reason for reason in verdict.reasons if reason.outcome is Outcome.DIFFERENT]
+    assert [f"{reason.output}: {reason.text}".startswith(found) for reason in reasons] == [True]
+
+
+def test_cases_that_one_adapter_has_alone_are_in_no_mixed_batch() -> None:
+    """Those of an expert that no other input reaches come before the user's own."""
+    truths = {"user's": np.ones((3, 2)), "seed 9": np.full((2, 4), 7.0)}
+    inputs = {name: {"ids": np.zeros(truth.shape)} for name, truth in truths.items()}
+    cases = {name: parity.Case(name, "", *[{"y": truth}] * 3) for name, truth in truths.items()}
+    base, adapter = (
+        Proof(
+            parity.judge([cases[name] for name in names]),
+            inputs={name: inputs[name] for name in names},
+            cases=tuple(cases[name] for name in names),
+        )
+        for names in (["user's"], ["seed 9", "user's"])
+    )
+
+    class Given(torch_runners.ModuleRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            return {"y": truths["user's"]}
+
+    (mixed,) = judge_mixed(Given(nn.Identity()), [base, adapter], [1, 0]).cases
+    assert mixed.name == "user's, adapters 1, 0, 1"
+
+
 @pytest.mark.parametrize(("position", "outcome"), [(0, parity.Outcome.SAME), (1, parity.Outcome.DIFFERENT)])
 @pytest.mark.parametrize("labels", [(4, 4, 4), (4, 3, 6)], ids=["equal heads", "heads of their own"])
 def test_mixed_batch_is_judged_from_each_rows_first_token(

@@ -17,7 +17,7 @@ from lora_export.storage.block_copy import Bytes
 from lora_export.storage.gguf_blocks import BlockCodec
 from lora_export.storage.gguf_scales import BlockNumber, Half
 from lora_export.verification.against_checkpoint.fp64_sums import FP32_ROUNDOFF
-from lora_export.verification.against_checkpoint.scale_search import least_errors
+from lora_export.verification.against_checkpoint.scale_search import least_errors, nearest_numbers
 from lora_export.verification.parity import Wide
 
 PRODUCT_ROUNDINGS = 4  # in fp32 of each product in a sum
@@ -83,12 +83,9 @@ def _as_near_as_found(codec: BlockCodec, blocks: Bytes, value: Wide, bound: Wide
 
 def _from_nearest(codec: BlockCodec, blocks: Bytes, value: Wide) -> Wide:
     """How far the nearest values on the scales of blocks are."""
-    steps, offsets = (None if each is None else each.astype(np.float64)[..., None] for each in codec.scales(blocks))
-    assert steps is not None
-    ordered = np.unique(codec.numbers).astype(np.float64)
-    rest = value if offsets is None else value - offsets
-    position = np.where(steps == 0, 0.0, rest / np.where(steps == 0, 1.0, steps))
-    found: Wide = ordered[np.searchsorted((ordered[1:] + ordered[:-1]) / 2, position)] * steps - rest
+    steps, offsets = (np.zeros(1) if each is None else each.astype(np.float64) for each in codec.scales(blocks))
+    numbers = nearest_numbers(codec, value, (steps, offsets))
+    found: Wide = numbers * steps[..., None] - (value - offsets[..., None])
     return found
 
 

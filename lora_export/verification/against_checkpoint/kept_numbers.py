@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,13 +49,16 @@ OF_SCALE = 1e-5  # of a scale: the error of sums in fp32, relative to the larges
 class KeptWeight:
     """A quantised weight in its file."""
 
-    files: dict[str, TensorFile]  # stored tensor -> its file
+    shards: Collection[TensorFile]
     tensor: QuantisedTensor
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, name: str) -> KeptWeight:
-        files = {stored: shard for shard in checkpoint.shards.values() for stored in shard.entries}
-        return cls(files, checkpoint.quantised[name])
+        return cls(checkpoint.shards.values(), checkpoint.quantised[name])
+
+    def file_of(self, stored: str) -> TensorFile:
+        """The file that has a stored tensor."""
+        return next(shard for shard in self.shards if stored in shard.entries)
 
     @property
     def codes(self) -> StoredCodes:
@@ -68,14 +71,14 @@ class KeptWeight:
 
     def numbers(self, rows: slice) -> Numbers:
         """Some rows in the order of the file, as codes."""
-        file = self.files[self.tensor.packed]
+        file = self.file_of(self.tensor.packed)
         with file.path.open("rb") as reader:
             start = file.entries[self.tensor.packed].start
             return read_numbers(self.codes, file.path, reader.fileno(), start, rows)
 
     def packed(self, rows: slice) -> Bytes:
         """The bytes that have some rows, from a multiple of the rows that are packed together on."""
-        file = self.files[self.tensor.packed]
+        file = self.file_of(self.tensor.packed)
         first, last = self.codes.layout.extent(rows)
         found = np.empty(last - first, np.uint8)
         read_piece(file.path, found, file.entries[self.tensor.packed].start + first)
@@ -94,7 +97,7 @@ class KeptWeight:
         Not compared are those of the base that are `remade`.
         """
         pairs = zip(self.tensor.parts, base.tensor.parts, strict=True)
-        files = (((self.files[own], own), (base.files[old], old)) for own, old in pairs if old not in remade)
+        files = (((self.file_of(own), own), (base.file_of(old), old)) for own, old in pairs if old not in remade)
         return next((own[1] for own, old in files if not _are_equal_bytes(own, old)), "")
 
     def half_steps(self, rows: slice) -> Wide:

@@ -72,7 +72,7 @@ def _best_of_groups(codec: BlockCodec, values: Wide, starts: list[_Scales]) -> _
     """The steps and offsets of the least error of each group, beside the codes nearest on one of the starts."""
     best, least = starts[0], np.full(values.shape[:2], np.inf)
     for start in starts:
-        nearest = _nearest(codec, values, start)
+        nearest = nearest_numbers(codec, values, start)
         found = _fitted(codec, nearest, values)
         errors = np.fmax(_squares(nearest, values, found), _EXACT * np.square(values).sum(axis=2))
         is_better = errors < _CLEARLY_BETTER * least
@@ -96,18 +96,18 @@ def _fitted(codec: BlockCodec, numbers: Wide, values: Wide) -> _Scales:
 def _error(codec: BlockCodec, values: Wide, wanted: _Scales) -> Wide:
     """The squared error of each block on scales that can be stored for these."""
     scales = _stored(codec, wanted)
-    found: Wide = _squares(_nearest(codec, values, scales), values, scales).sum(axis=1)
+    found: Wide = _squares(nearest_numbers(codec, values, scales), values, scales).sum(axis=1)
     return found
 
 
 def _fitted_error(codec: BlockCodec, values: Wide, wanted: _Scales) -> Wide:
     """The squared error on the steps that fit best to the codes nearest on these."""
-    numbers = _nearest(codec, values, _stored(codec, wanted))
+    numbers = nearest_numbers(codec, values, _stored(codec, wanted))
     found: Wide = _squares(numbers, values, _stored(codec, _fitted(codec, numbers, values))).sum(axis=1)
     return found
 
 
-def _nearest(codec: BlockCodec, values: Wide, scales: _Scales) -> Wide:
+def nearest_numbers(codec: BlockCodec, values: Wide, scales: _Scales) -> Wide:
     """The nearest of the numbers that codes have."""
     steps, offsets = (each[..., None] for each in scales)
     ordered = np.unique(codec.numbers).astype(np.float64)

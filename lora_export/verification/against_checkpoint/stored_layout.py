@@ -8,6 +8,7 @@ there is none, the layout is unknown.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,17 +33,19 @@ class StoredLayouts:
         changed = [step for step in plan.steps if step.terms]
         shown = {step.weight: _shown_by_pair(step) for step in changed}
         shapes = {name: entry.shape for shard in base.shards for name, entry in base.entries(shard).items()}
-        model_types = _model_types(base.config)
+        of_model = functools.cache(functools.partial(_of_model, shapes=shapes, model_types=_model_types(base.config)))
         unreliable = {adapter for step in changed for adapter in _contradicted(step, plan, shown[step.weight], stated)}
-        layouts = {}
+        file, layouts = _FileOfUnknownModel(shapes, shown), {}
         for step in changed:
             # Only the converter that cuts a part of a stored tensor tells whether it transposes it.
             of_part = step.spec.layout if step.spec.region is not None else None
             layout = shown[step.weight] or of_part or _stated(step.weight, stated)
-            layout = layout or _of_model(step.weight, shapes, model_types)
-            found = {own for adapter, own in _recorded(step, plan) if adapter not in unreliable}
-            found.update(_of_file(step.weight, shapes, shown))
-            layouts[step.weight] = layout or (found.pop() if len(found) == 1 else Layout.UNKNOWN)
+            layout = layout or of_model(_last_part(step.weight.removesuffix(WEIGHT)))
+            if layout is None:
+                found = {own for adapter, own in _recorded(step, plan) if adapter not in unreliable}
+                found.update(file.layouts_of(step.weight))
+                layout = found.pop() if len(found) == 1 else Layout.UNKNOWN
+            layouts[step.weight] = layout
         return cls(layouts)
 
     def stored_as(self, step: Step) -> Step:
@@ -61,6 +64,10 @@ def _shown_by_pair(step: Step) -> Layout | None:
     if shape[0] == shape[1]:
         return None
     return Layout.OUT_IN if shape[0] == pair.shape[0] else Layout.IN_OUT
+
+
+def _last_part(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _stated(weight: str, stated: Mapping[str, str]) -> Layout | None:
@@ -83,11 +90,13 @@ def _model_types(config: Mapping[str, Any]) -> set[str]:
     return found if "model_type" in config and not found - KNOWN_MODEL_TYPES else set()
 
 
-def _of_model(weight: str, shapes: Mapping[str, tuple[int, ...]], model_types: set[str]) -> Layout | None:
-    """The layout by the type of the model; UNKNOWN where the shapes in the same file contradict it."""
+def _of_model(module: str, shapes: Mapping[str, tuple[int, ...]], model_types: set[str]) -> Layout | None:
+    """The layout by the type of the model; UNKNOWN where the shapes in the same file contradict it.
+
+    `module` is the last part of the module's name.
+    """
     if not model_types:
         return None
-    module = weight.removesuffix(WEIGHT).split(".")[-1]
     in_out = {name for name in model_types if module in CONV1D_MODULES.get(name, ())}
     if in_out and any(module in LINEAR_MODULES.get(name, ()) for name in model_types):
         return None
@@ -98,7 +107,7 @@ def _of_model(weight: str, shapes: Mapping[str, tuple[int, ...]], model_types: s
 def _of_namesakes(module: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layout]:
     """The layouts of matrices with this last name that are not square: a bias has one entry for each output."""
     for name, shape in shapes.items():
-        if name.endswith(f"{module}{WEIGHT}") and name.removesuffix(WEIGHT).split(".")[-1] == module:
+        if name.endswith(f"{module}{WEIGHT}") and _last_part(name.removesuffix(WEIGHT)) == module:
             outputs = shapes.get(f"{name.removesuffix(WEIGHT)}.bias")
             if len(shape) == 2 and shape[0] != shape[1] and outputs in ((shape[0],), (shape[1],)):
                 yield Layout.OUT_IN if outputs == (shape[0],) else Layout.IN_OUT
@@ -124,19 +133,40 @@ def _contradicted(step: Step, plan: Plan, shown: Layout | None, stated: Mapping[
 CONV1D = frozenset(name for modules in CONV1D_MODULES.values() for name in modules)
 
 
-def _of_file(
-    weight: str, shapes: Mapping[str, tuple[int, ...]], shown: Mapping[str, Layout | None]
-) -> Iterator[Layout]:
-    """The layouts of a square matrix by other matrices of a file whose model is unknown, and by its name."""
-    module = weight.removesuffix(WEIGHT)
-    last = module.split(".")[-1]
-    alike = {name: layout for name, layout in _oblong(shapes, shown) if _are_alike(name.removesuffix(WEIGHT), module)}
-    yield from alike.values()
-    others = {layout for name, layout in _oblong(shapes, shown) if name.split(".")[-2] not in CONV1D}
-    if last not in CONV1D and Layout.IN_OUT not in others:
-        has_stack = any(_is_in_a_stack(name) for name, shape in shapes.items() if len(shape) == 2)
-        if (last in LINEAR_NAMES and has_stack) or other_layouts(shapes):
+@dataclass(frozen=True, eq=False)
+class _FileOfUnknownModel:
+    """What a file whose model is unknown shows. Each of its evidence is read from all shapes once."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    shown: Mapping[str, Layout | None]
+
+    def layouts_of(self, weight: str) -> Iterator[Layout]:
+        """The layouts of a square matrix by other matrices, and by its name."""
+        module = weight.removesuffix(WEIGHT)
+        last = _last_part(module)
+        yield from (layout for name, layout in self.oblong.items() if _are_alike(name.removesuffix(WEIGHT), module))
+        may_be_linear = last not in CONV1D and not self.has_other_in_out
+        if may_be_linear and ((last in LINEAR_NAMES and self.has_stack) or self.is_of_diffusion):
             yield Layout.OUT_IN
+
+    @functools.cached_property
+    def oblong(self) -> dict[str, Layout]:
+        return dict(_oblong(self.shapes, self.shown))
+
+    @functools.cached_property
+    def has_other_in_out(self) -> bool:
+        """Whether a matrix is stored (in, out) that has no name of such a class."""
+        return any(
+            layout is Layout.IN_OUT and name.split(".")[-2] not in CONV1D for name, layout in self.oblong.items()
+        )
+
+    @functools.cached_property
+    def has_stack(self) -> bool:
+        return any(_is_in_a_stack(name) for name, shape in self.shapes.items() if len(shape) == 2)
+
+    @functools.cached_property
+    def is_of_diffusion(self) -> bool:
+        return bool(other_layouts(self.shapes))
 
 
 def _is_in_a_stack(name: str) -> bool:

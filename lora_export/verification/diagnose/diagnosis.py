@@ -94,7 +94,7 @@ class LayerObservation:
         if term.pair.needs_weight:
             return apply_matrix(x, self.change_of(term))
         a, b = factors(term.pair)
-        return apply_matrix(apply_matrix(x, a), b) * scale_of(term)
+        return apply_matrix(apply_matrix(x, a), b) * term.scale
 
     def product(self, weight: Wide) -> Wide:
         """(n, out): x Wᵀ."""
@@ -112,7 +112,7 @@ class LayerObservation:
         if isinstance(term.pair, WeightTransform):
             return term.strength * exact_change(term.pair, self.weight)[0]
         a, b = factors(term.pair)
-        return scale_of(term) * (b @ a)
+        return term.scale * (b @ a)
 
     def dora_product(self, magnitude: Array, weight: Wide, norms_of: Wide | None = None) -> Wide:
         """(n, out): x Wᵀ, each output times its magnitude / ‖W‖; with the norms of `norms_of` instead, if given."""
@@ -155,11 +155,6 @@ def factors(pair: LoraPair) -> tuple[Wide, Wide]:
     """A (rank, in) and B (out, rank) in fp64, a convolution's kernel flattened."""
     a, b = pair.a.astype(np.float64), pair.b.astype(np.float64)
     return a.reshape(pair.rank, -1), b.reshape(-1, pair.rank)
-
-
-def scale_of(term: Term) -> float:
-    """The factor of a term's B A."""
-    return term.strength * term.pair.scale
 
 
 def expected_dora_factors(magnitude: Array, weight: Wide) -> Wide:

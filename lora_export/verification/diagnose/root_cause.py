@@ -25,7 +25,6 @@ from lora_export.verification.diagnose.diagnosis import (
     apply_matrix,
     expected_dora_factors,
     factors,
-    scale_of,
 )
 from lora_export.verification.parity import Array, Wide, rms
 
@@ -229,10 +228,10 @@ def _transposed_factors(layer: LayerObservation) -> Iterator[Explanation]:
             for term in layer.terms:
                 a, b = factors(term.pair)
                 if wrong == "BA":
-                    total += layer.product(turn(b @ a)) * scale_of(term)
+                    total += layer.product(turn(b @ a)) * term.scale
                 else:
                     a, b = (turn(a), b) if wrong == "A" else (a, turn(b))
-                    total += apply_matrix(apply_matrix(layer.x, a), b) * scale_of(term)
+                    total += apply_matrix(apply_matrix(layer.x, a), b) * term.scale
             yield Explanation(f"transposed {wrong}", f"{text} is transposed", total)
 
 
@@ -314,7 +313,7 @@ def _rounded_weights(layer: LayerObservation) -> Iterator[Explanation]:
                 both = layer.product(base) + layer.constant
                 for term in layer.terms:
                     a, b = factors(term.pair)
-                    both += apply_matrix(apply_matrix(layer.x, _rounded(a, dtype)), _rounded(b * scale_of(term), dtype))
+                    both += apply_matrix(apply_matrix(layer.x, _rounded(a, dtype)), _rounded(b * term.scale, dtype))
                 base_alone = layer.product(base - layer.weight) + layer.expected
                 yield Explanation(kind, f"its weights, A and B are rounded to {name}", both)
                 yield Explanation(kind, f"the base's weights are rounded to {name}", base_alone)

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_export import layers
 from lora_export.errors import InputRefused
+from lora_export.graph.content_match import Spellings
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.layers import MatrixWeight
@@ -138,7 +139,9 @@ class TracedGraph(TracedCandidate):
         self.cache = cache
         model = load_graph(runner.path)
         sites = find_sites(model)
-        names = _model_names(sites.by_name, weights)
+        of_model = Spellings(weights).of  # either name may have a prefix that the other lacks
+        names = {name: own for name in sites.by_name if (own := of_model(name))}
+        names = {name: own for name, own in names.items() if own == name or own not in names}
         biased = {name: weights[model_name].has_bias for name, model_name in names.items()}
         self.taps: dict[ModuleCall, Tap] = {}
         for tap in find_taps(model, sites, inputs, biased):
@@ -214,16 +217,6 @@ class TracedModule(TracedCandidate):
 
     def stored_weight(self, call: ModuleCall) -> Wide | None:
         return weight_matrix(self.weights[call.weight])
-
-
-def _model_names(names: Mapping[str, object], weights: Mapping[str, MatrixWeight]) -> dict[str, str]:
-    """The model's name of each weight of a graph; either name may have a prefix that the other lacks."""
-    found = {name: name for name in names if name in weights}
-    for name in names.keys() - found.keys():
-        matches = [other for other in weights if other.endswith(f".{name}") or name.endswith(f".{other}")]
-        if len(matches) == 1 and matches[0] not in found.values():
-            found[name] = matches[0]
-    return found
 
 
 def _module_with_weights_of(candidate: ScriptRunner, case: DiagnosisCase) -> nn.Module:

@@ -12,6 +12,7 @@ from lora_export.runtime.runner import Arrays
 from lora_export.verification.parity import Findings
 
 REDRAWS = 5  # draws of an input before it counts as one that cannot be varied
+NOT_VARIED = "the input {} has a single value: its effect was not tested"
 
 
 @dataclass(frozen=True, eq=False)

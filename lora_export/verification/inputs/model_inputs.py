@@ -28,7 +28,7 @@ from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage.npz import read_arrays
 from lora_export.verification.compare_outputs import before_first_token
-from lora_export.verification.inputs import REDRAWS, Inputs
+from lora_export.verification.inputs import NOT_VARIED, REDRAWS, Inputs
 from lora_export.verification.inputs.invocations import with_invocations
 from lora_export.verification.parity import Findings
 
@@ -55,7 +55,7 @@ def inputs_of_proof(
         perturbed,
         unjudged={name: positions for name, positions in first_tokens.items() if positions is not None},
         findings=Findings(
-            notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in single),
+            notes=tuple(map(NOT_VARIED.format, single)),
             doubts=tuple(
                 f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
                 f"Give it other values with {named('inputs', 'FILE.npz')}, or in the example inputs of the factory"
@@ -100,7 +100,7 @@ def case_inputs(
     fixed = _fixed_sizes(candidate, model)
     for number, sizes in enumerate(sized.checked_sizes(fixed, _limits(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
-        if label in cases and "batch" in fixed:  # every size is fixed
+        if label in cases:  # every size is fixed
             label += f", draw {number + 1}"
         if sizes.get("sequence") == 1 and not _takes_one_token(model, sizes):
             continue

@@ -17,7 +17,7 @@ from lora_export.verification.parity.gates import (
     LARGEST_ERROR,
     VALUE_CONTROLS,
 )
-from lora_export.verification.parity.verdict import Comparison, Outcome, Reason, Sensitivity, percent
+from lora_export.verification.parity.verdict import Comparison, Outcome, Reason, Sensitivity, multiple, percent
 
 
 def reasons_of(case: str, output: str, f: Figures) -> list[Reason]:
@@ -122,9 +122,8 @@ def _remedies(f: Figures) -> dict[str, str]:
                 f"an {named('atol')} below {control.error:.2g} with {named('rtol', 0)}, or no tolerance"
             )
     if factor := _factor_of_effect(f):
-        shown = f"{factor:.2g}" if factor < 10 else f"{factor:,.0f}"
         text = (
-            f"an adapter with {shown} times the effect on this output, or inputs on which this one has it "
+            f"an adapter with {multiple(factor)} times the effect on this output, or inputs on which this one has it "
             f"({named('inputs')})"
         )
         remedies |= dict.fromkeys(("effect", *DISTANCES), text)

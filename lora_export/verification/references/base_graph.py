@@ -19,7 +19,8 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow
 from lora_export.storage.hashes import file_sha256
-from lora_export.verification.inputs import Inputs, graph_inputs
+from lora_export.verification.candidate_outputs import INPUTS_NOT_CHANGED
+from lora_export.verification.inputs import NOT_VARIED, Inputs, graph_inputs
 from lora_export.verification.inputs.graph_inputs import NO_CONFIG, GraphSizes, InputGenerator, NoGeneratedInputs
 from lora_export.verification.parity import Findings
 from lora_export.verification.references.graph_fp64 import compute_weights_late, widen
@@ -75,7 +76,7 @@ class BaseGraph:
             if not users:
                 raise
             note = f"{self.user_inputs} is the only case: {refusal.problem}"
-            return Inputs(users, findings=Findings(notes=(note,)))
+            return Inputs(users, findings=Findings(notes=(note, f"{INPUTS_NOT_CHANGED} was not tested")))
         return replace(generated, cases={**generated.cases, **users})
 
     def _generated_inputs(self) -> Inputs:
@@ -93,7 +94,8 @@ class BaseGraph:
         redrawn = generator.redraw(sizes, arrays, seed=self.seed + 1000)
         perturbed = {name: {**arrays, name: values} for name, values in redrawn.items()}
         accepted = {name: others for name, others in perturbed.items() if _accepts(runner, others)}
-        return Inputs(cases, varied=arrays, perturbed=accepted)
+        notes = tuple(NOT_VARIED.format(name) for name in arrays if name not in accepted)
+        return Inputs(cases, varied=arrays, perturbed=accepted, findings=Findings(notes))
 
     def _accepted(
         self, generator: InputGenerator, runner: OnnxRunner, wanted: GraphSizes, seed: int

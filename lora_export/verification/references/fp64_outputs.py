@@ -81,7 +81,7 @@ class Fp64References:
                 self.cases,
                 cases,
                 judge,
-                skip=expected.unreached,
+                skip=frozenset(expected.unreached),
                 detected=detected,
                 in_case=None if self.choices is None else functools.partial(self.choices.at_ties, module),
             )

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -26,6 +27,7 @@ from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import safetensors_file
 from lora_export.verification.against_checkpoint import audit_checkpoint, stored_tensor
 from lora_export.verification.against_checkpoint.audit_checkpoint import audit_of, judge_rest, judge_rounded
+from lora_export.verification.against_checkpoint.kept_numbers import KeptWeight
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome
 from support import peak
@@ -523,3 +525,14 @@ def test_an_adapter_that_replaces_nothing_is_not_detected(tmp_path: Path) -> Non
 
 def test_an_audit_of_nothing_is_undecided() -> None:
     assert audit_of([]).outcome is Outcome.UNDECIDED
+
+
+def test_a_quantised_weight_finds_its_file_without_listing_all_tensors():
+    """A list of 74,000 names beside each of 18,432 experts took 70 GB."""
+
+    class Entries(dict):
+        __iter__ = None
+
+    shards = {file: Namespace(entries=Entries({f"{file}.packed": None})) for file in "ab"}
+    checkpoint = Namespace(shards=shards, quantised={"weight": Namespace(packed="b.packed", parts=())})
+    assert KeptWeight.of(checkpoint, "weight").file_of("b.packed") is shards["b"]

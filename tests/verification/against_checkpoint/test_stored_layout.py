@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 import lora_export as le
-from lora_export import cli
+from lora_export import cli, plan
 from lora_export.plan import Layout
+from lora_export.verification.against_checkpoint import stored_layout
 from lora_export.weights import checkpoint
 from support.handmade import add_tensors, base_file, peft_adapter
+from support.plans import holding, matrix, pair
 
 RNG = np.random.default_rng(0)
 W, A, B = (np.float32(RNG.normal(size=size)) for size in ((8, 8), (2, 8), (8, 2)))
@@ -182,3 +186,20 @@ def test_the_command_takes_layouts(tmp_path, capsys):
     about = json.loads(capsys.readouterr().out)["about"]
     assert about["layout"] == {"*": "in_out", "h.*": "out_in"}
     assert "--layout *=in_out --layout h.*=out_in" in " ".join(about["command"])
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "mixtral"}])
+def test_all_names_of_a_base_are_read_once_for_many_weights(monkeypatch, config):
+    """Qwen3-30B-A3B has 18,432 experts: where each read all names, the layouts of an audit took half an hour."""
+    names = [f"model.layers.0.mlp.experts.{number}.w1.weight" for number in range(20)]
+    adapter = holding(pairs={name.removesuffix(".weight"): pair(A, B) for name in names})
+    steps = plan.make([adapter], [matrix(name, 8, 8) for name in names])
+    shapes = {name: Namespace(shape=(8, 8)) for name in names}
+    base = Namespace(shards=["file"], entries=lambda _: shapes, config=config)
+    read = []
+    for function in ("_oblong", "_of_namesakes", "other_layouts"):
+        original = getattr(stored_layout, function)
+        counted = functools.partial(lambda run, *given: read.append(run) or run(*given), original)
+        monkeypatch.setattr(stored_layout, function, counted)
+    stored_layout.StoredLayouts.of(steps, base, {})
+    assert read and len(read) == len(set(read))

@@ -18,7 +18,7 @@ from lora_export.lora import Adapter, TokenRows
 from lora_export.models.load import from_module, load_model
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.torch_runners import ModuleRunner
-from lora_export.verification.inputs.model_inputs import case_inputs, notes_on_sizes
+from lora_export.verification.inputs.model_inputs import case_inputs, in_stated_batch, notes_on_sizes
 from support.small_models import small_model
 
 LAYER = torch.nn.Linear(4, 2)
@@ -45,6 +45,13 @@ def test_three_seeded_cases_of_different_sizes() -> None:
     for name, arrays in cases.items():
         assert np.array_equal(arrays["input"], again[name]["input"])
         assert not np.array_equal(arrays["input"], other[name]["input"])
+
+
+def test_a_stated_batch_of_a_model_without_other_sizes_has_three_draws() -> None:
+    model = in_stated_batch(from_module(LAYER, {"input": torch.ones(3, 4)}), {"batch": 2})
+    cases = case_inputs(model, ANY_SIZE)
+    assert list(cases) == ["batch 2", "batch 2, draw 2", "batch 2, draw 3"]
+    assert len({arrays["input"].tobytes() for arrays in cases.values()}) == 3
 
 
 def test_constant_sizes_are_used_and_noted_but_the_batch_varies() -> None:

@@ -77,9 +77,17 @@ def test_user_inputs_are_the_only_case_where_none_is_generated(
     path, own = tmp_path / "a. Give b.onnx", tmp_path / "own.npz"
     np.savez(own, x=np.ones((2, 2), np.float32), **arrays)
     inputs = base_graph(text, path, user_inputs=own).inputs
-    (note,) = inputs.findings.notes
+    note, untested = inputs.findings.notes
+    assert untested == "whether each input affects the outputs was not tested"
     assert list(inputs.cases) == ["own.npz"] and not inputs.varied
     assert note.startswith(f"{own} is the only case: {problem.format(path=path)}") and "inputs=" not in note
+
+
+def test_an_input_that_cannot_be_varied_is_noted() -> None:
+    text = "g (float[N,2] x, float[1] mask) => (float[N,2] y) { y = Mul(x, mask) }"
+    inputs = base_graph(text).inputs
+    assert list(inputs.perturbed) == ["x"]
+    assert inputs.findings.notes == ("the input mask has a single value: its effect was not tested",)
 
 
 def test_user_inputs_are_one_more_case(tmp_path: Path) -> None:
