@@ -106,7 +106,7 @@ class TextEncoder(_Tokenised):
         return self.labels.loss
 
     def encode(self, row: Row) -> tuple[Any, Any]:
-        texts = [row["text"], row["text_pair"]] if "text_pair" in row else [row["text"]]
+        texts = [row["text"]] if row.get("text_pair") is None else [row["text"], row["text_pair"]]
         return self.tokens(*texts), row["label"]
 
     def collate(self, encoded: Sequence[Any]) -> Batch:

@@ -168,7 +168,7 @@ def _label_problem(values: Row) -> str:
 
 
 def _labelled(values: Row) -> str:
-    texts = ("text", "text_pair") if "text_pair" in values else ("text",)
+    texts = ("text",) if values.get("text_pair") is None else ("text", "text_pair")
     return _texts(*texts)(values) or _label_problem(values)
 
 
