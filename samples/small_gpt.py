@@ -1,6 +1,6 @@
 """A small GPT, from nothing to generated text: trained from scratch, adapted by LoRA, merged, exported, run.
 
-    python samples/small_gpt.py [FOLDER]
+    python samples/small_gpt.py [FOLDER]  # a new folder
 
 The base learns code: Python's standard library, without comments and docstrings. LoRA adapts it to the docstrings,
 which are English. The merged model is exported with its key/value cache and generates through onnxruntime. Exits with
@@ -10,7 +10,6 @@ a code other than 0 where the adapter does not predict English better than the b
 from __future__ import annotations
 
 import ast
-import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -96,7 +95,6 @@ def train_from_scratch(folder: Path) -> TrainingHistory:
 
 
 def main(folder: Path) -> Result:
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base, adapter = folder / "base", folder / "adapter"
     console.print("[bold]1. Train from scratch, on code[/bold]")

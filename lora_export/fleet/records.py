@@ -6,9 +6,11 @@ where its size, its times or its place on the disk are others than when it was h
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,8 +68,8 @@ class FleetRecords:
     def __init__(self, folder: Path, *, reads: bool):
         self.folder, self.reads = folder, reads
         self._hashes_file = folder / "hashes.json"
-        self._known = json_files.read_json(self._hashes_file) if self._hashes_file.is_file() else {}
-        self._has_new_hashes = False
+        self._new: dict[str, list[Any]] = {}  # by the name of a file: what this process knows beyond the file of hashes
+        self._has_new_hashes, self._write_again = False, 0.0
         self._published: dict[tuple[int, ...], str] = {}  # inode, size and time of a file in a stage -> its hash
         self.unread: set[str] = set()  # files whose hash is not known, where they are not to be read
         self._contents: dict[str, dict[str, str] | None] = {}  # of this run, by path
@@ -147,12 +149,21 @@ class FleetRecords:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, {"schema": RECORD_SCHEMA, **record})
 
-    def write_hashes(self) -> None:
-        """Write the hashes of files that were read since the last time: the next run does not read these files."""
-        if self._has_new_hashes:
+    @functools.cached_property
+    def _known(self) -> dict[str, Any]:
+        """The file of hashes. A worker rarely needs it: it wrote its outputs itself, and records have the former."""
+        return json_files.read_json(self._hashes_file) if self._hashes_file.is_file() else {}
+
+    def write_hashes(self, *, last: bool = False) -> None:
+        """Write the hashes of files that were read since the last time: the next run does not read these files.
+
+        The file has those of all adapters. Until the `last` time, writing it takes a twentieth of the time at most.
+        """
+        if self._has_new_hashes and (last or time.monotonic() >= self._write_again):
+            begun = time.monotonic()
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self._hashes_file, self._known)
-            self._has_new_hashes = False
+            _write(self._hashes_file, self._known | self._new)
+            self._has_new_hashes, self._write_again = False, begun + 20 * (time.monotonic() - begun)
 
     def identity_of(self, path: str | Path, known: StatesAndHashes = NONE_KNOWN) -> dict[str, Any] | None:
         """What an output is: its own record, and the hashes of its files; in a store their sizes and ETags.
@@ -198,7 +209,8 @@ class FleetRecords:
             files = open_artifact(newly_opened(path)).files
         except (InputRefused, OSError):
             return {}
-        known = {name: self._known.get(str(file.absolute())) for name, file in files.items()}
+        names = {name: str(file.absolute()) for name, file in files.items()}
+        known = {name: self._new.get(file) or self._known.get(file) for name, file in names.items()}
         return {name: one for name, one in known.items() if one}
 
     def _path(self, job_id: str) -> Path:
@@ -249,14 +261,15 @@ class FleetRecords:
 
     def _hash_of(self, file: Path, known: list[Any] | None = None) -> str | None:
         name, state = str(file.absolute()), _state_of(file)
-        for *before, digest in filter(None, (self._known.get(name), known)):
+        published = self._published.get(_place_of(file)) if self._published else None
+        for *before, digest in filter(None, (known, self._new.get(name), None if published else self._known.get(name))):
             if before == state:
                 return str(digest)
-        if (published := self._published.get(_place_of(file))) is None and not self.reads:
+        if published is None and not self.reads:
             self.unread.add(str(file))
             return None
         digest = published or file_hash(file, FAST)
-        self._known[name], self._has_new_hashes = [*state, digest], True
+        self._new[name], self._has_new_hashes = [*state, digest], True
         return digest
 
 

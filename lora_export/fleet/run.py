@@ -97,15 +97,17 @@ class _Run:
     def whole(self) -> None:
         """Run until nothing is left. The hashes of inputs are written before the work: it may be interrupted."""
         left = list(self.fleet.jobs)
-        while left or self.running or self.suspects:
-            left = self._start(left)
-            self.records.write_hashes()
-            self._report(len(left))
-            if self.running:
-                finished, _ = concurrent.futures.wait(self.running, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in finished:
-                    self._finish(future)
-        self.records.write_hashes()
+        try:
+            while left or self.running or self.suspects:
+                left = self._start(left)
+                self.records.write_hashes()
+                self._report(len(left))
+                if self.running:
+                    finished, _ = concurrent.futures.wait(self.running, return_when=concurrent.futures.FIRST_COMPLETED)
+                    for future in finished:
+                        self._finish(future)
+        finally:
+            self.records.write_hashes(last=True)
 
     def _start(self, left: list[FleetJob]) -> list[FleetJob]:
         """Give the engine what it has place for. Returns the jobs that wait for it or for others."""
@@ -117,14 +119,15 @@ class _Run:
         if any(one.tries > 1 for one in self.running.values()):
             return left
         waiting, ready = list[FleetJob](), list[FleetJob]()
-        for job in left:
+        jobs_in_order, most = iter(left), self.engine.at_once * MOST_TOGETHER  # of thousands, the first alone
+        while len(ready) < most and (job := next(jobs_in_order, None)):
             (waiting if any(name not in self.standings for name in job.after) else ready).append(job)
         for jobs in batches(ready, self.needs, self.engine.workers, self.most_memory):
             if len(self.running) < self.engine.at_once:
                 self._submit(jobs, 1)
             else:
                 waiting += jobs
-        return sorted(waiting, key=lambda job: self.order[job.id])
+        return [*sorted(waiting, key=lambda job: self.order[job.id]), *jobs_in_order]
 
     def _submit(self, jobs: Sequence[FleetJob], tries: int) -> None:
         """Give jobs to the engine, but for those whose result is known: also a process that died may have left it."""

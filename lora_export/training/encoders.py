@@ -106,7 +106,7 @@ class TextEncoder(_Tokenised):
         return self.labels.loss
 
     def encode(self, row: Row) -> tuple[Any, Any]:
-        texts = [row["text"], row["text_pair"]] if "text_pair" in row else [row["text"]]
+        texts = [row["text"]] if row.get("text_pair") is None else [row["text"], row["text_pair"]]
         return self.tokens(*texts), row["label"]
 
     def collate(self, encoded: Sequence[Any]) -> Batch:
@@ -210,7 +210,7 @@ def completion_tokens(tokenizer: Any) -> Tokenise:
 
 
 def chat_tokens(tokenizer: Any) -> Tokenise:
-    """For `messages`: what the tokenizer's template makes of them; the assistant's turns are predicted.
+    """For `messages`: what the tokenizer's template makes of them, and of `tools`; the assistant's turns are predicted.
 
     The turns are those that the template marks by `{% generation %}`. Without marks they are what each message adds
     behind the prompt for it. Raises InputRefused where there is no template, or it changes earlier turns.
@@ -222,21 +222,22 @@ def chat_tokens(tokenizer: Any) -> Tokenise:
     def rendered(messages: Sequence[Any], **options: Any) -> str:
         return str(render_chat(tokenizer, messages, tokenize=False, **options))
 
-    def marked(messages: Sequence[Any]) -> Tokens:
-        found = render_chat(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    def marked(messages: Sequence[Any], **options: Any) -> Tokens:
+        options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        found = render_chat(tokenizer, messages, **options)
         return Tokens(list(found["input_ids"]), [bool(mask) for mask in found["assistant_masks"]])
 
     def tokenise(row: Row) -> Tokens:
-        messages = row["messages"]
+        messages, options = row["messages"], {"tools": row["tools"]} if row.get("tools") else {}
         if isinstance(template, str) and GENERATION.search(template):
-            return marked(messages)
-        whole = rendered(messages)
+            return marked(messages, **options)
+        whole = rendered(messages, **options)
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = rendered(messages[:number], add_generation_prompt=True)
-            after = rendered(messages[: number + 1])
+            before = rendered(messages[:number], add_generation_prompt=True, **options)
+            after = rendered(messages[: number + 1], **options)
             if not whole.startswith(before) or not whole.startswith(after) or len(after) <= len(before):
                 raise InputRefused(
                     f"the chat template changes earlier turns, so that message {number + 1} has no fixed place. "

@@ -168,7 +168,7 @@ def _label_problem(values: Row) -> str:
 
 
 def _labelled(values: Row) -> str:
-    texts = ("text", "text_pair") if "text_pair" in values else ("text",)
+    texts = ("text",) if values.get("text_pair") is None else ("text", "text_pair")
     return _texts(*texts)(values) or _label_problem(values)
 
 
@@ -205,12 +205,15 @@ def _chat(values: Row) -> str:
             return f"message {number} has no text in `content`"
         if _has_surrogates(message["content"]):
             return HALF_A_CHARACTER.format("content")
+    tools = values.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return f"`tools` is {tools!r:.80}; it must be a list of descriptions, as the chat template takes them"
     return "" if any(message["role"] == "assistant" for message in messages) else "no message of the assistant"
 
 
 # The columns of each form, and what is wrong with the values of a row: empty where nothing is
 FORMS: Mapping[RowForm, tuple[tuple[str, ...], Callable[[Row], str]]] = {
-    RowForm.CHAT: (("messages",), _chat),
+    RowForm.CHAT: (("messages",), _chat),  # `tools` is optional
     RowForm.COMPLETION: (("prompt", "completion"), _texts("prompt", "completion")),
     RowForm.TAGS: (("tokens", "tags"), _tagged),
     RowForm.SIMILARITY: (("sentence1", "sentence2", "score"), _compared),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import lora_export as le
-from lora_export.fleet import run
+from lora_export.fleet import records, run
 from lora_export.fleet.description import read_fleet
 from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.run import MOST_TOGETHER, batches
@@ -142,3 +145,24 @@ def test_jobs_that_are_done_are_not_in_a_batch(place: Path, monkeypatch: pytest.
     engine = Here(workers=1)
     _, ran = run_here(monkeypatch, engine)
     assert engine.sizes == [2, 2] and {name.split("/")[1] for name in ran} == {"it", "es"}
+
+
+def test_what_is_done_after_each_job_does_not_grow_with_the_fleet(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(30):
+        shutil.copytree("adapters/de", f"adapters/{number}")
+    Path("fleet.toml").write_text(BASES + CONVERT)
+    looked_at, written, clock = list[int](), list[str](), itertools.count()
+
+    def counted(jobs: list[Any], *rest: Any) -> list[list[Any]]:
+        looked_at.append(len(jobs))
+        return batches(jobs, *rest)
+
+    monkeypatch.setattr(run, "batches", counted)
+    monkeypatch.setattr(records, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    replaced = records._write
+    monkeypatch.setattr(records, "_write", lambda path, new: (written.append(path.name), replaced(path, new)))
+    status, ran = run_here(monkeypatch)
+    assert status.exit_code == 0 and len(ran) == 32 and max(looked_at) == run.MOST_TOGETHER
+    assert 2 <= written.count("hashes.json") <= 4
+    hashes = json.loads(Path("fleet.records/hashes.json").read_text())
+    assert {str(path) for path in place.rglob("adapters/*/*")} <= hashes.keys()

@@ -48,6 +48,7 @@ def test_a_convert_step_has_the_adapter_alone(place: Path) -> None:
         ('"adapters/*"', '"nothing/*"', "[[bases]] 1: 'nothing/*' matches no adapter"),
         ('"adapters/*"', '"hf://org/*"', "hf://org/*: globs are for the disk and for stores. List the addresses"),
         ('["adapters/*"]', '"adapters/*"', "[[bases]] 1: `adapters` is 'adapters/*'; it must be a list of texts"),
+        ('["adapters/*"]', "[]", "[[bases]] 1: `adapters` is []; it must be a list of texts"),
         ('path = "base"', "", "[[bases]] 1: the key `path` is missing"),
         (BASES, BASES + 'name = "../up"\n', "[[bases]] 1: '../up' is no name of a folder. State another `name`"),
         ('"verify --base"', '"prove"', "[[steps]] 2: there is no step 'prove'. The steps are: merge, onnx"),

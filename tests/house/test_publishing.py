@@ -27,6 +27,7 @@ from support.pages import page_text
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 STEPS = {step["name"]: step for step in ACTION["runs"]["steps"]}
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+ARTIFACT = "artifact=builds-reports\n"  # a name of one has no slash
 SAMPLE_WORKFLOW = ROOT / "samples" / "github_actions.yml"
 
 
@@ -44,7 +45,8 @@ def place(tmp_path: Path) -> Path:
 
 def run_step(name: str, place: Path, inputs: dict[str, str], programs: Path) -> tuple[int, str]:
     """Run a step as GitHub does. Returns its exit code and what it wrote for later steps."""
-    given = {key: value.get("default", "") for key, value in ACTION["inputs"].items()} | inputs
+    given = {key: value.get("default", "") for key, value in ACTION["inputs"].items()}
+    given |= {"reports": "builds/reports"} | inputs
     contexts = {f"inputs.{key}": value for key, value in given.items()} | {"github.action_path": str(ROOT)}
     environment = {
         key: re.sub(r"\$\{\{ (.+?) \}\}", lambda found: contexts[found[1]], value)
@@ -79,9 +81,9 @@ def test_the_action_judges_and_fails_the_job(
     place: Path, inputs: dict[str, str], code: int, verdict: str, judged: bool
 ) -> None:
     inputs = {"candidate": "merged.safetensors", "base": "base.safetensors"} | inputs
-    assert run_step("Verify", place, inputs, Path(sys.executable).parent) == (code, f"verdict={verdict}\n")
+    assert run_step("Verify", place, inputs, Path(sys.executable).parent) == (code, ARTIFACT + f"verdict={verdict}\n")
     assert (place / inputs["candidate"]).exists() is ("mode" not in inputs or judged)
-    reports = {path.name for path in (place / "lora-export-reports").iterdir()}
+    reports = {path.name for path in (place / "builds/reports").iterdir()}
     assert reports == ({"verdict.json", "verdict.xml", "verdict.html"} if judged else set())
 
 
@@ -127,9 +129,9 @@ def test_the_action_exports_and_judges(
     for number, folder in enumerate(("runs/lr=1/es", "runs/it@v1.2"), start=3):
         peft_adapter(place / folder, {"up": ([[1, 2, 3]], [[number], [10]])})
     inputs = {"model": "net.py:make", "adapters": adapters, "mode": mode, "candidate": candidate}
-    assert run_step("Verify", place, inputs, Path(sys.executable).parent) == (0, "verdict=same\n")
+    assert run_step("Verify", place, inputs, Path(sys.executable).parent) == (0, ARTIFACT + "verdict=same\n")
     assert (place / made).exists()
-    outcomes = {path.stem: json.loads(path.read_text()) for path in (place / "lora-export-reports").glob("*.json")}
+    outcomes = {path.stem: json.loads(path.read_text()) for path in (place / "builds/reports").glob("*.json")}
     assert {name: outcome["outcome"] for name, outcome in outcomes.items()} == dict.fromkeys(names, "same")
 
 
@@ -139,7 +141,7 @@ def test_the_action_installs_itself_in_a_clean_folder(place: Path, tmp_path: Pat
     programs = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
     assert run_step("Install", place, {}, programs)[0] == 0
     inputs = {"base": "base.safetensors", "adapters": "fr", "mode": "merge", "candidate": "made.safetensors"}
-    assert run_step("Verify", place, inputs, programs) == (0, "verdict=same\n")
+    assert run_step("Verify", place, inputs, programs) == (0, ARTIFACT + "verdict=same\n")
 
 
 def test_the_page_on_ci_describes_every_input_of_the_action() -> None:

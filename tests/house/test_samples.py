@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import itertools
 import json
@@ -394,6 +395,14 @@ def test_exercise_3_prints_the_memory_that_training_takes() -> None:
 
 
 # --- Whole models: a GPT, a vision transformer, and MiniLM in four ways ---
+
+
+@pytest.mark.parametrize("name", ["count_shapes", "quantised_bases", "small_gpt", "three_strategies"])
+def test_a_sample_leaves_a_folder_that_exists_as_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        importlib.import_module(name).main(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.slow

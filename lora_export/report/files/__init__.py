@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -81,11 +82,18 @@ def _kind_of(path: Path) -> ReportFile:
     raise InputRefused(f"{path}: unknown report format. Name it {', '.join(others)} or {last}")
 
 
+# How reports begin. A page, a README or the results of pytest may name the program, too.
+BEGINNING = (
+    r'\{\s+"schema": "lora-export/|<\?xml .*\n<testsuites name="lora-export |<svg .*aria-label="lora-export: |'
+    r"## Proof\s|<!doctype html>(.*\n){1,9}<title>.* – lora-export (verify|fleet)</title>"
+)
+
+
 def is_report(path: Path) -> bool:
     """Whether an existing file is a report of this program: a manifest and a config are none."""
     with input_files.open_regular(path) as file:
-        beginning = file.read(4096)
-    return path.name != MANIFEST and b"lora-export" in beginning
+        beginning = file.read(4096).decode(errors="replace")
+    return path.name != MANIFEST and re.match(BEGINNING, beginning) is not None
 
 
 def refuse_other_file(path: Path) -> None:

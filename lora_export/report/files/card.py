@@ -7,16 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export.report.github import safe_markdown
-from lora_export.report.html_context import adapters_of, candidate_name, files
+from lora_export.report.html_context import candidate_name, controls_of, files
 from lora_export.report.json_document import AnyProof, document_of_proof
 
 SUFFIX = ".md"
 PURPOSE = "a section for a model's page"
-COMPARED = {
-    True: "Every changed weight was compared with W + s·BA in fp64, and all other tensors with the bytes of the base.",
-    False: "It was run beside the PyTorch model with the adapters attached. The reference is fp64, and the check was "
-    "shown to detect a missing adapter and a scale × 1.1.",
-}
 
 
 def of_proof(proof: AnyProof) -> str:
@@ -27,7 +22,7 @@ def of_proof(proof: AnyProof) -> str:
         "",
         f"`{candidate_name(about)}`: **{proof.verdict.headline}**",
         "",
-        COMPARED["weights" in document],
+        " ".join(_compared(document)),
         "",
         *_table(about),
         *(f"\nNot judged: {safe_markdown(part)}" for part in document["not_judged"]),
@@ -43,13 +38,21 @@ def of_error(error: Mapping[str, Any], seconds: float) -> str:  # noqa: ARG001 -
     return "\n".join([*lines, *_how(error.get("command"), "")]) + "\n"
 
 
+def _compared(document: Mapping[str, Any]) -> Iterator[str]:
+    if "weights" in document:
+        yield "Every changed weight was compared with W + s·BA in fp64, and all others with the bytes of the base."
+    elif controls := controls_of(document):
+        yield f"The outputs were compared with a reference in fp64, and the errors with those of {document['peer']}."
+        if detected := ", ".join(one["title"] for one in controls if one["detected"] and not one["missed"]):
+            yield f"The check was shown to detect what is wrong on purpose: {detected}."
+        if missed := ", ".join(one["title"] for one in controls if one["missed"]):
+            yield f"It did not detect: {missed}."
+
+
 def _table(about: Mapping[str, Any]) -> Iterator[str]:
-    rows = [row for row in files(about) if row[0] != "adapter"]
-    for one in adapters_of(about):
-        rows.append((f"adapter × {one.get('weight', 1):g}", str(one.get("name")), str(one.get("sha256"))))
     yield "| | | SHA-256 |"
     yield "|---|---|---|"
-    for what, name, digest in rows:
+    for what, name, digest in files(about):
         yield f"| {safe_markdown(what)} | {safe_markdown(name)} | `{digest}` |"
 
 

@@ -38,6 +38,7 @@ FILE_KINDS = {  # of files in a folder; all others are texts
     **dict.fromkeys((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"), "image"),
     **dict.fromkeys(ROW_READERS, "table"),
 }
+SPLITS = {"dev", "eval", "test", "train", "training", "val", "valid", "validation"}  # folders of classes, in image data
 DATA_FORMATS = (
     ".jsonl, .csv and .parquet (with columns such as `text` and `label`), .npz (with the model's inputs and `labels`), "
     "a folder of text files, of images by class, of sounds with metadata.csv, or of a saved `datasets` data set, and "
@@ -117,8 +118,8 @@ def file_kind(path: Path) -> str:
 def open_folder(path: Path) -> Records:
     """The images of a folder by class, its sounds with their metadata, or its text files. Hidden files are left out.
 
-    Raises InputRefused for images beside other files or in no folder of a class, for sounds without metadata, for files
-    of rows among texts (each would be one long text), and for an empty folder.
+    Raises InputRefused for images beside other files, in no folder of a class or in those of splits, for sounds without
+    metadata, for files of rows among texts (each would be one long text), and for an empty folder.
     """
     if any((path / name).is_file() for name in DATASET_FILES):
         return SavedDataset(path)
@@ -134,6 +135,9 @@ def open_folder(path: Path) -> Records:
         raise InputRefused(f"{path} has {len(images):,} images, and other files:", listed(sorted(others)))
     if loose := [str(file.relative_to(path)) for file in images if file.parent == path]:
         raise InputRefused(f"{path} has images that are in no folder of a class:", listed(loose))
+    names = {file.relative_to(path).parts[0] for file in images}
+    if images and names <= SPLITS:
+        raise InputRefused(f"{path} has splits, and no classes: give one of {', '.join(sorted(names))} as the folder")
     if tables := [str(file) for file, kind in kinds.items() if kind == "table"]:
         raise InputRefused(f"{path} contains files of rows. Name one of them as the data:", listed(tables))
     return ImagesByClass(path, images) if images else TextFiles(path, list(kinds))

@@ -308,7 +308,7 @@ class ParquetRows(Records):
 
     def read(self, row: int) -> Row:
         (values,) = self._table.slice(row, 1).to_pylist()
-        return {name: value for name, value in values.items() if value is not None}
+        return dict(values)
 
 
 class SavedDataset(Records):
@@ -342,9 +342,9 @@ class SavedDataset(Records):
         return len(self._dataset)
 
     def read(self, row: int) -> Row:
-        values: dict[str, Any] = {name: value for name, value in self._dataset[row].items() if value is not None}
+        values: dict[str, Any] = dict(self._dataset[row])
         for name, feature in self._names.items():
-            if name in values:
+            if values[name] is not None:
                 if values[name] not in range(feature.num_classes):  # -1 where nobody gave a label
                     raise InputRefused(
                         f"`{name}` is {values[name]}, and its classes are 0 to {feature.num_classes - 1}"

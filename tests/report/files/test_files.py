@@ -14,7 +14,7 @@ from lora_export.report import files
 from lora_export.report.files import badge, card, check_report_path, figures, write_report
 from lora_export.report.json_document import document_of_proof
 from lora_export.verification.proof import Proof
-from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, ON_CPU, SAME, STRAYED
+from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, NOTHING, ON_CPU, SAME, STRAYED, UNDECIDED
 
 
 def test_suffix_selects_the_format_and_existing_file_is_replaced(tmp_path: Path) -> None:
@@ -41,13 +41,34 @@ def test_folder_of_a_report_is_created(tmp_path: Path) -> None:
     assert (tmp_path / "no/such/report.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["README.md", "page.html"])
-def test_what_is_no_report_is_not_replaced(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("by somebody")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "by somebody"),
+        ("page.html", "<!doctype html>\n<title>How we use lora-export verify</title>\n<p>by somebody"),
+        ("README.md", "# A LoRA adapter\n\nTrained by `lora-export train`; PEFT loads this folder."),
+        ("README.md", "# My model\n\n## Proof\n\nBy lora-export 0.1.0:"),
+        (
+            "junit.xml",
+            '<?xml version="1.0"?><testsuites name="pytest tests"><testsuite name="lora-export"/>',
+        ),
+    ],
+)
+def test_what_is_no_report_is_not_replaced(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
     for write in (lambda path: write_report(path, Proof(SAME)), check_report_path):
         with pytest.raises(InputRefused, match="exists and is no report"):
             write(tmp_path / name)
-    assert (tmp_path / name).read_text() == "by somebody"
+    assert (tmp_path / name).read_text() == text
+
+
+@pytest.mark.parametrize("suffix", files.report_files())
+def test_reports_of_verdicts_and_of_errors_are_replaced(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"report{suffix}"
+    error = {"schema": "lora-export/error/1", "error": "no", "exit": 3, "kind": "input", "command": ["lora-export"]}
+    for _ in range(2):
+        write_report(path, Proof(SAME, ON_CPU, ABOUT))
+        files.write_error_report(path, error)
 
 
 def test_report_below_a_file_is_an_output_failure(tmp_path: Path) -> None:
@@ -77,9 +98,16 @@ def test_a_card_has_the_verdict_the_hashes_and_the_command() -> None:
         {"name": "<b>|x", "sha256": "12ab", "weight": 0.5}], "lora_export": "0.1.0"}  # fmt: skip
     text = card.of_proof(Proof(SAME, ON_CPU, about))
     assert f"**{SAME.headline}**" in text and "fp64" in text and "lora-export verify 'a b.onnx'" in text
-    assert r"| adapter × 0.5 | &lt;b&gt;\|x | `12ab` |" in text and "By lora-export 0.1.0:" in text
+    assert r"| adapter, × 0.5 | &lt;b&gt;\|x | `12ab` |" in text and text.count("12ab") == 1
+    assert "By lora-export 0.1.0:" in text and "to detect what is wrong on purpose: adapter off, scale × 1.1." in text
     ended = card.of_error({"error": "no | file", "command": ["lora-export", "verify", "x"]}, 1.0)
     assert r"Nothing was proven: no \| file" in ended and "same" not in ended
+
+
+def test_a_card_claims_no_comparison_and_no_control_that_was_not_made() -> None:
+    assert "It did not detect: tolerance, adapter off." in card.of_proof(Proof(UNDECIDED, ON_CPU, ABOUT))
+    text = card.of_proof(Proof(NOTHING, None, ABOUT))
+    assert "nothing was compared" in text and "fp64" not in text and "detect" not in text
 
 
 @pytest.mark.parametrize(

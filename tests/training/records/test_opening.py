@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -13,6 +14,7 @@ import pytest
 from lora_export.errors import InputRefused
 from lora_export.training.records import opening
 from lora_export.training.records.opening import DescribedSounds, ImagesByClass, open_folder, open_records
+from lora_export.training.row_forms import RowForm, form_of, survey
 
 
 def files(folder: Path, **contents: bytes) -> Path:
@@ -61,6 +63,7 @@ def test_sounds_are_named_by_their_metadata(name: str, tmp_path: Path) -> None:
     [
         ({}, "contains no files"),
         ({"a_dot_png": b""}, r"in no folder of a class:\n  a\.png"),
+        ({"train__cat__a_dot_png": b"", "test__cat__b_dot_png": b""}, "give one of test, train as the folder"),
         ({"a_dot_wav": b""}, r"has sounds, and no metadata\.csv or metadata\.jsonl with the columns file_name and"),
         ({"cat__a_dot_png": b"", "cat__b_dot_txt": b""}, r"has 1 images, and other files:\n  cat/b\.txt"),
     ],
@@ -81,16 +84,37 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path, monkeypatch: 
 
 def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     rows = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "r.CSV").write_text("text,label\none,a\ntwo,b\n")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
-    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    for name in ("r.jsonl", "r.CSV", "r.parquet", "saved"):
+    for name in _written_rows(rows, tmp_path):
         records = open_records(tmp_path / name)
         assert [records[row] for row in range(len(records))] == rows
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("one")
     assert open_records(tmp_path / "texts")[0] == {"text": "one"}
+
+
+def test_a_column_counts_where_the_first_row_has_no_value(tmp_path: Path) -> None:
+    rows = [{"text": "one", "label": None}, {"text": "two", "label": "b"}]
+    for name in _written_rows(rows, tmp_path):
+        records = open_records(tmp_path / name)
+        assert form_of(records) is RowForm.LABELLED
+        with pytest.raises(InputRefused, match=r"(row|line) [12]: `label` is (None|'')"):
+            survey(records, RowForm.LABELLED)
+
+
+def test_a_second_text_may_be_lacking_in_some_rows(tmp_path: Path) -> None:
+    rows = [{"text": "one", "text_pair": None, "label": "a"}, {"text": "two", "text_pair": "more", "label": "b"}]
+    for name in set(_written_rows(rows, tmp_path)) - {"r.CSV"}:
+        assert survey(open_records(tmp_path / name), RowForm.LABELLED).classes == ("a", "b")
+
+
+def _written_rows(rows: list[dict[str, Any]], tmp_path: Path) -> list[str]:
+    """The names of files and of a folder with these rows, one of each format."""
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [",".join(rows[0]), *(",".join(value or "" for value in row.values()) for row in rows)]
+    (tmp_path / "r.CSV").write_text("\n".join(lines) + "\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    return ["r.jsonl", "r.CSV", "r.parquet", "saved"]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_parquet_rows_are_mapped_by_number(tmp_path: Path) -> None:
     rows = ParquetRows(tmp_path / "a.parquet")
     assert len(rows) == 3 and rows.where(1) == "row 2"
     assert rows[1] == {"text": "two", "label": 0, "tags": []}
-    assert rows[2] == {"text": "three", "tags": ["b", "c"]}  # what is null is missing
+    assert rows[2] == {"text": "three", "label": None, "tags": ["b", "c"]}
 
 
 def test_the_unpacked_file_is_removed_with_its_reader(tmp_path: Path) -> None:
