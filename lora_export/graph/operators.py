@@ -28,7 +28,20 @@ FUSED_PRODUCTS = ATTENTIONS | {(MICROSOFT, "FusedMatMul"), (MICROSOFT, "FusedGem
 # These compute all experts of a layer. Their weights have names and a layout of their own.
 FUSED_EXPERTS = frozenset({(MICROSOFT, "MoE"), (MICROSOFT, "QMoE")})
 # The input at which an operator adds a bias.
-BIAS_INPUTS: Mapping[str, int] = MappingProxyType({"Gemm": 2, "Conv": 2, MATMUL_NBITS: 5})
+BIAS_INPUTS: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("Gemm", "Conv", "FusedGemm", "FusedConv", *(name for _, name in ATTENTIONS)), 2),
+        MATMUL_NBITS: 5,
+    }
+)
+# The same of onnxruntime's operators that add the bias of a layer before them.
+LATER_BIAS_INPUTS: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("BiasGelu", "FastGelu"), 1),
+        "MultiHeadAttention": 3,
+        **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), 4),
+    }
+)
 # The input at which an operator reads quantised integers. Not all of them are supported.
 QUANTISED_INPUTS: Mapping[str, int] = MappingProxyType(
     {
