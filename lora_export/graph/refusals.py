@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,15 +15,13 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, MatchError, count
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.operators import BIAS_INPUTS, LATER_BIAS_INPUTS
+from lora_export.graph.operators import LATER_BIAS_INPUTS, bias_of
 from lora_export.graph.site import Site
-from lora_export.graph.values import is_stored, stored_shape
+from lora_export.graph.values import before_reshapes, is_stored, stored_shape
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan, Step
 from lora_export.plan.match_tensors import ITS_ROWS
-
-UNCHANGED_VECTORS = ("Cast", "Identity", "Reshape", "Unsqueeze")
 
 
 def graph_remedy() -> str:
@@ -63,22 +61,16 @@ def _adds_bias(site: Site) -> bool:
     """Whether a layer's node, or the one behind it, adds a vector of its outputs."""
     later = [node for node, _ in site.node.outputs[0].uses()]
     return (
-        _has_input(site.node, BIAS_INPUTS)
-        or any(_has_input(node, LATER_BIAS_INPUTS) for node in later)
+        bias_of(site.node) is not None
+        or any(bias_of(node, LATER_BIAS_INPUTS) is not None for node in later)
         or any(node.op_type == "Add" and any(_is_vector_of(site, value) for value in node.inputs) for node in later)
     )
 
 
-def _has_input(node: ir.Node, indices: Mapping[str, int]) -> bool:
-    index = indices.get(node.op_type, len(node.inputs))
-    return index < len(node.inputs) and node.inputs[index] is not None
-
-
 def _is_vector_of(site: Site, value: ir.Value | None) -> bool:
     """Whether a value is stored, in whatever shape or dtype, and has one number for each output of a layer."""
-    while value is not None and (node := value.producer()) is not None and node.op_type in UNCHANGED_VECTORS:
-        value = node.inputs[0]
-    return value is not None and is_stored(value) and math.prod(stored_shape(value)) == site.node_outputs
+    sources = () if value is None else before_reshapes(value)
+    return any(is_stored(one) and math.prod(stored_shape(one)) == site.node_outputs for one in sources)
 
 
 def refuse_steps_without_branch(plan: Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -64,6 +65,20 @@ def _node_attributes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Attr]]:
             yield from ((node, attribute) for attribute in node.attributes.values() if not attribute.is_ref())
 
 
+def stored_at(
+    tensor: ir.TensorProtocol, location: str, offset: int | None, *, name: str | None, folder: str | Path = ""
+) -> ir.ExternalTensor:
+    """A tensor of this dtype and shape whose bytes are in a file, from `offset` on. Reads nothing."""
+    return ir.ExternalTensor(
+        *(location, offset, tensor.nbytes, tensor.dtype),
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+        base_dir=folder,
+    )
+
+
 def read_later(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     """The tensor as one of the graph's message: its bytes are read where the message is written."""
     return ir.LazyTensor(
@@ -80,6 +95,14 @@ def tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
         return None
     attribute = node.attributes.get("value")
     return attribute.as_tensor() if attribute is not None and not attribute.is_ref() else None
+
+
+def before_reshapes(value: ir.Value) -> Iterator[ir.Value]:
+    """A value, and the values of which it is only a cast or another shape."""
+    yield value
+    node = value.producer()
+    if node is not None and node.op_type in ("Reshape", "Cast", "Identity", "Unsqueeze") and node.inputs[0] is not None:
+        yield from before_reshapes(node.inputs[0])
 
 
 def is_stored(value: ir.Value | None) -> bool:

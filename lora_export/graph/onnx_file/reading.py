@@ -25,7 +25,7 @@ from lora_export.errors import InputRefused, OutputFailed, count, first_of, list
 from lora_export.graph.exporter_names import texts
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import without_large_tensors
-from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers, keep_in_nodes
+from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers, keep_in_nodes, stored_at
 from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, History, read_shared
 
 SHOWN_BYTES = 10  # of a text that is not UTF-8
@@ -274,24 +274,14 @@ def refuse_misplaced_data(model: ir.Model, path: Path, inline: set[ir.Value]) ->
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = path.parent
             problems.append(_location_problem(size_of(path.parent, os.fsdecode(tensor.location)), tensor))
-    problems = [problem for problem in problems if problem]
-    if problems:
+    if problems := list(filter(None, problems)):
         what = f"{path}: {count(len(problems), 'tensor')} cannot be read from its external data:"
         raise InputRefused(what, listed(problems, MAX_LISTED))
 
 
 def moved_to(tensor: ir.ExternalTensor, path: Path) -> ir.ExternalTensor:
     """The same tensor in another file, at the same offset."""
-    return ir.ExternalTensor(
-        path.name,
-        tensor.offset,
-        tensor.length,
-        tensor.dtype,
-        shape=ir.Shape(tensor.shape),
-        name=tensor.name,
-        metadata_props=dict(tensor.metadata_props),
-        base_dir=path.parent,
-    )
+    return stored_at(tensor, path.name, tensor.offset, name=tensor.name, folder=path.parent)
 
 
 def _huggingface_blob(folder: Path, location: str) -> Path | None:

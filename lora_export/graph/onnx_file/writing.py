@@ -17,7 +17,7 @@ from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES, split_at_tensors, unused_location
 from lora_export.graph.onnx_file.reading import check_file, check_message, innermost_error, moved_to
 from lora_export.graph.onnx_file.shared_weights import SharedTensor, SharedWeights, share_weights
-from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers, read_later
+from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers, read_later, stored_at
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.hashes import file_sha256
 
@@ -100,12 +100,7 @@ def _weights_apart(values: Iterable[ir.Value]) -> Iterator[tuple[str, list[ir.Te
     location = unused_location()
     apart = {value: one for value in values if (one := value.const_value) is not None and _is_apart(one)}
     numbered = {
-        value: ir.ExternalTensor(
-            *(location, number, tensor.nbytes, tensor.dtype),
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=value.name or "",
-            doc_string=tensor.doc_string,
-        )
+        value: stored_at(tensor, location, number, name=value.name)
         for number, (value, tensor) in enumerate(apart.items())
     }
     with _with_tensors(numbered):
