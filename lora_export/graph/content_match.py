@@ -168,7 +168,8 @@ class Spellings:
 class ContentIndex:
     """The float tensors of a checkpoint, searched by content. Reads headers first, and tensors when they are needed."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, experts: Collection[tuple[int, ...]] = ()):
+        """`experts` are the shapes of matrices that may be stacked in one tensor; of a transpose, the same, sorted."""
         self.path = checkpoint.path
         self.matrices: dict[str, Matrix] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -180,7 +181,7 @@ class ContentIndex:
                     self.matrices[entry.name] = file_matrix(shard.path, entry.start, entry.dtype, rows)
                     self.shapes[entry.name] = entry.shape
                     self.views_by_shape.setdefault(rows, []).append(BaseView(entry.name, False))
-                    if len(entry.shape) == 3:
+                    if len(entry.shape) == 3 and tuple(sorted(entry.shape[1:])) in experts:
                         self._add_experts(shard.path, entry)
                     if len(entry.shape) == 2:
                         self.views_by_shape.setdefault(rows[::-1], []).append(BaseView(entry.name, True))

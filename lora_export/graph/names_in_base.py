@@ -37,7 +37,8 @@ def name_by_base(sites: list[Site], checkpoint: Checkpoint) -> tuple[Named, list
     Names are spelled as in the base. Several parameters in one packed weight become one site each. Raises InputRefused
     where the base has another tensor under an exporter's name.
     """
-    base = ContentIndex(checkpoint)
+    # Only these: a convolution of a Mamba has thousands of outputs, and would count as so many experts.
+    base = ContentIndex(checkpoint, {tuple(sorted(site.shape)) for site in sites if site.expert is not None})
     pairs = [_SiteNames(site, known) for site in sites for known in _sites_in_base(site, base)]
     _refuse_contradictions(pairs, base)
     named: Named = {}

@@ -28,7 +28,20 @@ FUSED_PRODUCTS = ATTENTIONS | {(MICROSOFT, "FusedMatMul"), (MICROSOFT, "FusedGem
 # These compute all experts of a layer. Their weights have names and a layout of their own.
 FUSED_EXPERTS = frozenset({(MICROSOFT, "MoE"), (MICROSOFT, "QMoE")})
 # The input at which an operator adds a bias.
-BIAS_INPUTS: Mapping[str, int] = MappingProxyType({"Gemm": 2, "Conv": 2, MATMUL_NBITS: 5})
+BIAS_INPUTS: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("Gemm", "Conv", "FusedGemm", "FusedConv", *(name for _, name in ATTENTIONS)), 2),
+        MATMUL_NBITS: 5,
+    }
+)
+# The same of onnxruntime's operators that add the bias of a layer before them.
+LATER_BIAS_INPUTS: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("BiasGelu", "FastGelu"), 1),
+        "MultiHeadAttention": 3,
+        **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), 4),
+    }
+)
 # The input at which an operator reads quantised integers. Not all of them are supported.
 QUANTISED_INPUTS: Mapping[str, int] = MappingProxyType(
     {
@@ -76,10 +89,16 @@ def product_factor(node: ir.Node) -> float:
     return node.attributes.get_float("alpha", 1.0) if operator_id(node) in MATRIX_PRODUCTS else 1.0
 
 
+def bias_of(node: ir.Node, inputs: Mapping[str, int] = BIAS_INPUTS) -> ir.Value | None:
+    """The bias that a node adds; None where it adds none. `inputs` has the input of each operator."""
+    index = inputs.get(node.op_type, len(node.inputs))
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
 def bias_factor(node: ir.Node) -> float:
     """The number by which a node multiplies the bias that it adds: `beta` of Gemm. 1 for a node without a bias."""
-    has_bias = len(node.inputs) > BIAS_INPUTS["Gemm"] and node.inputs[BIAS_INPUTS["Gemm"]] is not None
-    return node.attributes.get_float("beta", 1.0) if has_bias and operator_id(node) in MATRIX_PRODUCTS else 1.0
+    has_beta = bias_of(node) is not None and operator_id(node) in MATRIX_PRODUCTS
+    return node.attributes.get_float("beta", 1.0) if has_beta else 1.0
 
 
 def transposed_layout(layout: Layout) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, MatchError, count
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.operators import BIAS_INPUTS
+from lora_export.graph.operators import LATER_BIAS_INPUTS, bias_of
 from lora_export.graph.site import Site
+from lora_export.graph.values import before_reshapes, is_stored, stored_shape
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan, Step
@@ -57,17 +59,18 @@ def refuse_lost_biases(plan: Plan, sites: Sites) -> None:
 
 def _adds_bias(site: Site) -> bool:
     """Whether a layer's node, or the one behind it, adds a vector of its outputs."""
-    inputs, index = site.node.inputs, BIAS_INPUTS.get(site.node.op_type)
-    if index is not None and index < len(inputs) and inputs[index] is not None:
-        return True
-    return any(
-        node.op_type == "Add" and any(value is not None and _is_vector_of(site, value) for value in node.inputs)
-        for node, _ in site.node.outputs[0].uses()
+    later = [node for node, _ in site.node.outputs[0].uses()]
+    return (
+        bias_of(site.node) is not None
+        or any(bias_of(node, LATER_BIAS_INPUTS) is not None for node in later)
+        or any(node.op_type == "Add" and any(_is_vector_of(site, value) for value in node.inputs) for node in later)
     )
 
 
-def _is_vector_of(site: Site, value: ir.Value) -> bool:
-    return value.is_initializer() and value.shape is not None and list(value.shape) == [site.node_outputs]
+def _is_vector_of(site: Site, value: ir.Value | None) -> bool:
+    """Whether a value is stored, in whatever shape or dtype, and has one number for each output of a layer."""
+    sources = () if value is None else before_reshapes(value)
+    return any(is_stored(one) and math.prod(stored_shape(one)) == site.node_outputs for one in sources)
 
 
 def refuse_steps_without_branch(plan: Plan) -> None:

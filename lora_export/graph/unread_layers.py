@@ -20,7 +20,12 @@ def notes_on_unread(steps: Sequence[Step], *, planned: Sequence[Step]) -> list[s
     Raises MatchError, with a way out, where other steps are among them. `planned` are all steps of the plan.
     """
     if lost := [step for step in steps if not _is_idle(step)]:
-        raise not_in_graph(lost, _way_to_unread(), planned=planned)
+        remedy = (
+            "The model has these layers, and its graph does not: no output reads them for the inputs of the export. "
+            f"Merge the adapter into the checkpoint ({command('merge', 'BASE', 'ADAPTER')}), and export that; where "
+            f"other inputs reach these layers, give them ({named('inputs', 'FILE.npz')})"
+        )
+        raise not_in_graph(lost, remedy, planned=planned)
     layers: dict[str, list[str]] = {}
     for step in steps:
         for adapter in step.adapters:
@@ -49,11 +54,3 @@ def _is_idle(step: Step) -> bool:
 
 def _layer(step: Step) -> str:
     return step.weight.removesuffix(".weight")
-
-
-def _way_to_unread() -> str:
-    return (
-        "The model has these layers, and its graph does not: no output reads them for the inputs of the export. Merge "
-        f"the adapter into the checkpoint ({command('merge', 'BASE', 'ADAPTER')}), and export that; where other inputs "
-        f"reach these layers, give them ({named('inputs', 'FILE.npz')})"
-    )

@@ -134,6 +134,13 @@ def test_biases_and_kernels_are_found(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_outputs_of_a_convolution_are_no_experts(tmp_path: Path) -> None:
+    """Those of a Mamba's would be half a million."""
+    base = base_checkpoint(tmp_path, {"conv.weight": np.ones((9, 1, 4), np.float32)})
+    assert list(content_match.ContentIndex(base).matrices) == ["conv.weight"]
+    assert len(content_match.ContentIndex(base, {(1, 4)}).matrices) == 10
+
+
 @pytest.mark.parametrize("width", [2, 4])
 def test_constant_weight_matches_nothing(tmp_path: Path, width: int) -> None:
     checkpoint = base_checkpoint(tmp_path, {"a.weight": np.ones((2, 3)), "b.weight": OTHER})

@@ -52,15 +52,23 @@ def test_base_is_named_where_a_layer_has_no_name() -> None:
         assert caught.value.misfits == misfit.misfits
 
 
-UNNAMED = "g (float[N,3] x) => (float[N,2] y) <float[2,3] m.weight = {1,2,3,4,5,6}, float[2] c = {1,2}> { BODY }"
+UNNAMED = """
+<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+g (float[N,3] x) => (float[N,2] y) <float[2,3] "m.weight" = {1,2,3,4,5,6}, float[2] c = {1,2}> { BODY }
+"""
+PRODUCT = '[n] k = Gemm <transB = 1> (x, "m.weight")'
 
 
 @pytest.mark.parametrize(
     ("body", "is_refused"),
     [
-        ("[n] y = Gemm <transB = 1> (x, m.weight, c)", True),
-        ("[n] k = Gemm <transB = 1> (x, m.weight)\n[b] y = Add(c, k)", True),
-        ("[n] y = Gemm <transB = 1> (x, m.weight)", False),
+        ('[n] y = Gemm <transB = 1> (x, "m.weight", c)', True),
+        ('[n] y = com.microsoft.FusedGemm <transB = 1, activation = "Relu"> (x, "m.weight", c)', True),
+        (f"{PRODUCT}\n[b] y = Add(c, k)", True),
+        (f"{PRODUCT}\n[i] d = Identity(c)\n[b] y = Add(k, d)", True),
+        (f"{PRODUCT}\n[c] d = Constant <value = float[1,2] {{1,2}}> ()\n[b] y = Add(k, d)", True),
+        (f"{PRODUCT}\n[b] y = com.microsoft.BiasGelu(k, c)", True),
+        (f"{PRODUCT}\n[b] y = Relu(k)", False),
     ],
 )
 def test_a_bias_without_a_name_is_not_left_as_it_was(body, is_refused):
@@ -68,6 +76,6 @@ def test_a_bias_without_a_name_is_not_left_as_it_was(body, is_refused):
     scales = {"ia3_l": np.float32([2, 3])}
     bias = WeightTransform("IA3", scales, entry_wise._lower_ia3, (2,), settings={"of_inputs": False})
     change = WeightTransform("IA3", scales, entry_wise._lower_ia3, (2, 0), settings={"of_inputs": False}, bias=bias)
-    sites, steps = planned(a_graph(UNNAMED.replace("BODY", body)), an_adapter({"m": change}))
+    sites, steps = planned(ir.from_onnx_text(UNNAMED.replace("BODY", body)), an_adapter({"m": change}))
     with pytest.raises(InputRefused, match="IA3 scales the bias of the layer too") if is_refused else nullcontext():
         refuse_lost_biases(steps, sites)

@@ -30,7 +30,6 @@ from lora_export.provenance import CONTRACT_KEY
 from lora_export.storage.hashes import ALGORITHMS, FAST
 
 ACTIVE_ADAPTER = "adapter"  # whose strength a graph has that takes one adapter at a time
-MIN_IR_VERSION = 4  # before it, every initializer had to be an input, and no input was optional
 
 
 def insert_inputs(
@@ -58,14 +57,9 @@ def insert_inputs(
     It is stored in the graph's metadata too. `sites` is invalid afterwards.
 
     Reads all weights of the base for their fingerprint. Raises InputRefused where a weight has a reader beside which no
-    branch can be inserted, where the graph has an input of that name already, and for a graph in an IR version without
-    optional inputs. The graph is then partly changed and must not be used.
+    branch can be inserted, where the graph has an input of that name already, and for one in an IR version before 4.
+    The graph is then partly changed and must not be used.
     """
-    if model.ir_version < MIN_IR_VERSION:
-        raise InputRefused(
-            f"the graph has IR version {model.ir_version}, which has no optional inputs: convert it to version "
-            f"{MIN_IR_VERSION} or later"
-        )
     if CONTRACT_KEY in model.metadata_props:
         raise InputRefused("the graph has inputs for adapters already: start from the graph without them")
     digests, inserter = weight_digests(sites), Inserter(model)

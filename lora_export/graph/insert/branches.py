@@ -27,7 +27,7 @@ from lora_export.graph.insert.node_factory import (
     layer_input,
     sizes_of,
 )
-from lora_export.graph.operators import BIAS_INPUTS, MICROSOFT, operator_id, product_factor, transposed_layout
+from lora_export.graph.operators import BIAS_INPUTS, MICROSOFT, bias_of, operator_id, product_factor, transposed_layout
 from lora_export.graph.site import CHANGES_WEIGHT, Site
 from lora_export.lora import split_part
 from lora_export.plan import Layout, Step
@@ -375,10 +375,9 @@ def _unsplit(weight: str, sites: Sites) -> str:
 
 def _detach_bias(node: ir.Node) -> ir.Value | None:
     """Remove the bias input of a node. Returns the bias, None where the node has none."""
-    index = BIAS_INPUTS.get(node.op_type, len(node.inputs))
-    bias = node.inputs[index] if index < len(node.inputs) else None
+    bias = bias_of(node)
     if bias is not None:
-        node.replace_input_with(index, None)
+        node.replace_input_with(BIAS_INPUTS[node.op_type], None)
         while node.inputs[-1] is None:
             node.resize_inputs(len(node.inputs) - 1)
     return bias

@@ -79,6 +79,8 @@ class NodeFactory:
 
     def replace_graph_outputs(self, old: ir.Value, new: ir.Value) -> None:
         """Make `new` the graph's output in place of `old`, under the same name."""
+        if not old.is_graph_output():  # `graphs` visits all nodes, and each layer calls this
+            return
         for graph in self.model.graphs():
             for index, output in enumerate(graph.outputs):
                 if output is old:

@@ -18,6 +18,7 @@ from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import LARGE_TENSOR_BYTES, MAX_MESSAGE_BYTES
 from lora_export.graph.onnx_file.shared_weights import SharedWeights
 from lora_export.graph.onnx_file.writing import message_of
+from lora_export.graph.values import stored_at
 from lora_export.storage import block_copy
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.block_copy import Block, Bytes, RunningHashes
@@ -86,7 +87,7 @@ def graph_file_parts(model: ir.Model, tensors: Sequence[MovedTensor]) -> list[Fi
     """
     location = protobuf_wire.unused_location()
     for number, tensor in enumerate(tensors):
-        set_location(tensor.value, location, number, tensor.output.nbytes)
+        set_location(tensor.value, location, number)
     pieces = protobuf_wire.split_at_tensors(message_of(model), location, [each.output.nbytes for each in tensors])
     parts: list[FilePart] = []
     for piece in pieces:
@@ -103,13 +104,10 @@ def graph_file_parts(model: ir.Model, tensors: Sequence[MovedTensor]) -> list[Fi
     return parts
 
 
-def set_location(value: ir.Value, location: str, offset: int, length: int) -> None:
+def set_location(value: ir.Value, location: str, offset: int) -> None:
     """Point an initializer to bytes of another file."""
-    old = value.const_value
-    assert isinstance(old, ir.ExternalTensor)
-    value.const_value = ir.ExternalTensor(
-        location, offset, length, old.dtype, shape=ir.Shape(old.shape), name=value.name or "", doc_string=old.doc_string
-    )
+    assert value.const_value is not None
+    value.const_value = stored_at(value.const_value, location, offset, name=value.name)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -158,7 +156,7 @@ def write_data_file(stage: Path, tensors: Sequence[MovedTensor], run: MergeRun) 
     path.rename(stage / name)
     for _, part in parts:
         if part.tensor is not None:
-            set_location(part.tensor.value, name, part.start, part.stop - part.start)
+            set_location(part.tensor.value, name, part.start)
 
 
 def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes: RunningHashes, run: MergeRun) -> str:

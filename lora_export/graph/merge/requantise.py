@@ -268,7 +268,7 @@ def _rescale(model: ir.Model, change: QuantisedChange, bits: int) -> list[NewTen
         node.replace_input_with(SCALES_OF_NBITS, scales)
         if len(node.inputs) > ZEROS_OF_NBITS:
             node.replace_input_with(ZEROS_OF_NBITS, None)
-    drop_unused(model, old)
+    drop_unused(old)
     (rows, columns), size = change.stored.shape, change.stored.block_size
     shape = rows, -(-columns // size), size * bits // 8
     of_scales = [int(each) for each in scale.shape.numpy()]
@@ -298,7 +298,7 @@ def _to_floats(model: ir.Model, change: QuantisedChange) -> list[NewTensor]:
             ir.convenience.replace_all_uses_with(node.outputs[0], floats)
             assert node.graph is not None
             node.graph.remove(node, safe=True)
-    drop_unused(model, old)
+    drop_unused(old)
     return [NewTensor(floats, change, output, ir.DataType.from_numpy(output.dtype), change.stored.shape)]
 
 

@@ -27,13 +27,12 @@ FIXED_BYTES: Mapping[int, int] = {1: 8, 5: 4}  # further kinds, whose values all
 MAX_NESTING = 100  # messages in each other; protobuf's own limit
 
 # The fields of each message that hold a message in which tensors may be.
-MODEL, GRAPH, NODE, ATTRIBUTE, FUNCTION, TENSOR = "model", "graph", "node", "attribute", "function", "tensor"
+MODEL, GRAPH, NODE, ATTRIBUTE, TENSOR = "model", "graph", "node", "attribute", "tensor"
 NESTED_MESSAGES: Mapping[str, Mapping[int, str]] = {
-    MODEL: {7: GRAPH, 25: FUNCTION},
+    MODEL: {7: GRAPH},  # not its functions, whose initializers no graph of the model has
     GRAPH: {1: NODE, 5: TENSOR},
     NODE: {5: ATTRIBUTE},
     ATTRIBUTE: {6: GRAPH, 11: GRAPH},  # not the attribute's own tensors, which stay in it
-    FUNCTION: {7: NODE, 11: ATTRIBUTE},
 }
 RAW_DATA, EXTERNAL_DATA, DATA_LOCATION = 9, 13, 14  # fields of a TensorProto
 ENTRY_KEY, ENTRY_VALUE = 1, 2  # fields of an entry of external data

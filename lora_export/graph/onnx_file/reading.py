@@ -21,11 +21,11 @@ import onnx_ir as ir
 from onnx import defs
 
 from lora_export import provenance
-from lora_export.errors import InputRefused, OutputFailed, count, listed
+from lora_export.errors import InputRefused, OutputFailed, count, first_of, listed
 from lora_export.graph.exporter_names import texts
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import without_large_tensors
-from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
+from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers, keep_in_nodes, stored_at
 from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, History, read_shared
 
 SHOWN_BYTES = 10  # of a text that is not UTF-8
@@ -87,6 +87,7 @@ def open_graph(path: Path) -> GraphFile:
     tensors = (*initializer_tensors(model), *attribute_tensors(model))
     data_files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)} - {own_file}
     sources = {own_file: own_stamp} | {file: _stamp(file) for file in sorted(data_files)}
+    keep_in_nodes(model)
     record = model.metadata_props.get(provenance.KEY)
     return GraphFile(path, model, sources, provenance.read_history(record, path) if record else ())
 
@@ -101,7 +102,10 @@ def _parse(path: Path, location: str) -> tuple[bytes, ir.Model]:
     try:
         with _collected_warnings() as complaints:
             message = protobuf_wire.without_large_tensors(path, location)
-            model = ir.from_proto(onnx.ModelProto.FromString(message))
+            proto = onnx.ModelProto.FromString(message)
+            if sparse := [tensor.values.name for tensor in proto.graph.sparse_initializer]:
+                raise InputRefused(f"{path} stores {first_of(sparse, MAX_LISTED)} as sparse tensors: store them dense")
+            model = ir.from_proto(proto)
     except InputRefused:
         raise
     except Exception as error:  # protobuf, onnx and onnx_ir each raise their own kinds
@@ -270,24 +274,14 @@ def refuse_misplaced_data(model: ir.Model, path: Path, inline: set[ir.Value]) ->
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = path.parent
             problems.append(_location_problem(size_of(path.parent, os.fsdecode(tensor.location)), tensor))
-    problems = [problem for problem in problems if problem]
-    if problems:
+    if problems := list(filter(None, problems)):
         what = f"{path}: {count(len(problems), 'tensor')} cannot be read from its external data:"
         raise InputRefused(what, listed(problems, MAX_LISTED))
 
 
 def moved_to(tensor: ir.ExternalTensor, path: Path) -> ir.ExternalTensor:
     """The same tensor in another file, at the same offset."""
-    return ir.ExternalTensor(
-        path.name,
-        tensor.offset,
-        tensor.length,
-        tensor.dtype,
-        shape=ir.Shape(tensor.shape),
-        name=tensor.name,
-        metadata_props=dict(tensor.metadata_props),
-        base_dir=path.parent,
-    )
+    return stored_at(tensor, path.name, tensor.offset, name=tensor.name, folder=path.parent)
 
 
 def _huggingface_blob(folder: Path, location: str) -> Path | None:

@@ -17,7 +17,7 @@ from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES, split_at_tensors, unused_location
 from lora_export.graph.onnx_file.reading import check_file, check_message, innermost_error, moved_to
 from lora_export.graph.onnx_file.shared_weights import SharedTensor, SharedWeights, share_weights
-from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
+from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers, read_later, stored_at
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.hashes import file_sha256
 
@@ -98,22 +98,17 @@ def _write_tensor(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
 def _weights_apart(values: Iterable[ir.Value]) -> Iterator[tuple[str, list[ir.TensorProtocol]]]:
     """A location, and the large tensors of initializers and those of other files. The values name both meanwhile."""
     location = unused_location()
-    apart = [value for value in values if _is_apart(value.const_value)]
-    tensors = [tensor for value in apart if (tensor := value.const_value) is not None]
-    try:
-        for number, (value, tensor) in enumerate(zip(apart, tensors, strict=True)):
-            shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
-            value.const_value = ir.ExternalTensor(
-                location, number, tensor.nbytes, tensor.dtype, shape=shape, name=name, doc_string=tensor.doc_string
-            )
-        yield location, tensors
-    finally:
-        for value, tensor in zip(apart, tensors, strict=True):
-            value.const_value = tensor
+    apart = {value: one for value in values if (one := value.const_value) is not None and _is_apart(one)}
+    numbered = {
+        value: stored_at(tensor, location, number, name=value.name)
+        for number, (value, tensor) in enumerate(apart.items())
+    }
+    with _with_tensors(numbered):
+        yield location, list(apart.values())
 
 
-def _is_apart(tensor: ir.TensorProtocol | None) -> bool:
-    if tensor is None or tensor.dtype.is_string() or isinstance(tensor, SharedTensor):
+def _is_apart(tensor: ir.TensorProtocol) -> bool:
+    if tensor.dtype.is_string() or isinstance(tensor, SharedTensor):
         return False
     return isinstance(tensor, ir.ExternalTensor) or tensor.nbytes >= MIN_EXTERNAL_BYTES
 
@@ -124,7 +119,8 @@ def _save_with_external_data(model: ir.Model, path: Path) -> Path:
     before = [value.const_value for value in values]
     data = path.with_name("weights.data")
     try:
-        with _without_shared_tensors(model):
+        shared = [value for value in initializers(model) if isinstance(value.const_value, SharedTensor)]
+        with _with_tensors(dict.fromkeys(shared)):  # onnx_ir would copy what they refer to
             ir.external_data.unload_from_model(model, path.parent, data.name, size_threshold_bytes=MIN_EXTERNAL_BYTES)
         data = data.replace(path.with_name(data_name(path.name, file_sha256(data))))
         for value, tensor in zip(values, before, strict=True):
@@ -138,16 +134,16 @@ def _save_with_external_data(model: ir.Model, path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _without_shared_tensors(model: ir.Model) -> Iterator[None]:
-    """Hide them meanwhile: onnx_ir would copy what they refer to."""
-    hidden = {value: one for value in initializers(model) if isinstance(one := value.const_value, SharedTensor)}
-    for value in hidden:
-        value.const_value = None
+def _with_tensors(tensors: Mapping[ir.Value, ir.TensorProtocol | None]) -> Iterator[None]:
+    """Let initializers have other tensors, or none, meanwhile."""
+    before = {value: value.const_value for value in tensors}
     try:
+        for value, tensor in tensors.items():
+            value.const_value = tensor
         yield
     finally:
-        for value, tensor in hidden.items():
-            value.const_value = tensor
+        for value, own in before.items():
+            value.const_value = own
 
 
 def message_of(model: ir.Model, *, check: bool = True) -> bytes:
@@ -169,10 +165,12 @@ def in_memory(model: ir.Model) -> tuple[bytes, dict[str, NDArray[Any]]]:
     """The graph's message without its large weights, and these weights by name, in memory or mapped from their files.
 
     For a runtime that accepts both. Copies none of these but transposed views. Weights in dtypes that NumPy lacks stay
-    in the message.
+    in the message, and those of subgraphs.
     """
     weights: dict[str, NDArray[Any]] = {}
-    with _weights_apart(model.graph.initializers.values()):
+    inner = [value for value in initializers(model) if value.graph is not model.graph]
+    read = {value: read_later(one) for value in inner if isinstance(one := value.const_value, ir.ExternalTensor)}
+    with _weights_apart(model.graph.initializers.values()), _with_tensors(read):
         message = ir.to_proto(model)
     for tensor in list(message.graph.initializer):
         value = model.graph.initializers[tensor.name]

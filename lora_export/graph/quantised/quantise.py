@@ -62,14 +62,14 @@ def quantise_graph(model: ir.Model, kind: str) -> list[str]:
     if not suited:
         raise InputRefused(
             f"{named('quantize', kind)} finds no layer to quantise: {MATMUL_NBITS} computes a MatMul or Gemm with a "
-            "matrix of floats, and the graph has none"
+            "matrix of floats (not double) that is no input of the graph, and the graph has none"
         )
     made: dict[ir.Value, dict[str, Any]] = {}
     for site in suited:
         if site.value not in made:
             made[site.value] = _quantised(site, bits)
         _replace(model, site, bits, made[site.value])
-    drop_unused(model, made)
+    drop_unused(made)
     model.opset_imports.setdefault(MICROSOFT, 1)
     left = [site.name or site.location for site in layers.values() if site not in suited]
     more = " and more" if left[NAMED_LAYERS:] else ""
@@ -88,7 +88,7 @@ def _readers(value: ir.Value) -> Iterator[ir.Node]:
 def _is_suited(site: Site) -> bool:
     is_whole = site.block is None and site.expert is None and site.inner_node is None and site.quantised is None
     is_matrix = is_whole and site.index == 1 and site.is_linear and len(site.stored_shape) == 2
-    if not is_matrix or not site.value.is_initializer():
+    if not is_matrix or not site.value.is_initializer() or site.dtype == "float64":  # MatMulNBits has no double
         return False
     attributes = site.node.attributes
     if operator_id(site.node) == (ONNX, "MatMul"):

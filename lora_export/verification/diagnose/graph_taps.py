@@ -14,9 +14,9 @@ from lora_export.errors import RuntimeRefused
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
 from lora_export.graph.onnx_file.writing import message_of
-from lora_export.graph.operators import ATTENTIONS, BIAS_INPUTS, CONVOLUTIONS, MATRIX_PRODUCTS, MICROSOFT, operator_id
+from lora_export.graph.operators import ATTENTIONS, CONVOLUTIONS, MATRIX_PRODUCTS, MICROSOFT, bias_of, operator_id
 from lora_export.graph.site import Site
-from lora_export.graph.values import tensor_of
+from lora_export.graph.values import before_reshapes, tensor_of
 from lora_export.plan import Layout
 
 MAX_BRANCH_NODES = 60  # a value that more nodes compute is not taken for an adapter's branch
@@ -79,7 +79,7 @@ class _TapFinder:
             and site.quantised is None
         ):
             return None
-        y, is_added = node.outputs[0], _adds_bias(node)
+        y, is_added = node.outputs[0], bias_of(node) is not None
         while (following := self._next(y, x, needs_bias=has_bias and not is_added)) is not None:
             last, is_bias = following
             y, is_added = last.outputs[0], is_added or is_bias
@@ -139,11 +139,6 @@ def _sources(node: ir.Node) -> list[ir.Value]:
     return sources
 
 
-def _adds_bias(node: ir.Node) -> bool:
-    index = BIAS_INPUTS.get(node.op_type, len(node.inputs))
-    return index < len(node.inputs) and node.inputs[index] is not None
-
-
 def _is_read_by_fused_node(y: ir.Value) -> bool:
     """Whether the node that reads a product may add the bias to it: onnxruntime's BiasGelu and the like."""
     return any(operator_id(node)[0] == MICROSOFT for node, _ in y.uses())
@@ -155,15 +150,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 def _is_dora_factor(node: ir.Node, other: ir.Value) -> bool:
     """Whether a node multiplies each output with DoRA's factor."""
-    return node.op_type == "Mul" and any("lora_magnitude" in (value.name or "") for value in _before_reshapes(other))
-
-
-def _before_reshapes(value: ir.Value) -> Iterator[ir.Value]:
-    """A value, and the values of which it is only a cast or another shape."""
-    yield value
-    node = value.producer()
-    if node is not None and node.op_type in ("Reshape", "Cast", "Identity", "Unsqueeze") and node.inputs[0] is not None:
-        yield from _before_reshapes(node.inputs[0])
+    return node.op_type == "Mul" and any("lora_magnitude" in (value.name or "") for value in before_reshapes(other))
 
 
 def _roots(value: ir.Value) -> Iterator[ir.Value]:

@@ -9,7 +9,7 @@ import pytest
 from lora_export.errors import InputRefused
 from lora_export.graph.insert.node_factory import NodeFactory, NodeList, last_size, sizes_of
 from support.graphs import a_graph
-from support.small_graphs import GEMM
+from support.small_graphs import GEMM, LINEAR
 
 
 def test_nodes_of_one_path_are_numbered() -> None:
@@ -41,6 +41,13 @@ def test_factor_under_name_of_original_value_is_refused() -> None:
     factory = NodeFactory(a_graph(GEMM))
     with pytest.raises(InputRefused, match=r"the graph holds m\.weight already"):
         factory.factor("", "m", np.zeros(1, np.float32))
+
+
+def test_an_inner_value_is_not_searched_for_in_all_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one for each layer, and the search visits all nodes."""
+    factory = NodeFactory(a_graph(LINEAR))
+    monkeypatch.setattr(ir.Model, "graphs", lambda _: pytest.fail("searched"))
+    factory.replace_graph_outputs(factory.model.graph[0].outputs[0], factory.model.graph.inputs[0])
 
 
 def test_older_opset_is_refused_with_feature() -> None:

@@ -14,10 +14,10 @@ import pytest
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.graph.onnx_file import reading
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
-from lora_export.graph.onnx_file.reading import check_file, check_message, innermost_error, load_graph
+from lora_export.graph.onnx_file.reading import check_file, check_message, innermost_error, load_graph, open_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.storage.hashes import file_sha256
-from support.graphs import a_graph, stored
+from support.graphs import a_graph, run, stored
 from support.handmade import graph_file
 from support.small_graphs import LINEAR, LINEAR_WEIGHT, graph_with_external_data
 
@@ -104,6 +104,17 @@ def test_unknown_operator_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(message)
     with pytest.raises(onnx.checker.ValidationError, match="MadMul"):
         check_file(tmp_path / "m.onnx")
+
+
+def test_sparse_weights_are_refused_as_such(tmp_path: Path) -> None:
+    proto = ir.to_proto(a_graph(LINEAR))
+    weight = proto.graph.initializer.pop(0)
+    indices = onnx.numpy_helper.from_array(np.arange(6), "at")
+    values = onnx.numpy_helper.from_array(np.float32(LINEAR_WEIGHT).ravel(), weight.name)
+    proto.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [3, 2]))
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(InputRefused, match=r"stores m\.weight as sparse tensors: store them dense"):
+        load_graph(tmp_path / "model.onnx")
 
 
 def test_message_is_checked_without_its_external_data(tmp_path: Path) -> None:
@@ -248,13 +259,17 @@ m (float[2] x) => (float[2] y) { y = own.f(x) }
 f (x) => (y) { c = Constant <value = float[2] {1, 2}> () y = Add(x, c) }"""
 
 
-@pytest.mark.fault(38)
-@pytest.mark.parametrize("location", ["/etc/passwd", "../secret", "link"])
-@pytest.mark.parametrize("where", ["a node", "a function's node"])
-def test_data_of_nodes_is_checked_too(tmp_path: Path, where: str, location: str) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "secret").write_bytes(bytes(64))
-    (tmp_path / "model/link").symlink_to(tmp_path / "secret")
+BRANCH = """<ir_version: 10, opset_import: ["" : 20, "own" : 1]>
+m (float[300] x, bool c) => (float[300] y) { y = own.f(x, c) }
+<domain: "own", opset_import: ["" : 20]>
+f (x, c) => (y) { y = If (c) <
+    then_branch = t () => (float[300] a) <float[300] w = {2}> { a = Add(x, w) },
+    else_branch = e () => (float[300] b) { b = Identity(x) }> }"""
+IN_NODES = pytest.mark.parametrize("where", ["a node", "a function's node"])
+
+
+def graph_with_data_of_node(folder: Path, where: str, location: str) -> Path:
+    """CONSTANT or FUNCTION, whose constant is at a location."""
     in_function = where == "a function's node"
     proto = onnx.parser.parse_model(FUNCTION) if in_function else ir.to_proto(a_graph(CONSTANT))
     nodes = proto.functions[0].node if in_function else proto.graph.node
@@ -266,8 +281,41 @@ def test_data_of_nodes_is_checked_too(tmp_path: Path, where: str, location: str)
     for key, value in {"location": location, "offset": "0", "length": "8"}.items():
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
-    path = tmp_path / "model/model.onnx"
+    path = folder / "model.onnx"
     path.write_bytes(proto.SerializeToString())
+    return path
+
+
+@IN_NODES
+def test_data_of_nodes_is_written_into_the_message(tmp_path: Path, where: str) -> None:
+    """No other file has it: neither a copy of the graph nor a merge of it would copy theirs."""
+    (tmp_path / "weights.data").write_bytes(np.float32([1, 2]).tobytes())
+    model = load_graph(graph_with_data_of_node(tmp_path, where, "weights.data"))
+    (tmp_path / "copy").mkdir()
+    assert save_graph(model, tmp_path / "copy", "m.onnx") == [tmp_path / "copy/m.onnx"]
+    assert run(load_graph(tmp_path / "copy/m.onnx"), x=np.float32([3, 3]))["y"].tolist() == [4, 5]
+    assert len(open_graph(tmp_path / "model.onnx").sources) == 2
+
+
+def test_weights_of_a_functions_branches_are_saved(tmp_path: Path) -> None:
+    path, proto = tmp_path / "model.onnx", onnx.parser.parse_model(BRANCH)
+    branch = next(one.g for one in proto.functions[0].node[0].attribute if one.name == "then_branch")
+    branch.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full(300, 2, np.float32), "w"))
+    path.write_bytes(proto.SerializeToString())
+    (tmp_path / "copy").mkdir()
+    save_graph(load_graph(path), tmp_path / "copy", "m.onnx")
+    y = run(load_graph(tmp_path / "copy/m.onnx"), x=np.ones(300, np.float32), c=np.array(True))["y"]
+    assert np.array_equal(y, np.full(300, 3))
+
+
+@pytest.mark.fault(38)
+@pytest.mark.parametrize("location", ["/etc/passwd", "../secret", "link"])
+@IN_NODES
+def test_data_of_nodes_is_checked_too(tmp_path: Path, where: str, location: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_bytes(bytes(64))
+    (tmp_path / "model/link").symlink_to(tmp_path / "secret")
+    path = graph_with_data_of_node(tmp_path / "model", where, location)
     with pytest.raises(InputRefused, match="1 tensor cannot be read"):
         load_graph(path)
 

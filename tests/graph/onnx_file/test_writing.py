@@ -63,6 +63,21 @@ def test_weights_in_memory_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> No
     assert weights["m.weight"] is weight and weight.tobytes() not in message
 
 
+def test_weights_of_branches_run_in_memory(tmp_path: Path) -> None:
+    values = ",".join(["2"] * 300)
+    (path,) = save_graph(
+        a_graph(f"""g (float[300] x, bool c) => (float[300] y) {{ y = If (c) <
+            then_branch = t () => (float[300] a) <float[300] w = {{{values}}}> {{ a = Mul(x, w) }},
+            else_branch = e () => (float[300] b) {{ b = Identity(x) }}> }}"""),
+        tmp_path,
+        "model.onnx",
+    )
+    message, _ = in_memory(load_graph(path))
+    session = onnxruntime.InferenceSession(message, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": np.ones(300, np.float32), "c": np.array(True)})
+    assert np.array_equal(y, np.full(300, 2))
+
+
 def test_appended_metadata_changes_no_existing_bytes(tmp_path: Path) -> None:
     (path,) = save_graph(a_graph(LINEAR), tmp_path, "model.onnx", metadata={"made_by": "a test"})
     proven = path.read_bytes()

@@ -111,9 +111,13 @@ def test_inputs_for_adapters_are_not_quantised() -> None:
         quantise_graph(model, "int4")
 
 
-def test_a_graph_without_layers_is_refused() -> None:
+DOUBLE = "g (double[N,2] x) => (double[N,2] y) <double[2,2] m.weight = {1,2,3,4}> { y = MatMul(x, m.weight) }"
+
+
+@pytest.mark.parametrize("body", ["g (float[N] x) => (float[N] y) { y = Add(x, x) }", DOUBLE])
+def test_a_graph_without_layers_is_refused(body: str) -> None:
     with pytest.raises(InputRefused, match='quantize="int4" finds no layer'):
-        quantise_graph(a_graph("g (float[N] x) => (float[N] y) { y = Add(x, x) }"), "int4")
+        quantise_graph(a_graph(body), "int4")
 
 
 def test_the_quantisers_log_goes_nowhere(logged: list[logging.LogRecord]) -> None:
