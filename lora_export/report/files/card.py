@@ -25,7 +25,7 @@ def of_proof(proof: AnyProof) -> str:
     lines = [
         "## Proof",
         "",
-        f"`{candidate_name(about)}`: **{proof.verdict.headline}**",
+        f"{safe_markdown(candidate_name(about))}: **{proof.verdict.headline}**",
         "",
         COMPARED["weights" in document],
         "",
