@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import adapter_files
+from lora_export.formats.adapter_files import unwrapped
 from lora_export.formats.lora_changes import is_finite
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.lora import Adapter, LoraPair
@@ -54,7 +55,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         return {module: _pair(module, tensors["a"], tensors["b"], rank, scale, options.enabled_parts_of(module))}
 
     pairs, spelling = adapter_files.read_pairs(file, build, _KEY, others=_BIAS)
-    replaced = {key: file.read(key) for key in file.entries if _BIAS.fullmatch(key)}
+    replaced = {unwrapped(key): file.read(key) for key in file.entries if _BIAS.fullmatch(key)}
     if bad := [key for key, value in replaced.items() if not is_finite(value)]:
         raise InputRefused(f"{path}: {', '.join(bad)} holds values that are not finite (NaN or infinity)")
     return Adapter(

@@ -97,10 +97,8 @@ def _scale(path: Path, config: Mapping[str, Any]) -> float:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise InputRefused(f"{path} has no lora_parameters, which hold the scale")
-    rank, scale = (
-        adapter_files.positive_number(path, f"{name} in lora_parameters", parameters.get(name))
-        for name in ("rank", "scale")
-    )
+    rank = adapter_files.positive_size(path, "rank in lora_parameters", parameters.get("rank"))
+    scale = adapter_files.positive_number(path, "scale in lora_parameters", parameters.get("scale"))
     alpha = parameters.get("alpha")
     if alpha is not None and alpha != rank:
         raise InputRefused(

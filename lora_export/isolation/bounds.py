@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -35,6 +36,11 @@ def bound_child(memory: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         most = min(_data_bytes() + memory, sys.maxsize)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal, or its number where it has no name, as most of those of real time."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def bound_processor_time(seconds: float) -> None:

@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.isolation.bounds import bound_child, bound_processor_time
+from lora_export.isolation.bounds import bound_child, bound_processor_time, signal_name
 from lora_export.isolation.limits import MAX_ANSWER
 
 Result = TypeVar("Result")
@@ -236,7 +236,7 @@ def _end(process: _Child, streams: Sequence[io.BufferedIOBase]) -> None:
 def _reason(code: int, memory: int | None) -> str:
     if code < 0:
         allowed = "" if memory is None else f". It may take {memory / 2**30:.3g} GiB of memory"
-        return f"{signal.Signals(-code).name}{allowed}"
+        return f"{signal_name(-code)}{allowed}"
     return f"exit code {code}"
 
 

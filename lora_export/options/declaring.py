@@ -194,12 +194,14 @@ class Declared:
         if self.kind == "flag":
             is_flag = type(value).__name__ in ("bool", "bool_") or _is_one_of(value, (0, 1))  # NumPy's, too
             return bool(value) if is_flag else self._refuse(value, VALUES_OF_KIND[self.kind])
+        if self.kind == "text" and isinstance(value, re.Pattern | int | float | list):
+            self._refuse(value, "a text")
         if self.kind == "text" or isinstance(value, str | Path):
             return value
         if isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
             return Path(path)
         are_paths = {str, Path, NoneType}.issuperset(self.types)
-        if are_paths or value is None or isinstance(value, bytes):
+        if are_paths or value is None or isinstance(value, bytes | int | float | list):
             self._refuse(value, VALUES_OF_KIND["path" if are_paths else self.kind])
         return value
 

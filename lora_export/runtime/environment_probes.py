@@ -11,12 +11,13 @@ import ctypes
 import importlib
 import json
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from lora_export.isolation.bounds import signal_name
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}  # `provider` -> onnxruntime's name
@@ -59,7 +60,7 @@ def run_in_child(probe: Callable[..., dict[str, Any]], *arguments: str) -> Probe
     except subprocess.TimeoutExpired:
         return ProbeResult({}, f"{TIMED_OUT} {PROBE_TIMEOUT} seconds")
     if child.returncode < 0:
-        return ProbeResult({}, f"crashed with {signal.Signals(-child.returncode).name}")
+        return ProbeResult({}, f"crashed with {signal_name(-child.returncode)}")
     if child.returncode or not child.stdout:  # a package may end the process when it is imported
         return ProbeResult({}, f"ended with code {child.returncode}", child.stderr)
     fault, found = json.loads(child.stdout.splitlines()[-1])

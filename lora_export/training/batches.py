@@ -337,11 +337,12 @@ def read_own_batches(source: str, factory: Callable[[], Any]) -> ReadyBatches:
 
 
 def batches_sha256(data: ReadyBatches) -> str:
-    """The hash of all inputs and labels that are tensors."""
+    """The hash of all inputs and labels that are tensors, with their types and shapes."""
     digest = hashlib.sha256()
     for batch in data.batches:
         for name, value in [*batch.inputs.items(), ("labels", batch.labels)]:
             digest.update(name.encode())
             if isinstance(value, Tensor):
+                digest.update(f" {value.dtype} {tuple(value.shape)} ".encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

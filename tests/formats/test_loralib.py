@@ -95,9 +95,11 @@ def test_the_parts_of_a_fused_layer_are_padded_with_zeros(
     assert expected.any() and not delta.reshape(len(parts), -1)[~np.array(parts)].any()
 
 
-def test_biases_are_saved_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_biases_are_saved_whole(tmp_path: Path, is_compiled: bool) -> None:
     model = Model("fc", loralib.Linear(4, 5, r=2, lora_alpha=6))
-    adapter = formats.load(saved(tmp_path / "a.pt", model, "lora_only"), options=STATED)
+    path = saved(tmp_path / "a.pt", torch.compile(model) if is_compiled else model, "lora_only")
+    adapter = formats.load(path, options=STATED)
     assert adapter.replaced["fc.bias"].tolist() == model.layer.bias.tolist()
     assert adapter.notes == ("fc.bias is saved whole: it replaces the base's tensor",)
 

@@ -151,6 +151,7 @@ def test_tied_embeddings_change_the_output_too(tmp_path: Path) -> None:
         ({"fine_tune_type": "full"}, "fine_tune_type is 'full'; only lora and dora are adapters"),
         ({"lora_parameters": None}, "has no lora_parameters, which hold the scale"),
         ({"lora_parameters": {"rank": 2}}, "scale in lora_parameters is None; it must be a positive number"),
+        ({"lora_parameters": LORA | {"rank": 2.5}}, "rank in lora_parameters is 2.5; it must be a positive integer"),
         ({"lora_parameters": LORA | {"scale": True}}, "scale in lora_parameters is True; it must be a positive"),
         ({"lora_parameters": LORA | {"alpha": 16}}, "has scale 3.0 and alpha 16. mlx-lm multiplied the scale by alpha"),
         ({"fine_tune_type": "dora"}, "the config has fine_tune_type dora, but m is missing"),

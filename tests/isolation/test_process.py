@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ def serve(requests: io.BufferedIOBase, answers: io.BufferedIOBase) -> None:
                 pass
         if request["do"] == "end":
             return
+        if request["do"] == "signal":
+            os.kill(os.getpid(), signal.SIGRTMIN + 6)
         if request["do"] == "lie":
             answers.write((7).to_bytes(8, "little") + b"no JSON")
             answers.flush()
@@ -53,6 +56,7 @@ def test_a_copy_answers_again_and_again(process: IsolatedProcess) -> None:
     [
         ({"do": "compute"}, "SIGKILL", True),
         ({"do": "end"}, "exit code 0", False),
+        ({"do": "signal"}, "signal 40", False),
         ({"do": "take", "take": 1 << 30}, "exit code 0", False),
         ({"do": "lie"}, "it sent no outputs", False),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from dataclasses import MISSING
 from fractions import Fraction
 from pathlib import Path
@@ -96,11 +97,18 @@ def test_arguments_come_first_then_the_own_options_of_a_record():
         ({"base": None}, "base= is None; it must be a path"),
         ({"base": Declared}, r"base= is a value of the type type; it must be a path"),
         ({"adapters": {"fr": "fr"}}, "adapters= is {'fr': 'fr'}; it must be a list"),
+        ({"adapters": 3}, "adapters= is 3; it must be a path, or what is loaded already"),
+        ({"adapters": [["a", "b"]]}, r"adapters= is \['a', 'b'\]; it must be a path, or what is loaded already"),
     ],
 )
 def test_a_record_refuses_values_that_do_not_exist(wrong, message):
     with pytest.raises(WrongUsage, match=message):
         MergeOptions(**{"base": "base", "adapters": ["a"], "output": "out"} | wrong)
+
+
+def test_a_compiled_pattern_is_no_text():
+    with pytest.raises(WrongUsage, match=r"exclude= is re.compile\('x'\); it must be a text"):
+        ExtractOptions("base", "tuned", "out", rank=2, exclude=[re.compile("x")])
 
 
 LEFT_OUT = {"overwrite": False, "dtype": "float32", "adapters": (), "on_message": ignore}

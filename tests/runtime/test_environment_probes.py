@@ -112,6 +112,7 @@ def module(site: Path, name: str, source: str) -> Package:
         ("import a_missing_module", "ModuleNotFoundError: No module named 'a_missing_module'"),
         ("raise RuntimeError('built for another ABI')", "RuntimeError: built for another ABI"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed with SIGSEGV"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGRTMIN + 6)", "crashed with signal 40"),
         ("raise SystemExit(3)", "ended with code 3"),
         ("raise SystemExit", "ended with code 0"),
     ],

@@ -103,8 +103,10 @@ def test_each_batch_is_an_example_and_the_loss_is_the_users() -> None:
 def test_the_hash_depends_on_every_batch() -> None:
     data = read_own_batches("mine.py:make", good)
     assert batches_sha256(data) == batches_sha256(read_own_batches("mine.py:make", good))
-    data.batches[1].inputs["x"][0, 0] = 9
-    assert batches_sha256(data) != batches_sha256(read_own_batches("mine.py:make", good))
+    for change in (lambda x: x + 9, lambda x: x.reshape(4, 1), lambda x: x.view(torch.int16)):
+        other = read_own_batches("mine.py:make", good)
+        other.batches[1].inputs["x"] = change(other.batches[1].inputs["x"])
+        assert batches_sha256(other) != batches_sha256(data)
 
 
 @pytest.mark.parametrize(

@@ -286,13 +286,15 @@ def change_in_memory(change: InitializerChange) -> Statistics:
     start = before if step.replace is None else step.replace
     with np.errstate(over="ignore", invalid="ignore"):  # refuse_not_finite checks the result
         if step.is_replacement:
-            after = start.astype(before.dtype)
+            after = np.empty_like(start, dtype=before.dtype)
+            sums.round_into(after, start)
             if step.token_rows is not None:
                 step.token_rows.write_into(after)
         else:
             view = start.T if is_transposed else start  # (out, in, ...)
             total, delta = sums.summed(step, view)
-            after = total.astype(before.dtype)
+            after = np.empty_like(total, dtype=before.dtype)
+            sums.round_into(after, total)
             statistics.add_block(view, delta, after)
             after = after.T if is_transposed else after
     refuse_not_finite(step.weight, after, before=before)

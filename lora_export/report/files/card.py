@@ -20,7 +20,7 @@ def of_proof(proof: AnyProof) -> str:
     lines = [
         "## Proof",
         "",
-        f"`{candidate_name(about)}`: **{proof.verdict.headline}**",
+        f"{safe_markdown(candidate_name(about))}: **{proof.verdict.headline}**",
         "",
         " ".join(_compared(document)),
         "",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # requests need no PyTorch
 KEY_VARIABLES = ("LORA_EXPORT_API_KEY", "OPENAI_API_KEY")  # variables of the environment; the first that is set counts
 BUSY = (429, 503)  # answers after which a request is sent again
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before that
+LONGEST_WAIT = 1e6  # seconds; a socket counts milliseconds in 31 bits
 LONGEST_INTEGER = 40  # digits
 LENGTH_OF_JSON = "Inference-Header-Content-Length"  # of the binary extension: tensors follow
 SHOWN_OF_MESSAGE = 300  # characters of a server's own message
@@ -162,7 +163,7 @@ class Client:
 
     def _answer(self, request: Request) -> Answer:
         """The answer, after as many tries as a busy server needs and the time allows."""
-        end, pause = time.monotonic() + self.seconds, FIRST_PAUSE
+        end, pause = time.monotonic() + min(self.seconds, LONGEST_WAIT), FIRST_PAUSE
         while True:
             if self.requests >= MAX_REQUESTS:
                 self._refuse(f"would get more than {MAX_REQUESTS} requests, which are a proof's limit")

@@ -236,6 +236,9 @@ def _rows_indexed(value: ir.Value) -> int:
         for node, index in waiting.pop().uses():
             at = LOOKUPS.get(node.op_type, {}).get(index)
             table = None if at is None else node.inputs[at]
+            dequantised = None if table is None else table.producer()
+            if dequantised is not None and dequantised.op_type == "DequantizeLinear":
+                table = dequantised.inputs[0]  # of the same shape, which graphs need not state again
             axis = node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
             if table is not None and table.shape is not None and isinstance(size := table.shape[axis], int):
                 rows.append(size)

@@ -78,6 +78,15 @@ def test_whole_tensor_replaces_weight_in_its_stored_layout() -> None:
     assert np.array_equal(stored(model, "other.bias"), [1, 2])
 
 
+def test_whole_tensor_in_fp64_is_rounded_as_pytorch_does() -> None:
+    model = a_graph(GEMM)
+    model.graph.initializers["m.weight"].const_value = ir.Tensor(np.ones((2, 3), ml_dtypes.bfloat16), name="m.weight")
+    whole = np.full((2, 3), 1 + 2**-8 + 2**-40)  # a tie of bfloat16 once it is rounded to fp32
+    folded(model, an_adapter({}, replaced={"m.weight": whole}))
+    expected = torch.from_numpy(whole).to(torch.bfloat16).float().numpy()
+    assert np.array_equal(stored(model, "m.weight").astype(np.float32), expected)
+
+
 def test_whole_conv1d_weight_is_stored_unchanged() -> None:
     model = a_graph(LINEAR)
     whole = np.arange(6, dtype=np.float32).reshape(3, 2)  # (in, out), the layout of transformers' Conv1D

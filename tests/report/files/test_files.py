@@ -100,6 +100,8 @@ def test_a_card_has_the_verdict_the_hashes_and_the_command() -> None:
     assert f"**{SAME.headline}**" in text and "fp64" in text and "lora-export verify 'a b.onnx'" in text
     assert r"| adapter, × 0.5 | &lt;b&gt;\|x | `12ab` |" in text and text.count("12ab") == 1
     assert "By lora-export 0.1.0:" in text and "to detect what is wrong on purpose: adapter off, scale × 1.1." in text
+    named = card.of_proof(Proof(SAME, ON_CPU, about | {"candidate": "a`*b*.onnx"}))
+    assert rf"a\`\*b\*.onnx: **{SAME.headline}**" in named
     ended = card.of_error({"error": "no | file", "command": ["lora-export", "verify", "x"]}, 1.0)
     assert r"Nothing was proven: no \| file" in ended and "same" not in ended
 

@@ -87,7 +87,7 @@ def test_what_is_wrong_with_an_answer_is_said(name: str) -> None:
 def test_the_memory_of_an_answer_is_bounded() -> None:
     tracemalloc.start()
     with running(endless) as address, pytest.raises(RuntimeRefused):
-        Client(address, 60.0).get("models")
+        Client(address, 1e12).get("models")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 300 << 20

@@ -210,3 +210,13 @@ def test_ids_are_places_along_the_axis_of_their_table(axis: int, most: int) -> N
         {{ y = Gather <axis = {axis}> (table, ids) }}""")
     ids = InputGenerator(model, "g").make(GraphSizes(400, 5, 0), seed=0)["ids"]
     assert (ids.min(), ids.max()) == (0, most - 1)
+
+
+def test_ids_of_a_quantised_table_are_its_rows() -> None:
+    """Without a shape of what is dequantised, and beside a table of floats that has more rows."""
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 20]> g (int64[n] ids) => (y, z)
+        <int8[7,4] table = {0}, float scale = {1}, float[50,4] larger = {0}>
+        { rows = DequantizeLinear (table, scale)  y = Gather (rows, ids)  z = Gather (larger, ids) }""")
+    ids = InputGenerator(model, "g").make(GraphSizes(400, 5, 0), seed=0)["ids"]
+    assert (ids.min(), ids.max()) == (0, 6)
