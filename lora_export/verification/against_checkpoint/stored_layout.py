@@ -87,10 +87,7 @@ def _model_types(config: Mapping[str, Any]) -> set[str]:
 
 
 def _of_model(module: str, shapes: Mapping[str, tuple[int, ...]], model_types: set[str]) -> Layout | None:
-    """The layout by the type of the model; UNKNOWN where the shapes in the same file contradict it.
-
-    `module` is the last part of the module's name.
-    """
+    """The layout by the type of the model and a module's last name; UNKNOWN where shapes in the file contradict it."""
     if not model_types:
         return None
     in_out = {name for name in model_types if module in CONV1D_MODULES.get(name, ())}
