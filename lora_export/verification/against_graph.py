@@ -281,15 +281,8 @@ class PreparedGraphReferences(PreparedReferences):
         adapters, rounds = self.references.adapters, self.references.rounds_sums
         if not adapters:
             return
-        form = (
-            self._with_merged_weights
-            if self.merged is not None
-            else _ROUNDED_SUMS
-            if rounds
-            else branches_where_possible
-            if self.references.mode == "merged"
-            else sum_at_weights
-        )
+        by_mode: Form = branches_where_possible if self.references.mode == "merged" else sum_at_weights
+        form = self._with_merged_weights if self.merged is not None else _ROUNDED_SUMS if rounds else by_mode
         yield "reference", form, 1.0
         yield "scaled", sum_at_weights if self.merged is not None else form, parity.CONTROL_SCALE
         if rounds:

@@ -252,15 +252,12 @@ def _outputs_between_rows(proof: Proof) -> list[str]:
 
 
 def _mixed_cases(candidate: Runner, proofs: Sequence[Proof], rows: Sequence[MixedRow]) -> list[parity.Case]:
-    """A case for each of the inputs that all proofs have, whose rows are these, over and over.
-
-    A proof has further inputs where those of all reach no expert of its adapter.
-    """
+    """A case for each of the inputs that all proofs have, whose rows are these, over and over."""
     cases = []
     between_rows = _outputs_between_rows(proofs[0])
     for name, arrays in proofs[0].inputs.items():
         if not all(name in proof.inputs and same_bits(arrays, proof.inputs[name]) for proof in proofs):
-            continue
+            continue  # a proof has further ones where those of all reach no expert of its adapter
         alone = [case for proof in proofs for case in proof.cases if case.name == name]
         batch = len(next(iter(arrays.values())))
         by_row = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]

@@ -40,7 +40,7 @@ class StoredLayouts:
             # Only the converter that cuts a part of a stored tensor tells whether it transposes it.
             of_part = step.spec.layout if step.spec.region is not None else None
             layout = shown[step.weight] or of_part or _stated(step.weight, stated)
-            layout = layout or of_model(_last_part(step.weight.removesuffix(WEIGHT)))
+            layout = layout or of_model(step.weight.removesuffix(WEIGHT).rpartition(".")[2])
             if layout is None:
                 found = {own for adapter, own in _recorded(step, plan) if adapter not in unreliable}
                 found.update(file.layouts_of(step.weight))
@@ -66,10 +66,6 @@ def _shown_by_pair(step: Step) -> Layout | None:
     return Layout.OUT_IN if shape[0] == pair.shape[0] else Layout.IN_OUT
 
 
-def _last_part(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
 def _stated(weight: str, stated: Mapping[str, str]) -> Layout | None:
     found = None
     for pattern, layout in stated.items():
@@ -91,10 +87,7 @@ def _model_types(config: Mapping[str, Any]) -> set[str]:
 
 
 def _of_model(module: str, shapes: Mapping[str, tuple[int, ...]], model_types: set[str]) -> Layout | None:
-    """The layout by the type of the model; UNKNOWN where the shapes in the same file contradict it.
-
-    `module` is the last part of the module's name.
-    """
+    """The layout by the type of the model and a module's last name; UNKNOWN where shapes in the file contradict it."""
     if not model_types:
         return None
     in_out = {name for name in model_types if module in CONV1D_MODULES.get(name, ())}
@@ -107,7 +100,7 @@ def _of_model(module: str, shapes: Mapping[str, tuple[int, ...]], model_types: s
 def _of_namesakes(module: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layout]:
     """The layouts of matrices with this last name that are not square: a bias has one entry for each output."""
     for name, shape in shapes.items():
-        if name.endswith(f"{module}{WEIGHT}") and _last_part(name.removesuffix(WEIGHT)) == module:
+        if name.endswith(f"{module}{WEIGHT}") and name.removesuffix(WEIGHT).rpartition(".")[2] == module:
             outputs = shapes.get(f"{name.removesuffix(WEIGHT)}.bias")
             if len(shape) == 2 and shape[0] != shape[1] and outputs in ((shape[0],), (shape[1],)):
                 yield Layout.OUT_IN if outputs == (shape[0],) else Layout.IN_OUT
@@ -143,7 +136,7 @@ class _FileOfUnknownModel:
     def layouts_of(self, weight: str) -> Iterator[Layout]:
         """The layouts of a square matrix by other matrices, and by its name."""
         module = weight.removesuffix(WEIGHT)
-        last = _last_part(module)
+        last = module.rpartition(".")[2]
         yield from (layout for name, layout in self.oblong.items() if _are_alike(name.removesuffix(WEIGHT), module))
         may_be_linear = last not in CONV1D and not self.has_other_in_out
         if may_be_linear and ((last in LINEAR_NAMES and self.has_stack) or self.is_of_diffusion):
@@ -162,17 +155,13 @@ class _FileOfUnknownModel:
 
     @functools.cached_property
     def has_stack(self) -> bool:
-        return any(_is_in_a_stack(name) for name, shape in self.shapes.items() if len(shape) == 2)
+        """Whether a matrix is the weight of a layer of nn.Linear, by its name, below a number."""
+        parts = (name.removesuffix(WEIGHT).split(".") for name, shape in self.shapes.items() if len(shape) == 2)
+        return any(last in LINEAR_NAMES and any(part.isdecimal() for part in outer) for *outer, last in parts)
 
     @functools.cached_property
     def is_of_diffusion(self) -> bool:
         return bool(other_layouts(self.shapes))
-
-
-def _is_in_a_stack(name: str) -> bool:
-    """Whether a tensor is the weight of a layer of nn.Linear, by its name, below a number."""
-    *outer, last = name.removesuffix(WEIGHT).split(".")
-    return last in LINEAR_NAMES and any(part.isdecimal() for part in outer)
 
 
 def _oblong(shapes: Mapping[str, tuple[int, ...]], shown: Mapping[str, Layout | None]) -> Iterator[tuple[str, Layout]]:

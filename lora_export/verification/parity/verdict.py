@@ -196,17 +196,14 @@ class Verdict:
         if not self.comparisons:
             return f"{self.outcome}: nothing was compared"
         parts: list[str] = []
-        if not any(reason.outcome is Outcome.DIFFERENT for reason in self.reasons) or self._has_large_error:
+        is_different = any(reason.outcome is Outcome.DIFFERENT for reason in self.reasons)
+        if not is_different or any(reason.gate == "error" for reason in self.reasons):
             parts += self._largest_error()
         outputs = len({comparison.output for comparison in self.comparisons})
         cases = count(len({comparison.case for comparison in self.comparisons}), "case")
         parts.append(cases if outputs == 1 else f"{outputs} outputs in {cases}")
         parts += [self.dtype] if self.dtype != "float32" else []
         return f"{self.outcome}: {', '.join(parts)}"
-
-    @property
-    def _has_large_error(self) -> bool:
-        return any(reason.gate == "error" for reason in self.reasons)
 
     def _largest_error(self) -> Iterator[str]:
         effects = [f.relative_to_effect for _, f in self.measured if f.relative_to_effect is not None]

@@ -300,11 +300,11 @@ def compare_initializers(
                 if stored_dtype(change.value) in FLOATS:
                     by_name.setdefault(str(change.value.name), []).append(_in_initializer(change))
     values = {str(value.name): value for value in stored_floats(base)}
-    expected = {
-        name: ExpectedWeight(_spec(value), value_array(value), tuple(by_name.get(name, ())))
-        for name, value in values.items()
-        if name not in left_out
-    }
+    expected = {}
+    for name, value in values.items():
+        if name not in left_out:
+            spec = TensorSpec(name, stored_shape(value), stored_dtype(value))
+            expected[name] = ExpectedWeight(spec, value_array(value), tuple(by_name.get(name, ())))
     weights = ((id(values[name]), weight) for name, weight in expected.items())
     return compare_expected(_tensors(candidate, set(expected)), weights, owner="the source graph")
 
@@ -324,10 +324,6 @@ def _in_initializer(change: InitializerChange) -> Step:
     rows = change.patch(shape[-2] if change.cut_shape is None else shape[0])
     region = StoredRegion(name, (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape, rows.rows, rows.columns)
     return replace(change.step, spec=replace(change.step.spec, region=region))
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    return TensorSpec(str(value.name), stored_shape(value), stored_dtype(value))
 
 
 def _tensors(candidate: ir.Model, expected: set[str]) -> Iterator[CandidateTensor]:

@@ -161,15 +161,13 @@ class NearTies:
         if call not in self.wanted:
             return own.indices
         wanted = Choice(own.scores, self.wanted[call].to(own.indices))
-        best, best_wanted = (each.best if own.is_ordered else _ordered(each.best) for each in (own, wanted))
+        best, best_wanted = (
+            each.best if own.is_ordered else each.best.sort(-1, descending=True).values for each in (own, wanted)
+        )
         distance = (best_wanted - best).abs()
         margin = self.margins[call.owner, call.number][: distance.shape[-1]]
         is_tie = (distance <= margin.to(distance)).all(-1, keepdim=True)
         return torch.where(is_tie, wanted.indices, own.indices)
-
-
-def _ordered(scores: torch.Tensor) -> torch.Tensor:
-    return scores.sort(-1, descending=True).values
 
 
 def margins_of(runs: Iterable[tuple[Choices, Choices]]) -> Margins:
