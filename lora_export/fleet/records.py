@@ -6,6 +6,7 @@ where its size, its times or its place on the disk are others than when it was h
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -222,7 +223,7 @@ class FleetRecords:
         made = {os.path.normpath(one.facts["options"]["output"]): one.record["written"] for one in before}
         read = {path for paths in job.inputs().values() for path in paths if os.path.normpath(path) not in made}
         base = [job.base_path] if job.kind.base else []
-        contents = {path: self._contents_of_input(path) for path in {*base, job.adapter_path, *read}}
+        contents = {path: self._contents_of(path) for path in {*base, job.adapter_path, *read}}
         if None in contents.values():
             return None
         facts = {
@@ -237,21 +238,17 @@ class FleetRecords:
         }
         return dict(json.loads(json.dumps(facts, default=str)))  # as a record has it
 
-    def _contents_of_input(self, path: str) -> dict[str, str] | None:
-        if path not in self._contents:
-            self._contents[path] = self._contents_of(path)
-        return self._contents[path]
-
     def _contents_of(self, path: str) -> dict[str, str] | None:
         """The hash of each file of a path. None where one is not known, and files are not to be read.
 
         Empty for what is no file, such as a factory of a package, and for what cannot be read: the job will refuse it.
         """
-        try:
-            found = model_paths(locate(path, ignore))  # of FILE.py:FACTORY, the file
-            return self._hashes_of(open_artifact(newly_opened(found[0])).files if found else {})
-        except (InputRefused, OSError):
-            return {}
+        if path not in self._contents:
+            self._contents[path] = {}
+            with contextlib.suppress(InputRefused, OSError):
+                found = model_paths(locate(path, ignore))  # of FILE.py:FACTORY, the file
+                self._contents[path] = self._hashes_of(open_artifact(newly_opened(found[0])).files if found else {})
+        return self._contents[path]
 
     def _hashes_of(self, files: Mapping[str, Path], known: StatesAndHashes = NONE_KNOWN) -> dict[str, str] | None:
         """The hash of each file, by name; None where one is not known."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.filesize import decimal
 
 from lora_export.errors import InputRefused, count, duration, one_line
 from lora_export.report.files import refuse_other_file, replace_report
+from lora_export.report.files.figures import as_json
 from lora_export.report.files.junit_xml import finished_suite, new_suite, xml_text
 from lora_export.report.files.page import MARKS, render, require_jinja2
 
@@ -19,11 +19,6 @@ FleetDocument = Mapping[str, Any]
 RIGHT_OUTCOMES = ("same", "done")
 COLOURS = {"same": "same", "done": "same", "different": "different", "refused": "different", "failed": "different"}
 SHOWN_PROBLEM_LINES = 6  # of one adapter, on a screen
-
-
-def outcome_of_fleet(document: FleetDocument) -> str:
-    """`same`, `different` or `undecided`: the colour of a fleet."""
-    return {0: "same", 5: "undecided"}.get(document["exit_code"], "different")
 
 
 def headline_of_fleet(document: FleetDocument) -> str:
@@ -80,10 +75,6 @@ def plan_lines(document: FleetDocument, *, every: bool) -> Iterator[str]:
 # --- files ---
 
 
-def _as_json(document: FleetDocument) -> str:
-    return json.dumps(document, indent=2) + "\n"
-
-
 def _as_junit(document: FleetDocument) -> str:
     """A test for each step of each adapter: `different` is a failure, what could not be judged an error."""
     suite = new_suite({"file": document["file"]}, document["seconds"])
@@ -104,7 +95,7 @@ def _as_junit(document: FleetDocument) -> str:
 
 
 def _as_page(document: FleetDocument) -> str:
-    outcome = outcome_of_fleet(document)
+    outcome = {0: "same", 5: "undecided"}.get(document["exit_code"], "different")  # the colour of the page
     return render(
         "fleet.html.j2",
         document={**document, "outcome": outcome},
@@ -120,7 +111,7 @@ def _as_page(document: FleetDocument) -> str:
     )
 
 
-FLEET_REPORTS: Mapping[str, Callable[[FleetDocument], str]] = {".json": _as_json, ".xml": _as_junit, ".html": _as_page}
+FLEET_REPORTS: Mapping[str, Callable[[FleetDocument], str]] = {".json": as_json, ".xml": _as_junit, ".html": _as_page}
 
 
 def check_fleet_report(path: Path) -> None:

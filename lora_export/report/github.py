@@ -74,18 +74,17 @@ def summary(proof: Proof | Audit, title: str) -> str:
     blocks = [
         [f"### {ICONS[verdict.outcome]} {safe_markdown(title)}: {verdict.outcome}"],
         [safe_markdown(headline(proof))],
-        *([_audit_lines(proof)] if isinstance(proof, Audit) else _proof_blocks(proof)),
+        *_blocks(proof),
     ]
     versions = [f"{name} {about[name]}" for name in ("lora_export", "torch", "onnxruntime") if name in about]
     blocks.append([f"<sub>{safe_markdown(', '.join(versions))}</sub>"] if versions else [])
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n\n"
 
 
-def _audit_lines(audit: Audit) -> list[str]:
-    return [f"- {safe_markdown(line.strip())}" for lines in audit.summary_lines for line in lines]
-
-
-def _proof_blocks(proof: Proof) -> Iterator[list[str]]:
+def _blocks(proof: Proof | Audit) -> Iterator[list[str]]:
+    if isinstance(proof, Audit):
+        yield [f"- {safe_markdown(line.strip())}" for lines in proof.summary_lines for line in lines]
+        return
     yield list(_reason_lines(proof))
     yield list(_table(proof.verdict))
     yield list(_remarks(proof))

@@ -50,11 +50,6 @@ def _milliseconds(figure: float) -> str:
     return f"{figure:,.0f} ms" if figure >= 1000 else f"{figure:.3g} ms"
 
 
-def require_matplotlib() -> Any:
-    """The class Figure of matplotlib. Raises EnvironmentLacking where it is missing."""
-    return optional_package("matplotlib.figure", "a plot needs", "plot").Figure
-
-
 def draw_losses(
     losses: Mapping[str, Sequence[float]], path: Path, *, held_out: Mapping[int, float] | None = None
 ) -> None:
@@ -63,7 +58,9 @@ def draw_losses(
     Of many steps, the line is the mean of the last few, and the single losses are thin lines behind it. `held_out` are
     losses on held-out examples: step -> loss.
     """
-    figure = require_matplotlib()(figsize=(8, 4.5), layout="constrained")
+    figure = optional_package("matplotlib.figure", "a plot needs", "plot").Figure(
+        figsize=(8, 4.5), layout="constrained"
+    )
     axes = figure.subplots()
     for number, (label, values) in enumerate(losses.items()):
         style = {"color": LINE_COLOURS[number % len(LINE_COLOURS)], "linestyle": LINES[number % len(LINES)]}

@@ -62,16 +62,18 @@ def ignores_padding(module: nn.Module, batch: Batch, lengths: Sequence[int]) -> 
     modules, order = repr(alone), sorted(range(len(lengths)), key=lengths.__getitem__)
     rows = [order[0], order[len(order) // 2]]
     try:
-        is_alike = all(_is_alike(alone, _rows_of(batch.inputs, [row]), lengths[row]) for row in rows)
+        is_alike = all(_is_alike(alone, batch.inputs, row, lengths[row]) for row in rows)
     except RuntimeRefused:  # by the model's code, which may need a least length
         return False
     return is_alike and repr(alone) == modules
 
 
-def _is_alike(module: nn.Module, padded: Mapping[str, Tensor], length: int) -> bool:
+def _is_alike(module: nn.Module, inputs: Mapping[str, Tensor], row: int, length: int) -> bool:
     """Whether the scores of one text are those with its padding. Where they are by token, those of padding are not."""
+    padded = {name: value[[row]] for name, value in inputs.items()}
+    cut = {name: value[:, :length] if name in BY_TOKEN else value for name, value in padded.items()}
     with torch.no_grad():
-        expected, found = (scores_of(module_outputs(module, each)) for each in (padded, _cut(padded, length)))
+        expected, found = (scores_of(module_outputs(module, each)) for each in (padded, cut))
     if expected.shape != found.shape:
         expected = expected[:, :length]
     widest = max(torch.finfo(each.dtype).eps for each in (found, *module.parameters()) if each.is_floating_point())
@@ -148,11 +150,3 @@ def _part(batch: Batch, loss: Loss, labels: list[int], width: int) -> Batch:
     inputs = {name: value[rows, :width] if name in BY_TOKEN else value[rows] for name, value in batch.inputs.items()}
     own = batch.labels[labels]
     return Batch(inputs, own[:, :width] if _are_by_token(batch.labels, mask) else own)
-
-
-def _cut(inputs: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    return {name: value[:, :width] if name in BY_TOKEN else value for name, value in inputs.items()}
-
-
-def _rows_of(inputs: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-    return {name: value[rows] for name, value in inputs.items()}

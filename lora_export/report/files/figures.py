@@ -14,13 +14,13 @@ PURPOSE = "every figure"
 
 def of_proof(proof: AnyProof) -> str:
     """The document that `verify` prints as JSON."""
-    return _json(document_of_proof(proof))
+    return as_json(document_of_proof(proof))
 
 
 def of_error(error: Mapping[str, Any], seconds: float) -> str:  # noqa: ARG001 - the command itself has no duration
     """The document that the command prints as JSON where it fails."""
-    return _json(error)
+    return as_json(error)
 
 
-def _json(document: Mapping[str, Any]) -> str:
+def as_json(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=2, allow_nan=False) + "\n"

@@ -111,10 +111,6 @@ class DescribedSounds(Records):
         return f"{self.metadata}, {self.rows.where(row)}"
 
 
-def file_kind(path: Path) -> str:
-    return FILE_KINDS.get(path.suffix.lower(), "text")
-
-
 def open_folder(path: Path) -> Records:
     """The images of a folder by class, its sounds with their metadata, or its text files. Hidden files are left out.
 
@@ -124,7 +120,7 @@ def open_folder(path: Path) -> Records:
     if any((path / name).is_file() for name in DATASET_FILES):
         return SavedDataset(path)
     files = shown_files(path)
-    kinds = dict(zip(files, map(file_kind, files), strict=True))
+    kinds = {file: FILE_KINDS.get(file.suffix.lower(), "text") for file in files}
     if not kinds:
         raise InputRefused(f"{path} contains no files")
     if "sound" in kinds.values():

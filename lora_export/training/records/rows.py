@@ -307,8 +307,7 @@ class ParquetRows(Records):
         return int(self._table.num_rows)
 
     def read(self, row: int) -> Row:
-        (values,) = self._table.slice(row, 1).to_pylist()
-        return dict(values)
+        return dict(self._table.slice(row, 1).to_pylist()[0])
 
 
 class SavedDataset(Records):
