@@ -258,6 +258,8 @@ def combine_adapters(
     twice.
     """
     strengths = checked_strengths(adapters, strengths)
+    if len({adapter.flattened for adapter in adapters}) > 1:
+        raise InputRefused("in the names of some of the adapters `_` stands for the dots, and in those of others not")
     tables = _tables(adapters)
     refuse_beyond_pairs(_without(tables, adapters), "a combined adapter")
     if len(adapters) < 2 and not combination.is_exact:
@@ -277,6 +279,7 @@ def combine_adapters(
         pairs={module: term.pair for module, term in combined.items()},
         replaced=tables,
         layouts=_layouts(adapters),
+        flattened=adapters[0].flattened,
         # The endings of all; none where those of one are not fully known.
         targets=tuple(sorted(_targets(adapters))) if is_known else (),
         spelling={module: adapter.spelled(module) for adapter in adapters[::-1] for module in adapter.pairs},

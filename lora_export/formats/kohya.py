@@ -6,6 +6,7 @@ resolves them (see `lora_export.plan.spelling`).
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from lora_export.formats import WriteOptions
@@ -51,8 +52,8 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
 
     file = OneFile(adapter, "kohya", lambda module, ending: f"{flattened(module)}.{ending}")
     file.problems += [f"{name}: a second transformer" for name in names if split_component(name)[0] not in prefixes]
-    keys = list(map(flattened, adapter.pairs))
-    file.problems += [f"{key}: two modules have this name without dots" for key in set(keys) if keys.count(key) > 1]
+    keys = Counter(map(flattened, adapter.pairs))
+    file.problems += [f"{key}: two modules have this name without dots" for key, number in keys.items() if number > 1]
     file.add_changes(("lora_down.weight", "lora_up.weight"))
     file.write(path)
     return without_component(adapter)

@@ -42,6 +42,7 @@ from lora_export.formats.writing import (
 )
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
 from lora_export.names.families import PROJECTIONS, is_turned, model_types
+from lora_export.options.spelling import command
 from lora_export.storage import json_files, safetensors_file
 
 ALLOWED = frozenset({"magnitude", "replaced", "token_rows", "tied"})
@@ -97,9 +98,14 @@ def write_any_ranks(adapter: Adapter, folder: Path, *, metadata: Mapping[str, st
     """Write an adapter of pairs of scale 1 and whole tensors, with their types.
 
     Each alpha is the rank. The caller stages `folder`. `metadata` is added to the header of the file of tensors. Raises
-    ValueError for what such a file cannot hold: another scale, DoRA, bare parameters, additions to vectors, rows of
-    tokens, and two ranks where PEFT has one.
+    InputRefused for flattened names, and ValueError for what such a file cannot hold: another scale, DoRA, bare
+    parameters, additions to vectors, rows of tokens, and two ranks where PEFT has one.
     """
+    if adapter.flattened:
+        raise InputRefused(
+            f"`_` stands for the dots in the adapter's names, such as {next(iter(adapter.pairs))}: PEFT finds no "
+            f"module by them. Convert each adapter first: `{command('convert', 'ADAPTER', to='peft', base='BASE')}`"
+        )
     beyond = {kind for kind, names in adapter.beyond_pairs.items() if names} - {"replaced", "tied"}
     problems = _different_ranks(adapter, adapter.pairs)
     if beyond or problems or any(pair.scale != 1 for pair in adapter.pairs.values()):

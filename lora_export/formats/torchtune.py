@@ -90,11 +90,8 @@ def _rank_and_alpha(weights: Path, options: ReadOptions) -> tuple[int, float, li
         return *adapter_files.stated_rank_and_alpha(why, options), []
     options.refuse_rank_and_alpha(_CONFIG_BESIDE)
     fields = json_files.read_json(config)
-    rank, alpha = (
-        adapter_files.positive_size(config, "r", fields.get("r")),
-        adapter_files.positive_number(config, "lora_alpha", fields.get("lora_alpha")),
-    )
-    return rank, alpha, [config]
+    rank = adapter_files.positive_size(config, "r", fields.get("r"))
+    return rank, adapter_files.positive_number(config, "lora_alpha", fields.get("lora_alpha")), [config]
 
 
 @dataclass(frozen=True)

@@ -330,8 +330,7 @@ def _prefix_remedy(spelled: Sequence[SpelledAdapter], base: BaseTensors, rules: 
         modules = [module for module in one.adapter.pairs if module not in one.adapter.tied]
         if any(weight_of(one.prefix.to_base(module), base) for module in modules):
             continue  # some names fit: the others have another reason
-        names = [*base, *(base.loaded or ())] if rules is not None else list(base)
-        proposals += fitting_prefixes(one.adapter, names, lambda adapter: _fits(adapter, base, rules))
+        proposals += fitting_prefixes(one.adapter, base, lambda adapter: _fits(adapter, base, rules))
     return prefix_remedy(list(dict.fromkeys(proposals)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from lora_export.plan.attempts import ConvertedNames, Spelling, module_of_tensor
 from lora_export.plan.match_names import BaseTensors, Prefix, endings, find_prefix, missing_targets, weight_of
 from lora_export.plan.placing import Place, places_in_result, places_in_sources
 from lora_export.plan.types import Layout, TensorSpec
+
+RECENT_RESULTS = 8  # of conversions that are kept: those of one layer
 
 
 class NamesOfConvertedTensors(ConvertedNames):
@@ -136,6 +139,10 @@ class AsOriginal(_ByTransformers):
         self.by_stored = LoadedNames(rules, self.shapes).by_stored
         self.prefix = _prefix_or_none(self._renamed(), base)
         self.shapes = with_missing_experts(self.shapes, rules, self._base_shape)
+        # Every expert of a stack asks for all of the stack.
+        self._results = functools.lru_cache(RECENT_RESULTS)(
+            lambda conversion: conversion.assembled(self.shapes.__getitem__, self._base_shape)
+        )
         self.by_stored = LoadedNames(rules, self.shapes).by_stored
         self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
         self.matched_tensors = sum(self._is_in_base(name) for name in self._tensors())
@@ -171,7 +178,7 @@ class AsOriginal(_ByTransformers):
             if found.conversion is None:
                 places.append(Place(name))
                 continue
-            assembled = found.conversion.assembled(self.shapes.__getitem__, self._base_shape)[found.name]
+            assembled = self._results(found.conversion)[found.name]
             if assembled.shape != self.base[name].shape:
                 raise NotExpressible(f"makes {name} {self.base[name].shape} of tensors that the adapter lacks in part")
             places += [
@@ -191,7 +198,7 @@ class AsOriginal(_ByTransformers):
         stored = AssembledTensor.stored(name, self._stored_shape(name))
         if found.conversion is None:
             return stored
-        assembled = found.conversion.assembled(self.shapes.__getitem__, self._base_shape)[found.name]
+        assembled = self._results(found.conversion)[found.name]
         if assembled.shape == stored.shape and assembled.order == (0, 1, 2):
             return stored
         if assembled.shape == stored.shape and assembled.order == (0, 2, 1):  # which is its own inverse

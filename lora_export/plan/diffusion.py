@@ -204,7 +204,8 @@ def tensors_of_model(base: Mapping[str, TensorSpec], component: str, adapter: st
     prefixes = prefixes_of_models(base)
     if component not in prefixes:
         raise InputRefused(
-            f"{adapter} has changes for {component}, and the base does not: it contains "
-            f"{', '.join(prefixes)}. Choose one model by {named('component')}, or give the folder of a pipeline"
+            f"{adapter} has changes for {listed_components([component])}, which the base lacks: it contains "
+            f"{listed_components(list(prefixes))}. Choose one model by {named('component')}, or give the folder of a "
+            "pipeline"
         )
     return [spec for name, spec in base.items() if name.startswith(prefixes[component])]

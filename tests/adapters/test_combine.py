@@ -117,6 +117,7 @@ def test_tables_that_not_all_have_are_refused(second: Adapter) -> None:
         (adapter("two", 0, "other"), [], None),
         (replace(TWO, sha256="one"), [], "two is the same adapter as one"),
         (replace(TWO, name="one"), [], "2 adapters are called one"),
+        (replace(TWO, flattened=True), [], "some of the adapters `_` stands for the dots"),
     ],
 )
 def test_adapters_that_cannot_be_meant_are_refused(second: Adapter, weights: list[float], message: str | None) -> None:
@@ -125,6 +126,12 @@ def test_adapters_that_cannot_be_meant_are_refused(second: Adapter, weights: lis
         return
     with pytest.raises((InputRefused, WrongUsage), match=message):
         combine_adapters([ONE, second], weights, Combination(), "both")
+
+
+def test_names_without_dots_find_the_layers_of_their_sum() -> None:
+    flat = [replace(one, pairs={"a_fc": one.pairs["fc"]}, flattened=True) for one in (ONE, TWO)]
+    combined = combine_adapters(flat, [], LINEAR, "both")
+    assert plan.make([combined], [TensorSpec("a.fc.weight", (3, 2), "float32", Layout.OUT_IN)]).by_weight
 
 
 def test_one_adapter_alone_needs_no_method() -> None:

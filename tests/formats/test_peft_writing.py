@@ -258,6 +258,13 @@ def test_what_such_a_file_cannot_hold_is_an_error(tmp_path: Path, fields: dict[s
         write_any_ranks(replace(Adapter("x", "made", PAIRS), **fields), tmp_path)
 
 
+def test_names_without_dots_are_refused_by_name(tmp_path: Path) -> None:
+    flat = Adapter("x", "kohya", {"blocks_0_q": pair(4, 4, 1)}, flattened=True)
+    with pytest.raises(InputRefused, match="`_` stands for the dots in the adapter's names, such as blocks_0_q"):
+        write_any_ranks(flat, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("pairs", "replaced", "saved", "task"),
     [

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.random_matrices import WIDE_FROM, Generator
+from lora_export.formats.peft_kinds.kind import Stored
+from lora_export.formats.peft_kinds.random_matrices import WIDE_FROM, Generator, vera
 
 SEEDS = (0, 1, 777, 2**31, 2**32 + 5, 2**63 + 11, -3, *range(40, 60))
 
@@ -54,3 +55,13 @@ def test_normal_numbers_are_nearly_the_same(size):
 def test_another_seed_is_refused(seed):
     with pytest.raises(InputRefused, match=r"projection_prng_key is .*; it must be an integer of 64 bits"):
         Generator(seed, "projection_prng_key")
+
+
+def test_matrices_that_all_layers_share_are_drawn_once(monkeypatch):
+    uniform, drawn = Generator.uniform, []
+    monkeypatch.setattr(Generator, "uniform", lambda self, *way: drawn.append(way) or uniform(self, *way))
+    parts = {"vera_lambda_d": np.ones(2, np.float32), "vera_lambda_b": np.ones(6, np.float32)}
+    stored = Stored(parts, {"r": 2, "projection_prng_key": 4711}, {}, "a", 2, "VeRA")
+    first, second = (vera(stored).for_shape((6, 4), [(6, 4), (6, 4)]) for _ in range(2))
+    assert first.delta().any() and np.array_equal(first.delta(), second.delta())
+    assert len(drawn) == 2  # A and B

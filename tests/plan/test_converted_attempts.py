@@ -11,6 +11,7 @@ from lora_export import plan, sums
 from lora_export.errors import MatchError
 from lora_export.formats import lora_changes
 from lora_export.lora import LoraPair
+from lora_export.names.loaded_names import Conversion
 from lora_export.pairs import open_shape
 from support.plans import holding
 from support.spellings import MIXTRAL, NEW, OLD, VIT, base, experts, numbered
@@ -61,6 +62,14 @@ def test_pairs_of_single_experts_are_parts_of_the_stacked_tensor():
             wanted = own["w2"] if "down" in spec.name else np.concatenate([own["w1"], own["w3"]])
             np.testing.assert_array_equal(expected[number], wanted)
     assert "model.layers.0.mlp.experts.gate_up_proj[1, 2:4]" in made.by_weight
+
+
+def test_a_stack_is_assembled_once_for_all_of_its_experts(monkeypatch):
+    assembled, calls = Conversion.assembled, []
+    monkeypatch.setattr(Conversion, "assembled", lambda self, *shapes: calls.append(self) or assembled(self, *shapes))
+    pairs, stacked = experts()
+    assert plan.make([holding(pairs=pairs)], stacked, rules=MIXTRAL).steps
+    assert len(calls) == len(set(calls))
 
 
 def test_pairs_of_more_experts_than_the_stack_has_are_refused():

@@ -246,10 +246,10 @@ def test_a_component_that_the_file_lacks_is_refused():
     assert [spec.name for spec in tensors_of_model(base, "text_encoder", "x")] == [
         "cond_stage_model.transformer.b.weight"
     ]
-    with pytest.raises(
-        InputRefused, match="x has changes for text_encoder_2, and the base does not: it contains denoiser"
-    ):
-        tensors_of_model(base, "text_encoder_2", "x")
+    lacking = "x has changes for {}, which the base lacks: it contains unet or transformer, text_encoder. Choose"
+    for component, shown in (("text_encoder_2", "text_encoder_2"), ("", "modules without a component")):
+        with pytest.raises(InputRefused, match=lacking.format(shown)):
+            tensors_of_model(base, component, "x")
 
 
 def test_an_adapter_of_several_models_needs_a_file_with_them():

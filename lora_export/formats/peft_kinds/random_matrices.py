@@ -6,6 +6,7 @@ Both PyTorch and NumPy use the Mersenne Twister MT19937 (Matsumoto and Nishimura
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -114,11 +115,16 @@ def _projections(stored: Stored, rows: int, rank: int, shapes: Sequence[MatrixSh
         if a.ndim != 2 or b.ndim != 2 or (len(a), b.shape[1]) != (rows, rank):
             raise InputRefused(f"{names[0]} {a.shape} and {names[1]} {b.shape} disagree with the rank {rank}")
         return np.asarray(a, np.float32), np.asarray(b, np.float32)
-    generator = Generator(stored.config.get(PROJECTION_SEED), PROJECTION_SEED)
     most_outputs, most_inputs = (max(shape[axis] for shape in shapes) for axis in (0, 1))
-    bounds = (math.sqrt(3) * (math.sqrt(2) / math.sqrt(fan)) for fan in (most_inputs, rank))
-    drawn = ((rows, most_inputs), (most_outputs, rank))
-    a, b = (generator.uniform(shape, -bound, bound) for shape, bound in zip(drawn, bounds, strict=True))
+    return _drawn_projections(stored.config.get(PROJECTION_SEED), (rows, most_inputs), (most_outputs, rank))
+
+
+@functools.lru_cache(maxsize=1)  # all layers have the same
+def _drawn_projections(seed: Any, *shapes: tuple[int, int]) -> Projections:
+    generator = Generator(seed, PROJECTION_SEED)
+    # The fans of both are their inputs, each the second size.
+    bounds = (math.sqrt(3) * (math.sqrt(2) / math.sqrt(fan)) for _, fan in shapes)
+    a, b = (generator.uniform(shape, -bound, bound) for shape, bound in zip(shapes, bounds, strict=True))
     return a, b
 
 
