@@ -37,6 +37,7 @@ HUB_ADDRESS = re.compile(
 )
 # A name that ends so is that of a file, and none of the Hub's; there, names of repositories end in .gguf, for example.
 FILES = {*FILE_SUFFIXES, ".py"}.difference(ArtifactKind.GGUF.suffixes, ArtifactKind.OPENVINO.suffixes)
+WEIGHT_SUFFIXES = FILE_SUFFIXES - {".json", ".npz"}
 OFFLINE = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. To download it, unset the variable"
 CACHED = "models--"  # a model's folder in the cache: models--owner--name
 SNAPSHOTS = "snapshots"  # the folder in it that has one for each commit
@@ -152,7 +153,7 @@ def locate(source: str | Path, on_message: Callable[[str], None], download: bool
         return path
     name, revision = match["name"], match["revision"]
     snapshot = _snapshot(name, revision)
-    if snapshot is None and download:
+    if download and (snapshot is None or _is_part(snapshot)):
         snapshot = _with_weights(download_snapshot(name, revision, on_message), name, revision)
     if snapshot is not None:
         on_message(f"{text}: the snapshot {snapshot.name} in the Hugging Face cache")
@@ -198,9 +199,7 @@ def _refuse_part(found: Path, shown: str, below: str) -> None:
 
     if not constants.HF_HUB_OFFLINE:
         return
-    indexes = [path for path in found.rglob("*.safetensors.index.json") if path.is_file()]
-    named = {index.parent / name for index in indexes for name in _shards_of(index)}
-    lacking = sorted(one_line(path.relative_to(found).as_posix()) for path in named if not path.is_file())
+    lacking = sorted(one_line(path.relative_to(found).as_posix()) for path in _missing_shards(found))
     if not found.exists():
         lacking = [one_line(below)]
     elif not below and not lacking and not any(found.rglob("*.safetensors")):
@@ -209,6 +208,19 @@ def _refuse_part(found: Path, shown: str, below: str) -> None:
         raise EnvironmentLacking(
             f"the Hugging Face cache has a part of {shown}, without {' and '.join(lacking)}, and {OFFLINE}"
         )
+
+
+def _is_part(snapshot: Path) -> bool:
+    """Whether a snapshot lacks shards, or has no weights at all, as where only a tokenizer was loaded."""
+    has_weights = any(path.suffix in WEIGHT_SUFFIXES for path in snapshot.rglob("*"))
+    return not has_weights or bool(_missing_shards(snapshot))
+
+
+def _missing_shards(folder: Path) -> set[Path]:
+    """The shards that indexes in a folder name, and that are not there."""
+    indexes = [path for path in folder.rglob("*.safetensors.index.json") if path.is_file()]
+    named = {index.parent / name for index in indexes for name in _shards_of(index)}
+    return {path for path in named if not path.is_file()}
 
 
 def _shards_of(index: Path) -> Iterable[str]:

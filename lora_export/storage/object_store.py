@@ -8,19 +8,24 @@ a key.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
+import itertools
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.extras import pip_install
+
+_T = TypeVar("_T")
 
 UPLOADED_PART = 12 << 20  # bytes; a store takes at most 10,000 parts of an object
 PARTS_AT_ONCE = 4
@@ -105,13 +110,49 @@ def _reason(error: Exception) -> str:
     return f"the store did not answer within {DEADLINE.seconds} seconds, or the connection broke"
 
 
+class KeyTable(Generic[_T]):
+    """Values of keys. Those below a folder are found without a look at the others: a bucket may have many adapters."""
+
+    def __init__(self) -> None:
+        self._values, self._sorted, self._lock = dict[str, _T](), list[str](), threading.Lock()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __setitem__(self, key: str, value: _T) -> None:
+        with self._lock:
+            if key not in self._values:
+                bisect.insort(self._sorted, key)
+            self._values[key] = value
+
+    def get(self, key: str) -> _T | None:
+        return self._values.get(key)
+
+    def below(self, folder: str) -> list[tuple[str, _T]]:
+        """The keys below a folder with their values, in their order; below an empty one all."""
+        with self._lock:
+            return [(key, self._values[key]) for key in self._sorted[self._range_below(folder)]]
+
+    def forget(self, key: str) -> None:
+        """Forget a key, and those below it."""
+        with self._lock:
+            own, found = self._range_below(key), bisect.bisect_left(self._sorted, key)
+            for gone in (own, slice(found, found + (key in self._values))):  # the key comes before those below it
+                for each in self._sorted[gone]:
+                    del self._values[each]
+                del self._sorted[gone]
+
+    def _range_below(self, folder: str) -> slice:
+        ends = f"{folder}/", f"{folder}0"  # 0 is the character after the slash
+        return slice(*(bisect.bisect_left(self._sorted, end) for end in ends)) if folder else slice(0, None)
+
+
 class Bucket:
     """A bucket, and what is known of its objects."""
 
     def __init__(self, address: str, store: Any):
         self.address, self._store = address, store
-        self._known: dict[str, ObjectInfo | None] = {}
-        self._listed: set[str] = set()
+        self._known, self._listed = KeyTable[ObjectInfo | None](), KeyTable[bool]()
         self._small = OrderedDict[tuple[str, str, int], memoryview]()  # of small objects, by key, ETag and size
         self.held: dict[str, bytes | None] = {}  # objects that are put when their output is whole
         self.fences: dict[str, Fence] = {}  # by the keys of outputs
@@ -133,15 +174,20 @@ class Bucket:
 
     def forget(self, key: str) -> None:
         """Forget what is known of an object, and of those below it."""
-        for known in [known for known in self._known if f"{known}/".startswith(f"{key}/")]:
-            del self._known[known]
-        self._listed = {listed for listed in self._listed if not _overlap(listed, key)}
+        self._known.forget(key)
+        self._listed.forget(key)
+        for folder in _folders_of(key):
+            self._listed[folder] = False
+
+    def _is_listed(self, folder: str) -> bool:
+        """Whether all objects below a folder are known."""
+        return any(map(self._listed.get, _folders_of(folder)))
 
     def info(self, key: str) -> ObjectInfo | None:
         """What the store states of an object; None where there is none."""
         if (held := self.held.get(key)) is not None:
             return ObjectInfo(len(held), datetime.now(UTC), {})
-        if key not in self._known and not any(_is_below(key, listed) for listed in self._listed):
+        if key not in self._known and not self._is_listed(key.rpartition("/")[0]):
             try:
                 with _errors(self._of(key), EnvironmentLacking):
                     self._known[key] = self._stated(self._store.head(key)) if key else None
@@ -151,34 +197,36 @@ class Bucket:
 
     def has_below(self, key: str) -> bool:
         """Whether there are objects below a key."""
-        if any(info is not None and _is_below(name, key) and name != key for name, info in self._known.items()):
+        if any(info is not None for _, info in self._known.below(key)):
             return True
-        if any(_is_below(key, listed) or listed == key for listed in self._listed):
+        if self._is_listed(key):
             return False
         with _errors(self._of(key), EnvironmentLacking):
             page: list[Any] = next(iter(self._store.list(key or None, chunk_size=LISTED_AT_ONCE)), [])
-        self._known |= {each["path"]: self._stated(each) for each in page}
+        self._know(page)
         if 0 < len(page) < LISTED_AT_ONCE:  # another run may put the first one
-            self._listed.add(key)
+            self._listed[key] = True
         return len(page) > 0
+
+    def _know(self, page: list[Any]) -> None:
+        for each in page:
+            self._known[each["path"]] = self._stated(each)
 
     def below(self, key: str) -> dict[str, ObjectInfo]:
         """The objects below a key, by their names from there on."""
-        if not any(_is_below(key, listed) or listed == key for listed in self._listed):
+        if not self._is_listed(key):
+            found = 0
             with _errors(self._of(key), EnvironmentLacking):
                 for page in self._store.list(key or None):
-                    self._known |= {each["path"]: self._stated(each) for each in page}
-                    if len(self._known) > MOST_OBJECTS:
+                    self._know(page)
+                    found += len(page)
+                    if found > MOST_OBJECTS:
                         raise InputRefused(
                             f"{self._of(key)} has more than {MOST_OBJECTS:,} objects. Name a model in it"
                         )
-            self._listed.add(key)
+            self._listed[key] = True
         prefix = f"{key}/" if key else ""
-        return {
-            name.removeprefix(prefix): info
-            for name, info in sorted(self._known.items())
-            if info is not None and name.startswith(prefix)
-        }
+        return {name.removeprefix(prefix): info for name, info in self._known.below(key) if info is not None}
 
     def read(self, key: str, start: int, stop: int) -> memoryview:
         """The bytes [start, stop) of the object that was planned. Raises InputRefused where it changed or is short."""
@@ -447,9 +495,6 @@ def _opened(address: str, from_url: Callable[..., Any]) -> Any:
         ) from None
 
 
-def _is_below(key: str, folder: str) -> bool:
-    return not folder or key.startswith(f"{folder}/")
-
-
-def _overlap(one: str, other: str) -> bool:
-    return one == other or _is_below(one, other) or _is_below(other, one)
+def _folders_of(key: str) -> list[str]:
+    """The folders that a key is in, from the bucket on, and the key."""
+    return ["", *itertools.accumulate(key.split("/"), "{}/{}".format)]

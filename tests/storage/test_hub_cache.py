@@ -179,6 +179,13 @@ def test_what_the_cache_has_is_not_downloaded_again(hub: HubServer) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("name", ["config.json", "vocab.txt"])
+def test_a_cache_without_weights_is_downloaded_to_the_end(hub: HubServer, name: str) -> None:
+    huggingface_hub.hf_hub_download("org/small", name)
+    folder = locate("org/small", print, download=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == WANTED
+
+
 @pytest.mark.slow
 def test_after_a_cut_connection_the_same_command_downloads_the_rest(hub: HubServer) -> None:
     hub.cut.add("model.safetensors")

@@ -108,6 +108,19 @@ def test_what_was_not_there_is_found_when_another_run_puts_it(stored: Stored) ->
     assert bucket.has_below("out")
 
 
+def test_the_objects_of_other_folders_do_not_count(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "MOST_OBJECTS", 2)
+    for key in ("a/1", "a/2", "a-b/1", "b/1", "b/c/2"):
+        stored.put(key, b"x")
+    bucket = (stored / "a").bucket
+    assert [list(bucket.below(folder)) for folder in ("a", "b", "b/c")] == [["1", "2"], ["1", "c/2"], ["2"]]
+    stored.delete("a/1")
+    bucket.forget("a")
+    assert [list(bucket.below(folder)) for folder in ("a", "b")] == [["2"], ["1", "c/2"]]
+    with pytest.raises(InputRefused, match="has more than 2 objects"):
+        bucket.below("")
+
+
 def test_settings_that_are_no_addresses_have_endpoint_in_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the pods of a cluster at Amazon have them."""
     monkeypatch.setenv("AWS_STS_REGIONAL_ENDPOINTS", "regional")
@@ -211,7 +224,7 @@ def test_a_range_that_is_cut_short_is_refused(monkeypatch: pytest.MonkeyPatch) -
         stores.use(monkeypatch, address)
         path = stored_path()
         assert bytes(path.bucket.read(path.key, 0, 4)) == b"abcd"
-        path.bucket._known["a"] = path.bucket._known["a"]._replace(size=9)  # type: ignore[union-attr]
+        path.bucket._known["a"] = path.bucket.info("a")._replace(size=9)  # type: ignore[union-attr]
         with pytest.raises(LoraExportError, match="s3://bucket/a"):
             path.bucket.read(path.key, 0, 9)
 
