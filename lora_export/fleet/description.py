@@ -159,11 +159,11 @@ def _check_paths(values: Mapping[str, Any], step: str, place: str) -> None:
 
 
 def _of_type(table: Mapping[str, Any], key: str, type_: type, place: str, default: Any = None) -> Any:
-    value = table.get(key, default)
+    value: Any = table.get(key, default)
     if value is None:
         raise WrongUsage(f"{place}: the key `{key}` is missing")
-    is_list = isinstance(value, list)
-    if not isinstance(value, type_) or (is_list and not (value and all(isinstance(one, str) for one in value))):
+    is_wrong = not isinstance(value, type_)
+    if is_wrong or (type_ is list and not (value and all(isinstance(one, str) for one in value))):
         raise WrongUsage(f"{place}: `{key}` is {value!r}; it must be {'a list of texts' if type_ is list else 'text'}")
     return value
 

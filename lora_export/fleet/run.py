@@ -116,12 +116,12 @@ class _Run:
                 job, tries = self.suspects.pop()
                 self._submit([job], tries)
             return left
-        if any(one.tries > 1 for one in self.running.values()):
+        if any(batch.tries > 1 for batch in self.running.values()):
             return left
         waiting, ready = list[FleetJob](), list[FleetJob]()
         jobs_in_order, most = iter(left), self.engine.at_once * MOST_TOGETHER  # of thousands, the first alone
-        while len(ready) < most and (job := next(jobs_in_order, None)):
-            (waiting if any(name not in self.standings for name in job.after) else ready).append(job)
+        while len(ready) < most and (one := next(jobs_in_order, None)):
+            (waiting if any(name not in self.standings for name in one.after) else ready).append(one)
         for jobs in batches(ready, self.needs, self.engine.workers, self.most_memory):
             if len(self.running) < self.engine.at_once:
                 self._submit(jobs, 1)
