@@ -215,11 +215,11 @@ def _is_in_python(frame: Any) -> bool:
 
     oneDNN, as an example, computes a convolution of 16 rows in another way.
     """
-    is_asked = False
+    is_python = False
     while frame is not None and (file := frame.f_code.co_filename).startswith(SIZES):
-        is_asked = is_asked or file == SIZES[1]
+        is_python = is_python or file == SIZES[1]
         frame = frame.f_back
-    return is_asked and frame is not None and (not file.startswith(TORCH) or file.startswith(LAYERS))
+    return is_python and frame is not None and (not file.startswith(TORCH) or file.startswith(LAYERS))
 
 
 # --- transformers ---

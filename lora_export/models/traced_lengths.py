@@ -25,7 +25,7 @@ from lora_export.options.spelling import named
 
 OF_TEXTS = "sequence"
 NO_LIMIT = 1 << 40  # of a size
-LEAST = 2  # PyTorch takes sizes of 0 and 1 for constants
+LEAST_OPEN = 2  # PyTorch takes sizes of 0 and 1 for constants
 _known: dict[str, Limits] = {}  # class, config and inputs -> what was found: a process proves a model several times
 
 
@@ -70,7 +70,7 @@ def _with_traced_sizes(model: Model) -> Model:
     traced, further, not_judged = Limits(), list[Sizes](), list[str]()
     for symbol, (low, high) in _sizes_of_branches(model, model.axes).items():
         traced[symbol] = 0, None  # looked at
-        if low > LEAST and not _fails(model, {symbol: low - 1}):
+        if low > LEAST_OPEN and not _fails(model, {symbol: low - 1}):
             not_judged.append(f"sizes of {symbol} below {low:,}, which {module} computes in another way")
         beyond = {**model.traced_sizes, symbol: high + 1} if high else {}
         numbers = sum(tensor.numel() // len(tensor) for tensor in model.inputs(beyond, seed=0).values())
