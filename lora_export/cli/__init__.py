@@ -206,7 +206,10 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         # rich and click raise SystemExit for a broken pipe; click also replaces stdout.
         if sys.stdout is stdout and not isinstance(end.__context__, BrokenPipeError):
-            raise
+            # Of code of the user, or of a library. Its code, which may be 0, is no result of a command.
+            error = RuntimeError(f"the command was ended by SystemExit({end.code!r})")
+            failures.show_failure(failures.bug(error), invocation)
+            raise error from end
         # `| head` has read enough: the code that shells report of a program that SIGPIPE ended. Windows has no SIGPIPE.
         return 128 + getattr(signal, "SIGPIPE", 13)
     except (Exception, KeyboardInterrupt) as error:

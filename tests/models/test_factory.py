@@ -59,6 +59,7 @@ def test_axes_of_one_size_vary_together() -> None:
         (f"{FACTORIES}:single_row", "at least 2"),
         (f"{FACTORIES}:no_module", "returned str"),
         (f"{FACTORIES}:failing", r"factories\.py:\d+: ValueError: no weights at hand"),
+        (f"{FACTORIES}:quitting", r"factories\.py:\d+: SystemExit: 0"),
         (f"{FACTORIES}:wrong_examples", r"do not fit forward\(signal\)"),
         (
             f"{FACTORIES}:uncopied",
