@@ -67,8 +67,7 @@ def measure_quantisation(
 
     def measure(tensor: QuantisedTensor) -> QuantisationLoss:
         source, numbers = packed[tensor.packed]
-        every = plan.by_weight.get(tensor.name), *plan.by_part.get(tensor.name, ())
-        steps = [step for step in every if step is not None and step.terms]
+        steps = [step for step in plan.steps_on(tensor.name) if step.terms]
         regions = [step.spec.region for step in steps]
         error, norm, *of_regions = _squares(tensor, source, *entries[tensor.name], regions)
         changes = (

@@ -155,8 +155,8 @@ def keep_quantised(
             f"{tied[0]} is quantised, and the output would have it under two names. Make the base a float model "
             f"({named('dequantize', True)})"
         )
-    changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
-    replaced = [name for name in changed if name in plan.by_weight and plan.by_weight[name].has_own_values]
+    changed = [name for name in base.quantised if plan.steps_on(name)]
+    replaced = [name for name in changed if any(step.has_own_values for step in plan.steps_on(name))]
     added_to = [name for name in changed if name not in replaced]
     new = {name: grid for name in added_to if (grid := _rescaled(plan, base, name))} if rescale else {}
     measured = functools.partial(_measured, plan, base, calibration=calibration)

@@ -160,7 +160,7 @@ def _refuse_added(plan: Plan) -> None:
 
 def _stated_types(plan: Plan, base: GgufBase, types: Mapping[str, str]) -> dict[str, BlockType | None]:
     """The types that the user chose, by weight; None: that of the base."""
-    changed = [name for name in base.tensors if name in plan.by_weight or name in plan.by_part]
+    changed = [name for name in base.tensors if plan.steps_on(name)]
     found: dict[str, BlockType | None] = {}
     unused = []
     for pattern, kind in types.items():

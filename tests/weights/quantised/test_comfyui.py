@@ -129,6 +129,23 @@ def test_change_of_a_part_with_dora_is_what_was_measured(tmp_path: Path) -> None
         assert changes == {f"{PREFIX}{name}.weight": pytest.approx(float(expected), rel=1e-5)}
 
 
+def test_layer_with_a_replaced_part_becomes_a_float(tmp_path: Path) -> None:
+    weights, name = original_weights("Flux"), f"{PREFIX}{MODULES['Flux'][0]}.weight"
+    base, (rows, columns) = in_8_bits(weights, "stated", tmp_path / "base.safetensors"), weights[name].shape
+    part, layer = rows // 3, "transformer.transformer_blocks.0.attn"
+    pair = {f"{layer}.to_k": (np.ones((1, columns)), np.full((part, 1), 0.25))}
+    own = {f"{layer}.to_q.weight": np.full((part, columns), 0.5, np.float32)}
+    adapter = peft_adapter(tmp_path / "adapter", pair, own)
+    result = merge(base, [adapter], tmp_path / "out", keep_quantised=True)
+    assert result.report is not None
+    assert [(one.weight, one.why) for one in result.report.layers] == [(name, "the adapter has values of its own")]
+    stored, after = load_file(base), load_file(tmp_path / "out.safetensors")[name]
+    before = (stored[name].float() * stored[name.removesuffix("weight") + "weight_scale"]).bfloat16()
+    assert torch.equal(after[:part], torch.full((part, columns), 0.5).bfloat16())
+    assert torch.equal(after[part : 2 * part], (before[part : 2 * part].float() + 0.25).bfloat16())
+    assert torch.equal(after[2 * part :], before[2 * part :])
+
+
 LAYERS = {f"{PREFIX}{name}": (3, 5) for name in ("a.weight", "b.weight", "c.weight")}  # of odd bytes
 
 
