@@ -167,9 +167,12 @@ def keep_quantised(
         _measured(plan, base, list(grids), lambda _: lambda _: None, grids, calibration), min_retention
     )[1]
     finer = with_bound_layers({name: why.pop(name) for name in grids if name not in too_small}, base.quantised)
+    grids |= {name: grid for name in finer if name not in grids and (grid := base.quantised[name].finer())}
+    schemes = {grid.scheme for grid in grids.values()}  # of 8 bits: a layer that is fused with these may have them
+    too_fine = [name for name in finer if name not in grids and base.quantised[name].scheme not in schemes]
+    why |= {name: f"{finer[name]}, and its scales are too small for 8 bits" for name in too_fine}
     why |= dict.fromkeys(replaced, OWN_VALUES)
     promoted = with_bound_layers(why, base.quantised)
-    grids |= {name: grid for name in finer if name not in grids and (grid := base.quantised[name].finer())}
     grids = new | {name: grid for name, grid in grids.items() if name in finer}
     grids = {name: grid for name, grid in grids.items() if name not in promoted}
     layers = tuple(
