@@ -239,9 +239,7 @@ class OnnxRunner(AdaptersByInput):
             outputs: list[NDArray[Any]] = self.session.run(names, inputs, self._run_options)
             return outputs
         ort = import_onnxruntime()
-        values = {
-            name: onnx_adapter.ort_value_of_array(ort, np.asarray(array, order="C")) for name, array in inputs.items()
-        }
+        values = {name: onnx_adapter.ort_value_of_array(ort, array) for name, array in inputs.items()}
         return [
             array_of_ort_value(value) for value in self.session.run_with_ort_values(names, values, self._run_options)
         ]

@@ -105,7 +105,7 @@ def _available(provider: str) -> str:
 def _beside_its_data(graph: Path) -> str:
     """The path of a graph, or of the graph that a link leads to: there is its data.
 
-    In a Hugging Face cache a link leads to a blob, which has a hash for a name, and the data has a link beside this one.
+    In a Hugging Face cache a link leads to a blob, whose name is a hash, and the data has a link beside this one.
     """
     target = graph.resolve()
     return str(target if target.suffix == graph.suffix else graph.absolute())
