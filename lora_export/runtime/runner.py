@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,16 +38,10 @@ from lora_export.options.spelling import named
 from lora_export.provenance import CONTRACT_KEY, SLOTS_KEY
 from lora_export.runtime.environment_probes import CPU
 
-# These must run on the requested provider. onnxruntime puts shape arithmetic on the CPU on purpose.
-COMPUTE_OPERATORS = frozenset(
-    {
-        *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "ConvTranspose", "Einsum", "MatMulNBits"),
-        *("MatMulInteger", "QLinearMatMul", "QLinearConv", "Attention", "MultiHeadAttention", "GroupQueryAttention"),
-        *("PackedAttention", "QAttention", "LayerNormalization", "SimplifiedLayerNormalization"),
-        *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "BatchNormalization", "GroupNorm"),
-        *("InstanceNormalization", "RMSNormalization", "EmbedLayerNormalization", "Softmax", "Gelu", "FastGelu"),
-        *("LSTM", "GRU"),
-    }
+# Operators that must run on the requested provider, also under the names of quantised and fused ones. onnxruntime puts
+# shape arithmetic on the CPU on purpose.
+COMPUTE_OPERATORS = re.compile(
+    "MatMul|Gemm|Conv|Einsum|Attention|MoE|Norm(alization)?$|Softmax|Gelu|RotaryEmbedding|LSTM|GRU|RNN"
 )
 
 
@@ -302,19 +297,23 @@ class Placement:
         return frozenset(operator for nodes in self.by_provider.values() for _, operator in nodes)
 
     @property
+    def _compute(self) -> list[tuple[str, str, str]]:
+        return [
+            (provider, node, operator)
+            for provider, nodes in self.by_provider.items()
+            for node, operator in nodes
+            if COMPUTE_OPERATORS.search(operator)
+        ]
+
+    @property
     def compute_nodes(self) -> int:
         """The number of nodes that must run on the requested provider."""
-        return sum(operator in COMPUTE_OPERATORS for nodes in self.by_provider.values() for _, operator in nodes)
+        return len(self._compute)
 
     @property
     def off_provider(self) -> tuple[tuple[str, str, str], ...]:
         """(provider, node, operator) of compute nodes that ran on another provider."""
-        return tuple(
-            (provider, node, operator)
-            for provider, nodes in self.by_provider.items()
-            for node, operator in nodes
-            if provider != self.requested_provider and operator in COMPUTE_OPERATORS
-        )
+        return tuple(node for node in self._compute if node[0] != self.requested_provider)
 
     def require_provider(self) -> None:
         """Raise EnvironmentLacking unless the requested provider ran every compute node."""
