@@ -38,6 +38,7 @@ from lora_export.runtime.runner import (
     Placement,
     TooSlow,
     completed_inputs,
+    no_adapter,
     within_memory,
 )
 from lora_export.version import __version__
@@ -157,7 +158,7 @@ class OnnxRunner(AdaptersByInput):
         else:
             inputs = (*self.session.get_inputs(), *self.session.get_overridable_initializers())
             if not any(each.name in file.values for each in inputs):
-                raise InputRefused(f"{self.path} takes no adapter from a file: leave {named('onnx_adapter')} out")
+                raise no_adapter(self.path)
         adapter = import_onnxruntime().LoraAdapter()
         try:
             adapter.Load(str(path))

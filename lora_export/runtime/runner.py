@@ -122,6 +122,11 @@ def no_ids(path: Path) -> InputRefused:
     return InputRefused(f"{path} has no input {ADAPTER_IDS}: it was not made with {named('lora', 'rows')} or slots")
 
 
+def no_adapter(path: Path) -> InputRefused:
+    """The refusal of an adapter's file for a graph without inputs for it."""
+    return InputRefused(f"{path} takes no adapter from a file: leave {named('onnx_adapter')} out")
+
+
 class AdaptersByInput(PlainRunner, ABC):
     """A runner of a graph whose inputs may be an adapter, or choose one for each row of a batch."""
 
@@ -270,7 +275,10 @@ class AdaptersByInput(PlainRunner, ABC):
                 values = contract.without_adapter()
         if is_required and self.adapters_with_strength:
             values = {**values, ADAPTER_STRENGTHS: np.ones(len(self.adapters_with_strength), np.float32)}
-        self._adapter_values = values if adapter is None else {**values, **self._values_of_file(adapter)}
+        from_file = {} if adapter is None else self._values_of_file(adapter)
+        if from_file and shapes and shapes.keys().isdisjoint(from_file):
+            raise no_adapter(self.path)
+        self._adapter_values = {**values, **from_file}
         self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
         return is_required
 
