@@ -97,7 +97,9 @@ def test_a_gguf_file_is_a_model_of_its_own_kind(tmp_path: Path) -> None:
         refuse_no_model(tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize("source", ["nothing", "nothing/", "m.py:", ":make", "m.safetensors", "m.onnx"])
+@pytest.mark.parametrize(
+    "source", ["nothing", "nothing/", "m.py:", ":make", "m.safetensors", "m.onnx", "https://host/v1"]
+)
 def test_anything_else_names_none(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
