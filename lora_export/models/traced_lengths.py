@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +74,7 @@ def _with_traced_sizes(model: Model) -> Model:
         if low > LEAST and not _fails(model, {symbol: low - 1}):
             not_judged.append(f"sizes of {symbol} below {low:,}, which {module} computes in another way")
         beyond = {**model.traced_sizes, symbol: high + 1} if high else {}
-        numbers = sum(tensor.numel() // len(tensor) for tensor in model.inputs(beyond, seed=0).values())
+        numbers = sum(math.prod(tensor.shape[1:]) for tensor in model.inputs(beyond, seed=0).values())
         if high and numbers * _parameters(model) > MOST_WORK:
             not_judged.append(f"sizes of {symbol} above {high:,}, which {module} computes in another way")
         elif high and not _fails(model, beyond):
