@@ -153,7 +153,7 @@ def test_tensors_that_the_configs_model_lacks_are_noted(tiny_bert: Path, tmp_pat
     assert load_model(str(tiny_bert)).notes == ()
     (note,) = load_model(changed_config(tiny_bert, tmp_path, num_hidden_layers=0)).notes
     assert note.startswith(
-        "the model leaves out 16 tensors of the folder, which BertModel does not have: encoder.layer.1."
+        "the model leaves out 16 tensors of the folder, which BertModel does not have: encoder.layer.0."
     )
 
 
