@@ -25,7 +25,7 @@ from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.gguf.base import GgufBase, open_base
 from lora_export.weights.gguf.floats import size_in_floats, write_as_floats
 from lora_export.weights.gguf.merge import merge_gguf
-from lora_export.weights.merge import merge_checkpoint
+from lora_export.weights.merge import merge_checkpoint, output_size
 
 
 def calibrate(
@@ -54,6 +54,7 @@ def calibrate(
         if isinstance(base, GgufBase):
             model = load_model(str(_merged_as_folder(plan, base, Path(folder), arrays is None)), streamed=True)
         else:
+            refuse_lack_of_space(Path(folder), output_size(plan, base))
             merge_checkpoint(plan, base, Path(folder), min_retention=0)
             model = replace(load_model(folder, streamed=True), source=str(base.path))  # which has the tokenizer
         cases = layer_inputs.cases_of_texts(model, texts) if arrays is None else layer_inputs.cases_of_arrays(arrays)
@@ -89,8 +90,10 @@ def _bytes_at_once(plan: Plan, base: GgufBase) -> int:
 
 
 def _texts(path: Path, on_message: OnMessage) -> list[str]:
-    """The lines of a text file that are not empty, or the column `text` of a file of rows."""
+    """The lines of a text file, or the column `text` of a file of rows: what is not empty."""
     if path.suffix.lower() in ROW_READERS:
         records = open_records(on_disk(path, on_message, "file", is_alone=True))
-        return [str(records[row]["text"]) for row in range(len(records)) if "text" in records[row]]
-    return [line for line in read_text(path, MAX_ROW).splitlines() if line.strip()]
+        texts = [records[row].get("text") for row in range(len(records))]
+    else:
+        texts = read_text(path, MAX_ROW).splitlines()
+    return [text for text in texts if isinstance(text, str) and text.strip()]

@@ -253,10 +253,11 @@ def _check_variables(options: Iterable[str], prefix: str) -> None:
 
 TABLE = "tool.lora-export"
 NOT_OPTIONS = frozenset({"help", "version"})
-# Options that may name code, open pickles, or say what is written. A file of somebody else does not set them.
+# Options that may name code or who runs it, open pickles, or say what is written and signed. A file of somebody else
+# does not set them.
 MAY_NAME_CODE = frozenset({"model", "data", "runner"})
 GUARDED = MAY_NAME_CODE | {
-    *("allow-pickle", "output", "overwrite", "report", "cache", "keep-residual", "tensorboard"),
+    *("allow-pickle", "output", "overwrite", "report", "cache", "keep-residual", "tensorboard", "ray", "sign"),
 }
 
 

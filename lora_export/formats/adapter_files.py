@@ -264,9 +264,7 @@ def base_config(folder: Path | None, options: ReadOptions) -> Mapping[str, Any] 
 
 
 def positive_size(source: object, name: str, value: Any) -> int:
-    """A field that is a positive integer, or 4.0. Raises InputRefused, which names `source`, for another value."""
-    if isinstance(value, float) and value.is_integer():  # JSON has one kind of numbers
-        value = int(value)
+    """A field that is a positive integer. Raises InputRefused, which names `source`, for another value."""
     if type(value) is not int or not 0 < value < 1 << 31:
         raise InputRefused(f"{source}: {name} is {value!r}; it must be a positive integer")
     return value

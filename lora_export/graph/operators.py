@@ -89,7 +89,7 @@ def product_factor(node: ir.Node) -> float:
     return node.attributes.get_float("alpha", 1.0) if operator_id(node) in MATRIX_PRODUCTS else 1.0
 
 
-def bias_of(node: ir.Node, inputs: Mapping[str, int] = BIAS_INPUTS) -> ir.Value | None:
+def node_bias(node: ir.Node, inputs: Mapping[str, int] = BIAS_INPUTS) -> ir.Value | None:
     """The bias that a node adds; None where it adds none. `inputs` has the input of each operator."""
     index = inputs.get(node.op_type, len(node.inputs))
     return node.inputs[index] if index < len(node.inputs) else None
@@ -97,7 +97,7 @@ def bias_of(node: ir.Node, inputs: Mapping[str, int] = BIAS_INPUTS) -> ir.Value 
 
 def bias_factor(node: ir.Node) -> float:
     """The number by which a node multiplies the bias that it adds: `beta` of Gemm. 1 for a node without a bias."""
-    has_beta = bias_of(node) is not None and operator_id(node) in MATRIX_PRODUCTS
+    has_beta = node_bias(node) is not None and operator_id(node) in MATRIX_PRODUCTS
     return node.attributes.get_float("beta", 1.0) if has_beta else 1.0
 
 

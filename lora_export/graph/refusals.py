@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, MatchError, count
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.operators import LATER_BIAS_INPUTS, bias_of
+from lora_export.graph.operators import LATER_BIAS_INPUTS, node_bias
 from lora_export.graph.site import Site
 from lora_export.graph.values import before_reshapes, is_stored, stored_shape
 from lora_export.lora import Adapter
@@ -61,8 +61,8 @@ def _adds_bias(site: Site) -> bool:
     """Whether a layer's node, or the one behind it, adds a vector of its outputs."""
     later = [node for node, _ in site.node.outputs[0].uses()]
     return (
-        bias_of(site.node) is not None
-        or any(bias_of(node, LATER_BIAS_INPUTS) is not None for node in later)
+        node_bias(site.node) is not None
+        or any(node_bias(node, LATER_BIAS_INPUTS) is not None for node in later)
         or any(node.op_type == "Add" and any(_is_vector_of(site, value) for value in node.inputs) for node in later)
     )
 

@@ -194,7 +194,7 @@ class Declared:
         if self.kind == "flag":
             is_flag = type(value).__name__ in ("bool", "bool_") or _is_one_of(value, (0, 1))  # NumPy's, too
             return bool(value) if is_flag else self._refuse(value, VALUES_OF_KIND[self.kind])
-        if self.kind == "text" and isinstance(value, re.Pattern | int | float | list):
+        if self.kind == "text" and isinstance(value, re.Pattern | int | float):
             self._refuse(value, "a text")
         if self.kind == "text" or isinstance(value, str | Path):
             return value

@@ -113,7 +113,7 @@ def verdict_context(document: Document) -> dict[str, Any]:
         "most_reasons": REASONS,
         "tiles": list(_tiles(document)),
         "outputs": [_output(document, name) for name in _outputs(document)],
-        "controls": controls_of(document),
+        "controls": named_controls(document),
         "placement": document["placement"],
         "most_off_provider": OFF_PROVIDER,
         "diagnosis": diagnosis,
@@ -192,7 +192,7 @@ def _gates(figures: Document | None) -> list[dict[str, Any]]:
     return bars
 
 
-def controls_of(document: Document) -> list[dict[str, Any]]:
+def named_controls(document: Document) -> list[dict[str, Any]]:
     """For each control the number of comparisons in which it was detected, and those in which it was missed."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for comparison in _measured(document):

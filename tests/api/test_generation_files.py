@@ -10,6 +10,7 @@ import pytest
 
 import lora_export as le
 from lora_export.api.generation_files import shorten_genai_config
+from lora_export.api.generation_settings import GenerationSettings
 from support.api import Recorder
 from support.folder_contents import folder_contents
 from support.handmade import graph_file, peft_adapter
@@ -25,6 +26,7 @@ def built(tmp_path: Path) -> Path:
     graph_file(folder / "model.onnx", {"up.weight": W})
     (folder / "genai_config.json").write_text('{"model": {"decoder": {"filename": "model.onnx"}, "type": "llama"}}')
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
     (folder / "notes.txt").write_text("not needed")
     peft_adapter(tmp_path / "fr", {"up": ([[1, 2, 3]], [[1], [10]])})
     (tmp_path / "served").mkdir()
@@ -46,6 +48,7 @@ def test_config_and_tokenizer_are_copied_and_name_the_graph(built: Path, tmp_pat
     assert config_in(tmp_path / "served") == {"decoder": {"filename": "new.onnx"}, "type": "llama"}
     assert (tmp_path / "served" / "tokenizer.json").read_text() == '{"version": "1.0"}'
     assert not (tmp_path / "served" / "notes.txt").exists()
+    assert GenerationSettings(tmp_path / "served").rules.repetition_penalty == 1.3
 
 
 def test_files_that_are_there_stay_and_a_note_names_them(built: Path, tmp_path: Path) -> None:
@@ -73,7 +76,9 @@ def test_beside_its_source_nothing_is_copied(built: Path, tmp_path: Path) -> Non
 def test_config_of_another_graph_is_not_copied(built: Path, tmp_path: Path) -> None:
     (built / "genai_config.json").write_text('{"model": {"decoder": {"filename": "other.onnx"}}}')
     le.merge(built / "model.onnx", tmp_path / "fr", tmp_path / "served" / "m.onnx")
-    assert sorted(path.name for path in (tmp_path / "served").iterdir()) == ["m.onnx", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "served").iterdir()) == [
+        *("generation_config.json", "m.onnx", "tokenizer.json")
+    ]
 
 
 def test_a_genai_config_allows_no_longer_texts_than_the_graph(built: Path) -> None:

@@ -271,6 +271,16 @@ def test_a_file_that_was_found_runs_no_code_and_names_no_output(
     assert not Path("v.json").exists()
 
 
+def test_a_file_that_was_found_names_no_cluster_and_signs_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(place, '[tool.lora-export.merge]\nray = "ray://elsewhere:10001"\nsign = "sigstore"\n')
+    (place / ".git").rmdir()
+    assert call(*MERGE) == 0
+    printed = capsys.readouterr().err
+    assert all(f"`{key}` of {place / 'pyproject.toml'} is left out" in printed for key in ("ray", "sign"))
+
+
 def test_a_file_in_the_current_folder_names_outputs_and_models(place: Path) -> None:
     assert call(*MERGE) == 0
     configure(place / "sub", f"[tool.lora-export.verify]\n{REPORT}")

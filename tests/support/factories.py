@@ -146,6 +146,10 @@ def single_row() -> tuple[nn.Module, torch.Tensor]:
     return Spotter(), torch.randn(1, 4, 9)
 
 
+def no_rows() -> tuple[nn.Module, torch.Tensor]:
+    return Spotter(), torch.randn(0, 4, 9)
+
+
 def no_module() -> str:
     return "spotter"
 

@@ -27,7 +27,14 @@ from lora_export.graph.insert.node_factory import (
     layer_input,
     sizes_of,
 )
-from lora_export.graph.operators import BIAS_INPUTS, MICROSOFT, bias_of, operator_id, product_factor, transposed_layout
+from lora_export.graph.operators import (
+    BIAS_INPUTS,
+    MICROSOFT,
+    node_bias,
+    operator_id,
+    product_factor,
+    transposed_layout,
+)
 from lora_export.graph.site import CHANGES_WEIGHT, Site
 from lora_export.lora import split_part
 from lora_export.plan import Layout, Step
@@ -375,7 +382,7 @@ def _unsplit(weight: str, sites: Sites) -> str:
 
 def _detach_bias(node: ir.Node) -> ir.Value | None:
     """Remove the bias input of a node. Returns the bias, None where the node has none."""
-    bias = bias_of(node)
+    bias = node_bias(node)
     if bias is not None:
         node.replace_input_with(BIAS_INPUTS[node.op_type], None)
         while node.inputs[-1] is None:

@@ -24,7 +24,7 @@ from lora_export.graph.insert.batch_axis import BatchAxis, infer_shapes
 from lora_export.graph.insert.branches import Inserter
 from lora_export.graph.insert.node_factory import Factor, NodeList, last_size, layer_input, sizes_of
 from lora_export.graph.insert.row_branches import RowBranches, transposed
-from lora_export.graph.operators import bias_factor, bias_of, product_factor
+from lora_export.graph.operators import bias_factor, node_bias, product_factor
 from lora_export.graph.site import Site, common_dtype
 from lora_export.options.spelling import named
 from lora_export.plan.own_heads import Head
@@ -254,7 +254,7 @@ class RowHeads:
 def _layer_output(site: Site, layer: HeadLayer) -> ir.Value:
     """The output of a layer with its bias. Raises InputRefused where the node that adds the bias is not found."""
     product = site.node.outputs[0]
-    if layer.bias is None or bias_of(site.node) is not None:
+    if layer.bias is None or node_bias(site.node) is not None:
         return product
     nodes = [node for node, _ in product.uses()]
     if len(nodes) != 1 or nodes[0].op_type != "Add":

@@ -83,7 +83,7 @@ def _kind_of(path: Path) -> ReportFile:
 
 
 # How reports begin. A page, a README or the results of pytest may name the program, too.
-BEGINNING = (
+REPORT_BEGINNING = (
     r'\{\s+"schema": "lora-export/|<\?xml .*\n<testsuites name="lora-export |<svg .*aria-label="lora-export: |'
     r"## Proof\s|<!doctype html>(.*\n){1,9}<title>.* – lora-export (verify|fleet)</title>"
 )
@@ -93,7 +93,7 @@ def is_report(path: Path) -> bool:
     """Whether an existing file is a report of this program: a manifest and a config are none."""
     with input_files.open_regular(path) as file:
         beginning = file.read(4096).decode(errors="replace")
-    return path.name != MANIFEST and re.match(BEGINNING, beginning) is not None
+    return path.name != MANIFEST and re.match(REPORT_BEGINNING, beginning) is not None
 
 
 def refuse_other_file(path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export.report.github import safe_markdown
-from lora_export.report.html_context import candidate_name, controls_of, files
+from lora_export.report.html_context import candidate_name, files, named_controls
 from lora_export.report.json_document import AnyProof, document_of_proof
 
 SUFFIX = ".md"
@@ -41,7 +41,7 @@ def of_error(error: Mapping[str, Any], seconds: float) -> str:  # noqa: ARG001 -
 def _compared(document: Mapping[str, Any]) -> Iterator[str]:
     if "weights" in document:
         yield "Every changed weight was compared with W + s·BA in fp64, and all others with the bytes of the base."
-    elif controls := controls_of(document):
+    elif controls := named_controls(document):
         yield f"The outputs were compared with a reference in fp64, and the errors with those of {document['peer']}."
         if detected := ", ".join(one["title"] for one in controls if one["detected"] and not one["missed"]):
             yield f"The check was shown to detect what is wrong on purpose: {detected}."

@@ -167,7 +167,7 @@ class DecoderRun:
             decoder.tokens: ids,
             MASK: mask,
             POSITION_IDS: positions,
-            CACHE_POSITION: positions[0],
+            CACHE_POSITION: np.arange(mask.shape[1] - ids.shape[1], mask.shape[1]),  # padding has one, too
             BRANCH: has_past,
             **({} if types is None else {TOKEN_TYPES: types}),
         }

@@ -14,7 +14,7 @@ from lora_export.errors import RuntimeRefused
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
 from lora_export.graph.onnx_file.writing import message_of
-from lora_export.graph.operators import ATTENTIONS, CONVOLUTIONS, MATRIX_PRODUCTS, MICROSOFT, bias_of, operator_id
+from lora_export.graph.operators import ATTENTIONS, CONVOLUTIONS, MATRIX_PRODUCTS, MICROSOFT, node_bias, operator_id
 from lora_export.graph.site import Site
 from lora_export.graph.values import before_reshapes, tensor_of
 from lora_export.plan import Layout
@@ -79,7 +79,7 @@ class _TapFinder:
             and site.quantised is None
         ):
             return None
-        y, is_added = node.outputs[0], bias_of(node) is not None
+        y, is_added = node.outputs[0], node_bias(node) is not None
         while (following := self._next(y, x, needs_bias=has_bias and not is_added)) is not None:
             last, is_bias = following
             y, is_added = last.outputs[0], is_added or is_bias

@@ -15,6 +15,8 @@ import lora_export as le
 from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
 from lora_export.runtime.generation.decoder import Decoder, EncoderDecoder
+from lora_export.runtime.kv_cache import with_cache
+from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
 from support import FACTORIES
 from support.decoders import WORDS, a_graph, a_graph_with_a_state
 from support.generators import small_encoder_decoder, sounds
@@ -53,6 +55,21 @@ def test_graph_with_a_state_takes_a_prompt_token_by_token(tmp_path: Path) -> Non
         assert last.tolist() == [[6], [15]]
         last = run.step(np.array([[7], [8]]), np.ones((2, 4), np.int64), np.zeros((2, 1), np.int64))
         assert last.tolist() == [[13], [23]]
+
+
+def test_the_number_of_a_position_counts_padding(tmp_path: Path) -> None:
+    rows = "  rows = Gather <axis = 0> (table, input_ids)"
+    placed = f"""{rows.replace("rows", "words")}
+  places = Cast <to = 1> (cache_position)
+  column = Unsqueeze (places, one)
+  rows = Add (words, column)"""
+    graph = onnx.load(a_graph(tmp_path / "m.onnx", load_model(f"{FACTORIES}:sums"), (rows, placed)))
+    graph.graph.input.append(onnx.helper.make_tensor_value_info("cache_position", onnx.TensorProto.INT64, ["tokens"]))
+    onnx.save(graph, tmp_path / "m.onnx")
+    ids, mask = np.array([[0, 0, 3], [1, 2, 3]]), np.array([[0, 0, 1], [1, 1, 1]])
+    last = Decoder(tmp_path / "m.onnx").start(2).step(ids, mask, token_positions(mask))
+    expected = with_cache(OnnxRunner(tmp_path / "m.onnx")).run({"input_ids": ids, "attention_mask": mask})["logits"]
+    np.testing.assert_allclose(last, expected[:, -1], rtol=1e-6)
 
 
 def test_graph_without_a_cache_is_refused(tmp_path: Path) -> None:
