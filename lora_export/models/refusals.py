@@ -56,7 +56,7 @@ def named_failures(module: nn.Module, inputs: Iterable[str], which: str = "input
 
 
 def _raise_other_failure(error: BaseException) -> None:
-    """Raise the innermost cause that is no fault of the model's code: a refusal of this package, or too little memory."""
+    """Raise the innermost cause that is no fault of the model: a refusal of this package, or too little memory."""
     cause: BaseException | None = error
     found = None
     while cause is not None:
