@@ -98,9 +98,10 @@ class Command(click.Command):
         except click.NoSuchOption as error:
             raise renamed(error, ctx) from error
         except click.BadParameter as error:
-            if origin := _origin(error.param, ctx):
-                error.message = f"{error.message.rstrip('.')}; it is set {origin}"
-            raise
+            if not (origin := _origin(error.param, ctx)):
+                raise
+            text = f"{error.message.rstrip('.')}; it is set {origin}"
+            raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from error
 
     def _take_defaults(self, ctx: click.Context) -> None:
         if ctx.auto_envvar_prefix is None:  # not called through `lora-export`
