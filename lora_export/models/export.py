@@ -38,7 +38,7 @@ from lora_export.layers.torch_internals import (
 from lora_export.models.decompositions import decomposed_in_place
 from lora_export.models.model import Axes
 from lora_export.models.open_sizes import refused_numbers
-from lora_export.models.outputs import named_outputs
+from lora_export.models.outputs import distinct_outputs, named_outputs
 from lora_export.models.refusals import exporter_refusals, fails_on_node, fixes_size, line_of_size, named_failures
 from lora_export.models.shared_context import SharedContext
 from lora_export.models.tracing import USE_CACHE, is_hugging_face, tracing, without_cache
@@ -190,11 +190,11 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     """
     check_axes(inputs, axes)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
-    _refuse_name_of_weight(module, inputs)
     remedy = f"If it needs other inputs, give them: {named('inputs', 'FILE.npz')}" if is_hugging_face(module) else ""
     with tracing(module), without_cache(module):
         with named_failures(module, inputs, "example inputs", remedy):
             names = list(named_outputs(module(**inputs)))
+        _refuse_equal_names(module, inputs, names)
 
         def export(factor: int = 1) -> ir.Model:
             return _run_exporter(module, _larger(inputs, axes, factor), dynamic, names, opset)
@@ -226,14 +226,19 @@ def check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
                 )
 
 
-def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    # In a graph, an initializer with the name of an input is the default value of this input.
-    names = [name for name in inputs if name in own_parameters(module) or name in own_buffers(module)]
-    if names:
-        raise RuntimeRefused(
-            f"{type(module).__name__} has inputs and tensors of one name: {', '.join(names)}. A graph cannot contain "
-            "both. Rename the parameters of forward"
-        )
+def _refuse_equal_names(module: nn.Module, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """Raise RuntimeRefused for inputs, outputs and tensors of one name: a graph has one value of each name."""
+    tensors = {*own_parameters(module), *own_buffers(module)}  # an initializer is the default value of an input
+    for what, kind, names, others in (
+        ("the parameters of forward", "inputs and tensors", inputs, tensors),
+        ("the keys that forward returns", "outputs and inputs", outputs, set(inputs)),
+        ("the keys that forward returns", "outputs and tensors", outputs, tensors),
+    ):
+        if found := [name for name in names if name in others]:
+            raise RuntimeRefused(
+                f"{type(module).__name__} has {kind} of one name: {', '.join(found)}. A graph cannot contain both. "
+                f"Rename {what}"
+            )
 
 
 def _line_that_fixes(module: nn.Module, inputs: Mapping[str, torch.Tensor], dynamic: dict[str, dict[int, Any]]) -> str:
@@ -255,7 +260,7 @@ def _run_exporter(
     # Not optimised here: see simplify.
     if is_hugging_face(module):
         return _exported_by_transformers(module, {**inputs, USE_CACHE: False}, dynamic, opset)
-    with _forgotten_kernels():
+    with _forgotten_kernels(), distinct_outputs(module):
         try:
             exported = torch.onnx.export(
                 module,

@@ -245,8 +245,9 @@ def _named(source: str, module: nn.Module, example_inputs: Any) -> ModelInputs:
     unknown = [name for name in named if name not in parameters]
     if unknown or (not by_name and len(example_inputs) > len(parameters)):
         raise InputRefused(f"{source}: the example inputs do not fit forward({', '.join(parameters)})")
-    if not named or not all(isinstance(value, torch.Tensor) for value in named.values()):
-        raise InputRefused(f"{source}: example inputs are tensors, as one tensor, a tuple, or a dict by name")
+    values = list(named.values())
+    if not values or not all(isinstance(each, torch.Tensor) and each.layout is torch.strided for each in values):
+        raise InputRefused(f"{source}: example inputs are dense tensors, as one tensor, a tuple, or a dict by name")
     if any(value.is_meta for value in named.values()):
         raise InputRefused(f"{source}: the example inputs are on the device meta, and have no values")
     return {name: named[name].detach() for name in parameters if name in named}

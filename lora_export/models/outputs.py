@@ -69,6 +69,32 @@ def convert_outputs(module: nn.Module, convert: Callable[[Any], Any]) -> None:
     exchange_forward(module, forward)
 
 
+@contextlib.contextmanager
+def distinct_outputs(module: nn.Module) -> Iterator[None]:
+    """Let a module return its tensors by name while active, and copies of what it returns twice, is given, or has.
+
+    An exporter has one name for each tensor, and none for what is no tensor.
+    """
+    own, forward = vars(module).get("forward"), module.forward
+
+    @functools.wraps(forward)
+    def distinct(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        known = set(map(id, (*args, *kwargs.values(), *module.parameters(), *module.buffers())))
+        outputs = named_outputs(forward(*args, **kwargs))
+        for name, tensor in outputs.items():
+            outputs[name] = tensor.clone() if id(tensor) in known else tensor
+            known.add(id(tensor))
+        return outputs
+
+    vars(module)["forward"] = distinct
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
 def _as_dictionaries(value: Any) -> Any:
     """The value with every dataclass as a dictionary of those of its fields that are not None."""
     if _is_dataclass(value):

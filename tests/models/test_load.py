@@ -81,6 +81,7 @@ def test_what_is_around_a_module_is_left_out(wrapped: Callable[[nn.Module], nn.M
         (torch.jit.script(nn.Linear(4, 2)), ROWS, "is a module of TorchScript: give the module that it was made from"),
         (nn.Linear(4, 2, device="meta"), ROWS, "Linear has weights on the device meta, which have no values"),
         (nn.Linear(4, 2), ROWS.to("meta"), "the example inputs are on the device meta"),
+        (nn.Linear(4, 2), ROWS.to_sparse(), "example inputs are dense tensors"),
         (nn.Linear(4, 2), ROWS[:, :3], r"Linear itself fails on the inputs \(input\): mat1 and mat2 shapes"),
     ],
 )

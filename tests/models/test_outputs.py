@@ -68,6 +68,14 @@ class Mapped(Net):
         return OrderedDict(y=self.linear(x))
 
 
+class Repeated(Net):
+    """It returns values twice, what it is given, a weight, and what is no tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores, weight = self.linear(x), self.linear.weight
+        return {"one": scores, "other": scores, "given": x, "of_weight": weight, "number": 3, "nothing": None}
+
+
 X = torch.tensor([[1.0, 2, 3], [-4, 5, -6]])
 
 
@@ -78,6 +86,29 @@ def test_a_dataclass_is_a_graph_of_its_fields() -> None:
     expected = Net.forward(model.module, X[:1])
     torch.testing.assert_close(torch.tensor(outputs["scores"]), expected.scores)
     assert outputs["is_large"].tolist() == expected.is_large.tolist()
+
+
+def test_an_output_may_be_another_an_input_or_a_weight() -> None:
+    module = Repeated().eval()
+    graph = export.to_onnx(module, {"x": X}, axes={"x": {0: "batch"}})
+    assert set(graph.graph.initializers) == {"linear.weight", "linear.bias"}
+    outputs, expected = run(graph, x=X.numpy()[:1]), named_outputs(module(X[:1]))
+    assert list(outputs) == list(expected) == ["one", "other", "given", "of_weight"]
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.tensor(outputs[name]), value.detach())
+    assert "forward" not in vars(module) and module(X)["number"] == 3
+
+
+@pytest.mark.parametrize(("name", "others"), [("x", "inputs"), ("scale", "tensors")])
+def test_an_output_with_the_name_of_another_value_is_refused(name: str, others: str) -> None:
+    class Named(Net):
+        def forward(self, x: Tensor) -> Any:
+            return {name: self.linear(x) * self.scale}
+
+    module = Named()
+    module.register_buffer("scale", torch.ones(2))
+    with pytest.raises(RuntimeRefused, match=rf"has outputs and {others} of one name: {name}\. .* Rename the keys"):
+        export.to_onnx(module.eval(), {"x": X}, axes={"x": {0: "batch"}})
 
 
 def test_a_traced_module_returns_the_fields_by_name() -> None:
