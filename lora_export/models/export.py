@@ -228,7 +228,7 @@ def check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
 
 def _refuse_equal_names(module: nn.Module, inputs: Iterable[str], outputs: Iterable[str]) -> None:
     """Raise RuntimeRefused for inputs, outputs and tensors of one name: a graph has one value of each name."""
-    tensors = {*own_parameters(module), *own_buffers(module)}  # an initializer is the default value of an input
+    tensors = {*own_parameters(module).keys(), *own_buffers(module).keys()}  # initializers: values of inputs
     for what, kind, names, others in (
         ("the parameters of forward", "inputs and tensors", inputs, tensors),
         ("the keys that forward returns", "outputs and inputs", outputs, set(inputs)),
