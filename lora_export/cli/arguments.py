@@ -20,7 +20,7 @@ from lora_export.cli import failures, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
 from lora_export.cli.parameters import EVERY_OPTION, other_tools, parameters_of, values_for, write_options
-from lora_export.errors import WrongUsage, nearest, one_line
+from lora_export.errors import WrongUsage, nearest_name, one_line
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.declaring import Options
 from lora_export.options.spelling import entry_text
@@ -243,7 +243,7 @@ def _check_variables(options: Iterable[str], prefix: str) -> None:
     known, shared = {f"{prefix}_{_variable(name)}" for name in options}, prefix.rpartition("_")[0] + "_"
     for variable in sorted(name for name, value in os.environ.items() if value):
         if variable.startswith(f"{prefix}_") and variable not in known:
-            raise click.UsageError(f"the variable {variable} names no option{nearest(variable, known)}")
+            raise click.UsageError(f"the variable {variable} names no option{nearest_name(variable, known)}")
         of_command = f"{prefix}_{variable.removeprefix(shared)}"
         if variable.startswith(shared) and of_command in known:
             print_message(f"note: the variable {variable} sets no option: {of_command} does")
@@ -324,7 +324,8 @@ def find_table() -> tuple[Path, dict[str, Any]] | None:
         return None
     for folder in (here, *here.parents):
         path = folder / "pyproject.toml"
-        if path.is_file() and (table := _table_in(path)) is not None:
+        # `Path.is_file` raises where a folder above may not be searched, as above that of a service's user.
+        if os.path.isfile(path) and (table := _table_in(path)) is not None:  # noqa: PTH113
             return path, table
     return None
 
@@ -384,5 +385,5 @@ def _spelled(key: str) -> str:
 
 
 def _unknown(path: Path, table: str, key: str, known: Iterable[str]) -> click.UsageError:
-    near = nearest(_spelled(key), known)
+    near = nearest_name(_spelled(key), known)
     return click.UsageError(f"{path}: [{table}] has the key `{key}`, which is no option{near}")
