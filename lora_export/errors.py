@@ -59,7 +59,7 @@ def count(number: SupportsIndex, one: str, several: str = "") -> str:
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
-def nearest_name(written: str, known: Iterable[str]) -> str:
+def hint_of_name(written: str, known: Iterable[str]) -> str:
     """`; the nearest is `NAME`` of the known names, for the end of a message on an unknown one; empty without any."""
     import difflib  # most names are spelled right
 

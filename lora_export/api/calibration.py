@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_export.artifacts.kind import is_arrays
 from lora_export.callbacks import OnMessage
@@ -93,7 +94,7 @@ def _texts(path: Path, on_message: OnMessage) -> list[str]:
     """The lines of a text file, or the column `text` of a file of rows: what is not empty."""
     if path.suffix.lower() in ROW_READERS:
         records = open_records(on_disk(path, on_message, "file", is_alone=True))
-        texts = [records[row].get("text") for row in range(len(records))]
+        texts: list[Any] = [records[row].get("text") for row in range(len(records))]
     else:
         texts = read_text(path, MAX_ROW).splitlines()
     return [text for text in texts if isinstance(text, str) and text.strip()]

@@ -19,6 +19,7 @@ from lora_export.lora import Adapter
 from lora_export.options.adapters import CheckOptions
 from lora_export.options.combining import AdapterSource
 from lora_export.options.declaring import takes
+from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.preflight.facts import Base, facts_of_adapter, facts_of_base, facts_of_changes, peft_config
 from lora_export.preflight.rules import RuntimeOutcome, findings_of, runtime_named
@@ -60,7 +61,7 @@ def check(options: CheckOptions) -> CheckResult:
         raise WrongUsage(f"{named('settings')} has {', '.join(unknown)}; these runtimes have {names}")
     (source,) = locate_adapters(options.adapter, ignore, options.download)
     path = None if options.base is None else locate(options.base, ignore, options.download)
-    adapter = _loaded(source, options)
+    adapter = _loaded(source, options.reading.for_base(path))
     folder = next(iter(adapter_paths(source)), None)
     with no_adapter_as_model(path, source):
         adapter, base = (adapter, None) if path is None else _opened(path, adapter)
@@ -72,13 +73,12 @@ def check(options: CheckOptions) -> CheckResult:
     return CheckResult(adapter.name, tuple(outcomes))
 
 
-def _loaded(source: AdapterSource, options: CheckOptions) -> Adapter:
+def _loaded(source: AdapterSource, reading: ReadOptions) -> Adapter:
     """The adapter. Of an .onnx_adapter only the file itself is read: its graph has the names."""
     paths = adapter_paths(source)
     if paths and open_artifact(paths[0]).kind is ArtifactKind.ADAPTER:
         onnx_adapter.read(paths[0])
         return Adapter(name=paths[0].stem, format="onnx_adapter", pairs={})
-    reading = options.reading.for_base(options.base)
     (adapter,) = load_adapters(source, reading=reading, of_models=True)
     return adapter
 

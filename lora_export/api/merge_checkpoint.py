@@ -15,7 +15,6 @@ from lora_export.callbacks import in_bytes, note_each
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
-from lora_export.storage import atomic_output
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
@@ -72,7 +71,11 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
         )
     size = output_size(steps, checkpoint, request.stored)
     is_file = not checkpoint.is_folder
-    with request.backend() as backend, request.staged(size + companions, is_file=is_file) as folder:
+    with (
+        request.backend() as backend,
+        request.staged(size + companions, is_file=is_file) as folder,
+        request.staged_residual() as residual,
+    ):
         begun = time.perf_counter()
         made = make_shards(request, steps, checkpoint, folder, settings, size) if is_shared else {}
         merge = merge_of(request, steps, checkpoint, backend, settings, calibration)
@@ -84,7 +87,7 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
         if floats is not None:
             report, more = _with_quantisation(report, checkpoint, floats, steps, request)
             notes = (*notes, *more)
-        residual_bytes = None if request.keep_residual is None else _keep_residual(request, steps, checkpoint, folder)
+        residual_bytes = None if residual is None else _keep_residual(request, steps, checkpoint, folder, residual)
     request.warn_of_rounding(report, _stricter_retention if request.keep_quantised else float32_remedy)
     return MergeResult(request.output, steps, report, notes, residual_bytes)
 
@@ -110,25 +113,21 @@ def _stricter_retention() -> str:
     return f"{named('min_retention', 0.9)} makes them floats"
 
 
-def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged: Path) -> int:
+def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged: Path, path: Path) -> int:
     """Write the residual of a merge that is not published yet. Returns its size in bytes."""
     from lora_export.weights.residuals.archive import write_residual
 
-    assert request.keep_residual is not None
     size = sum(step.spec.nbytes for step in steps.steps)
-    inputs = [request.base, *request.sources]
-    with atomic_output.staged(request, request.keep_residual, inputs, is_file=True) as folder:
-        path = folder / request.keep_residual.name
-        write_residual(
-            path,
-            steps,
-            base,
-            merged if base.is_folder else merged / request.output.name,
-            hashing=request.hashing,
-            settings=request.plan_settings,
-            progress=in_bytes(request.on_progress, "keeping the residual", size),
-        )
-        written = path.stat().st_size
+    write_residual(
+        path,
+        steps,
+        base,
+        merged if base.is_folder else merged / request.output.name,
+        hashing=request.hashing,
+        settings=request.plan_settings,
+        progress=in_bytes(request.on_progress, "keeping the residual", size),
+    )
+    written = path.stat().st_size
     request.on_message(
         f"note: {request.keep_residual} has {written:,} bytes, {written / base.nbytes:.2%} of the base: with it and "
         f"the adapters, `{command('unmerge')}` makes the base again"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,6 +99,16 @@ class MergeRequest(MergeOptions):
         """The stage of the output, of so many bytes (see `atomic_output.staged`)."""
         inputs = [self.base, *self.sources, *([self.share_with] if self.share_with else [])]
         return atomic_output.staged(self, self.output, inputs, size, is_file=is_file, sign=self.sign, streamed=streamed)
+
+    @contextlib.contextmanager
+    def staged_residual(self) -> Iterator[Path | None]:
+        """The file of the residual in a stage, where one is to be kept: refused before the merge, and not after it."""
+        if self.keep_residual is None:
+            yield None
+            return
+        inputs = [self.base, *self.sources]
+        with atomic_output.staged(self, self.keep_residual, inputs, is_file=True) as folder:
+            yield folder / self.keep_residual.name
 
     def report_notes(self, steps: Plan, more: Sequence[str]) -> tuple[str, ...]:
         """Show the notes on adapters, plan and base, and return them."""

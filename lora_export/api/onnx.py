@@ -96,7 +96,9 @@ def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
     """The options with everything found and loaded that they name."""
     on_message, download = options.on_message, options.download
     sources = locate_adapters(options.adapters, on_message, download)
-    reading = options.reading.for_base(options.checkpoint or options.reference or model)
+    checkpoint = None if options.checkpoint is None else locate(options.checkpoint, on_message, download)
+    reference = None if options.reference is None else locate_model(options.reference, on_message, download)
+    reading = options.reading.for_base(checkpoint or reference or model)
     task = options.task or (task_of(model, takes_images=_takes_images(options)) if options.with_cache else None)
     return extended(
         options,
@@ -106,8 +108,8 @@ def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
         adapters=load_adapters(sources, options.prefixes, reading=reading, activated=options.lora == "nodes"),
         sources=adapter_paths(sources),
         task=task,
-        checkpoint=None if options.checkpoint is None else locate(options.checkpoint, on_message, download),
-        reference=None if options.reference is None else locate_model(options.reference, on_message, download),
+        checkpoint=checkpoint,
+        reference=reference,
         inputs=None if options.inputs is None else newly_opened(options.inputs),
         share_with=None if options.share_with is None else place(options.share_with),
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lora_export.graph.find_sites import Sites
 
-HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+ROUNDED_HEADS = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 BaseTensor = Callable[[str], NDArray[Any]]  # the base's tensor of a name
 
 
@@ -45,7 +45,7 @@ def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec]
         )
     found = []
     for adapter, of in zip(adapters, types, strict=True):
-        halves = sorted(HALVES.keys() & of.values())
+        halves = sorted(ROUNDED_HEADS.keys() & of.values())
         notes = [f"the head of {adapter.name} is the model's, which has it rounded to {one}" for one in halves]
         found.append(replace(without_whole_tensors(adapter, adapter.replaced), notes=(*adapter.notes, *notes)))
     return found
@@ -88,7 +88,7 @@ def _types_in_base(adapter: Adapter, specs: Sequence[TensorSpec], stored: BaseTe
             continue
         value, found = None if step.added else stored(step.weight), ""
         if value is not None:
-            types = {str(value.dtype): value.dtype, **HALVES}
+            types = {str(value.dtype): value.dtype, **ROUNDED_HEADS}
             with np.errstate(over="ignore"):  # an infinity is no equal value
                 rounded = ((name, step.replace.astype(one).astype(value.dtype)) for name, one in types.items())
                 found = next((name for name, own in rounded if np.array_equal(own, value)), "")

@@ -142,9 +142,8 @@ SETTINGS = {
 
 
 @click.group(cls=LazyGroup, context_settings=SETTINGS)
-@click.version_option(
-    __version__, prog_name="lora-export", allow_from_autoenv=False
-)  # LORA_EXPORT_VERSION is no option
+# LORA_EXPORT_VERSION is no option
+@click.version_option(__version__, prog_name="lora-export", allow_from_autoenv=False)
 def cli() -> None:
     """Put LoRA adapters into production: merge them, export them, and prove that nothing was lost.
 

@@ -20,7 +20,7 @@ from lora_export.cli import failures, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
 from lora_export.cli.parameters import EVERY_OPTION, other_tools, parameters_of, values_for, write_options
-from lora_export.errors import WrongUsage, nearest_name, one_line
+from lora_export.errors import WrongUsage, hint_of_name, one_line
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.declaring import Options
 from lora_export.options.spelling import entry_text
@@ -98,9 +98,10 @@ class Command(click.Command):
         except click.NoSuchOption as error:
             raise renamed(error, ctx) from error
         except click.BadParameter as error:
-            if origin := _origin(error.param, ctx):
-                error.message = f"{error.message.rstrip('.')}; it is set {origin}"
-            raise
+            if not (origin := _origin(error.param, ctx)):
+                raise
+            text = f"{error.message.rstrip('.')}; it is set {origin}"
+            raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from error
 
     def _take_defaults(self, ctx: click.Context) -> None:
         if ctx.auto_envvar_prefix is None:  # not called through `lora-export`
@@ -243,7 +244,7 @@ def _check_variables(options: Iterable[str], prefix: str) -> None:
     known, shared = {f"{prefix}_{_variable(name)}" for name in options}, prefix.rpartition("_")[0] + "_"
     for variable in sorted(name for name, value in os.environ.items() if value):
         if variable.startswith(f"{prefix}_") and variable not in known:
-            raise click.UsageError(f"the variable {variable} names no option{nearest_name(variable, known)}")
+            raise click.UsageError(f"the variable {variable} names no option{hint_of_name(variable, known)}")
         of_command = f"{prefix}_{variable.removeprefix(shared)}"
         if variable.startswith(shared) and of_command in known:
             print_message(f"note: the variable {variable} sets no option: {of_command} does")
@@ -385,5 +386,5 @@ def _spelled(key: str) -> str:
 
 
 def _unknown(path: Path, table: str, key: str, known: Iterable[str]) -> click.UsageError:
-    near = nearest_name(_spelled(key), known)
+    near = hint_of_name(_spelled(key), known)
     return click.UsageError(f"{path}: [{table}] has the key `{key}`, which is no option{near}")

@@ -9,7 +9,7 @@ import click
 
 from lora_export.cli.arguments import cli_command
 from lora_export.cli.verbosity import Verbosity, verbosity
-from lora_export.errors import nearest_name
+from lora_export.errors import hint_of_name
 
 # Group -> topic -> what its page explains. `release/site` shows the pages in these groups.
 GROUPS = {
@@ -72,7 +72,7 @@ def guide_command(topic: str | None) -> None:
         return
     if topic not in TOPICS:
         raise click.UsageError(
-            f"the guide has no page `{topic}`{nearest_name(topic, TOPICS)}. The pages are: {', '.join(TOPICS)}"
+            f"the guide has no page `{topic}`{hint_of_name(topic, TOPICS)}. The pages are: {', '.join(TOPICS)}"
         )
     _show(guide_page(topic))
 

@@ -19,7 +19,7 @@ import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
 from lora_export.layers.torch_internals import exchange_forward
-from lora_export.models.huggingface import notes_on_unread, refuse_random_weights
+from lora_export.models.huggingface import notes_on_unread_tensors, refuse_random_weights
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.refusals import innermost_cause
 from lora_export.models.tracing import silence
@@ -96,7 +96,7 @@ def from_diffusers(folder: Path, dtype: torch.dtype) -> Model:
         str(folder), module, axes, _made_of(wanted), traced,
         steps={symbol: step for symbol in SIDES if symbol in symbols},
         derive=functools.partial(_in_whole_steps, step),
-        notes=tuple(notes_on_unread(module, loading["unexpected_keys"])),
+        notes=tuple(notes_on_unread_tensors(module, loading["unexpected_keys"])),
     )  # fmt: skip
 
 

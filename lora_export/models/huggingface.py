@@ -114,7 +114,7 @@ def from_folder(
         weights = streamed_folder(checkpoint, dtype) if streamed and (may_add or dtype is torch.float32) else None
         module, loading = _pretrained(transformers, checkpoint, fields, dtype, weights, base or TrainedBase())
     new = tuple(sorted(loading["missing_keys"]))
-    notes = notes_on_unread(module, loading["unexpected_keys"])
+    notes = notes_on_unread_tensors(module, loading["unexpected_keys"])
     new = without_unread_pooler(module, new)
     if modules is not None:
         notes += as_embedder(module, modules, dtype)
@@ -235,7 +235,7 @@ def _refuse_missing_class(transformers: Any, folder: Path, fields: Mapping[str, 
         )
 
 
-def notes_on_unread(module: Any, tensors: Collection[str]) -> list[str]:
+def notes_on_unread_tensors(module: Any, tensors: Collection[str]) -> list[str]:
     """A remark on the tensors of a folder that its model does not have: its config may be another model's."""
     if not tensors:
         return []

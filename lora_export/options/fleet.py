@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lora_export.errors import EscapedLines, WrongUsage, nearest_name, one_line
+from lora_export.errors import EscapedLines, WrongUsage, hint_of_name, one_line
 from lora_export.options.common import JOBS_AT_ONCE, RAY_ADDRESS, Reported
 from lora_export.options.declaring import (
     Declared,
@@ -123,7 +123,7 @@ def _toml(value: object) -> str:
 
 def unknown_key(place: str, key: str, known: Iterable[str]) -> WrongUsage:
     """The error of a key that a table may not have."""
-    return WrongUsage(f"{place}: there is no key `{key}`{nearest_name(key.replace('_', '-'), known)}")
+    return WrongUsage(f"{place}: there is no key `{key}`{hint_of_name(key.replace('_', '-'), known)}")
 
 
 def _key(declared: Declared) -> str:

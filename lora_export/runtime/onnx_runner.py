@@ -97,6 +97,11 @@ class OnnxRunner(AdaptersByInput):
         """onnxruntime's InferenceSession, opened where it is not open."""
         return self._held.opened()
 
+    @property
+    def is_onnxruntimes(self) -> bool:
+        """Whether onnxruntime runs it, and not ONNX's reference evaluator."""
+        return _is_onnxruntimes(self.session)
+
     def close(self) -> None:
         """Give the session's memory back, also that of runners made from this one. The next run opens it again."""
         if isinstance(self.source, Path):  # a graph in memory is there anyway
@@ -229,7 +234,7 @@ class OnnxRunner(AdaptersByInput):
     @property
     def _takes_values(self) -> bool:
         """Whether an adapter is given as inputs: run options do not reach such a run."""
-        return self._has_required_inputs or not _is_onnxruntimes(self.session) or self._has_bfloat16
+        return self._has_required_inputs or not self.is_onnxruntimes or self._has_bfloat16
 
     @functools.cached_property
     def _has_bfloat16(self) -> bool:
@@ -238,7 +243,7 @@ class OnnxRunner(AdaptersByInput):
         return any(value.type == "tensor(bfloat16)" for value in values)
 
     def _outputs(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
-        if not (_is_onnxruntimes(self.session) and self._has_bfloat16):
+        if not (self.is_onnxruntimes and self._has_bfloat16):
             outputs: list[NDArray[Any]] = self.session.run(names, inputs, self._run_options)
             return outputs
         ort = import_onnxruntime()

@@ -351,10 +351,11 @@ def test_a_place_where_no_residual_can_be_is_refused(
     place: Path, options: dict[str, Any], error: type[LoraExportError], message: str
 ) -> None:
     (place / "taken").write_text("mine")
-    before = sorted(place.rglob("*"))
+    before, seen = sorted(place.rglob("*")), Recorder()
     options = options | {"keep_residual": place / options["keep_residual"]}
     with pytest.raises(error, match=message):
-        le.merge(place / "base", place / "one", place / "out", **options)
+        le.merge(place / "base", place / "one", place / "out", **options, **seen.callbacks)
+    assert seen.events == []  # before the work
     assert sorted(place.rglob("*")) == before
 
 

@@ -10,10 +10,15 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file
 
+import lora_export
+from lora_export.api.onnx import checked_request
 from lora_export.artifacts.artifact import open_artifact
+from lora_export.options.export import OnnxOptions
 from support.cli import answer, call
+from support.gguf_files import llama
 from support.hub import COMMIT, cached
 from support.hub_server import ask, hub_server
+from support.preflight_adapters import CASES
 from support.small_models import small_adapter, small_model, words_tokenizer
 
 COMMANDS = [
@@ -115,6 +120,21 @@ def test_every_command_asks_the_hub_with_download_and_by_address(
     assert f"{server.endpoint} has no repository org/other, or it is private" in told
     assert "org/other is not in the Hugging Face cache, and HF_HUB_OFFLINE" in told
     assert list(work.iterdir()) == []
+
+
+def test_an_adapter_is_read_with_the_config_of_a_name(work: Path) -> None:
+    """llama.cpp orders the rows of q and k by the heads of the base."""
+    llama().save_pretrained("base")
+    CASES["plain"].write(Path("plain"))
+    lora_export.convert("plain", output="a.gguf", to="gguf", base="base")
+    cached(work / "cache", "org/llama", {file.name: file for file in Path("base").iterdir()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(work / "cache"))
+        assert lora_export.check("a.gguf", runtimes=["vllm"], base="org/llama").outcomes
+        for base in ({"reference": "org/llama"}, {"checkpoint": "org/llama"}):
+            options = OnnxOptions("graph.onnx", output="out.onnx", adapters=["a.gguf"], **base)
+            (adapter,) = checked_request(options, "graph.onnx").adapters
+            assert adapter.format == "gguf"
 
 
 def test_an_address_of_the_hub_is_no_output(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
