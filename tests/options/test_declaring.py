@@ -110,6 +110,15 @@ def test_a_record_refuses_values_that_do_not_exist(wrong, message):
         MergeOptions(**{"base": "base", "adapters": ["a"], "output": "out"} | wrong)
 
 
+@pytest.mark.parametrize("seed", [-(2**63), 2**63])
+def test_a_seed_beyond_those_of_pytorch_is_refused(seed):
+    torch.manual_seed(2**63 - 1)
+    with pytest.raises(WrongUsage, match=r"input_seed= is -?9\.22337e\+18; it must be at least"):
+        Judging(input_seed=seed)
+    with pytest.raises(WrongUsage, match=r"seed= is -?9\.22337e\+18; it must be at least 0"):
+        TrainOptions("base", data="data", output="out", seed=seed)
+
+
 def test_a_compiled_pattern_is_no_text():
     with pytest.raises(WrongUsage, match=r"exclude= is re.compile\('x'\); it must be a text"):
         ExtractOptions("base", "tuned", "out", rank=2, exclude=[re.compile("x")])
