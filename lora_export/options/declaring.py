@@ -185,7 +185,7 @@ class Declared:
             self._refuse(value, expected)
         if self.option.read is None:
             return value
-        table = {}
+        table: dict[str, Any] = {}
         for name, entry in value.items():
             try:
                 found = self.option.read([f"{name}={entry_text(entry)}"])
