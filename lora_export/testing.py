@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,14 +19,16 @@ from lora_export.options.common import ModelSource
 from lora_export.options.proof import ProviderName, Running
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
-from lora_export.options.verify import runs_in_ci
+from lora_export.options.verify import Judging, runs_in_ci
 from lora_export.report.verdict_screen import screen
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
+from lora_export.weights.cuda import require_cuda
 
 File = str | Path
+OF_FILES = ("onnx_adapter", "adapter_id", "timeout", "memory")  # what a runner decides itself
 
 
 class ParityFailed(AssertionError):
@@ -56,6 +59,8 @@ def assert_parity(
     adapter_id: int | None = None,
     cache: File | None = None,
     fixed: Mapping[str, int] | None = None,
+    timeout: float | None = None,
+    memory: float | None = None,
     strict: bool | None = None,
 ) -> Proof:
     """Raise ParityFailed unless the candidate computes what the model computes with its adapters attached.
@@ -69,54 +74,58 @@ def assert_parity(
     not do the work, and WrongUsage for arguments that do not go together: none is a verdict on the candidate.
     """
     __tracebackhide__ = True
-    of_files = [
-        named(name) for name, value in (("onnx_adapter", onnx_adapter), ("adapter_id", adapter_id)) if value is not None
-    ]
-    if of_files and not isinstance(candidate, str | Path):
-        raise WrongUsage(f"{' and '.join(of_files)}: the candidate is no file. Give a runner that has the adapter")
-    if isinstance(candidate, str | Path):
-        proof = _proof_of_file(
-            verify(
-                candidate,
-                model,
-                adapters=adapters,
-                weights=weights,
-                prefixes=prefixes,
-                reading=reading,
-                combination=combination,
-                tied=tied,
-                layout=layout,
-                provider=provider,
-                inputs=inputs,
-                input_seed=input_seed,
-                atol=atol,
-                rtol=rtol,
-                onnx_adapter=onnx_adapter,
-                adapter_id=adapter_id,
-                cache=cache,
-                fixed=fixed,
-            )
-        )
+    judging = Judging(
+        provider=provider,
+        inputs=inputs,
+        input_seed=input_seed,
+        atol=atol,
+        rtol=rtol,
+        onnx_adapter=onnx_adapter,
+        adapter_id=adapter_id,
+        cache=cache,
+        fixed=fixed,
+        timeout=timeout,
+        memory=memory,
+    )
+    applied = Applied(
+        weights=weights, prefixes=prefixes, reading=reading, combination=combination, tied=tied, layout=layout
+    )
+    if isinstance(candidate, str | os.PathLike):
+        proof = _proof_of_file(verify(os.fspath(candidate), model, adapters=adapters, **vars(judging) | vars(applied)))
     else:
-        loaded = load_adapters(adapters, prefixes, reading=reading.for_base(model))
-        applied = Applied(combination=combination, tied=tied, layout=layout)
-        adapted = adapted_model(resolve_model(model, loaded), loaded, weights, applied, ignore)
-        references = PyTorchReferences(
-            adapted.model,
-            adapted.adapters,
-            adapted.strengths,
-            seed=input_seed,
-            user_inputs=None if inputs is None else Path(inputs),
-            device=provider,
-            cache=None if cache is None else Path(cache),
-            fixed=fixed or {},
-        )
-        runner = ModuleRunner(candidate) if isinstance(candidate, nn.Module) else candidate
-        proof = prove(runner, references, atol=atol, rtol=rtol)
+        proof = _proof_of_runner(candidate, model, adapters, judging, applied)
     proof = proof.strictly() if (runs_in_ci() if strict is None else strict) else proof
     if not proof.verdict:
         raise ParityFailed(proof)
     return proof
+
+
+def _proof_of_runner(
+    candidate: nn.Module | Runner, model: ModelSource, adapters: AdapterSources, judging: Judging, applied: Applied
+) -> Proof:
+    if of_files := [named(name) for name in OF_FILES if getattr(judging, name) is not None]:
+        raise WrongUsage(f"{', '.join(of_files)}: the candidate is no file. Give a runner that has them")
+    if isinstance(candidate, nn.Module):
+        if judging.provider != "cpu":
+            raise WrongUsage(f"{named('provider', judging.provider)}: a module is judged on the CPU")
+        candidate = ModuleRunner(candidate)
+    elif not callable(getattr(candidate, "run", None)):
+        raise WrongUsage(f"the candidate is a {type(candidate).__name__}; give a file, an nn.Module or a runner")
+    elif judging.provider == "cuda":
+        require_cuda()
+    loaded = load_adapters(adapters, applied.prefixes, reading=applied.reading.for_base(model))
+    adapted = adapted_model(resolve_model(model, loaded), loaded, applied.weights, applied, ignore)
+    references = PyTorchReferences(
+        adapted.model,
+        adapted.adapters,
+        adapted.strengths,
+        seed=judging.input_seed or 0,
+        user_inputs=None if judging.inputs is None else Path(judging.inputs),
+        device=judging.provider,
+        cache=None if judging.cache is None else Path(judging.cache),
+        fixed=judging.fixed or {},
+    )
+    return prove(candidate, references, atol=judging.atol, rtol=judging.rtol)
 
 
 def _proof_of_file(result: Verification) -> Proof:

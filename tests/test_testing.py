@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class TmpDir(os.PathLike[str]):  # as pytest's `tmpdir`
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
 def test_what_is_right_returns_its_proof(place: Path) -> None:
     proof = assert_parity(place / "right.pt", FACTORY, place / "adapter", cache=place / "cache")
     assert proof.verdict.same and len(proof.cases) >= 3
     assert list((place / "cache").iterdir())
+    assert assert_parity(TmpDir(place / "right.pt"), FACTORY, place / "adapter").verdict.same
 
 
 def test_what_is_wrong_fails_with_the_commands_own_screen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,8 +92,14 @@ def test_what_was_asked_wrongly_is_no_failure_of_the_candidate(place: Path) -> N
         assert_parity(place / "absent.onnx", FACTORY)
     with pytest.raises(WrongUsage, match="there is no adapter"):
         assert_parity(place / "right.pt", FACTORY, weights=[2.0])
-    with pytest.raises(WrongUsage, match=r"onnx_adapter= and adapter_id=: the candidate is no file"):
-        assert_parity(scaled()[0], FACTORY, onnx_adapter="de.onnx_adapter", adapter_id=0)
+    with pytest.raises(WrongUsage, match=r"onnx_adapter=, adapter_id=, memory=: the candidate is no file"):
+        assert_parity(scaled()[0], FACTORY, onnx_adapter="de.onnx_adapter", adapter_id=0, memory=4)
+    with pytest.raises(WrongUsage, match=r'provider="cuda": a module is judged on the CPU'):
+        assert_parity(scaled()[0], FACTORY, provider="cuda")
+    with pytest.raises(WrongUsage, match=r"input_seed= is 'a'; it must be a whole number"):
+        assert_parity(scaled()[0], FACTORY, input_seed="a")  # type: ignore[arg-type]
+    with pytest.raises(WrongUsage, match=r"the candidate is a NoneType; give a file, an nn.Module or a runner"):
+        assert_parity(None, FACTORY)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

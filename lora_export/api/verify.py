@@ -268,7 +268,8 @@ def _request(options: VerifyOptions) -> VerifyRequest:
         layout=dict(options.layout or {}),
     )
     paths = [*model_paths(request.model or ""), *adapter_paths(request.adapters)]
-    candidate = None if is_hub_address(options.candidate) else place(options.candidate)
+    is_remote = is_hub_address(options.candidate) or is_address(options.candidate)
+    candidate = None if is_remote else place(options.candidate)
     sources = [candidate, request.base, request.onnx_adapter, request.inputs, *paths]
     for path in options.reports:
         check_report_path(place(path), [source for source in sources if source is not None])

@@ -6,6 +6,7 @@ another tool leads to its name here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -180,10 +181,11 @@ def cli_command(
 
         @functools.wraps(function)
         def call(**values: Any) -> Any:
-            if record is None:
-                return function(**values)
-            reports = any(field.name == "on_message" for field in dataclasses.fields(record))  # type: ignore[arg-type]
-            return function(**values_for(record, values), **({"on_message": print_message} if reports else {}))
+            with failures.stdout_for_a_document() if values.get("as_json") else contextlib.nullcontext():
+                if record is None:
+                    return function(**values)
+                reports = any(field.name == "on_message" for field in dataclasses.fields(record))  # type: ignore[arg-type]
+                return function(**values_for(record, values), **({"on_message": print_message} if reports else {}))
 
         call.__dict__.pop("__click_params__", None)
         name = function.__name__.removesuffix("_command")
@@ -325,7 +327,8 @@ def find_table() -> tuple[Path, dict[str, Any]] | None:
         return None
     for folder in (here, *here.parents):
         path = folder / "pyproject.toml"
-        if path.is_file() and (table := _table_in(path)) is not None:
+        # `Path.is_file` raises where a folder above may not be searched, as above that of a service's user.
+        if os.path.isfile(path) and (table := _table_in(path)) is not None:  # noqa: PTH113
             return path, table
     return None
 

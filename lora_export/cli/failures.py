@@ -7,12 +7,14 @@ gets an annotation.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ FAILURE_KINDS = {
 PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
 INSTALL_PYTORCH = "pip install torch onnxscript (`lora-export guide install`)"  # what the core lacks
 _PASSWORD = re.compile(r"://[^/\s]*@")  # of an address, which is refused, and would be shown by its refusal
+STDOUT = "lora_export.stdout"  # in the context's `meta`: the stream for the document of --json
 NO_THREAD = "can't start new thread"  # Python's message where there is no memory for the stack of a thread
 
 
@@ -171,8 +174,6 @@ def bug(error: BaseException) -> Failure:
 
 
 def _usage(error: click.ClickException) -> str:
-    import io
-
     text = io.StringIO()
     error.show(text)
     return _in_one_line(text.getvalue())
@@ -255,9 +256,19 @@ def show_failure(failure: Failure, invocation: Invocation) -> None:
     _annotate(failure, invocation)
 
 
+@contextlib.contextmanager
+def stdout_for_a_document() -> Iterator[None]:
+    """Leave stdout to `print_json` within the block. What else is printed, as by a model's own code, is on stderr."""
+    click.get_current_context().meta[STDOUT] = sys.stdout or io.StringIO()  # where it was closed
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 def print_json(document: Any, indent: int | None = None) -> None:
     """Print the one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
-    click.echo(json.dumps(document, allow_nan=False, indent=indent).replace("##[", "##\\u005b"))
+    context = click.get_current_context(silent=True)
+    text = json.dumps(document, allow_nan=False, indent=indent).replace("##[", "##\\u005b")
+    click.echo(text, file=context.meta.get(STDOUT) if context else None)
 
 
 def print_message(line: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_export.errors import count
+from lora_export.errors import count, first_of
 from lora_export.formats.contract import ADAPTER_STRENGTHS
 from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.report.json_document import as_dict, plain
@@ -97,10 +97,6 @@ def _joined(*facts: str) -> str:
     return ", ".join(filter(None, facts))
 
 
-def _more(number: int) -> str:
-    return f" and {number} more" if number > 0 else ""
-
-
 # --- Checkpoints and adapters ---
 
 
@@ -163,7 +159,7 @@ def _adapter_lines(adapter: Adapter, nbytes: int) -> Iterator[str]:
             yield _joined(f"  {name}  {shape_text(pair.shape)}", *facts, kind_of_pair(pair), several)
     whole = [*adapter.replaced, *adapter.token_rows, *(f"{module}.bias" for module in adapter.biases)]
     if whole:
-        yield f"  changed without a low-rank pair: {', '.join(whole[:PORTS])}{_more(len(whole) - PORTS)}"
+        yield f"  changed without a low-rank pair: {first_of(whole, PORTS)}"
     for what, value in adapter_facts(adapter):
         yield f"  {what}: {value}"
     if adapter.is_identity:
@@ -306,11 +302,10 @@ def _record_lines(found: Inspection) -> Iterator[str]:
     ]
     base = "; id 0 is the base" if found.mode == "rows" else ""
     if adapters:
-        more = _more(len(adapters) - PORTS)
-        yield f"adapters {MODES.get(found.mode, found.mode)}: {', '.join(adapters[:PORTS])}{more}{base}"
+        yield f"adapters {MODES.get(found.mode, found.mode)}: {first_of(adapters, PORTS)}{base}"
     hashes = [f"{name} {_short_hash(value)}" for name, value in found.record.base.items()]
     if hashes:
-        yield f"made from: {', '.join(hashes[:PORTS])}{_more(len(hashes) - PORTS)}"
+        yield f"made from: {first_of(hashes, PORTS)}"
     if verdict := found.verdict:
         error = verdict.get("error_relative_to_effect")
         facts = [str(verdict.get("outcome")), str(verdict.get("why", "")), str(verdict.get("against", ""))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -33,7 +32,6 @@ def train_command(as_json: bool, **options: Any) -> None:
     """
     from lora_export.api.train import train
 
-    output = Path(options["output"])
     try:
         with shown() as on_progress:
             result = train(on_progress=on_progress, **options)
@@ -41,7 +39,7 @@ def train_command(as_json: bool, **options: Any) -> None:
         from lora_export.training.checkpoint import checkpoint_folder
         from lora_export.training.processes import rank, world_size
 
-        if checkpoint_folder(output).exists() and rank() == 0:
+        if checkpoint_folder(options["output"]).exists() and rank() == 0:
             words = [word for word in command_line() if word not in ("--resume", "--overwrite")]
             if world_size() == 1:
                 print_message(f"to continue: {shlex.join([*words, '--resume'])}")
@@ -56,7 +54,7 @@ def train_command(as_json: bool, **options: Any) -> None:
     if as_json:
         print_document(
             {
-                "output": str(output),
+                "output": str(result.output),
                 "sha256": result.adapter.sha256,
                 "parameters": result.adapter.parameters,
                 "steps": len(result.history.losses),
@@ -74,7 +72,7 @@ def train_command(as_json: bool, **options: Any) -> None:
             what = MEASURED[name] if result.adapter.replaced else MEASURED[name].replace("same head, ", "")
             click.echo(f"{what}: {score}")
     for adapter, run in zip(result.adapters, result.runs, strict=False):
-        where = output if len(result.adapters) == 1 else output / f"rank-{run.rank}"
+        where = result.output if len(result.adapters) == 1 else result.output / f"rank-{run.rank}"
         print_wrote(where, f" ({adapter.parameters:,} numbers)")
 
 

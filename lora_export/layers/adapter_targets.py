@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, first_of
 from lora_export.layers.frozen_linear import float_weight
 from lora_export.layers.module_tensors import as_array, conv1d, named_tensors, oriented, specs, wide_dtype
 from lora_export.plan import Layout, TensorSpec
@@ -130,10 +130,7 @@ class AdaptableWeights:
                 continue
             exists = "is no" if any(matches_ending(path, [name]) for path in self.modules) else "matches no"
             inside = [path for path in paths if f".{name}." in f".{path}"]
-            more = f" and {len(inside) - NEAREST} more" if len(inside) > NEAREST else ""
-            near = (
-                f"in it are: {', '.join(inside[:NEAREST])}{more}" if inside else f"the nearest: {nearest(name, paths)}"
-            )
+            near = f"in it are: {first_of(inside, NEAREST)}" if inside else f"the nearest: {nearest(name, paths)}"
             problems.append(f"`{name}` {exists} {what}; {near if paths else 'the model has none'}")
         if problems:
             raise InputRefused("; ".join(problems))

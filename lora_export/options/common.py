@@ -53,6 +53,7 @@ SHARE_WITH = Option(
 WEIGHTS_BESIDE = Option(
     "Write the weights into a file beside the graph, whatever their size. From 512 MiB on they always are."
 )
+GREATEST_SEED = 2**63 - 1  # of PyTorch's generators
 JOBS_AT_ONCE = Option(
     "Processes on this machine that work at the same time.", flags=("-j", "--jobs"), metavar="N", at_least=1
 )

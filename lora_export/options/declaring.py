@@ -30,7 +30,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, ClassVar, Literal, Never, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 
 from lora_export.errors import WrongUsage
-from lora_export.options.spelling import as_python, named
+from lora_export.options.spelling import as_python, entry_text, named
 
 
 class Section(StrEnum):
@@ -169,7 +169,7 @@ class Declared:
         if value is None and self.default is not dataclasses.MISSING:
             return self.default
         if any(get_origin(part) is Mapping for part in self.types):
-            return value if isinstance(value, Mapping) else self._refuse(value, f"a dict of {self.option.metavar}")
+            return self._table(value)
         if not self.multiple or isinstance(value, str | bytes | os.PathLike) or not _is_collection(value):
             one = self._one(value)
             return (one,) if self.multiple and all(map(_is_sequence, self.types)) else one
@@ -177,6 +177,24 @@ class Declared:
             self._refuse(value, "a list")
         values = tuple(map(self._one, value))
         return value if isinstance(value, Sequence) and all(map(operator.is_, value, values)) else values
+
+    def _table(self, value: Any) -> Any:
+        """A table, whose entries are what the command line would take."""
+        expected = f"a dict of {self.option.metavar}" if self.option.metavar else "a dict"
+        if not isinstance(value, Mapping):
+            self._refuse(value, expected)
+        if self.option.read is None:
+            return value
+        table: dict[str, Any] = {}
+        for name, entry in value.items():
+            try:
+                found = self.option.read([f"{name}={entry_text(entry)}"])
+            except ValueError as error:
+                raise WrongUsage(f"{named(self.name)}: {error}") from error
+            if list(found) != [name]:
+                self._refuse(value, expected)
+            table |= found
+        return value if table == value else table
 
     def _one(self, value: Any) -> Any:
         if self.choices:
@@ -194,7 +212,7 @@ class Declared:
         if self.kind == "flag":
             is_flag = type(value).__name__ in ("bool", "bool_") or _is_one_of(value, (0, 1))  # NumPy's, too
             return bool(value) if is_flag else self._refuse(value, VALUES_OF_KIND[self.kind])
-        if self.kind == "text" and isinstance(value, re.Pattern | int | float):
+        if self.kind == "text" and isinstance(value, re.Pattern | bytes | int | float):
             self._refuse(value, "a text")
         if self.kind == "text" or isinstance(value, str | Path):
             return value

@@ -114,7 +114,7 @@ def _keyword(name: str, value: object) -> str:
 
 def entry_text(value: object) -> str:
     """A value of a table: on the command line, several flags of one are `1,0,1`."""
-    return ",".join(str(int(each)) for each in value) if isinstance(value, tuple) else str(value)
+    return ",".join(str(int(each)) for each in value) if isinstance(value, tuple | list) else str(value)
 
 
 def _quoted(value: object) -> str:

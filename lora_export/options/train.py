@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from lora_export.errors import WrongUsage
-from lora_export.options.common import ALL_LINEAR, Output, layer_endings, written
+from lora_export.options.common import ALL_LINEAR, GREATEST_SEED, Output, layer_endings, written
 from lora_export.options.declaring import Option, Options, Section, argument, declares, option, options_of, table_of
 from lora_export.options.spelling import named
 
@@ -79,7 +79,9 @@ class TrainingSettings(Evaluating):
         False, "Compute activations again in the backward pass: less memory, more time."
     )
     compile: bool = option(False, "Compute the steps with torch.compile. The first step takes long.")
-    seed: int = option(0, "Random seed for the split, the initial values and the order.", at_least=0)
+    seed: int = option(
+        0, "Random seed for the split, the initial values and the order.", at_least=0, at_most=GREATEST_SEED
+    )
 
     @property
     def recorded(self) -> dict[str, Any]:

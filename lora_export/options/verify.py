@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSources, GivenAdapters
-from lora_export.options.common import Download, ModelSource, Reported, axis_size
+from lora_export.options.common import GREATEST_SEED, Download, ModelSource, Reported, axis_size
 from lora_export.options.declaring import Option, Options, Section, argument, declares, nested, option, table_of
 from lora_export.options.proof import Running
 from lora_export.options.spelling import named
@@ -132,7 +132,12 @@ class Judging(Running):
     )
     atol: float | None = option(None, "Also require |candidate - reference| <= atol + rtol·|reference|.", at_least=0)
     rtol: float | None = option(None, "See {atol}.", at_least=0)
-    input_seed: int | None = option(None, "Random seed for the generated inputs.  [default: 0]")
+    input_seed: int | None = option(
+        None,
+        "Random seed for the generated inputs.  [default: 0]",
+        at_least=-GREATEST_SEED,
+        at_most=GREATEST_SEED,
+    )
     cache: str | Path | None = option(
         None,
         "Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lora_export.errors import InputRefused, WrongUsage, first_of
+from lora_export.errors import InputRefused, first_of
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.table import CONV1D_NAMES, LINEAR_NAMES, OF_CONV1D, module_kind
 from lora_export.options.spelling import named
@@ -26,10 +26,8 @@ NAMED_WEIGHTS = 3  # weights that a message names
 
 
 def check_stated(stated: Mapping[str, str], base: Mapping[str, TensorSpec]) -> None:
-    """Raise WrongUsage for a layout that does not exist, InputRefused for a name that no matrix of the base has."""
+    """Raise InputRefused for a name that no matrix of the base has."""
     for pattern, layout in stated.items():
-        if layout not in LINEAR_LAYOUTS:
-            raise WrongUsage(f"{named('layout', {pattern: layout})}: a layout is {' or '.join(LINEAR_LAYOUTS)}")
         if not any(len(spec.shape) == 2 and _names(pattern, name) for name, spec in base.items()):
             raise InputRefused(f"{named('layout', {pattern: layout})}: no matrix of the base has this name")
 

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 ADDRESS = re.compile(r"(?P<bucket>(?:s3|gs|az)://[^/@:\s]+)(?:/(?P<key>.*))?", re.DOTALL)
 SCHEME = re.compile(r"(?:s3|gs|az)://", re.IGNORECASE)
+OTHER_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # as a path it would be a folder of this name
 _PATTERN = "s3:/", "gs:/", "az:/"
 
 
 def place(path: str | Path) -> Path:
     """A path, or the address of an object in a store as a path. Asks no store.
 
-    Raises InputRefused for an address that is none, and for one with a user name or a password in it.
+    Raises InputRefused for an address that is none or of another kind, and for one with a user name or a password.
     """
     if isinstance(path, Path):
         return path
@@ -39,6 +40,11 @@ def place(path: str | Path) -> Path:
     if is_hub_address(path):
         raise InputRefused(f"{path}: hf:// is read where a model or an adapter is named, and nowhere else")
     if not SCHEME.match(path):
+        if other := OTHER_SCHEME.match(path):  # all of the text may have a password
+            raise InputRefused(
+                f"an address here begins with s3://, gs:// or az://, of a model or an adapter also with hf://, and not "
+                f"with {other[0]}. A file has a path"
+            )
         return Path(path)
     if "@" in path.split("//", 1)[1].split("/")[0]:
         raise InputRefused(

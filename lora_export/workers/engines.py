@@ -109,7 +109,9 @@ def _interrupts_later() -> Iterator[None]:
 
 
 def _begin(threads: int) -> None:
-    """Prepare a process of the pool: its number of threads, and how it is ended."""
+    """Prepare a process of the pool: its number of threads, where it prints, and how it is ended."""
+    with contextlib.suppress(OSError):  # stderr is closed
+        os.dup2(2, 1)  # stdout has the result of the first process alone
     for name in THREADS:
         os.environ.setdefault(name, str(threads))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process ends the others

@@ -230,7 +230,7 @@ def test_peft_loads_what_is_extracted_of_a_classifier(tmp_path: Path, parts: tup
     [
         ({"rank": None}, WrongUsage, "give rank=, or energy="),
         ({"rank": 0}, WrongUsage, "at least 1"),
-        ({"layout": {"*": "wide"}}, WrongUsage, "a layout is out_in or in_out"),
+        ({"layout": {"*": "wide"}}, WrongUsage, r"\*=wide is not NAME=out_in or NAME=in_out"),
         ({"layout": {"up": "in_out"}}, InputRefused, "no matrix of the base has this name"),
         ({"layout": {}}, InputRefused, r"fc.weight: how it is stored is unknown"),
     ],

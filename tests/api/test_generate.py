@@ -531,6 +531,10 @@ def test_options_of_draws_that_are_not_made_get_a_note(swapped: Path) -> None:
         ({"adapters": ["fr", "de"]}, WrongUsage, "there are 2 adapters for 3 prompts"),
         ({"max_new_tokens": 0}, WrongUsage, "max_new_tokens= is 0; it must be at least 1"),
         ({"temperature": -1}, WrongUsage, "temperature= is -1; it must be at least 0"),
+        ({"temperature": float("nan")}, WrongUsage, "temperature= is nan; it must be at least 0"),
+        ({"top_p": 0.0}, WrongUsage, "top_p= is 0; it must be above 0 and at most 1"),
+        ({"top_p": 1.5}, WrongUsage, "top_p= is 1.5; it must be above 0 and at most 1"),
+        ({"seed": -1}, WrongUsage, "seed= is -1; it must be at least 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

@@ -220,6 +220,19 @@ def test_a_wrong_table_is_a_usage_error_and_writes_nothing(
     assert not Path("merged.safetensors").exists()
 
 
+def test_a_folder_above_that_may_not_be_searched_has_no_table(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(place, "[tool.lora-export\n")
+    stat = os.stat
+
+    def refused(path: Any, *arguments: Any, **keywords: Any) -> os.stat_result:
+        if os.fspath(path) == str(place / "pyproject.toml"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert call(*MERGE) == 0
+
+
 def test_options_of_other_commands_are_no_error(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configure(place, '[tool.lora-export]\nprovider = "cpu"\n[tool.lora-export.verify]\nreport = "v.json"\n')
     assert call("inspect", "adapter") == 0

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lora_export.api.check
 import lora_export.api.merge
 import lora_export.api.verify
 from lora_export import cli, errors
@@ -121,6 +122,25 @@ def test_misfits_and_figures_are_in_the_document(place: Path, capsys: Capture) -
     _, document = answer(capsys, *refusals(place)["onnx: undecided"][1])
     assert document["kind"] == document["proof"]["outcome"] == "undecided"
     assert document["proof"]["comparisons"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_else_is_printed_is_not_beside_the_document(
+    place: Path, fails: bool, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    check = lora_export.api.check.check
+
+    def noisy(**options: Any) -> Any:
+        print("as a model's own code does")
+        return failing(MemoryError)() if fails else check(**options)
+
+    monkeypatch.setattr(lora_export.api.check, "check", noisy)
+    assert call("check", place / "adapter", "--for", "vllm", "--json") == (6 if fails else 0)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["schema"] == f"lora-export/{'error' if fails else 'check-result'}/1"
+    assert printed.err.startswith("as a model's own code does\n")
+    print("further")
+    assert capsys.readouterr().out == "further\n"
 
 
 def test_no_document_without_json(place: Path, capsys: Capture) -> None:

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import lora_export.api.train
 from lora_export import formats
 from lora_export.cli.train import MEASURED
+from lora_export.storage.store_path import place
 from lora_export.training.order import split_rows
 from support.api import MODEL
 from support.cli import Capture, answer, call
@@ -57,6 +60,14 @@ def test_json_has_no_number_for_a_loss_that_is_not_finite(data: Path, capsys: Ca
     line = ("train", MODEL, "--data", data, "-o", data.parent / "ad", "--rank", "2", "--epochs", "1")
     code, document = answer(capsys, *line, "--holdout", "0.5")
     assert code == 0 and document["loss"]["adapter"] is None and document["loss"]["adapter_text"] == "inf"
+
+
+def test_an_output_in_a_store_is_printed_as_its_address(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    adapter, run = SimpleNamespace(parameters=24, replaced={}), SimpleNamespace(rank=2)
+    result = SimpleNamespace(output=place("s3://bucket/ad"), adapters=[adapter], adapter=adapter, runs=[run], scores={})
+    monkeypatch.setattr(lora_export.api.train, "train", lambda **_: result)
+    assert call("train", MODEL, "--data", "data.npz", "-o", "s3://bucket/ad") == 0
+    assert capsys.readouterr().out == "wrote s3://bucket/ad (24 numbers)\n"
 
 
 def test_an_output_without_a_name_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -31,6 +31,7 @@ from lora_export.options.declaring import (
 )
 from lora_export.options.export import GenerateOptions, OnnxOptions, TorchScriptOptions
 from lora_export.options.merge import MergeOptions
+from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import as_command_line
 from lora_export.options.train import TrainingSettings, TrainOptions
 from lora_export.options.verify import Judging, VerifyOptions
@@ -89,6 +90,9 @@ def test_arguments_come_first_then_the_own_options_of_a_record():
         ({"jobs": 2.0}, "jobs= is 2.0; it must be a whole number"),
         ({"overwrite": "no"}, "overwrite= is 'no'; it must be True or False"),
         ({"layout": "in_out"}, r"layout= is 'in_out'; it must be a dict of NAME=in_out\|out_in"),
+        ({"layout": {"fc": "conv"}}, "layout=: fc=conv is not NAME=out_in or NAME=in_out"),
+        ({"dtype_of": {"fc": "Q9"}}, "dtype_of=: fc=Q9 is not NAME=TYPE with a type of Q8_0"),
+        ({"prefixes": {3: "a"}}, "prefixes= is {3: 'a'}; it must be a dict of FROM=TO"),
         ({"reading": {"format": "peft"}}, "reading= is {'format': 'peft'}; it must be a ReadOptions"),
         ({"on_message": "print"}, "on_message= is 'print'; it must be a function, or left out"),
         ({"dtype": np.array([1, 2])}, r"dtype= is array\(\[1, 2\]\); it must be keep, float32"),
@@ -104,6 +108,15 @@ def test_arguments_come_first_then_the_own_options_of_a_record():
 def test_a_record_refuses_values_that_do_not_exist(wrong, message):
     with pytest.raises(WrongUsage, match=message):
         MergeOptions(**{"base": "base", "adapters": ["a"], "output": "out"} | wrong)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63])
+def test_a_seed_beyond_those_of_pytorch_is_refused(seed):
+    torch.manual_seed(2**63 - 1)
+    with pytest.raises(WrongUsage, match=r"input_seed= is -?9\.22337e\+18; it must be at least"):
+        Judging(input_seed=seed)
+    with pytest.raises(WrongUsage, match=r"seed= is -?9\.22337e\+18; it must be at least 0"):
+        TrainOptions("base", data="data", output="out", seed=seed)
 
 
 def test_a_compiled_pattern_is_no_text():
@@ -123,7 +136,10 @@ LEFT_OUT = {"overwrite": False, "dtype": "float32", "adapters": (), "on_message"
         (Weighted, {"weights": (each for each in (0.5, 2))}, {"weights": (0.5, 2)}),
         (Weighted, {"weights": 0.5}, {"weights": (0.5,)}),
         (ExtractOptions, {"exclude": "*.bias"}, {"exclude": ("*.bias",)}),
-        (CheckOptions, {"runtimes": "vllm"}, {"runtimes": ("vllm",)}),
+        (CheckOptions, {"runtimes": "vllm", "settings": {"a": "64"}}, {"runtimes": ("vllm",), "settings": {"a": 64.0}}),
+        (ReadOptions, {"enable_lora": {"qkv": "1,0,1"}}, {"enable_lora": {"qkv": (True, False, True)}}),
+        (VerifyOptions, {"fixed": {"sequence": "128"}, "candidate": "x"}, {"fixed": {"sequence": 128}}),
+        (TrainOptions, {"rank_pattern": {"a=b": 4}, "columns": None}, {"rank_pattern": {"a=b": 4}, "columns": None}),
         (GenerateOptions, {"prompts": "Once"}, {"prompts": ("Once",)}),
         (OnnxOptions, {"target": "all-linear", "overwrite": np.True_}, {"target": "all-linear", "overwrite": True}),
         (TrainOptions, {"rank": np.int32(4)}, {"rank": 4}),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_export import plan
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout, Plan
 from support.plans import adapter, holding, matrix, pair, square, unknown, vector
@@ -134,8 +134,6 @@ def test_an_option_that_contradicts_the_base_is_refused(spec, layout, message):
 def test_an_option_for_no_matrix_is_refused():
     with pytest.raises(InputRefused, match=r'layout=\{"fd": "out_in"\}: no matrix of the base has this name'):
         plan.make([adapter(fc=square())], [unknown("fc.weight"), vector("fd")], layout={"fd": "out_in"})
-    with pytest.raises(WrongUsage, match="a layout is out_in or in_out"):
-        plan.make([adapter(fc=square())], [unknown("fc.weight")], layout={"fc": "conv"})
 
 
 def test_an_embedding_of_unknown_layout_is_one_by_its_pair():

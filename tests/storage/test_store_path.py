@@ -71,6 +71,8 @@ def test_a_tree_in_a_store_answers_as_on_the_disk(stored: Stored, tmp_path: Path
         ("s3:///key", "is no address"),
         ("s3://bucket/../other", "is no address"),
         ("S3://bucket/x", "is no address"),
+        ("https://KEY:SECRET@host/v1", "begins with s3://, .* and not with https://"),
+        ("file:///etc/x", "not with file://"),
     ],
 )
 def test_a_wrong_address_is_refused_without_its_secret(text: str, reason: str) -> None:
@@ -79,7 +81,7 @@ def test_a_wrong_address_is_refused_without_its_secret(text: str, reason: str) -
     assert "SECRET" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["s3:/local", "folder/s3://x", "https://host/v1", "C:/x"])
+@pytest.mark.parametrize("text", ["s3:/local", "folder/s3://x", "https:/host/v1", "C:/x", "C://x"])
 def test_other_texts_are_paths(text: str) -> None:
     assert place(text) == Path(text) and not isinstance(place(text), StorePath)
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused
 from lora_export.runtime.generation.decoder import Decoder, EncoderDecoderRun
 from lora_export.runtime.onnx_runner import token_positions
 
@@ -23,22 +23,12 @@ class Sampling:
 
     Otherwise a token is drawn from softmax(logits / temperature), of the most probable tokens whose probabilities add
     up to `top_p`. Each row of a batch has its own stream of random numbers: `seed` and the row's number determine it,
-    so that a row does not depend on its neighbours.
-
-    Raises WrongUsage for values out of range.
+    so that a row does not depend on its neighbours. `GenerateOptions` has checked the values.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise WrongUsage(f"the temperature is {self.temperature:g}; it has to be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise WrongUsage(f"top_p is {self.top_p:g}; it has to be more than 0 and at most 1")
-        if self.seed < 0:
-            raise WrongUsage(f"the seed is {self.seed}; it has to be 0 or more")
 
     def generators(self, rows: int) -> list[np.random.Generator]:
         """The random numbers of each row."""

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
-from lora_export.errors import InputRefused, count
+from lora_export.errors import InputRefused, count, first_of
 from lora_export.graph.content_match import Spellings
 from lora_export.graph.exporter_names import parameter_of
 from lora_export.graph.find_sites import Sites
@@ -239,9 +239,8 @@ class _Comparison:
             "were compared with the candidate's"
         )
         if missing:
-            shown = ", ".join(missing[: parity.SHOWN])
-            more = f" and {len(missing) - parity.SHOWN} more" if len(missing) > parity.SHOWN else ""
-            text += f". The candidate has no tensor like the others: outputs alone judge {shown}{more}"
+            shown = first_of(missing, parity.SHOWN)
+            text += f". The candidate has no tensor like the others: outputs alone judge {shown}"
         return text
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.errors import first_of
 from lora_export.graph.quantised_weights import Steps
 from lora_export.plan import Layout
 from lora_export.verification import parity
@@ -255,8 +256,7 @@ def _not_judged(weights: Sequence[str]) -> tuple[str, ...]:
     """One message on weights whose integers a quantiser seems to have chosen on purpose."""
     if not weights:
         return ()
-    more = f" and {len(weights) - parity.SHOWN} more" if len(weights) > parity.SHOWN else ""
     return (
-        f"each integer of {', '.join(weights[: parity.SHOWN])}{more}. Many are not the nearest to the "
+        f"each integer of {first_of(weights, parity.SHOWN)}. Many are not the nearest to the "
         "right weight, and the layers' outputs are as near as with the nearest. GPTQ leaves such integers",
     )
