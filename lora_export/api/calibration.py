@@ -25,7 +25,7 @@ from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.gguf.base import GgufBase, open_base
 from lora_export.weights.gguf.floats import size_in_floats, write_as_floats
 from lora_export.weights.gguf.merge import merge_gguf
-from lora_export.weights.merge import merge_checkpoint
+from lora_export.weights.merge import merge_checkpoint, output_size
 
 
 def calibrate(
@@ -54,6 +54,7 @@ def calibrate(
         if isinstance(base, GgufBase):
             model = load_model(str(_merged_as_folder(plan, base, Path(folder), arrays is None)), streamed=True)
         else:
+            refuse_lack_of_space(Path(folder), output_size(plan, base))
             merge_checkpoint(plan, base, Path(folder), min_retention=0)
             model = replace(load_model(folder, streamed=True), source=str(base.path))  # which has the tokenizer
         cases = layer_inputs.cases_of_texts(model, texts) if arrays is None else layer_inputs.cases_of_arrays(arrays)

@@ -43,7 +43,7 @@ from lora_export.storage.atomic_output import refuse_lack_of_space
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import Findings, Outcome
 from lora_export.weights.gguf.floats import bytes_as_floats, write_as_floats
-from lora_export.weights.merge import merge_checkpoint
+from lora_export.weights.merge import merge_checkpoint, output_size
 
 if TYPE_CHECKING:
     from lora_export.models.model import Model
@@ -264,7 +264,9 @@ def _as_floats(quantised: Artifact, base: Artifact, output: Path) -> Path:
         write_as_floats(quantised.gguf, output)
         return output
     checkpoint = quantised.dequantised
-    merge_checkpoint(Plan((), (), (), tuple(spec.name for spec in checkpoint.specs)), checkpoint, output)
+    unchanged = Plan((), (), (), tuple(spec.name for spec in checkpoint.specs))
+    refuse_lack_of_space(output, output_size(unchanged, checkpoint))
+    merge_checkpoint(unchanged, checkpoint, output)
     return output
 
 

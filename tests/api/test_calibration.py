@@ -212,7 +212,7 @@ def test_a_tokenizer_beside_the_file_has_the_words_of_the_file(tmp_path: Path) -
     assert len(merged([f"\u2581{word}" for word in WORDS]).layers) == len(targets)
 
 
-def test_the_copy_in_floats_has_to_fit_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_copy_in_floats_has_to_fit_the_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_llama(tmp_path / "base.gguf", Kind.Q4_0, fields=with_words)
     trained(llama(), r=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "a")
     (tmp_path / "texts.txt").write_text("abc\n")
@@ -229,8 +229,9 @@ def test_the_copy_in_floats_has_to_fit_the_disk(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputRefused, match="measured"):
         lora_export.merge(base, tmp_path / "a", tmp_path / "out", calibration=tmp_path / "texts.txt")
     monkeypatch.setattr(calibration, "refuse_lack_of_space", lambda folder, size: refuse_lack_of_space(folder, 10**18))
-    with pytest.raises(OutputFailed, match=r" free, .* needed$"):
-        lora_export.merge(base, tmp_path / "a", tmp_path / "out", calibration=tmp_path / "texts.txt")
+    for model, adapter in ((base, tmp_path / "a"), (folder / "base", folder / "adapter")):
+        with pytest.raises(OutputFailed, match=r" free, .* needed$"):
+            lora_export.merge(model, adapter, tmp_path / "out", calibration=folder / "texts.txt")
 
 
 def test_what_cannot_calibrate_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -256,5 +257,7 @@ def test_what_cannot_calibrate_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WrongUsage, match="for a checkpoint"):
         lora_export.verify(out, model=base, adapters=adapters, calibration=folder / "texts.txt")
     merged = lora_export.merge(base, adapters, out).output
+    with pytest.raises(OutputFailed, match="exists already"):  # before the model runs
+        lora_export.merge(base, adapters, out, calibration=tmp_path / "few.txt")
     with pytest.raises(InputRefused, match="names no calibrated layers"):
         lora_export.verify(merged, base=base, adapters=adapters, calibration=folder / "texts.txt")
