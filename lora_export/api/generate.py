@@ -76,10 +76,10 @@ def generate(options: GenerateOptions) -> list[Generation]:
     most probable token; otherwise tokens are drawn, as `seed` determines, from the most probable ones whose
     probabilities add up to `top_p`. Tokens that generation_config.json forces, suppresses or penalises are so here.
     What else it asks for, such as beams, is a message. `language` ("en") is that of a multilingual speech model's
-    sounds, None for that of its configs, or to let the model tell; with `translate` it writes English. `starts` are the first tokens of the texts
-    of a model that reads images, one text or list of token ids for all or one for each: the task's token of a Donut.
-    They are no part of the result. `on_text` receives each piece of a text as
-    soon as it is known. `provider` is "cpu" or "cuda".
+    sounds, None for that of its configs, or to let the model tell; with `translate` it writes English. `starts` are the
+    first tokens of the texts of a model that reads images, one text or list of token ids for all or one for each: the
+    task's token of a Donut. They are no part of the result. `on_text` receives each piece of a text as soon as it is
+    known. `provider` is "cpu" or "cuda".
 
     Raises InputRefused for a folder without such graphs or tokenizer and for unknown adapters, WrongUsage for values
     out of range, EnvironmentLacking where the provider does not run, RuntimeRefused where onnxruntime refuses a run.

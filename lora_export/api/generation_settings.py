@@ -164,7 +164,7 @@ class GenerationSettings:
         tasks, is_multilingual = self._table("task_to_id"), bool(self.languages)
         asked, task = (self.value(name) if is_multilingual else None for name in ("language", "task"))
         forced = {} if language or translate or asked or task else self._forced_tokens
-        translate = translate or task == "translate" or (is_multilingual and forced.get(2) == tasks.get("translate", -1))
+        translate = translate or task == "translate" or forced.get(2, -1) == tasks.get("translate")
         if translate and "translate" not in tasks:
             raise InputRefused("the model has no token for translating: it only transcribes")
         tokens: list[int | None] = [self.start_token, *([] if is_multilingual else forced.values())]
