@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_export.models.load import load_model
     from lora_export.options.combining import Combination
     from lora_export.options.reading import ReadOptions
+    from lora_export.options.verify import Expectations
     from lora_export.plan import Plan, TensorSpec
     from lora_export.plan import make as make_plan
     from lora_export.runtime.adapter_slots import AdapterSlots
@@ -51,6 +52,7 @@ _HOMES = {
     "Adapter": "lora:Adapter",
     "AdapterSlots": "runtime.adapter_slots:AdapterSlots",
     "Combination": "options.combining:Combination",
+    "Expectations": "options.verify:Expectations",
     "GraphReferences": "verification.against_graph:GraphReferences",
     "LoraPair": "lora:LoraPair",
     "ModuleRunner": "runtime.torch_runners:ModuleRunner",
@@ -96,6 +98,7 @@ __all__ = [
     "Adapter",
     "AdapterSlots",
     "Combination",
+    "Expectations",
     "GraphReferences",
     "LoraPair",
     "ModuleRunner",

@@ -59,6 +59,14 @@ def count(number: SupportsIndex, one: str, several: str = "") -> str:
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
+def hint_of_name(written: str, known: Iterable[str]) -> str:
+    """`; the nearest is `NAME`` of the known names, for the end of a message on an unknown one; empty without any."""
+    import difflib  # most names are spelled right
+
+    found = difflib.get_close_matches(written, list(known), n=1, cutoff=0.3)
+    return f"; the nearest is `{found[0]}`" if found else ""
+
+
 def duration(seconds: float) -> str:
     """`40 s`, `5 min`, `3 h 20 min`."""
     minutes, rest = divmod(round(seconds), 60)

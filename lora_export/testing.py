@@ -69,7 +69,9 @@ def assert_parity(
     not do the work, and WrongUsage for arguments that do not go together: none is a verdict on the candidate.
     """
     __tracebackhide__ = True
-    of_files = [named(name) for name, value in (("onnx_adapter", onnx_adapter), ("adapter_id", adapter_id)) if value]
+    of_files = [
+        named(name) for name, value in (("onnx_adapter", onnx_adapter), ("adapter_id", adapter_id)) if value is not None
+    ]
     if of_files and not isinstance(candidate, str | Path):
         raise WrongUsage(f"{' and '.join(of_files)}: the candidate is no file. Give a runner that has the adapter")
     if isinstance(candidate, str | Path):

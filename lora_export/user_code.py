@@ -34,12 +34,15 @@ def find_function(location: str, name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def failures_of_user_code(source: str) -> Iterator[None]:
-    """Turn any exception but our own errors into InputRefused, with the file and line that raised it."""
+    """Turn any exception but our own errors into InputRefused, with the file and line that raised it.
+
+    Also SystemExit, of a script that is not guarded by `__main__`: the process would end with its code, 0 for `same`.
+    """
     try:
         yield
     except LoraExportError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputRefused(
             f"{source} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"

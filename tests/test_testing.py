@@ -83,7 +83,7 @@ def test_what_was_asked_wrongly_is_no_failure_of_the_candidate(place: Path) -> N
     with pytest.raises(WrongUsage, match="there is no adapter"):
         assert_parity(place / "right.pt", FACTORY, weights=[2.0])
     with pytest.raises(WrongUsage, match=r"onnx_adapter= and adapter_id=: the candidate is no file"):
-        assert_parity(scaled()[0], FACTORY, onnx_adapter="de.onnx_adapter", adapter_id=1)
+        assert_parity(scaled()[0], FACTORY, onnx_adapter="de.onnx_adapter", adapter_id=0)
 
 
 @pytest.mark.slow

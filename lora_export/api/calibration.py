@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_export.artifacts.kind import is_arrays
 from lora_export.callbacks import OnMessage
@@ -90,8 +91,10 @@ def _bytes_at_once(plan: Plan, base: GgufBase) -> int:
 
 
 def _texts(path: Path, on_message: OnMessage) -> list[str]:
-    """The lines of a text file that are not empty, or the column `text` of a file of rows."""
+    """The lines of a text file, or the column `text` of a file of rows: what is not empty."""
     if path.suffix.lower() in ROW_READERS:
         records = open_records(on_disk(path, on_message, "file", is_alone=True))
-        return [str(records[row]["text"]) for row in range(len(records)) if "text" in records[row]]
-    return [line for line in read_text(path, MAX_ROW).splitlines() if line.strip()]
+        texts: list[Any] = [records[row].get("text") for row in range(len(records))]
+    else:
+        texts = read_text(path, MAX_ROW).splitlines()
+    return [text for text in texts if isinstance(text, str) and text.strip()]

@@ -12,7 +12,9 @@ from lora_export.callbacks import OnMessage
 from lora_export.storage import atomic_output, input_files, json_files
 
 GENAI_CONFIG = "genai_config.json"
-TOKENIZER = (
+MODEL_CONFIGS = ("config.json", "generation_config.json")
+BESIDE_GRAPH = (
+    *MODEL_CONFIGS,
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "spiece.model", "preprocessor_config.json"),
     *("processor_config.json", "chat_template.json", "tekken.json", "normalizer.json", "sentencepiece.bpe.model"),
@@ -20,20 +22,19 @@ TOKENIZER = (
     *("source.spm", "target.spm", "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "spm_char.model"),
     *("prophetnet.tokenizer", "dict.txt", "byte_maps.json", "emoji.json", "spm.model", "sentencepiece.model"),
 )
-MODEL_CONFIGS = ("config.json", "generation_config.json")
 
 
 def copy_generation_files(graph: Path, output: Path, folder: Path, on_message: OnMessage) -> list[str]:
     """Copy what is needed to generate from the folder of a graph into `folder`; return the names.
 
-    `folder` holds what is published beside `output`. The config is copied if it names `graph`, and then names
-    `output`. A file that is beside `output` already is not replaced, and a note names it. Raises InputRefused for what
-    is no file, and OutputFailed where it does not fit on the disk.
+    `folder` holds what is published beside `output`. onnxruntime-genai's config is copied if it names `graph`, and then
+    names `output`. A file that is beside `output` already is not replaced, and a note names it. Raises InputRefused for
+    what is no file, and OutputFailed where it does not fit on the disk.
     """
     home = output.absolute().parent
     if home.is_dir() and home.samefile(graph.parent):
         return []
-    return _publish_beside(output, folder, _config_of(graph, output), _tokenizer_files(graph), on_message)
+    return _publish_beside(output, folder, _config_of(graph, output), _files_beside(graph), on_message)
 
 
 def write_generation_files(
@@ -53,7 +54,7 @@ def write_generation_files(
     texts = {} if genai is None else {GENAI_CONFIG: json.dumps(genai, indent=4) + "\n"}
     home = output.absolute().parent
     is_there = home.is_dir() and model.is_dir() and home.samefile(model)
-    names = () if is_there else (*MODEL_CONFIGS, *TOKENIZER)
+    names = () if is_there else BESIDE_GRAPH
     present = [model / name for name in names if (model / name).is_file()]
     return _publish_beside(output, folder, texts, present, on_message, overwrite=overwrite)
 
@@ -99,11 +100,11 @@ def shorten_genai_config(folder: Path, longest: int | None) -> None:
 
 def size_of_generation_files(graph: Path) -> int:
     """The bytes that `copy_generation_files` copies at most."""
-    return sum(path.stat().st_size for path in _tokenizer_files(graph))
+    return sum(path.stat().st_size for path in _files_beside(graph))
 
 
-def _tokenizer_files(graph: Path) -> list[Path]:
-    return [path for name in TOKENIZER if (path := graph.parent / name).is_file()]
+def _files_beside(graph: Path) -> list[Path]:
+    return [path for name in BESIDE_GRAPH if (path := graph.parent / name).is_file()]
 
 
 def genai_model(folder: Path) -> dict[str, Any]:

@@ -48,9 +48,9 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     steps = plan_over(checkpoint, request)
     refuse_before_merge(steps, checkpoint)
     if request.keep_residual is not None:
-        from lora_export.weights.residuals.archive import refuse_without_hash  # few merges keep one
+        from lora_export.weights.residuals.archive import refuse_residual  # few merges keep one
 
-        refuse_without_hash(steps)
+        refuse_residual(steps, checkpoint)
     more = notes_on_checkpoint(checkpoint, request.adapters, kept=request.keep_quantised)
     notes = request.report_notes(steps, [*([why_alone] if why_alone else ()), *more])
     if request.dry_run:

@@ -26,7 +26,7 @@ from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import merge_report, write_merged
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES, in_memory
-from lora_export.graph.values import drop_tensors, initializers, unused_name, value_names
+from lora_export.graph.values import drop_tensors, initializers, refuse_old_ir, unused_name, value_names
 from lora_export.options.combining import Combination
 from lora_export.options.spelling import command, named
 from lora_export.plan.spelling import respelled
@@ -75,6 +75,7 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
             run, companions, report = _merge(graph, program, located, folder, options)
             hashes = run.hashes
         else:
+            refuse_old_ir(program)
             targets = _targets(located.sites, options)
             if options.by_row:
                 _measure_unclear_shapes(program, located, targets, base, options)

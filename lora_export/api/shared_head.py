@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,16 +22,19 @@ if TYPE_CHECKING:
 
     from lora_export.graph.find_sites import Sites
 
+ROUNDED_HEADS = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 BaseTensor = Callable[[str], NDArray[Any]]  # the base's tensor of a name
 
 
 def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec], stored: BaseTensor) -> list[Adapter]:
     """The adapters without the tensors that they save whole, which must be the base's own.
 
-    Raises InputRefused, which lists every tensor that is not, and MatchError for adapters that do not fit the base.
+    A base in 16 bits has them rounded, as a merge wrote them, and a note names the type. Raises InputRefused, which
+    lists every tensor that is not, and MatchError for adapters that do not fit the base.
     """
     specs = list(specs)
-    own = [f"{adapter.name}, {name}" for adapter in adapters for name in _own_tensors(adapter, specs, stored)]
+    types = [dict(_types_in_base(adapter, specs, stored)) for adapter in adapters]
+    own = [f"{one.name}, {name}" for one, of in zip(adapters, types, strict=True) for name in of if not of[name]]
     if own:
         raise InputRefused(
             f"these tensors of adapters are not the model's own ({named('ignore_head')}):",
@@ -39,7 +43,12 @@ def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec]
             f"{command('merge', 'BASE', 'ADAPTER', output='with-head', only_head=True)}. A graph of "
             f"{named('lora', 'rows')} takes adapters whose heads differ, without {named('ignore_head')}.",
         )
-    return [without_whole_tensors(adapter, adapter.replaced) for adapter in adapters]
+    found = []
+    for adapter, of in zip(adapters, types, strict=True):
+        halves = sorted(ROUNDED_HEADS.keys() & of.values())
+        notes = [f"the head of {adapter.name} is the model's, which has it rounded to {one}" for one in halves]
+        found.append(replace(without_whole_tensors(adapter, adapter.replaced), notes=(*adapter.notes, *notes)))
+    return found
 
 
 def head_alone(adapter: Adapter) -> Adapter:
@@ -70,12 +79,17 @@ def stored_in_graph(*graphs: Sites) -> BaseTensor:
     return read
 
 
-def _own_tensors(adapter: Adapter, specs: Sequence[TensorSpec], stored: BaseTensor) -> Iterator[str]:
+def _types_in_base(adapter: Adapter, specs: Sequence[TensorSpec], stored: BaseTensor) -> Iterator[tuple[str, str]]:
+    """Each tensor that an adapter saves whole, and the type in which the base has it; empty where it has another."""
     if not adapter.replaced:
         return
     for step in plan.make([adapter], specs, may_add=True, identity_ok=True).steps:
         if step.replace is None:
             continue
-        value = None if step.added else stored(step.weight)
-        if value is None or not np.array_equal(step.replace.astype(value.dtype), value):
-            yield step.weight
+        value, found = None if step.added else stored(step.weight), ""
+        if value is not None:
+            types = {str(value.dtype): value.dtype, **ROUNDED_HEADS}
+            with np.errstate(over="ignore"):  # an infinity is no equal value
+                rounded = ((name, step.replace.astype(one).astype(value.dtype)) for name, one in types.items())
+                found = next((name for name, own in rounded if np.array_equal(own, value)), "")
+        yield step.weight, found

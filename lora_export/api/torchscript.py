@@ -90,6 +90,8 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     options.check_usage(format=name)
     if options.lora == "inputs" and (name != "pte" or not adapters):
         raise WrongUsage(f"{named('lora', 'inputs')} is for an output that ends in .pte, and needs {named('adapters')}")
+    if options.lora == "inputs" and not options.combined.is_exact:
+        raise WrongUsage(f"{named('combine')} is for {named('lora', 'merged')} and nodes: inputs take one adapter each")
     getattr(program, "require", lambda: None)()
     output = with_suffix(options.output, *PROGRAM_FORMATS[name].suffixes)
     with load.no_adapter_as_model(model, adapters):

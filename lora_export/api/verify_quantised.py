@@ -264,9 +264,9 @@ def _as_floats(quantised: Artifact, base: Artifact, output: Path) -> Path:
         write_as_floats(quantised.gguf, output)
         return output
     checkpoint = quantised.dequantised
-    unchanged = Plan((), (), (), tuple(spec.name for spec in checkpoint.specs))
-    refuse_lack_of_space(output, output_size(unchanged, checkpoint))
-    merge_checkpoint(unchanged, checkpoint, output)
+    copied = Plan((), (), (), tuple(spec.name for spec in checkpoint.specs))
+    refuse_lack_of_space(output, output_size(copied, checkpoint))
+    merge_checkpoint(copied, checkpoint, output)
     return output
 
 

@@ -248,7 +248,7 @@ def _joined(audits: Mapping[str, Audit]) -> Audit:
 
 def _other_differences(pipeline: Pipeline, candidate: Path, changed: Mapping[str, Any]) -> Iterator[str]:
     """The files outside of the judged models that are missing, new or other than the base's."""
-    own = {path.as_posix() for path in pipeline.other_files(changed)}
+    own = {path.as_posix() for path in pipeline.other_files(changed) if path.name not in OF_THE_OUTPUT}
     theirs = {
         path.relative_to(candidate).as_posix()
         for path in candidate.rglob("*")

@@ -28,10 +28,10 @@ from lora_export.artifacts.files import (
 )
 from lora_export.artifacts.kind import artifact_kind
 from lora_export.errors import InputRefused, brief
-from lora_export.formats.contract import read_contract, read_row_adapters
+from lora_export.formats.contract import RowAdapters, read_contract, read_row_adapters
 from lora_export.options.common import is_address
 from lora_export.options.spelling import command
-from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, History, read_shared
+from lora_export.provenance import CONTRACT_KEY, SLOTS_KEY, History, read_shared
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.artifact_kinds import ArtifactKind
 from lora_export.storage.gguf_file import open_gguf
@@ -201,14 +201,14 @@ class Artifact:
 
         Raises InputRefused where the record or its file is damaged.
         """
-        path, rows = self.path, None
+        path = self.path
         if self.address:
             return WrittenRecord()
         if path.is_dir():
             content = read_manifest(path)
         else:
             if self.kind is ArtifactKind.GRAPH:
-                text, rows = self.metadata.get(provenance.KEY), self.metadata.get(ROW_ADAPTERS_KEY)
+                text = self.metadata.get(provenance.KEY)
             elif self.kind is ArtifactKind.GGUF:
                 text = open_gguf(path).value(provenance.KEY)
             elif self.kind is ArtifactKind.WEIGHTS:
@@ -218,11 +218,13 @@ class Artifact:
             content = (
                 json_files.parse_json(text.encode(errors="surrogatepass"), f"the record in {path}") if text else {}
             )
-        adapters = provenance.history(content, path)
-        if rows is None:
-            return WrittenRecord(content, adapters)
-        names = json_files.parse_json(rows.encode(errors="surrogatepass"), path).get("adapters", [])
-        return WrittenRecord(content, adapters, [str(name) for name in names])
+        rows = self._rows
+        return WrittenRecord(content, provenance.history(content, path), None if rows is None else rows.names)
+
+    @property
+    def _rows(self) -> RowAdapters | None:
+        """The adapters that rows of a graph may choose from."""
+        return read_row_adapters(self.metadata, str(self.path)) if self.kind is ArtifactKind.GRAPH else None
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -252,8 +254,7 @@ class Artifact:
         """Whether each row of a graph has the head that its adapter saves whole."""
         if self.kind is ArtifactKind.GRAPH and SLOTS_KEY in self.metadata:
             return bool(read_contract(self.metadata, self.path).heads)
-        rows = read_row_adapters(self.metadata, str(self.path)) if self.kind is ArtifactKind.GRAPH else None
-        return rows is not None and bool(rows.labels)
+        return self._rows is not None and bool(self._rows.labels)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_export.artifacts.files import graphs_in
 from lora_export.errors import InputRefused
+from lora_export.options.common import is_address
 from lora_export.options.spelling import command
 from lora_export.storage import input_files
 from lora_export.storage.artifact_kinds import ArtifactKind, claimed_kind
@@ -61,7 +62,8 @@ def refuse_no_model(source: str | Path, file: str = "") -> None:
     beside folders and factories.
     """
     location, _, attribute = str(source).rpartition(":")
-    is_factory, kind = bool(location and attribute), artifact_kind(Path(source))
+    is_factory = bool(location and attribute) and not is_address(source)
+    kind = artifact_kind(Path(source))
     if kind is ArtifactKind.GGUF:
         its_own = command("verify", "MERGED.gguf", model="BASE.gguf")
         raise InputRefused(

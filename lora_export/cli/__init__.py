@@ -142,7 +142,8 @@ SETTINGS = {
 
 
 @click.group(cls=LazyGroup, context_settings=SETTINGS)
-@click.version_option(__version__, prog_name="lora-export")
+# LORA_EXPORT_VERSION is no option
+@click.version_option(__version__, prog_name="lora-export", allow_from_autoenv=False)
 def cli() -> None:
     """Put LoRA adapters into production: merge them, export them, and prove that nothing was lost.
 
@@ -204,11 +205,16 @@ def run(arguments: list[str] | None = None) -> int:
                 return 0
             result = cli.main(arguments, prog_name="lora-export", standalone_mode=False, obj=invocation)
     except SystemExit as end:
-        # rich and click raise SystemExit for a broken pipe; click also replaces stdout.
-        if sys.stdout is stdout and not isinstance(end.__context__, BrokenPipeError):
+        if "_LORA_EXPORT_COMPLETE" in os.environ:  # click ends so what a shell asks
             raise
-        # `| head` has read enough: the code that shells report of a program that SIGPIPE ended. Windows has no SIGPIPE.
-        return 128 + getattr(signal, "SIGPIPE", 13)
+        # rich and click raise SystemExit for a broken pipe; click also replaces stdout. `| head` has read enough: the
+        # code that shells report of a program that SIGPIPE ended. Windows has no SIGPIPE.
+        if sys.stdout is not stdout or isinstance(end.__context__, BrokenPipeError):
+            return 128 + getattr(signal, "SIGPIPE", 13)
+        # Of code of the user, or of a library: its code, which may be 0, is no result of a command.
+        error = RuntimeError(f"the command was ended by SystemExit({end.code!r})")
+        failures.show_failure(failures.bug(error), invocation)
+        raise error from end
     except (Exception, KeyboardInterrupt) as error:
         failure = failures.failure_of(error, invocation)
         if failure is None:

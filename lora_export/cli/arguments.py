@@ -20,7 +20,7 @@ from lora_export.cli import failures, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
 from lora_export.cli.parameters import EVERY_OPTION, other_tools, parameters_of, values_for, write_options
-from lora_export.errors import WrongUsage, one_line
+from lora_export.errors import WrongUsage, hint_of_name, one_line
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.declaring import Options
 from lora_export.options.spelling import entry_text
@@ -88,17 +88,30 @@ class Command(click.Command):
         if (invocation := ctx.find_object(Invocation)) is not None:
             invocation.context = ctx
         if not ctx.resilient_parsing:  # which is completion, and must not fail
-            self._take_defaults(ctx)
+            try:
+                self._take_defaults(ctx)
+            except click.UsageError:
+                if not {"-h", "--help"}.intersection(args):  # which shows the right names
+                    raise
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             raise renamed(error, ctx) from error
+        except click.BadParameter as error:
+            if not (origin := _origin(error.param, ctx)):
+                raise
+            text = f"{error.message.rstrip('.')}; it is set {origin}"
+            raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from error
 
     def _take_defaults(self, ctx: click.Context) -> None:
         if ctx.auto_envvar_prefix is None:  # not called through `lora-export`
             return
-        for name, option in options_by_name(self).items():
-            option.envvar = f"{ctx.auto_envvar_prefix}_{name.replace('-', '_').upper()}"
+        options = options_by_name(self)
+        for option in options.values():
+            option.envvar, option.allow_from_autoenv = [], False
+        for name, option in options.items():
+            option.envvar = [*(option.envvar or ()), f"{ctx.auto_envvar_prefix}_{_variable(name)}"]
+        _check_variables(options, ctx.auto_envvar_prefix)
         ctx.default_map, ctx.meta[CONFIGURATION], left_out = defaults_of(self, str(ctx.info_name))
         for note in left_out:
             print_message(f"note: {note}")
@@ -107,7 +120,7 @@ class Command(click.Command):
         """As click does. A note names the defaults that pyproject.toml changed."""
         changed = [
             f"{name} = {ctx.default_map[option.name]}"
-            for name, option in options_by_name(self).items()
+            for option, name in {option: name for name, option in options_by_name(self).items()}.items()
             if ctx.default_map and ctx.get_parameter_source(str(option.name)) is ParameterSource.DEFAULT_MAP
         ]
         if changed:
@@ -116,6 +129,15 @@ class Command(click.Command):
             return super().invoke(ctx)
         except WrongUsage as error:
             raise click.UsageError(str(error), ctx) from error
+
+
+def _origin(parameter: click.Parameter | None, ctx: click.Context) -> str:
+    """Where a wrong value comes from, for a message; empty for the command line."""
+    source = ctx.get_parameter_source(str(parameter.name)) if parameter is not None else None
+    if source is ParameterSource.DEFAULT_MAP:
+        return f"in {ctx.meta[CONFIGURATION]}"
+    names = parameter.envvar if source is ParameterSource.ENVIRONMENT and parameter is not None else None
+    return f"by the variable {next(filter(os.environ.get, names))}" if names else ""
 
 
 def _show_help(context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
@@ -210,14 +232,33 @@ def command_line() -> list[str]:
     return words
 
 
+# --- Defaults from the environment ---
+
+
+def _variable(name: str) -> str:
+    return name.replace("-", "_").upper()
+
+
+def _check_variables(options: Iterable[str], prefix: str) -> None:
+    """Refuse a variable of this command that is no option of it. Note one that lacks the name of the command."""
+    known, shared = {f"{prefix}_{_variable(name)}" for name in options}, prefix.rpartition("_")[0] + "_"
+    for variable in sorted(name for name, value in os.environ.items() if value):
+        if variable.startswith(f"{prefix}_") and variable not in known:
+            raise click.UsageError(f"the variable {variable} names no option{hint_of_name(variable, known)}")
+        of_command = f"{prefix}_{variable.removeprefix(shared)}"
+        if variable.startswith(shared) and of_command in known:
+            print_message(f"note: the variable {variable} sets no option: {of_command} does")
+
+
 # --- Defaults from pyproject.toml ---
 
 TABLE = "tool.lora-export"
 NOT_OPTIONS = frozenset({"help", "version"})
-# Options that may name code, open pickles, or say what is written. A file of somebody else does not set them.
+# Options that may name code or who runs it, open pickles, or say what is written and signed. A file of somebody else
+# does not set them.
 MAY_NAME_CODE = frozenset({"model", "data", "runner"})
 GUARDED = MAY_NAME_CODE | {
-    *("allow-pickle", "output", "overwrite", "report", "cache", "keep-residual", "tensorboard"),
+    *("allow-pickle", "output", "overwrite", "report", "cache", "keep-residual", "tensorboard", "ray", "sign"),
 }
 
 
@@ -290,9 +331,9 @@ def find_table() -> tuple[Path, dict[str, Any]] | None:
 
 
 def options_by_name(command: click.Command) -> dict[str, click.Option]:
-    """The options of a command by their long spelling, without its dashes."""
+    """The options of a command by their long spellings, without the dashes."""
     options = (parameter for parameter in command.params if isinstance(parameter, click.Option))
-    named = {max(option.opts, key=len).lstrip("-"): option for option in options}
+    named = {flag[2:]: option for option in options for flag in option.opts if flag.startswith("--")}
     return {name: option for name, option in named.items() if name not in NOT_OPTIONS}
 
 
@@ -344,8 +385,5 @@ def _spelled(key: str) -> str:
 
 
 def _unknown(path: Path, table: str, key: str, known: Iterable[str]) -> click.UsageError:
-    import difflib
-
-    nearest = difflib.get_close_matches(_spelled(key), list(known), n=1, cutoff=0.3)
-    hint = f"; the nearest is `{nearest[0]}`" if nearest else ""
-    return click.UsageError(f"{path}: [{table}] has the key `{key}`, which is no option{hint}")
+    near = hint_of_name(_spelled(key), known)
+    return click.UsageError(f"{path}: [{table}] has the key `{key}`, which is no option{near}")

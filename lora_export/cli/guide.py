@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import re
 
@@ -10,6 +9,7 @@ import click
 
 from lora_export.cli.arguments import cli_command
 from lora_export.cli.verbosity import Verbosity, verbosity
+from lora_export.errors import hint_of_name
 
 # Group -> topic -> what its page explains. `release/site` shows the pages in these groups.
 GROUPS = {
@@ -71,9 +71,9 @@ def guide_command(topic: str | None) -> None:
             click.echo(name if verbosity() is Verbosity.QUIET else f"{name:{width}}  {line}")
         return
     if topic not in TOPICS:
-        nearest = difflib.get_close_matches(topic, TOPICS, n=1)
-        hint = f"; the nearest is `{nearest[0]}`" if nearest else ""
-        raise click.UsageError(f"the guide has no page `{topic}`{hint}. The pages are: {', '.join(TOPICS)}")
+        raise click.UsageError(
+            f"the guide has no page `{topic}`{hint_of_name(topic, TOPICS)}. The pages are: {', '.join(TOPICS)}"
+        )
     _show(guide_page(topic))
 
 

@@ -318,7 +318,8 @@ def array_of_ort_value(value: Any) -> NDArray[Any]:
 
 
 def ort_value_of_array(ort: Any, array: NDArray[Any]) -> Any:
-    """An OrtValue with the contents of an array, bfloat16 included."""
+    """An OrtValue with the contents of an array, bfloat16 and the other order of bytes included."""
+    array = np.asarray(array, array.dtype.newbyteorder("="), order="C")  # onnxruntime reads no other, and refuses none
     if array.dtype == ml_dtypes.bfloat16:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ONNX_TYPES["bfloat16"])
     return ort.OrtValue.ortvalue_from_numpy(array)

@@ -66,11 +66,17 @@ def _node_attributes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Attr]]:
 
 
 def stored_at(
-    tensor: ir.TensorProtocol, location: str, offset: int | None, *, name: str | None, folder: str | Path = ""
+    tensor: ir.TensorProtocol,
+    location: str,
+    offset: int | None,
+    length: int | None = None,
+    *,
+    name: str | None,
+    folder: str | Path = "",
 ) -> ir.ExternalTensor:
     """A tensor of this dtype and shape whose bytes are in a file, from `offset` on. Reads nothing."""
     return ir.ExternalTensor(
-        *(location, offset, tensor.nbytes, tensor.dtype),
+        *(location, offset, tensor.nbytes if length is None else length, tensor.dtype),
         shape=ir.Shape(tensor.shape.numpy()),
         name=name or "",
         doc_string=tensor.doc_string,
@@ -141,16 +147,17 @@ def unused_name(name: str, used: set[str]) -> str:
     return unused
 
 
-def new_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """Register an initializer with the main graph, where every subgraph sees it.
-
-    Raises InputRefused for a graph in an IR version in which every initializer is an input.
-    """
+def refuse_old_ir(model: ir.Model) -> None:
+    """Raise InputRefused for a graph that is to get tensors, in an IR version in which every such is an input."""
     if model.ir_version < MIN_IR_VERSION:
         raise InputRefused(
             f"the graph has IR version {model.ir_version}, in which every stored tensor is an input: convert it to "
             f"version {MIN_IR_VERSION} or later"
         )
+
+
+def new_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register an initializer with the main graph, where every subgraph sees it."""
     shape = ir.Shape(tensor.shape.numpy())
     value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=shape)
     model.graph.register_initializer(value)

@@ -261,7 +261,7 @@ def write_message(stream: io.BufferedIOBase, header: Mapping[str, Any], arrays: 
     content = json.dumps({**header, "arrays": described}).encode()
     stream.write(len(content).to_bytes(8, "little") + content)
     for array in arrays.values():
-        stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        stream.write(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(-1).view(np.uint8).data)
     stream.flush()
 
 

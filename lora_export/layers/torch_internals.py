@@ -150,24 +150,10 @@ def sizes_of_branches(
 ) -> dict[str, tuple[int, int]]:
     """The least and the greatest size of each symbol for which `run` takes the branches that it takes for these inputs.
 
-    `axes` has the symbols of the axes that vary, by input. A branch is a comparison in Python code, but for PyTorch's
-    own. Shapes alone are computed. Where `run` fails, or needs values to choose a branch, it is about the branches
-    before that. Where one depends on several symbols, the others keep the size of these inputs.
+    `axes` has the symbols of the axes that vary, by input; they have different sizes. A branch is a comparison in
+    Python code, but for PyTorch's own, of one symbol with numbers. Shapes alone are computed. Where `run` fails, or
+    needs values to choose a branch, it is about the branches before that.
     """
-    sizes = {each: inputs[name].shape[axis] for name, own in axes.items() for axis, each in own.items()}
-    environment, ranges = _environment_after(run, inputs, axes)
-    is_together = len({*sizes.values()}) == len(sizes)  # axes of one size have one symbol in PyTorch
-    if len(sizes) > 1 and not (is_together and all(len(each.expr.free_symbols) < 2 for each in environment.guards)):
-        for symbol in sizes:
-            alone = {name: {axis: each for axis, each in own.items() if each == symbol} for name, own in axes.items()}
-            ranges |= _environment_after(run, inputs, alone)[1]
-    return ranges
-
-
-def _environment_after(
-    run: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]
-) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """What PyTorch records of comparisons while `run` has symbols for the sizes of these axes, and their ranges."""
     fake, symbolic = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
     kinds, made = private(symbolic, "DimDynamic"), {}
     environment = private(symbolic, "ShapeEnv")()
@@ -196,18 +182,18 @@ def _environment_after(
         run(made)
     ranges = {}
     for symbol, (expression, size) in traced.items():
-        bounds = environment.bound_sympy(expression)
-        high = int(min(bounds.upper, sys.maxsize))
-        for guard in environment.guards:  # `28 * size <= 800` narrows no bounds of PyTorch's
+        low, high = 2, sys.maxsize  # 0 and 1 are constants
+        for guard in environment.guards:  # not PyTorch's bounds: `28 * size <= 800` narrows none, `a < b` both
             if guard.expr.free_symbols == {expression}:
                 violated = partial(_is_violated, guard.expr, expression)
+                low += bisect.bisect_left(range(low, size), True, key=lambda each: not violated(each))
                 high = size + bisect.bisect_left(range(size, high + 1), True, key=violated) - 1
-        ranges[symbol] = int(bounds.lower), high
-    return environment, ranges
+        ranges[symbol] = low, high
+    return ranges
 
 
 def _is_violated(comparison: Any, symbol: Any, size: int) -> bool:
-    return not comparison.subs(symbol, size)
+    return str(comparison.subs(symbol, size)) == "False"  # SymPy's own False is no bool, and may not come to either
 
 
 def _is_in_python(frame: Any) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
 from lora_export.layers.torch_internals import exchange_forward
+from lora_export.models.huggingface import notes_on_unread_tensors, refuse_random_weights
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.refusals import innermost_cause
 from lora_export.models.tracing import silence
@@ -71,9 +72,10 @@ def from_diffusers(folder: Path, dtype: torch.dtype) -> Model:
         raise EnvironmentLacking(f"a model of diffusers needs diffusers ({error}): pip install diffusers") from error
     try:
         with silence():
-            module = getattr(diffusers, name).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
-            )
+            module, loading = getattr(diffusers, name).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )  # fmt: skip
         wanted = INPUTS[name](module.config)
     except InputRefused:
         raise
@@ -81,6 +83,7 @@ def from_diffusers(folder: Path, dtype: torch.dtype) -> Model:
         raise InputRefused(
             f"{folder}: diffusers cannot load it as {name}:", listed(innermost_cause(error).splitlines())
         ) from error
+    refuse_random_weights(folder, module, loading["missing_keys"])
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         tensor.data = tensor.data.clone()  # out of the mapped file
     _flatten_arguments(module.eval(), wanted)
@@ -93,6 +96,7 @@ def from_diffusers(folder: Path, dtype: torch.dtype) -> Model:
         str(folder), module, axes, _made_of(wanted), traced,
         steps={symbol: step for symbol in SIDES if symbol in symbols},
         derive=functools.partial(_in_whole_steps, step),
+        notes=tuple(notes_on_unread_tensors(module, loading["unexpected_keys"])),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -332,7 +332,7 @@ def _simplified(
     def graph_at(factor: int) -> object:
         assert larger is not None
         with exporter_refusals(module):
-            return [*_operations(model if factor == 1 else larger(factor))]
+            return [*_operations(model if factor == 1 else larger(factor), module.state_dict(keep_vars=True).keys())]
 
     dependent = refused_numbers(module, graph_at if larger else None)
     with decomposed_in_place(), READ_ONCE, dependent, exporter_refusals(module):
@@ -357,8 +357,12 @@ def _larger(inputs: Mapping[str, torch.Tensor], axes: Axes, factor: int) -> dict
     }
 
 
-def _operations(model: ir.Model) -> Iterator[object]:
+def _operations(model: ir.Model, weights: Container[str]) -> Iterator[object]:
     """What a graph computes, apart from the values of its weights: equal for two exports that do not differ."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        yield name, tensor.dtype, tuple(tensor.shape), b"" if name in weights else tensor.tobytes()
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for graph in graphs:
         for node in ir.traversal.RecursiveGraphIterator(graph):

@@ -9,14 +9,14 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_export.errors import EscapedLines, InputRefused, count, escaped_lines, listed
+from lora_export.errors import EscapedLines, InputRefused, count, escaped_lines, first_of, listed
 from lora_export.extras import optional_package
 from lora_export.isolation.limits import MAX_OBJECTS
 from lora_export.layers.frozen_linear import scales_of_4bit
@@ -112,14 +112,15 @@ def from_folder(
         _refuse_missing_class(transformers, folder, fields)
     with quiet(transformers):
         weights = streamed_folder(checkpoint, dtype) if streamed and (may_add or dtype is torch.float32) else None
-        module, new = _pretrained(transformers, checkpoint, fields, dtype, weights, base or TrainedBase())
-    notes: list[str] = []
+        module, loading = _pretrained(transformers, checkpoint, fields, dtype, weights, base or TrainedBase())
+    new = tuple(sorted(loading["missing_keys"]))
+    notes = notes_on_unread_tensors(module, loading["unexpected_keys"])
     new = without_unread_pooler(module, new)
     if modules is not None:
-        notes = as_embedder(module, modules, dtype)
+        notes += as_embedder(module, modules, dtype)
         new = tuple(name for name in new if not name.startswith(POOLER))
     if not (may_add or head):
-        _refuse_random_weights(folder, module, new, adapters)
+        refuse_random_weights(folder, module, new, adapters)
     scales = itertools.chain.from_iterable(map(scales_of_4bit, module.parameters()))
     for tensor in itertools.chain(module.parameters(), module.buffers(), list(scales)):
         if isinstance(tensor, StoredParameter):
@@ -234,10 +235,20 @@ def _refuse_missing_class(transformers: Any, folder: Path, fields: Mapping[str, 
         )
 
 
-def _refuse_random_weights(folder: Path, module: Any, new: Sequence[str], adapters: Sequence[Adapter]) -> None:
+def notes_on_unread_tensors(module: Any, tensors: Collection[str]) -> list[str]:
+    """A remark on the tensors of a folder that its model does not have: its config may be another model's."""
+    if not tensors:
+        return []
+    left_out, those = count(len(tensors), "tensor"), first_of(sorted(tensors), 3)
+    return [f"the model leaves out {left_out} of the folder, which {type(module).__name__} does not have: {those}"]
+
+
+def refuse_random_weights(folder: Path, module: Any, new: Collection[str], adapters: Sequence[Adapter] = ()) -> None:
     """Raise InputRefused for weights that neither the folder nor an adapter has: no two loads would be the same."""
     brought = [f".{name}" for adapter in adapters for name in adapter.replaced]
-    missing = [name for name in new if not any(end.endswith(f".{name}") or f".{name}".endswith(end) for end in brought)]
+    missing = [
+        name for name in sorted(new) if not any(end.endswith(f".{name}") or f".{name}".endswith(end) for end in brought)
+    ]
     if missing:
         adding = ", and no adapter brings them" if adapters else ""
         raise InputRefused(
@@ -261,8 +272,11 @@ def _pretrained(
     dtype: torch.dtype,
     weights: StreamedFolder | None,
     base: TrainedBase,
-) -> tuple[Any, tuple[str, ...]]:
-    """The module, and the names of its weights that the folder lacks. `weights` are left out where they do not fit."""
+) -> tuple[Any, Mapping[str, Collection[str]]]:
+    """The module, and the names that transformers found missing or unexpected in the folder.
+
+    `weights` are left out where they do not fit.
+    """
     folder = checkpoint.path
     path = folder / CONFIG
     try:
@@ -291,10 +305,9 @@ def _pretrained(
         if weights is not None:
             module, loading = load(None, state_dict=dict(weights.empty))
             if weights.fill(module, frozenset(loading["missing_keys"])):
-                return module, tuple(sorted(loading["missing_keys"]))
+                return module, loading
             del module
         module, loading = load(folder)
-        new = tuple(sorted(loading["missing_keys"]))
     except MemoryError:
         raise
     except Exception as error:  # values that do not fit together raise any type
@@ -303,12 +316,12 @@ def _pretrained(
         raise InputRefused(
             f"{folder}: transformers cannot load it as {architecture}:", why or listed(str(error).splitlines())
         ) from error
-    trained = quantised_modules(module, new)
+    trained = quantised_modules(module, sorted(loading["missing_keys"]))
     if not set(trained) <= set(base.floats):  # their values are new, and are trained: they must be floats
         del module
         floats = replace(base, floats=(*base.floats, *trained))
         return _pretrained(transformers, checkpoint, fields, dtype, None, floats)
-    return module, new
+    return module, loading
 
 
 def _built(cls: Any, config: Any) -> Any:

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,7 @@ def load_model(
         refuse_no_model(source, "a .pt2 file")
         location, _, name = source.rpartition(":")
         made = from_factory(source, find_function(location, name))
-        loaded = replace(made, module=made.module.to(dtype))
+        loaded = replace(made, module=_in_precision(dtype, made.module))
     return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
 
 
@@ -120,7 +121,7 @@ def _has_other_values(module: nn.Module, state: Mapping[str, torch.Tensor]) -> b
     return not all(
         torch.equal(first.setdefault(id(tensor), state[name]), state[name])
         for name, tensor in own.items()
-        if name in state
+        if name in state and isinstance(tensor, torch.Tensor)
     )
 
 
@@ -177,11 +178,19 @@ def from_factory(source: str, factory: Callable[[], Any]) -> Model:
         raise InputRefused(f"{source} returned a module without example inputs; return (module, example_inputs)")
     module = _unwrapped(source, module)
     _copied(source, module, {id(each): each for each in itertools.chain(module.parameters(), module.buffers())})
-    module.eval().to(torch.float32)
+    module = _in_precision(torch.float32, module.eval())
     named = in_dtype(torch.float32, _named(source, module, example_inputs))
     module = with_dictionaries(module, named)
     axes, sizes = varying_axes(source, module, named)
     return Model(source, module, axes, functools.partial(resampled, named, axes), sizes)
+
+
+def _in_precision(dtype: torch.dtype, module: nn.Module) -> nn.Module:
+    """The module, its floats converted in place. Complex numbers, such as of rotary positions, are pairs of fp32."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point() or tensor.is_complex():  # `nn.Module.to` would drop the imaginary part
+            tensor.data = tensor.data.to(torch.complex64 if tensor.is_complex() else dtype)
+    return module
 
 
 def _copied(source: str, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -272,8 +281,10 @@ def varying_axes(source: str, module: nn.Module, example_inputs: ModelInputs) ->
 def _named_axes(source: str, example_inputs: ModelInputs) -> Axes:
     """A symbol for each axis of each input. The first axis is `batch`; others are named after the first of their size.
 
-    Raises InputRefused unless all inputs have one batch size of at least 2.
+    Raises InputRefused unless all inputs have numbers, and one batch size of at least 2.
     """
+    if empty := [f"{name} {list(value.shape)}" for name, value in example_inputs.items() if not value.numel()]:
+        raise InputRefused(f"{source}: example inputs have no numbers: {', '.join(empty)}. Inputs are made like these")
     batches = {value.shape[0] for value in example_inputs.values() if value.ndim}
     if len(batches) != 1 or batches == {1}:
         raise InputRefused(
@@ -291,18 +302,28 @@ def _named_axes(source: str, example_inputs: ModelInputs) -> Axes:
 
 
 def resampled(example_inputs: ModelInputs, axes: Axes, sizes: Sizes, generator: torch.Generator) -> ModelInputs:
-    """New inputs like the example ones: floats of the same mean and deviation, integers from the example's rows."""
+    """New inputs like the example ones: floats of the same mean and deviation, integers and masks from its rows."""
     resampled = {}
     for name, example in example_inputs.items():
         shape = [sizes.get(axes[name].get(axis, ""), size) for axis, size in enumerate(example.shape)]
-        if example.is_floating_point():
-            deviation = float(example.std()) if example.numel() > 1 else 0.0
+        if (found := _mean_and_deviation(example)) is not None:
+            mean, deviation = found
             noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-            resampled[name] = (float(example.mean()) + (deviation or 1.0) * noise).to(example.dtype)
+            resampled[name] = (mean + deviation * noise).to(example.dtype)
         else:
             # Rows of the example, cut or repeated: ids stay in range and no mask hides a whole row.
-            rows = example[torch.randint(0, example.shape[0], (shape[0],), generator=generator)]
+            rows = example[torch.randint(0, example.shape[0], (shape[0],), generator=generator)] if shape else example
             for axis, size in itertools.islice(enumerate(shape), 1, None):
                 rows = rows.index_select(axis, torch.arange(size) % example.shape[axis])
             resampled[name] = rows
     return resampled
+
+
+def _mean_and_deviation(example: torch.Tensor) -> tuple[float, float] | None:
+    """Those of floats; None for integers, infinite floats, and masks: floats of two values whose rows differ."""
+    if not example.is_floating_point():
+        return None
+    if 2 == len(example.unique()) < example.numel() and bool((example != example[0]).any()):
+        return None
+    mean, deviation = float(example.mean()), float(example.std()) if example.numel() > 1 else 0.0
+    return (mean, deviation or 1.0) if math.isfinite(mean) and math.isfinite(deviation) else None

@@ -47,15 +47,24 @@ def named_failures(module: nn.Module, inputs: Iterable[str], which: str = "input
     """
     try:
         yield
-    except (LoraExportError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
+        _raise_other_failure(error)
         raise RuntimeRefused(
             f"{type(module).__name__} itself fails on the {which} ({', '.join(inputs)}): {innermost_cause(error)}"
             f"{remedy and f'. {remedy}'}"
         ) from error
+
+
+def _raise_other_failure(error: BaseException) -> None:
+    """Raise the innermost cause that is no fault of the model: a refusal of this package, or too little memory."""
+    cause: BaseException | None = error
+    found = None
+    while cause is not None:
+        if isinstance(cause, LoraExportError | torch.OutOfMemoryError) or is_out_of_memory(cause):
+            found = cause
+        cause = cause.__cause__
+    if found is not None:
+        raise found
 
 
 def failure_on(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str:
@@ -82,10 +91,11 @@ def innermost_cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def exporter_refusals(module: nn.Module) -> Iterator[None]:
-    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence, and a way out."""
+    """Turn an exception of an exporter into RuntimeRefused, with its cause in one sentence, and a way out."""
     try:
         yield
     except Exception as error:
+        _raise_other_failure(error)
         cause, remedy = innermost_cause(error), DEPENDS_ON_VALUES
         if missing := MISSING_OPERATOR.search(cause):
             cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX

@@ -99,9 +99,12 @@ class StoredParameter(nn.Parameter):
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """The module's `state_dict`, in which stored parameters are not read."""
-    tensors = module.state_dict(keep_vars=True)
-    return {name: value if isinstance(value, StoredParameter) else value.detach() for name, value in tensors.items()}
+    """The tensors of the module's `state_dict`, in which stored parameters are not read."""
+    return {
+        name: value if isinstance(value, StoredParameter) else value.detach()
+        for name, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)  # `get_extra_state` may return anything
+    }
 
 
 def read_stored(module: nn.Module) -> None:
@@ -190,10 +193,11 @@ def is_streamed(module: nn.Module) -> bool:
 def weights_in(file: TensorFile, module: nn.Module) -> dict[str, Tensor]:
     """The weights of a file for a module, by name; those that are streamed there are read when they are needed.
 
-    A name that the file lacks has the tensor of another name of the same tied one. The file's other names have empty
-    tensors, which `load_state_dict` refuses.
+    A name that the file lacks has the tensor of another name of the same tied one, and what is no tensor is the
+    module's own. The file's other names have empty tensors, which `load_state_dict` refuses.
     """
     own = module.state_dict(keep_vars=True)
+    extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     found = {name: torch.empty(0) for name in file.entries}
     tied: dict[int, Tensor] = {}
     for name, like in own.items():
@@ -202,7 +206,8 @@ def weights_in(file: TensorFile, module: nn.Module) -> dict[str, Tensor]:
             is_parameter = isinstance(like, nn.Parameter)
             found[name] = _stored(file, name, like, is_parameter=is_parameter, is_read_later=is_streamed)
             tied.setdefault(id(like), found[name])
-    return found | {name: tied[id(like)] for name, like in own.items() if name not in found and id(like) in tied}
+    shared = {name: tied[id(like)] for name, like in own.items() if name not in found and id(like) in tied}
+    return found | shared | extra
 
 
 def _stored(file: TensorFile, name: str, like: Tensor, *, is_parameter: bool, is_read_later: bool) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from lora_export.options.spelling import named
 
 OF_TEXTS = "sequence"
 NO_LIMIT = 1 << 40  # of a size
+LARGEST_JUDGED = 1 << 20  # of a size of a module of one's own
 LEAST_OPEN = 2  # PyTorch takes sizes of 0 and 1 for constants
 _known: dict[str, Limits] = {}  # class, config and inputs -> what was found: a process proves a model several times
 
@@ -66,17 +68,21 @@ def _with_traced_texts(model: Model) -> Model:
 
 def _with_traced_sizes(model: Model) -> Model:
     """A model that is not of Hugging Face. Sizes at which it fails do not count: it computes nothing there."""
-    module = type(model.module).__name__
+    module, usual = type(model.module).__name__, model.checked_sizes({})
     traced, further, not_judged = Limits(), list[Sizes](), list[str]()
+    if len({*model.traced_sizes.values()}) < len(model.traced_sizes):  # PyTorch has one symbol for equal sizes
+        return model
     for symbol, (low, high) in _sizes_of_branches(model, model.axes).items():
         traced[symbol] = 0, None  # looked at
         if low > LEAST_OPEN and not _fails(model, {symbol: low - 1}):
             not_judged.append(f"sizes of {symbol} below {low:,}, which {module} computes in another way")
-        beyond = {**model.traced_sizes, symbol: high + 1} if high else {}
-        numbers = sum(tensor.numel() // len(tensor) for tensor in model.inputs(beyond, seed=0).values())
-        if high and numbers * _parameters(model) > MOST_WORK:
+        # Within the usual sizes, a proof finds the branch; one for more than a million is about the range of integers.
+        if high is None or high > LARGEST_JUDGED or high < max(sizes[symbol] for sizes in usual):
+            continue
+        beyond = {**model.traced_sizes, symbol: high + 1}
+        if high >= LONGEST_TEXT or _numbers(model, beyond) * _parameters(model) > MOST_WORK:
             not_judged.append(f"sizes of {symbol} above {high:,}, which {module} computes in another way")
-        elif high and not _fails(model, beyond):
+        elif not _fails(model, beyond):
             traced[symbol] = 0, high
             further.append(beyond)
     return replace(
@@ -90,6 +96,15 @@ def _with_traced_sizes(model: Model) -> Model:
 def _longest_text(model: Model) -> Sizes:
     """The sizes of the case of a long text; none where there is no such case."""
     return next((sizes for sizes in model.further if sizes.get(OF_TEXTS, 0) > SHORT), {})
+
+
+def _numbers(model: Model, sizes: Sizes) -> int:
+    """The numbers of all inputs of a row, at these sizes."""
+    shapes = {name: list(value.shape) for name, value in model.example_inputs().items()}
+    for name, axes in model.axes.items():
+        for axis, symbol in axes.items():
+            shapes[name][axis] = sizes.get(symbol, shapes[name][axis])
+    return sum(math.prod(shape[1:]) for shape in shapes.values())
 
 
 def _symbols(model: Model) -> set[str]:

@@ -4,14 +4,13 @@ The keys of a table are the options' long spellings, without dashes.
 """
 
 import contextlib
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lora_export.errors import EscapedLines, WrongUsage, one_line
+from lora_export.errors import EscapedLines, WrongUsage, hint_of_name, one_line
 from lora_export.options.common import JOBS_AT_ONCE, RAY_ADDRESS, Reported
 from lora_export.options.declaring import (
     Declared,
@@ -124,8 +123,7 @@ def _toml(value: object) -> str:
 
 def unknown_key(place: str, key: str, known: Iterable[str]) -> WrongUsage:
     """The error of a key that a table may not have."""
-    nearest = difflib.get_close_matches(key.replace("_", "-"), list(known), n=1, cutoff=0.3)
-    return WrongUsage(f"{place}: there is no key `{key}`{f'; the nearest is `{nearest[0]}`' if nearest else ''}")
+    return WrongUsage(f"{place}: there is no key `{key}`{hint_of_name(key.replace('_', '-'), known)}")
 
 
 def _key(declared: Declared) -> str:

@@ -44,6 +44,7 @@ def shared_shards() -> tuple[Only, ...]:
         without("keep_quantised", False, "it measures every layer before the first file is written"),
         without("calibration", None, "the inputs of all layers are in one process"),
         without("device", "cpu", "workers compute on the processor"),
+        without("only_head", False, "workers know adapters by hashes, and a head alone has none"),
     )
 
 

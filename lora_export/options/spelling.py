@@ -21,11 +21,8 @@ from typing import NamedTuple
 # Names of flags -> keywords of Python; at last those of Expectations
 KEYWORDS = {"combine": "combination", "combine_seed": "seed", "prompt": "prompts", "image": "images"}
 KEYWORDS |= {f"expect_{name}": name for name in ("adapter_sha256", "base_sha256", "signature")}
-FUNCTIONS = {
-    "onnx": "export_onnx",
-    "torchscript": "export_torchscript",
-    "fleet": "run_fleet",
-}  # command -> function, where the names differ
+# Command -> function, where the names differ
+FUNCTIONS = {"onnx": "export_onnx", "torchscript": "export_torchscript", "fleet": "run_fleet"}
 COMMANDS_ALONE = ("doctor", "guide")  # commands that are no function
 
 Flags = Callable[[], Mapping[str, str]]  # returns flags by Python names, where they are not the names with dashes

@@ -4,10 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.options.combining import AdapterSources
-from lora_export.options.common import (
-    Output,
-    written,
-)
+from lora_export.options.common import Output, written
 from lora_export.options.declaring import Option, argument, declares
 from lora_export.options.reading import AllowPickle
 

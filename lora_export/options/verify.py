@@ -10,16 +10,7 @@ from typing import Any, ClassVar
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSources, GivenAdapters
 from lora_export.options.common import Download, ModelSource, Reported, axis_size
-from lora_export.options.declaring import (
-    Option,
-    Options,
-    Section,
-    argument,
-    declares,
-    nested,
-    option,
-    table_of,
-)
+from lora_export.options.declaring import Option, Options, Section, argument, declares, nested, option, table_of
 from lora_export.options.proof import Running
 from lora_export.options.spelling import named
 

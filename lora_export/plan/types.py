@@ -281,6 +281,10 @@ class Plan:
         """The tensors that adapters replace, whole or in some rows."""
         return tuple(step.weight for step in self.steps if step.is_replacement)
 
+    def steps_on(self, tensor: str) -> tuple[Step, ...]:
+        """The step on a whole stored tensor, or those on parts of it."""
+        return (self.by_weight[tensor],) if tensor in self.by_weight else self.by_part.get(tensor, ())
+
     def changes_tied(self, weight: str) -> bool:
         """Whether every adapter on this weight was trained on it as a tied tensor, so that all its names change."""
         tied = {adapter.name: set(adapter.tied.values()) for adapter in self.adapters}

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, count
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import ROW_INPUTS, AdapterArrays, Contract, read_contract, row_inputs
-from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime
+from lora_export.formats.contract import ADAPTER_IDS, ROW_INPUTS, AdapterArrays, Contract, read_contract, row_inputs
+from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime, ort_value_of_array
 from lora_export.options.proof import Running
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest, refuse_larger
@@ -80,6 +80,7 @@ class AdapterSlots:
         for name, place in self.contract.inputs.items():
             if ADAPTER_DTYPES.get(inputs.pop(name).type) != place.dtype:
                 raise InputRefused(f"{self.model} has no input {name} of {place.dtype}, as its metadata has it")
+        self._batch = inputs[ADAPTER_IDS].shape[0]  # its symbol
         self._shapes = {name: value.shape for name, value in inputs.items() if name not in ROW_INPUTS}
         self._outputs = [value.name for value in session.get_outputs()]
         self._stacks = _Stacks(self.contract, provider)
@@ -110,26 +111,28 @@ class AdapterSlots:
         """Outputs by name (all, unless `outputs` names them), each row computed with its adapter.
 
         `adapters` has a name for each row, or several where the graph takes several; `scales` has their factors then.
-        Raises InputRefused for an adapter that is refused, for more of them than there are slots, and for other inputs
-        than the graph's; RuntimeRefused where onnxruntime refuses the run.
+        Raises InputRefused for an adapter that is refused, for more of them than there are slots, for another number of
+        rows, and for other inputs than the graph's; RuntimeRefused where onnxruntime refuses the run.
         """
         if feeds.keys() != self._shapes.keys():  # a binding would read what an earlier run gave
             raise InputRefused(f"{self.model} takes {', '.join(self._shapes)}, and the run has {', '.join(feeds)}")
         binding = self.io_binding()
         names = self._outputs if outputs is None else list(outputs)
-        held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # a binding holds no array
-        for name, array in held.items():
-            if self.longest:
-                sizes = {str(symbol): size for symbol, size in zip(self._shapes[name], array.shape, strict=False)}
-                refuse_larger(sizes, self.longest, self.model, "Give shorter inputs")
-            binding.bind_cpu_input(name, array)
+        ort = import_onnxruntime()
+        held = {name: ort_value_of_array(ort, np.asarray(array)) for name, array in feeds.items()}
+        for name, value in held.items():
+            sizes = {symbol: size for symbol, size in zip(self._shapes[name], value.shape(), strict=False) if symbol}
+            refuse_larger(sizes, self.longest, self.model, "Give shorter inputs")
+            if sizes.get(self._batch, len(adapters)) != len(adapters):
+                raise InputRefused(f"{name} has {sizes[self._batch]} rows, and there are adapters for {len(adapters)}")
+            binding.bind_ortvalue_input(name, value)
         for name in names:
             binding.bind_output(name)
         with self.use(adapters) as ids:
-            held |= row_inputs(ids, _factors(scales, ids), self.contract.per_row)
+            chosen = row_inputs(ids, _factors(scales, ids), self.contract.per_row)
             with raising_refusals(self.model):
-                for name in held.keys() - feeds.keys():
-                    binding.bind_cpu_input(name, held[name])
+                for name, array in chosen.items():
+                    binding.bind_cpu_input(name, array)
                 self.session.run_with_iobinding(binding, options)
                 results = [array_of_ort_value(value) for value in binding.get_outputs()]
         return dict(zip(names, results, strict=True))

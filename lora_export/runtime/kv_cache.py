@@ -55,18 +55,18 @@ class CacheTensor(NamedTuple):
     present: str
     sizes: tuple[int | None, ...]  # [batch, heads, length, features] and the like; None where they vary
     dtype: Any
+    has_fixed_batch: bool = False  # of the tokens: one dimension that varies is then the length
 
     @property
     def grows(self) -> bool:
         """Whether it has an entry for each position; a state of a convolution or of linear attention has not."""
-        return self.sizes.count(None) > 1
+        return self.sizes.count(None) > (0 if self.has_fixed_batch else 1)
 
     def empty_sizes(self, batch: int) -> list[int]:
         """The shape without a position: the first varying dimension is the batch, the other ones are 0."""
         varying = [axis for axis, size in enumerate(self.sizes) if size is None]
-        return [
-            size if size is not None else batch if axis == varying[0] else 0 for axis, size in enumerate(self.sizes)
-        ]
+        of_batch = None if self.has_fixed_batch and len(varying) == 1 else next(iter(varying), None)
+        return [size if size is not None else batch if axis == of_batch else 0 for axis, size in enumerate(self.sizes)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +288,7 @@ def with_cache(runner: OnnxRunner, tokens: str = IDS) -> OnnxRunner | CacheRunne
         {value.name: (value.type, value.shape) for value in values}
         for values in (runner.session.get_inputs(), runner.session.get_outputs())
     )
-    cache = _cache_tensors(inputs, outputs)
+    cache = _cache_tensors(inputs, outputs, tokens)
     if not cache or len(runner.axes.get(tokens, ())) != (2 if tokens == IDS else 3):
         return runner
     counts_mask = False
@@ -306,7 +306,7 @@ def with_registered_cache(runner: RegisteredRunner) -> RegisteredRunner | CacheR
         {str(value.name): (_TYPES.get(value.dtype, ""), tuple(value.shape or ())) for value in values}
         for values in (graph.inputs, graph.outputs)
     )
-    cache = _cache_tensors(inputs, outputs)
+    cache = _cache_tensors(inputs, outputs, IDS)
     ids = inputs.get(IDS)
     fills_cache = bool(runner.axes) and not runner.axes.keys() >= {tensor.past for tensor in cache}
     if not cache or ids is None or len(ids[1]) != 2 or fills_cache:
@@ -342,14 +342,15 @@ def _reads_cache(runner: RegisteredCacheRunner, inputs: Iterable[ir.Value]) -> b
     return all(2 * length in cache[tensor.past].shape for tensor in runner.cache if tensor.grows)
 
 
-def _cache_tensors(inputs: Mapping[str, _Port], outputs: Mapping[str, _Port]) -> tuple[CacheTensor, ...]:
-    """The tensors of a graph's cache, by the names of its inputs and outputs."""
+def _cache_tensors(inputs: Mapping[str, _Port], outputs: Mapping[str, _Port], tokens: str) -> tuple[CacheTensor, ...]:
+    """The tensors of a graph's cache, by the names of its inputs and outputs; `tokens` is the input of the batch."""
+    has_fixed_batch = tokens in inputs and any(map(_size, inputs[tokens][1][:1]))
     fitting = {name: port for name, port in inputs.items() if port[0] in CACHE_DTYPES and len(port[1]) > 2}
     cache = []
     for past, present in present_by_past(fitting, outputs).items():
         kind, shape = fitting[past]
         sizes = tuple(_size(size) or _size(other) for size, other in zip(shape, outputs[present][1], strict=False))
-        cache.append(CacheTensor(past, present, sizes, CACHE_DTYPES[kind]))
+        cache.append(CacheTensor(past, present, sizes, CACHE_DTYPES[kind], has_fixed_batch))
     return tuple(cache)
 
 

@@ -5,6 +5,7 @@ Needs no PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -23,7 +24,8 @@ from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import read_contract
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
-from lora_export.isolation.limits import MIB, memory_for
+from lora_export.graph.onnx_file.protobuf_wire import without_large_tensors
+from lora_export.isolation.limits import memory_for
 from lora_export.isolation.process import call_within
 from lora_export.options.spelling import named
 from lora_export.provenance import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY, read_longest
@@ -36,14 +38,15 @@ from lora_export.runtime.runner import (
     Placement,
     TooSlow,
     completed_inputs,
+    no_adapter,
     within_memory,
 )
 from lora_export.version import __version__
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}
-LOCATION_LENGTH = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])")  # of the name of external data; the name follows
-MAX_SCANNED = 64 * MIB  # bytes of a message
+# Of the name of external data, in up to two bytes of seven bits; the name follows
+LOCATION_LENGTH = re.compile(rb"\x0a\x08location\x12([\x80-\xff]?)([\x01-\x7f])")
 NO_KERNEL = "NOT_IMPLEMENTED"  # in onnxruntime's error for a node whose types a provider does not compute with
 KERNEL_SUFFIX = "_kernel_time"  # what a profile appends to the name of a node that is computed
 
@@ -93,6 +96,11 @@ class OnnxRunner(AdaptersByInput):
     def session(self) -> Any:
         """onnxruntime's InferenceSession, opened where it is not open."""
         return self._held.opened()
+
+    @property
+    def is_onnxruntimes(self) -> bool:
+        """Whether onnxruntime runs it, and not ONNX's reference evaluator."""
+        return _is_onnxruntimes(self.session)
 
     def close(self) -> None:
         """Give the session's memory back, also that of runners made from this one. The next run opens it again."""
@@ -155,7 +163,7 @@ class OnnxRunner(AdaptersByInput):
         else:
             inputs = (*self.session.get_inputs(), *self.session.get_overridable_initializers())
             if not any(each.name in file.values for each in inputs):
-                raise InputRefused(f"{self.path} takes no adapter from a file: leave {named('onnx_adapter')} out")
+                raise no_adapter(self.path)
         adapter = import_onnxruntime().LoraAdapter()
         try:
             adapter.Load(str(path))
@@ -226,7 +234,7 @@ class OnnxRunner(AdaptersByInput):
     @property
     def _takes_values(self) -> bool:
         """Whether an adapter is given as inputs: run options do not reach such a run."""
-        return self._has_required_inputs or not _is_onnxruntimes(self.session) or self._has_bfloat16
+        return self._has_required_inputs or not self.is_onnxruntimes or self._has_bfloat16
 
     @functools.cached_property
     def _has_bfloat16(self) -> bool:
@@ -235,13 +243,11 @@ class OnnxRunner(AdaptersByInput):
         return any(value.type == "tensor(bfloat16)" for value in values)
 
     def _outputs(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
-        if not (_is_onnxruntimes(self.session) and self._has_bfloat16):
+        if not (self.is_onnxruntimes and self._has_bfloat16):
             outputs: list[NDArray[Any]] = self.session.run(names, inputs, self._run_options)
             return outputs
         ort = import_onnxruntime()
-        values = {
-            name: onnx_adapter.ort_value_of_array(ort, np.ascontiguousarray(array)) for name, array in inputs.items()
-        }
+        values = {name: onnx_adapter.ort_value_of_array(ort, array) for name, array in inputs.items()}
         return [
             array_of_ort_value(value) for value in self.session.run_with_ort_values(names, values, self._run_options)
         ]
@@ -250,14 +256,17 @@ class OnnxRunner(AdaptersByInput):
 def _memory_of(source: Path | InMemoryGraph) -> int:
     """The bytes of memory that a graph may take where it is run: by the size of its message and its weights."""
     if isinstance(source, Path):
-        size = source.stat().st_size if source.is_file() else 0
-        message = source.read_bytes() if 0 < size < MAX_SCANNED else b""  # a larger one has its weights inside
-        weights, folder = size, source.parent
+        message, weights, folder = b"", source.stat().st_size if source.is_file() else 0, source.parent
+        with contextlib.suppress(InputRefused):  # what opens it refuses it
+            message = without_large_tensors(source, "") if weights else b""
     else:
         message, folder = source.message, source.folder or Path()
         weights = len(message) + sum(array.nbytes for array in source.tensors.values())
-    lengths = LOCATION_LENGTH.finditer(message)
-    files = {folder / os.fsdecode(message[found.end() : found.end() + found[1][0]]) for found in lengths}
+    names = {
+        message[found.end() : found.end() + (found[2][0] << 7 * len(found[1]) | sum(found[1]) & 0x7F)]
+        for found in LOCATION_LENGTH.finditer(message)
+    }
+    files = (folder / os.fsdecode(name) for name in names)
     return memory_for(weights + sum(file.stat().st_size for file in files if file.is_file()))
 
 

@@ -50,7 +50,7 @@ def open_session(
             ort.preload_dlls()  # finds the CUDA and cuDNN libraries of torch's wheels
     name = graph.name if isinstance(graph, InMemoryGraph) else graph
     with raising_refusals(name), contextlib.redirect_stdout(sys.stderr):
-        source = _with_tensors(graph, options) if isinstance(graph, InMemoryGraph) else str(graph.resolve())
+        source = _with_tensors(graph, options) if isinstance(graph, InMemoryGraph) else _beside_its_data(graph)
         session = ort.InferenceSession(source, options, providers=[(full_name, dict(provider_options))])
     if full_name not in session.get_providers():
         raise EnvironmentLacking(
@@ -100,6 +100,15 @@ def _available(provider: str) -> str:
             "(and uninstall onnxruntime, which would shadow it)"
         )
     return full_name
+
+
+def _beside_its_data(graph: Path) -> str:
+    """The path of a graph, or of the graph that a link leads to: there is its data.
+
+    In a Hugging Face cache a link leads to a blob, whose name is a hash, and the data has a link beside this one.
+    """
+    target = graph.resolve()
+    return str(target if target.suffix == graph.suffix else graph.absolute())
 
 
 def _with_tensors(graph: InMemoryGraph, options: Any) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,16 +38,10 @@ from lora_export.options.spelling import named
 from lora_export.provenance import CONTRACT_KEY, SLOTS_KEY
 from lora_export.runtime.environment_probes import CPU
 
-# These must run on the requested provider. onnxruntime puts shape arithmetic on the CPU on purpose.
-COMPUTE_OPERATORS = frozenset(
-    {
-        *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "ConvTranspose", "Einsum", "MatMulNBits"),
-        *("MatMulInteger", "QLinearMatMul", "QLinearConv", "Attention", "MultiHeadAttention", "GroupQueryAttention"),
-        *("PackedAttention", "QAttention", "LayerNormalization", "SimplifiedLayerNormalization"),
-        *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "BatchNormalization", "GroupNorm"),
-        *("InstanceNormalization", "RMSNormalization", "EmbedLayerNormalization", "Softmax", "Gelu", "FastGelu"),
-        *("LSTM", "GRU"),
-    }
+# Operators that must run on the requested provider, also under the names of quantised and fused ones. onnxruntime puts
+# shape arithmetic on the CPU on purpose.
+COMPUTE_OPERATORS = re.compile(
+    "MatMul|Gemm|Conv|Einsum|Attention|MoE|Norm(alization)?$|Softmax|Gelu|RotaryEmbedding|LSTM|GRU|RNN"
 )
 
 
@@ -125,6 +120,11 @@ class PlainRunner:
 def no_ids(path: Path) -> InputRefused:
     """The refusal of adapter ids for a graph without the input `adapter_ids`."""
     return InputRefused(f"{path} has no input {ADAPTER_IDS}: it was not made with {named('lora', 'rows')} or slots")
+
+
+def no_adapter(path: Path) -> InputRefused:
+    """The refusal of an adapter's file for a graph without inputs for it."""
+    return InputRefused(f"{path} takes no adapter from a file: leave {named('onnx_adapter')} out")
 
 
 class AdaptersByInput(PlainRunner, ABC):
@@ -275,7 +275,10 @@ class AdaptersByInput(PlainRunner, ABC):
                 values = contract.without_adapter()
         if is_required and self.adapters_with_strength:
             values = {**values, ADAPTER_STRENGTHS: np.ones(len(self.adapters_with_strength), np.float32)}
-        self._adapter_values = values if adapter is None else {**values, **self._values_of_file(adapter)}
+        from_file = {} if adapter is None else self._values_of_file(adapter)
+        if from_file and shapes and shapes.keys().isdisjoint(from_file):
+            raise no_adapter(self.path)
+        self._adapter_values = {**values, **from_file}
         self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
         return is_required
 
@@ -302,19 +305,23 @@ class Placement:
         return frozenset(operator for nodes in self.by_provider.values() for _, operator in nodes)
 
     @property
+    def _compute(self) -> list[tuple[str, str, str]]:
+        return [
+            (provider, node, operator)
+            for provider, nodes in self.by_provider.items()
+            for node, operator in nodes
+            if COMPUTE_OPERATORS.search(operator)
+        ]
+
+    @property
     def compute_nodes(self) -> int:
         """The number of nodes that must run on the requested provider."""
-        return sum(operator in COMPUTE_OPERATORS for nodes in self.by_provider.values() for _, operator in nodes)
+        return len(self._compute)
 
     @property
     def off_provider(self) -> tuple[tuple[str, str, str], ...]:
         """(provider, node, operator) of compute nodes that ran on another provider."""
-        return tuple(
-            (provider, node, operator)
-            for provider, nodes in self.by_provider.items()
-            for node, operator in nodes
-            if provider != self.requested_provider and operator in COMPUTE_OPERATORS
-        )
+        return tuple(node for node in self._compute if node[0] != self.requested_provider)
 
     def require_provider(self) -> None:
         """Raise EnvironmentLacking unless the requested provider ran every compute node."""

@@ -28,7 +28,7 @@ from lora_export.formats.contract import (
     read_contract,
     read_strengths,
 )
-from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime
+from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime, ort_value_of_array
 from lora_export.options.proof import Running
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest, refuse_larger
@@ -142,7 +142,7 @@ class Session:
         self._check_names(feeds)
         ort = import_onnxruntime()
         values = {
-            name: value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.asarray(value))
+            name: value if isinstance(value, ort.OrtValue) else ort_value_of_array(ort, np.asarray(value))
             for name, value in feeds.items()
         }
         shapes = {value.name: value.shape for value in self.session.get_inputs() if value.name in values}

@@ -254,7 +254,7 @@ def _tf32_off() -> Iterator[None]:
 
 def to_tensor(array: NDArray[Any]) -> torch.Tensor:
     """The array as a tensor of its own dtype."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # `ascontiguousarray` would give a scalar an axis
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lora_export.errors import EnvironmentLacking, InputRefused, first_line, listed, refuse_unprintable
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
 from lora_export.isolation.limits import MAX_OPCODES, MAX_PICKLE, memory_for
@@ -26,7 +28,7 @@ from lora_export.storage.artifact_kinds import METADATA_FILE, SHARD_SUFFIX
 from lora_export.storage.torch_pickle import FAILURES, PickledTensors, costly_pickle
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 _OF_CHECKPOINT = "torch.distributed.checkpoint"
 # What the pickle of a checkpoint's metadata names, by module.
@@ -157,16 +159,10 @@ def _refuse_costly(content: bytes) -> None:
 # --- The shards ---
 
 
-def _checked_shards(folder: Path, metadata: Metadata, wanted: Mapping[str, Any]) -> int:
+def _checked_shards(folder: Path, metadata: Metadata, wanted: Mapping[str, TensorStorageMetadata]) -> int:
     """The bytes of the wanted tensors. Raises InputRefused for what torch's reader should not open."""
-    problems, nbytes = [], 0
-    for name, one in wanted.items():
-        own = math.prod(one.size) * one.properties.dtype.itemsize
-        chunks = sum(math.prod(chunk.sizes) for chunk in one.chunks) * one.properties.dtype.itemsize
-        if chunks < own:
-            problems.append(f"{name}: its shards are not all there")
-        nbytes += own
-    stored = 0
+    problems, stored = [], 0
+    nbytes = sum(math.prod(one.size) * one.properties.dtype.itemsize for one in wanted.values())
     for index, info in metadata.storage_data.items():
         if index.fqn not in wanted:
             continue
@@ -185,9 +181,25 @@ def _checked_shards(folder: Path, metadata: Metadata, wanted: Mapping[str, Any])
                     problems.append(f"{index.fqn}: {why}")
     if not problems and nbytes > stored:
         problems.append(f"its tensors have {nbytes:,} bytes, and their shards {stored:,}")
+    if not problems:
+        cut = [name for name, one in wanted.items() if not _is_made_up(one)]
+        problems += [f"{name}: its shards do not have each of its elements once" for name in cut]
     if problems:
         raise InputRefused(f"{folder} is refused:", listed(sorted(set(problems)), len(problems)))
     return nbytes
+
+
+def _is_made_up(tensor: TensorStorageMetadata) -> bool:
+    """Whether the chunks of a tensor have each of its elements once: torch's reader leaves others as they are."""
+    chunks = {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks}
+    if sum(math.prod(sizes) for _, sizes in chunks) != math.prod(tensor.size):
+        return False
+    is_stored = np.zeros(tuple(tensor.size), bool)
+    for offsets, sizes in chunks:
+        if min(offsets, default=0) < 0:
+            return False
+        is_stored[tuple(slice(first, first + size) for first, size in zip(offsets, sizes, strict=True))] = True
+    return bool(is_stored.all())
 
 
 def _why_not_read(file: Any) -> str:

@@ -154,7 +154,11 @@ def locate(source: str | Path, on_message: Callable[[str], None], download: bool
     name, revision = match["name"], match["revision"]
     snapshot = _snapshot(name, revision)
     if download and (snapshot is None or _is_part(snapshot)):
-        snapshot = _with_weights(download_snapshot(name, revision, on_message), name, revision)
+        try:
+            snapshot = _with_weights(download_snapshot(name, revision, on_message), name, revision)
+        except (InputRefused, EnvironmentLacking):  # what is there may be all that the caller needs
+            if snapshot is None:
+                raise
     if snapshot is not None:
         on_message(f"{text}: the snapshot {snapshot.name} in the Hugging Face cache")
         return snapshot

@@ -125,15 +125,9 @@ def regular_files(folder: Path) -> list[Path]:
 
 
 def shown_files(folder: Path) -> list[Path]:
-    """Those of `regular_files` that are neither hidden nor in a hidden folder.
-
-    Raises InputRefused for a link to a folder: what is in it would be lost.
-    """
-    found = ((path, path.relative_to(folder).parts) for path in folder.rglob("*"))
-    shown = sorted(path for path, parts in found if not any(part[0] == "." for part in parts))
-    if linked := [path for path in shown if path.is_symlink() and path.is_dir()]:
-        raise InputRefused(f"{linked[0]} is a link to a folder. Replace it with a copy of the folder")
-    return [path for path in shown if path.is_file()]
+    """Those of `regular_files` that are neither hidden nor in a hidden folder."""
+    found = ((path, path.relative_to(folder).parts) for path in regular_files(folder))
+    return [path for path, parts in found if not any(part[0] == "." for part in parts)]
 
 
 def files_of(path: Path) -> list[Path]:

@@ -47,4 +47,4 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[An
             raise ValueError(f"{member.filename} is too short for {shape} of {dtype}")
         stream.seek(0)
         array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
-        return array
+        return array.astype(array.dtype.newbyteorder("="), copy=False)  # PyTorch and onnxruntime read no others

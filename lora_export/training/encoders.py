@@ -43,7 +43,7 @@ from lora_export.training.batches import (
 )
 from lora_export.training.records.opening import IGNORED
 from lora_export.training.records.rows import AUDIO, Records, Row, sound_in
-from lora_export.training.row_forms import LabelKind, label_value
+from lora_export.training.row_forms import LabelKind, label_value, tools_of
 
 
 def padded_rows(rows: Iterable[ArrayLike], padding: int, side: str = "right") -> torch.Tensor:
@@ -229,7 +229,7 @@ def chat_tokens(tokenizer: Any) -> Tokenise:
         return Tokens(list(found["input_ids"]), [bool(mask) for mask in found["assistant_masks"]])
 
     def tokenise(row: Row) -> Tokens:
-        messages, options = row["messages"], {"tools": row["tools"]} if row.get("tools") else {}
+        messages, options = row["messages"], {"tools": tools} if (tools := tools_of(row)) else {}
         if isinstance(template, str) and GENERATION.search(template):
             return marked(messages, **options)
         whole = rendered(messages, **options)

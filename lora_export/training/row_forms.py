@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -66,7 +68,8 @@ class Survey:
 
 def form_of(records: Records, wanted: RowForm | None = None) -> RowForm:
     """The form of the rows, by the columns of the first. Raises InputRefused where there is none, or not `wanted`."""
-    present = set(records[0])
+    # A column may be for other rows; the first label that is missing is refused with its row.
+    present = {name for name, value in records[0].items() if value is not None or name == "label"}
     forms = [wanted] if wanted else list(FORMS)
     for form in forms:
         if present >= set(FORMS[form][0]):
@@ -194,6 +197,14 @@ def _compared(values: Row) -> str:
     return "" if in_range else f"`score` is {score!r:.80}; a cosine is from -1 to 1"
 
 
+def tools_of(values: Row) -> list[dict[str, Any]] | None:
+    """The descriptions of tools for a chat template; None where `tools` is something else. Tables have them as JSON."""
+    tools = values.get("tools") or []
+    with contextlib.suppress(ValueError, RecursionError):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    return tools if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else None
+
+
 def _chat(values: Row) -> str:
     messages = values["messages"]
     if not isinstance(messages, list) or not messages:
@@ -205,9 +216,8 @@ def _chat(values: Row) -> str:
             return f"message {number} has no text in `content`"
         if _has_surrogates(message["content"]):
             return HALF_A_CHARACTER.format("content")
-    tools = values.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        return f"`tools` is {tools!r:.80}; it must be a list of descriptions, as the chat template takes them"
+    if tools_of(values) is None:
+        return f"`tools` is {values['tools']!r:.80}; it must be a list of descriptions, or that as JSON"
     return "" if any(message["role"] == "assistant" for message in messages) else "no message of the assistant"
 
 

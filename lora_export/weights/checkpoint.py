@@ -132,8 +132,7 @@ class Checkpoint:
 
         The weights of the modules of a sentence-transformers folder are among them.
 
-        Raises InputRefused for a link out of the folder, whose target would be published with the model, and for a link
-        to a folder.
+        Raises InputRefused for a link out of the folder: its target would be published with the model.
         """
         if not self.is_folder:
             return

@@ -135,8 +135,7 @@ def kept_tensor(entry: Entry, tensor: QuantisedTensor, plan: Plan, grid: NewGrid
 
     Raises InputRefused for a part of a weight that is no block of the file.
     """
-    whole = plan.by_weight.get(tensor.name)
-    steps = plan.by_part.get(tensor.name, ()) if whole is None else (whole,)
+    steps = plan.steps_on(tensor.name)
     if not steps and grid is None:
         return None
     assert tensor.codes is not None

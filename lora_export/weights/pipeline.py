@@ -46,12 +46,16 @@ class Pipeline:
     def other_files(self, changed: Collection[str]) -> Iterator[Path]:
         """The files outside of the folders of changed models, relative to the pipeline.
 
-        Raises InputRefused for a link out of the folder, and for one to a folder.
+        The record of an unchanged model is one of them: it has what is merged there already. Raises InputRefused for a
+        link out of the folder.
         """
         home = self.path.resolve()
+        for path in self.path.iterdir():
+            if path.is_symlink() and path.is_dir():
+                raise InputRefused(f"{path} is a link to a folder. Replace it with a copy of the folder")
         for path in input_files.shown_files(self.path):
             relative = path.relative_to(self.path)
-            if relative.parts[0] not in changed and relative.name not in OF_THE_OUTPUT:
+            if relative.parts[0] not in changed and str(relative) not in OF_THE_OUTPUT:
                 refuse_link_outside(path, home)
                 yield relative
 

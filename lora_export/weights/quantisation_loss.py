@@ -10,8 +10,10 @@ import numpy as np
 
 from lora_export import sums
 from lora_export.errors import InputRefused, first_of, listed
+from lora_export.lora import EVERY_ROW
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.plan import FLOATS, Plan
+from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import Checkpoint
@@ -65,7 +67,15 @@ def measure_quantisation(
 
     def measure(tensor: QuantisedTensor) -> QuantisationLoss:
         source, numbers = packed[tensor.packed]
-        error, norm, dequantised = _squares(tensor, source, *entries[tensor.name])
+        steps = [step for step in plan.steps_on(tensor.name) if step.terms]
+        regions = [step.spec.region for step in steps]
+        error, norm, *of_regions = _squares(tensor, source, *entries[tensor.name], regions)
+        changes = (
+            relative[step.weight if step.spec.region else plan.output_name(tensor.name)] ** 2 * square
+            if step.depends_on_weight  # as with DoRA: what the merge measured
+            else float(sums.squared_row_norms(step).astype(np.float64).sum())
+            for step, square in zip(steps, of_regions, strict=True)
+        )
         if not math.isfinite(error):
             raise InputRefused(f"{tensor.name}: {floats.path} or {base.path} has values that are not finite")
         progress(numbers.nbytes)
@@ -75,7 +85,7 @@ def measure_quantisation(
             norm=math.sqrt(norm),
             error=math.sqrt(error),
             relative_error=math.sqrt(error / norm) if norm else math.inf if error else 0.0,
-            change=_norm_of_change(plan, tensor.name, relative.get(plan.output_name(tensor.name)), dequantised),
+            change=math.sqrt(sum(changes)) if steps else None,
         )
 
     with ThreadPoolExecutor(block_copy.default_threads()) as pool:
@@ -117,13 +127,18 @@ def _float_entries(base: Checkpoint, floats: Checkpoint) -> dict[str, tuple[Tens
 
 
 def _squares(
-    tensor: QuantisedTensor, source: TensorFile, shard: TensorFile, entry: Entry
-) -> tuple[float, float, float]:
-    """‖Q - W‖², ‖W‖² and ‖Q‖², in fp64; Q is the dequantised weight, W the float one."""
+    tensor: QuantisedTensor,
+    source: TensorFile,
+    shard: TensorFile,
+    entry: Entry,
+    regions: Sequence[StoredRegion | None],
+) -> list[float]:
+    """‖Q - W‖², ‖W‖² and ‖Q‖² of each region, in fp64; Q is the dequantised weight, W the float one."""
     rows, columns = tensor.row_shape
     packed, row_bytes = source.entries[tensor.packed], columns * entry.dtype.itemsize
     at_once = max(tensor.rows_at_once, block_copy.BLOCK // max(1, row_bytes))
-    totals = np.zeros(3)
+    totals = np.zeros(2 + len(regions))
+    places = [(tensor.rows_in(r.shape, r.rows), r.columns) if r else (slice(0, rows), EVERY_ROW) for r in regions]
     with source.path.open("rb") as quantised, shard.path.open("rb") as floats, np.errstate(all="ignore"):
         for first in range(0, rows, at_once):
             own = slice(first, min(first + at_once, rows))
@@ -131,26 +146,13 @@ def _squares(
             buffer = np.empty((own.stop - own.start) * row_bytes, np.uint8)
             block_copy.read(shard.path, floats.fileno(), buffer, entry.start + own.start * row_bytes)
             weight = buffer.view(entry.dtype).astype(np.float64)
+            for number, (part, own_columns) in enumerate(places, 2):
+                here = slice(max(part.start - first, 0), max(part.stop - first, 0))
+                totals[number] += np.square(values[here, own_columns]).sum()
             flat = values.reshape(-1)
-            totals[1:] += weight @ weight, flat @ flat
             flat -= weight
-            totals[0] += flat @ flat
-    error, norm, dequantised = map(float, totals)
-    return error, norm, dequantised
-
-
-def _norm_of_change(plan: Plan, name: str, relative: float | None, dequantised: float) -> float | None:
-    """‖ΔW‖ of a weight or of its parts; None where no adapter adds to it.
-
-    With DoRA it is what the merge measured, relative to ‖Q‖.
-    """
-    whole = plan.by_weight.get(name)
-    steps = [step for step in (whole, *plan.by_part.get(name, ())) if step is not None and step.terms]
-    if not steps:
-        return None
-    if any(step.depends_on_weight for step in steps):
-        return None if relative is None else relative * math.sqrt(dequantised)
-    return math.sqrt(sum(float(sums.squared_row_norms(step).astype(np.float64).sum()) for step in steps))
+            totals[:2] += flat @ flat, weight @ weight
+    return [float(total) for total in totals]
 
 
 def _other_vectors(base: Checkpoint, floats: Checkpoint) -> list[str]:

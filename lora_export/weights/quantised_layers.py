@@ -155,8 +155,8 @@ def keep_quantised(
             f"{tied[0]} is quantised, and the output would have it under two names. Make the base a float model "
             f"({named('dequantize', True)})"
         )
-    changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
-    replaced = [name for name in changed if name in plan.by_weight and plan.by_weight[name].has_own_values]
+    changed = [name for name in base.quantised if plan.steps_on(name)]
+    replaced = [name for name in changed if any(step.has_own_values for step in plan.steps_on(name))]
     added_to = [name for name in changed if name not in replaced]
     new = {name: grid for name in added_to if (grid := _rescaled(plan, base, name))} if rescale else {}
     measured = functools.partial(_measured, plan, base, calibration=calibration)
@@ -167,9 +167,12 @@ def keep_quantised(
         _measured(plan, base, list(grids), lambda _: lambda _: None, grids, calibration), min_retention
     )[1]
     finer = with_bound_layers({name: why.pop(name) for name in grids if name not in too_small}, base.quantised)
+    grids |= {name: grid for name in finer if name not in grids and (grid := base.quantised[name].finer())}
+    schemes = {grid.scheme for grid in grids.values()}  # of 8 bits: a layer that is fused with these may have them
+    too_fine = [name for name in finer if name not in grids and base.quantised[name].scheme not in schemes]
+    why |= {name: f"{finer[name]}, and its scales are too small for 8 bits" for name in too_fine}
     why |= dict.fromkeys(replaced, OWN_VALUES)
     promoted = with_bound_layers(why, base.quantised)
-    grids |= {name: grid for name in finer if name not in grids and (grid := base.quantised[name].finer())}
     grids = new | {name: grid for name, grid in grids.items() if name in finer}
     grids = {name: grid for name, grid in grids.items() if name not in promoted}
     layers = tuple(

@@ -212,6 +212,12 @@ def test_a_tokenizer_beside_the_file_has_the_words_of_the_file(tmp_path: Path) -
     assert len(merged([f"\u2581{word}" for word in WORDS]).layers) == len(targets)
 
 
+def test_what_is_no_text_calibrates_nothing(tmp_path: Path) -> None:
+    rows = '{"text": "a b"}\n{"text": null}\n{"text": ["a"]}\n{"text": " "}\n{"label": 1}\n'
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert calibration._texts(tmp_path / "rows.jsonl", print) == ["a b"]
+
+
 def test_the_copy_in_floats_has_to_fit_the_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_llama(tmp_path / "base.gguf", Kind.Q4_0, fields=with_words)
     trained(llama(), r=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "a")
@@ -229,9 +235,9 @@ def test_the_copy_in_floats_has_to_fit_the_disk(folder: Path, tmp_path: Path, mo
     with pytest.raises(InputRefused, match="measured"):
         lora_export.merge(base, tmp_path / "a", tmp_path / "out", calibration=tmp_path / "texts.txt")
     monkeypatch.setattr(calibration, "refuse_lack_of_space", lambda folder, size: refuse_lack_of_space(folder, 10**18))
-    for model, adapter in ((base, tmp_path / "a"), (folder / "base", folder / "adapter")):
+    for given, adapter in ((base, tmp_path / "a"), (folder / "base", folder / "adapter")):
         with pytest.raises(OutputFailed, match=r" free, .* needed$"):
-            lora_export.merge(model, adapter, tmp_path / "out", calibration=folder / "texts.txt")
+            lora_export.merge(given, adapter, tmp_path / "out", calibration=tmp_path / "texts.txt", min_retention=0)
 
 
 def test_what_cannot_calibrate_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -257,7 +263,5 @@ def test_what_cannot_calibrate_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WrongUsage, match="for a checkpoint"):
         lora_export.verify(out, model=base, adapters=adapters, calibration=folder / "texts.txt")
     merged = lora_export.merge(base, adapters, out).output
-    with pytest.raises(OutputFailed, match="exists already"):  # before the model runs
-        lora_export.merge(base, adapters, out, calibration=tmp_path / "few.txt")
     with pytest.raises(InputRefused, match="names no calibrated layers"):
         lora_export.verify(merged, base=base, adapters=adapters, calibration=folder / "texts.txt")

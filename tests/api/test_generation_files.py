@@ -11,7 +11,8 @@ import pytest
 from transformers import models
 
 import lora_export as le
-from lora_export.api.generation_files import TOKENIZER, shorten_genai_config
+from lora_export.api.generation_files import BESIDE_GRAPH, shorten_genai_config
+from lora_export.api.generation_settings import GenerationSettings
 from support.api import Recorder
 from support.folder_contents import folder_contents
 from support.handmade import graph_file, peft_adapter
@@ -27,6 +28,7 @@ def built(tmp_path: Path) -> Path:
     graph_file(folder / "model.onnx", {"up.weight": W})
     (folder / "genai_config.json").write_text('{"model": {"decoder": {"filename": "model.onnx"}, "type": "llama"}}')
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
     (folder / "notes.txt").write_text("not needed")
     peft_adapter(tmp_path / "fr", {"up": ([[1, 2, 3]], [[1], [10]])})
     (tmp_path / "served").mkdir()
@@ -48,6 +50,7 @@ def test_config_and_tokenizer_are_copied_and_name_the_graph(built: Path, tmp_pat
     assert config_in(tmp_path / "served") == {"decoder": {"filename": "new.onnx"}, "type": "llama"}
     assert (tmp_path / "served" / "tokenizer.json").read_text() == '{"version": "1.0"}'
     assert not (tmp_path / "served" / "notes.txt").exists()
+    assert GenerationSettings(tmp_path / "served").rules.repetition_penalty == 1.3
 
 
 def test_the_files_of_every_tokenizer_of_generating_models_are_known() -> None:
@@ -56,7 +59,7 @@ def test_the_files_of_every_tokenizer_of_generating_models_are_known() -> None:
     for path in Path(models.__path__[0]).rglob("tokenization_*.py"):
         table = re.search(r"VOCAB_FILES_NAMES\s*=\s*\{(.*?)\}", path.read_text(encoding="utf-8"), re.DOTALL)
         found.update(re.findall(r':\s*"([^"]+)"', table[1]) if table else ())
-    assert len(found) > 20 and found - of_encoders <= set(TOKENIZER)
+    assert len(found) > 20 and found - of_encoders <= set(BESIDE_GRAPH)
 
 
 def test_files_that_are_there_stay_and_a_note_names_them(built: Path, tmp_path: Path) -> None:
@@ -84,7 +87,9 @@ def test_beside_its_source_nothing_is_copied(built: Path, tmp_path: Path) -> Non
 def test_config_of_another_graph_is_not_copied(built: Path, tmp_path: Path) -> None:
     (built / "genai_config.json").write_text('{"model": {"decoder": {"filename": "other.onnx"}}}')
     le.merge(built / "model.onnx", tmp_path / "fr", tmp_path / "served" / "m.onnx")
-    assert sorted(path.name for path in (tmp_path / "served").iterdir()) == ["m.onnx", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "served").iterdir()) == [
+        *("generation_config.json", "m.onnx", "tokenizer.json")
+    ]
 
 
 def test_a_genai_config_allows_no_longer_texts_than_the_graph(built: Path) -> None:

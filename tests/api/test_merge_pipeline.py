@@ -115,6 +115,12 @@ def test_a_second_merge_of_the_adapter_is_refused(pipeline, adapter, tmp_path):
     with pytest.raises(InputRefused, match="already contains the adapter kohya"):
         merge(tmp_path / "out", adapter, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+    text, unet = (ReadOptions(component=name) for name in ("text_encoder", "unet"))
+    merge(pipeline, adapter, tmp_path / "one", reading=text)
+    merge(tmp_path / "one", adapter, tmp_path / "both", reading=unet)  # what is merged in the other model is recorded
+    assert damage(tmp_path / "both") == [] == damage(tmp_path / "both" / "text_encoder")
+    with pytest.raises(InputRefused, match="both/text_encoder already contains the adapter kohya"):
+        merge(tmp_path / "both", adapter, tmp_path / "again", reading=text)
 
 
 def test_one_component_can_be_merged_alone(pipeline, adapter, tmp_path):

@@ -288,6 +288,7 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[LoraExportError]
     "keep_quantised": (lambda _: {"keep_quantised": True}, WrongUsage, "jobs= does not go together with keep_quan"),
     "cuda": (lambda _: {"device": "cuda"}, WrongUsage, "workers compute on the processor"),
     "calibration": (lambda _: {"calibration": "x.txt", "ray": "local"}, WrongUsage, "ray= does not go together with"),
+    "head": (lambda _: {"only_head": True}, WrongUsage, "jobs= does not go together with only_head=: .* a head alone"),
     "memory": (lambda place: {"adapters": le.load_adapter(place / "adapter")}, WrongUsage, "Give their paths"),
 }
 

@@ -80,6 +80,24 @@ def test_a_module_in_memory_is_exported(tmp_path: Path) -> None:
     np.testing.assert_allclose(hidden(result.output), expected(module), atol=1e-5)
 
 
+class Timed(nn.Module):
+    """One layer, and a scalar that it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.dense(x) * step, step + 1
+
+
+def test_an_input_without_an_axis_stays_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.rand(2, 8), "step": torch.tensor(3.0)}
+    result = le.export_onnx((Timed().eval(), inputs), tmp_path / "m.onnx", adapters=an_adapter(tmp_path / "adapter"))
+    assert result.proof is not None and result.proof.verdict.same
+
+
 def test_threads_export_one_after_the_other(tmp_path: Path) -> None:
     adapter = le.load_adapter(an_adapter(tmp_path / "adapter"))
     before = [sys.stdout, sys.stderr, torch.Tensor.reshape, torch.fft.irfft, nn.Module.__setattr__]

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 import lora_export as le
+from lora_export import formats
+from lora_export.api.shared_head import without_shared_head
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.load import load_model
+from lora_export.weights.checkpoint import open_checkpoint
 from support import FACTORIES, experts
 from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
@@ -55,6 +58,24 @@ def test_head_of_its_own_is_refused_and_nothing_left(place: Path, tmp_path: Path
             SPOTTER, tmp_path / "m.onnx", adapters=[place / "fr", place / "own"], lora="rows", ignore_head=True
         )
     assert folder_contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_a_head_that_a_merge_rounded_is_the_models(tmp_path: Path, half: str) -> None:
+    head = np.random.default_rng(3).standard_normal((2, 16)).astype(np.float32)
+    base_file(tmp_path / "base.safetensors", {f"{LAYER}.weight": np.zeros((32, 16)), "head.weight": head}, half)
+    for name, tensor in (("fr", head), ("other", head + head.std() / 50)):
+        an_adapter(tmp_path / name, 0, {"head.weight": tensor})
+    base = open_checkpoint(tmp_path / "base.safetensors")
+
+    def stored(name: str) -> np.ndarray:  # as a model in float32 has it
+        return base.shards["base.safetensors"].read(name).astype(np.float32)
+
+    (found,) = without_shared_head([formats.load(tmp_path / "fr")], base.specs, stored)
+    assert not found.replaced
+    assert found.notes == (f"the head of fr is the model's, which has it rounded to {half}",)
+    with pytest.raises(InputRefused, match=r"other, head\.weight"):
+        without_shared_head([formats.load(tmp_path / "other")], base.specs, stored)
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def test_a_proven_script_computes_the_adapted_layer(tmp_path: Path, lora: str) -
     [
         ("m.pt2", True, {"lora": "inputs"}, r"is for an output that ends in \.pte, and needs adapters="),
         ("m.pte", False, {"lora": "inputs"}, r"is for an output that ends in \.pte, and needs adapters="),
+        ("m.pte", True, {"lora": "inputs", "combination": "linear"}, r"combination= is for lora=\"merged\" and nodes"),
         ("m.pte", True, {"max_rank": 4}, r"max_rank= is for lora=\"inputs\": in other programs an adapter has its own"),
     ],
 )

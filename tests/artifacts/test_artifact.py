@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import save_file
 
@@ -15,6 +17,7 @@ from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.artifacts.kind import artifact_kind, refuse_no_model
 from lora_export.errors import InputRefused
+from lora_export.provenance import ROW_ADAPTERS_KEY
 from lora_export.storage.artifact_kinds import ArtifactKind
 from support.api import MODEL, an_adapter, base_weights
 from support.handmade import graph_file
@@ -51,6 +54,15 @@ def test_what_others_wrote_has_no_record(place: Path, tmp_path: Path) -> None:
     graph_file(tmp_path / "m.onnx", {"up.weight": np.eye(4, dtype=np.float32)})
     for path in (place / "base", place / "base" / "model.safetensors", tmp_path / "m.onnx", tmp_path / "model.pt2"):
         assert not open_artifact(path).record
+
+
+@pytest.mark.parametrize(("names", "expected"), [(["a", "b"], ["a", "b"]), (5, None), ("abc", None), ([1], None)])
+def test_rows_choose_from_a_list_of_names(names: object, expected: object, tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[n] x) => (float[n] y) { y = Neg (x) }'
+    graph = onnx.parser.parse_model(text)
+    graph.metadata_props.add(key=ROW_ADAPTERS_KEY, value=json.dumps({"adapters": names}))
+    onnx.save(graph, tmp_path / "m.onnx")
+    assert open_artifact(tmp_path / "m.onnx").record.by_row == expected
 
 
 def test_an_enormous_or_damaged_record_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +109,9 @@ def test_a_gguf_file_is_a_model_of_its_own_kind(tmp_path: Path) -> None:
         refuse_no_model(tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize("source", ["nothing", "nothing/", "m.py:", ":make", "m.safetensors", "m.onnx"])
+@pytest.mark.parametrize(
+    "source", ["nothing", "nothing/", "m.py:", ":make", "m.safetensors", "m.onnx", "https://host/v1"]
+)
 def test_anything_else_names_none(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

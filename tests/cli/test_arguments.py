@@ -203,7 +203,7 @@ def test_the_nearest_table_counts_and_a_file_without_one_does_not(place: Path) -
         ("[tool]\nlora-export = 3\n", "tool.lora-export is not a table"),
         ("[tool.lora-export]\nmerge = 3\n", "tool.lora-export.merge is not a table"),
         ("[tool.lora-export\n", "is not valid TOML"),
-        ('[tool.lora-export]\nhash = "md5"\n', "'md5' is not one of"),
+        ('[tool.lora-export]\nhash = "md5"\n', "'md5' is not one of 'xxh3_128', 'sha256'; it is set in /"),
         ("[tool.lora-export]\nhash = 5\n", "`hash` is 5; it must be choice"),
         ("[tool.lora-export]\nmin-retention = [1]\n", "`min-retention` is [1]; it must be float range"),
         ('[tool.lora-export]\noverwrite = "yes"\n', "`overwrite` is 'yes'; it must be true or false"),
@@ -271,6 +271,16 @@ def test_a_file_that_was_found_runs_no_code_and_names_no_output(
     assert not Path("v.json").exists()
 
 
+def test_a_file_that_was_found_names_no_cluster_and_signs_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(place, '[tool.lora-export.merge]\nray = "ray://elsewhere:10001"\nsign = "sigstore"\n')
+    (place / ".git").rmdir()
+    assert call(*MERGE) == 0
+    printed = capsys.readouterr().err
+    assert all(f"`{key}` of {place / 'pyproject.toml'} is left out" in printed for key in ("ray", "sign"))
+
+
 def test_a_file_in_the_current_folder_names_outputs_and_models(place: Path) -> None:
     assert call(*MERGE) == 0
     configure(place / "sub", f"[tool.lora-export.verify]\n{REPORT}")
@@ -296,6 +306,60 @@ def test_environment_sets_flags_lists_and_verbosity(
     assert "module  rank" in capsys.readouterr().out
     assert call("inspect", "adapter", "-q") == 0  # the command line counts more
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("MERGE_MIN_RETENTIN", "the variable LORA_EXPORT_MERGE_MIN_RETENTIN names no option; the nearest is `LORA_EXP"),
+        ("MERGE__HELP", "the variable LORA_EXPORT_MERGE__HELP names no option"),
+        (
+            "MERGE_AS_JSON",
+            "the variable LORA_EXPORT_MERGE_AS_JSON names no option; the nearest is `LORA_EX",
+        ),
+        (
+            "MERGE_DTYPE",
+            "'1' is not one of 'keep', 'float32', 'bfloat16', 'float16'; it is set by the variable L",
+        ),
+        ("MERGE_LAYOUT", "1 is not NAME=out_in or NAME=in_out; it is set by the variable LORA_EXPORT_MERGE_LAYOUT"),
+    ],
+)
+def test_a_wrong_variable_is_a_usage_error_that_names_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, message: str
+) -> None:
+    monkeypatch.setenv(f"LORA_EXPORT_{variable}", "1")
+    assert call(*MERGE) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("merged.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", ["1", "2.0.1", ""])
+def test_a_variable_without_a_command_is_no_option(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    monkeypatch.setenv("LORA_EXPORT_VERSION", value)
+    monkeypatch.setenv("LORA_EXPORT_DTYPE", value)
+    assert call(*MERGE) == 0 and Path("merged.safetensors").exists()
+    note = "note: the variable LORA_EXPORT_DTYPE sets no option: LORA_EXPORT_MERGE_DTYPE does\n"
+    assert capsys.readouterr().err == (note if value else "")
+
+
+@pytest.mark.parametrize("key", ["method", "combine"])
+def test_every_long_spelling_of_an_option_is_a_key_and_a_variable(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    configure(place, f'[tool.lora-export.combine]\n{key} = "dare_linear"\n')
+    assert call("combine", "adapter", "-o", "both") == 2
+    assert "--combine dare_linear needs --density" in capsys.readouterr().err
+    monkeypatch.setenv(f"LORA_EXPORT_COMBINE_{key.upper()}", "ties")
+    assert call("combine", "adapter", "-o", "both") == 2
+    assert "--combine ties needs --density" in capsys.readouterr().err
+
+
+def test_help_is_shown_beside_a_wrong_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(place, "[tool.lora-export.merge]\nmin-retension = 1\n")
+    assert call("merge", "--help", "all") == 0
+    assert "--min-retention" in capsys.readouterr().out
 
 
 def test_the_table_of_the_guide_is_valid(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

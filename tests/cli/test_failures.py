@@ -248,16 +248,23 @@ def test_an_interrupted_command_is_a_document_too(
     assert f'type="{kind}"' in (tmp_path / "verdict.xml").read_text()
 
 
-@pytest.mark.parametrize(("error", "raised"), [(ZeroDivisionError, ZeroDivisionError), (EOFError, click.Abort)])
+@pytest.mark.parametrize(
+    ("error", "raised", "named"),
+    [
+        (ZeroDivisionError, ZeroDivisionError, "ZeroDivisionError"),
+        (EOFError, click.Abort, "EOFError"),
+        (SystemExit, RuntimeError, "RuntimeError: the command was ended by SystemExit(None)"),  # whose code is 0
+    ],
+)
 def test_a_bug_is_a_document_and_a_traceback(
-    error: type[Exception], raised: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    error: type[BaseException], raised: type[Exception], named: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(lora_export.api.merge, "merge", failing(error))
     with pytest.raises(raised):
         cli.run(["merge", "base", "adapter", "-o", "out", "--json"])
     document = json.loads(capsys.readouterr().out)
     assert (document["exit"], document["kind"]) == (1, "bug")
-    assert document["error"].startswith(f"a bug in lora-export: {error.__name__}")
+    assert document["error"].startswith(f"a bug in lora-export: {named}")
 
 
 def test_an_interruption_after_the_result_is_no_second_document(

@@ -430,8 +430,9 @@ def test_verify_refuses_an_adapter_for_another_base(place: Path, tmp_path: Path,
     assert call(*words, tmp_path / "noise") == 3
     shutil.copy(place / "fr.onnx_adapter", tmp_path / "copy")
     words = ("verify", place / "base.onnx", "--model", MODEL, "-a", place / "fr", "--onnx-adapter")
-    assert call(*words, tmp_path / "copy") == 3
-    assert "base.onnx takes no adapter from a file: leave --onnx-adapter out" in capsys.readouterr().err
+    for runner in ((), ("--runner", "onnx-reference")):  # the evaluator would ignore what the graph does not take
+        assert call(*words, tmp_path / "copy", *runner) == 3
+        assert "base.onnx takes no adapter from a file: leave --onnx-adapter out" in capsys.readouterr().err
 
 
 # --- DoRA and convolutions ---

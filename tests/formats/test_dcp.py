@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import lora_export as le
 from lora_export import formats
@@ -114,6 +115,16 @@ def hole(metadata: Any) -> None:
         one.chunks.clear()
 
 
+def same_place(metadata: Any) -> None:
+    """Two chunks in one half of each tensor, as many elements as it has."""
+    for name, one in metadata.state_dict_metadata.items():
+        half = torch.Size([one.size[0] // 2, one.size[1]])
+        for columns in (0, 1):
+            index = MetadataIndex(name, torch.Size([0, columns]))
+            metadata.storage_data[index] = metadata.storage_data[MetadataIndex(name, torch.Size([0, 0]))]
+        one.chunks = [ChunkStorageMetadata(torch.Size([0, columns]), half) for columns in (0, 1)]
+
+
 def packed(metadata: Any) -> None:
     for info in metadata.storage_data.values():
         info.transform_descriptors = ["stream.zstd"]
@@ -140,7 +151,8 @@ def nested(_: Any) -> Any:
         (nested, "uses tuples again and again"),
         (outside, r"there is no file \.\./__0_0\.distcp in the folder"),
         (larger, "its tensors have 8,796,093,022,208 bytes, and their shards"),
-        (hole, "its shards are not all there"),
+        (hole, "its shards do not have each of its elements once"),
+        (same_place, "its shards do not have each of its elements once"),
         (packed, r"it is packed \(stream\.zstd\)"),
         (beyond, r"__0_0\.distcp ends before it"),
         (lambda metadata: metadata.state_dict_metadata.clear(), "has no tensor of an adapter of PEFT"),

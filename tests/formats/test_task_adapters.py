@@ -71,6 +71,8 @@ def test_each_task_is_what_the_parametrization_computes(tmp_path: Path, task: st
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"hidden_size": 4}
     assert any("hold adapters of their own" in note and task in note for note in result.notes)
+    with pytest.raises(InputRefused, match=r"cannot restore the adapters in the weights of .*jina"):
+        le.merge(path, path, tmp_path / "o", reading=ReadOptions(stored_adapter=task), keep_residual=tmp_path / "r")
     options = {"base": path, "adapters": [path], "reading": ReadOptions(stored_adapter=task)}
     assert str(le.verify(tmp_path / "out", **options).verdict.outcome) == "same"
     other = ReadOptions(stored_adapter=next(each for each in TASKS if each != task))

@@ -8,6 +8,8 @@ import pkgutil
 import pytest
 
 import lora_export
+from lora_export.options.commands import RECORDS
+from lora_export.options.declaring import nested_in
 
 
 def test_every_public_name_can_be_had() -> None:
@@ -15,6 +17,11 @@ def test_every_public_name_can_be_had() -> None:
     for name in lora_export.__all__:
         home, _, attribute = lora_export._HOMES[name].partition(":")
         assert getattr(lora_export, name) is getattr(importlib.import_module(f"lora_export.{home}"), attribute)
+
+
+def test_records_that_an_option_takes_can_be_made() -> None:
+    taken = {nested.record.__name__ for record in RECORDS.values() for nested in nested_in(record).values()}
+    assert taken <= set(lora_export.__all__)
 
 
 def test_no_public_name_is_a_files_name() -> None:

@@ -29,6 +29,7 @@ def raw(header: dict[str, Any], content: bytes = b"") -> io.BytesIO:
 def test_arrays_arrive_with_their_bits(dtype: np.dtype[Any]) -> None:
     array = np.array([[0, 1, 1], [1, 0, 1]]).astype(dtype)
     arrays = {"a": array, "turned": array.T, "scalar": np.asarray(array[0, 1]), "empty": array[:0]}
+    arrays["swapped"] = array.astype(dtype.newbyteorder("S"))
     header, read = read_message(sent({"do": "run"}, arrays), most=1 << 20)
     assert header == {"do": "run"} and read.keys() == arrays.keys()
     assert all(np.array_equal(read[k], v) and read[k].dtype == dtype for k, v in arrays.items())

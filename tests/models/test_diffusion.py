@@ -11,6 +11,7 @@ import onnxruntime as ort
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_export as le
@@ -89,6 +90,21 @@ def test_a_model_computes_what_diffusers_computes(name: str, tmp_path: Path) -> 
         found, wanted = model.module(**inputs), theirs(**given).sample
     assert list(found) == ["out_sample"] and torch.equal(found["out_sample"], wanted)
     assert all(inputs[key].shape[0] == 3 for key in inputs if key not in OF_POSITIONS)
+
+
+def test_weights_that_a_folder_lacks_are_not_random(tmp_path: Path) -> None:
+    dit().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"other.weight": torch.ones(3)}, file)
+    (note,) = load_model(str(tmp_path)).notes
+    assert (
+        note == "the model leaves out 1 tensor of the folder, which DiTTransformer2DModel does not have: other.weight"
+    )
+    del tensors["proj_out_1.weight"]
+    save_file(tensors, file)
+    with pytest.raises(InputRefused, match=r"lacks weights of DiTTransformer2DModel.*\n  proj_out_1.weight"):
+        load_model(str(tmp_path))
 
 
 def test_the_sides_of_an_image_can_be_halved(tmp_path: Path) -> None:

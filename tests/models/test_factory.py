@@ -57,8 +57,10 @@ def test_axes_of_one_size_vary_together() -> None:
         (f"{FACTORIES}:missing", "has no function missing; it has .*spotter"),
         (f"{FACTORIES}:without_examples", "without example inputs"),
         (f"{FACTORIES}:single_row", "at least 2"),
+        (f"{FACTORIES}:no_rows", r"example inputs have no numbers: signal \[0, 4, 9\]"),
         (f"{FACTORIES}:no_module", "returned str"),
         (f"{FACTORIES}:failing", r"factories\.py:\d+: ValueError: no weights at hand"),
+        (f"{FACTORIES}:quitting", r"factories\.py:\d+: SystemExit: 0"),
         (f"{FACTORIES}:wrong_examples", r"do not fit forward\(signal\)"),
         (
             f"{FACTORIES}:uncopied",

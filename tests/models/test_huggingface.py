@@ -149,6 +149,14 @@ def test_more_layers_than_tensors_are_refused_before_they_are_built(tiny_bert: P
             load_model(changed_config(tiny_bert, tmp_path, **change))
 
 
+def test_tensors_that_the_configs_model_lacks_are_noted(tiny_bert: Path, tmp_path: Path) -> None:
+    assert load_model(str(tiny_bert)).notes == ()
+    (note,) = load_model(changed_config(tiny_bert, tmp_path, num_hidden_layers=0)).notes
+    assert note.startswith(
+        "the model leaves out 16 tensors of the folder, which BertModel does not have: encoder.layer.0."
+    )
+
+
 def test_far_larger_model_than_its_folder_takes_no_memory(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,59 @@ def test_a_module_that_does_not_run_is_refused_with_the_reason(
         from_module(module, example)
 
 
+class Turned(nn.Linear):
+    """Rows of 4 numbers, turned as two complex ones (Llama's rotary positions), with a state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("angles", torch.polar(torch.ones(2), torch.tensor([1.0, 2.0])), persistent=False)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 1}
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        pairs = super().forward(rows).float().unflatten(-1, (2, 2))
+        return torch.view_as_real(torch.view_as_complex(pairs) * self.angles).flatten(-2)
+
+
+def test_complex_buffers_keep_their_imaginary_part() -> None:
+    turned = Turned()
+    loaded = from_module(turned.double(), ROWS)
+    torch.testing.assert_close(loaded.module(ROWS), turned.float()(ROWS))
+
+
+def test_a_state_that_is_no_tensor_is_left_out(tmp_path: Path) -> None:
+    loaded = from_module(Turned(), ROWS)
+    assert len(loaded.fingerprint()) == 64
+    other = Turned()
+    save_file({"weight": other.weight, "bias": other.bias}, tmp_path / "own.safetensors")
+    torch.testing.assert_close(module_with_weights(loaded, tmp_path / "own.safetensors")(ROWS), other(ROWS))
+
+
+class Masked(nn.Linear):
+    """Rows (batch, length, 4) that attend to those before them, times a number."""
+
+    def forward(self, rows: torch.Tensor, mask: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        own = super().forward(rows)
+        return nn.functional.scaled_dot_product_attention(own, own, own, attn_mask=mask) * times
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min, -1.0])
+def test_masks_of_floats_are_drawn_from_the_examples_rows(hidden: float) -> None:
+    mask = torch.zeros(2, 3, 3)
+    mask[0, 0, 1:] = mask[1, :, 2] = hidden
+    loaded = from_module(Masked(4, 4), (torch.randn(2, 3, 4), mask, torch.tensor(3)))
+    drawn = loaded.inputs({"batch": 5, "rows_axis1": 4}, seed=1)
+    assert drawn["mask"].shape == (5, 4, 4)
+    assert set(drawn["mask"].flatten().tolist()) == {0.0, hidden}
+    assert drawn["rows"].unique().numel() == 80
+    assert drawn["times"] == 3
+    assert loaded.module(**drawn).isfinite().all()
+
+
 def test_adapters_are_loaded_before_the_model() -> None:
     with pytest.raises(InputRefused, match=r"give it load_adapter\(PATH\) in place of a path"):
         load_model(f"{FACTORIES}:scaled", ["adapter"])

@@ -46,6 +46,8 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "parts of one length": lambda x: torch.cat(x.split(3, 1)[::-1], 1),
     "a place beside a list": lambda x: x[:, x.shape[1] // 2, [0, 2]],
     "a write beside a list": written,
+    "a constant": lambda x: x * torch.tensor(float(int(x.shape[1] // 3))),
+    "places in a constant": lambda x: x[:, torch.tensor(list(range(int(x.shape[1] // 3))))],
     "a remainder": lambda x: x * int(x.shape[1] % 4),
     "a root": lambda x: x * int(x.shape[1] ** 0.5),
     "a size of two": lambda x: x * int(x.shape[1] // x.shape[0]),

@@ -156,6 +156,21 @@ def test_other_refusals_have_their_cause_and_a_way_out() -> None:
     assert caught.value.__cause__ is not None and caught.value.__cause__.__cause__ is cause
 
 
+@pytest.mark.parametrize(
+    "cause",
+    [
+        InputRefused("weights changed"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_what_is_no_fault_of_the_model_stays_as_it_is(cause: Exception) -> None:
+    with pytest.raises(type(cause)) as caught, exporter_refusals(nn.Linear(1, 1)):
+        raise ValueError("wrapped") from cause
+    assert caught.value is cause
+
+
 class Shifted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.roll(x.shape[0] // 2, 0)

@@ -19,7 +19,7 @@ from torch.fx.experimental import symbolic_shapes
 from lora_export.api.generate import generate
 from lora_export.api.onnx import export_onnx
 from lora_export.api.verify import verify
-from lora_export.errors import InputRefused
+from lora_export.errors import Different, InputRefused
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.models.text_inputs import ONE_TOKEN
@@ -162,16 +162,16 @@ def failing(x: Tensor) -> Tensor:
 BRANCHES: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, int]]] = {
     "a length": (lambda x: x * 3 if x.shape[1] > 100 else x, {"input_axis1": 100}),
     "half a length": (lambda x: x * 3 if x.shape[1] // 2 > 50 else x, {"input_axis1": 101}),
-    "within the usual sizes": (lambda x: x * 3 if x.shape[1] > 8 else x, {"input_axis1": 8}),
     "rows": (lambda x: x * 3 if x.shape[0] > 9 else x, {"batch": 9}),
     "both": (
         lambda x: x * (2 if x.shape[0] > 9 else 1) * (3 if x.shape[1] > 20 else 1),
         {"batch": 9, "input_axis1": 20},
     ),
+    "of two sizes": (lambda x: x * 3 if x.shape[1] > x.shape[0] else x, {}),
+    "of the range of integers": (lambda x: x.contiguous() if x.numel() * 4 > 2**31 else x, {}),
     "none": (lambda x: x * 3, {}),
     "the larger of two": (lambda x: x * max(x.shape[1], 9), {}),
     "a length that is refused": (failing, {}),
-    "a product of both": (lambda x: x * 3 if x.numel() > 800 else x, {"batch": 28, "input_axis1": 100}),
     "of oneDNN": (lambda x: torch.nn.functional.conv1d(x.mT, torch.ones(4, 4, 3)), {}),
     "the first ones": (lambda x: x[:, :64], {}),
 }
@@ -185,6 +185,18 @@ def test_graphs_of_own_modules_state_the_sizes_of_their_branch(name: str, tmp_pa
     assert OnnxRunner(tmp_path / "m.onnx").longest == longest
     noted = "computes in another way" in " ".join(proof.verdict.not_judged)
     assert not noted
+
+
+def padded(x: Tensor) -> Tensor:
+    missing = (8 - x.shape[1] % 8) % 8
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
+
+
+@pytest.mark.parametrize("function", [lambda x: x * 3 if x.shape[1] > 8 else x, padded])
+def test_a_branch_within_the_usual_sizes_is_different(function: Any, tmp_path: Path) -> None:
+    module, _ = own(function)
+    with pytest.raises(Different):
+        export_onnx((module, {"input": torch.rand(2, 8, 4)}), tmp_path / "m.onnx")
 
 
 def test_a_graph_that_states_no_size_differs_beyond_it(tmp_path: Path) -> None:
@@ -217,3 +229,13 @@ def test_sizes_that_no_case_has_are_not_judged(
     (found,) = proof.verdict.not_judged
     assert found.startswith(text)
     assert not OnnxRunner(tmp_path / "m.onnx").longest
+
+
+def test_a_number_may_be_an_input(tmp_path: Path) -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return x * scale if x.shape[1] > 50 else x * scale * 2
+
+    inputs = {"x": torch.rand(2, 7, 4), "scale": torch.tensor(0.5)}
+    assert export_onnx((Scaled(), inputs), tmp_path / "m.onnx").proof
+    assert OnnxRunner(tmp_path / "m.onnx").longest == {"x_axis1": 50}

@@ -219,12 +219,15 @@ def test_factors_of_single_adapters_are_refused(tmp_path: Path, per_row: int) ->
         AdapterSlots(fleet.graph, fleet.adapters).run({"x": X[:1]}, ["a"], scales=[[0.5]])
 
 
-def test_inputs_of_an_earlier_run_are_never_read_again(fleet: Fleet) -> None:
+def test_a_run_reads_its_own_inputs_with_an_adapter_for_each_row(fleet: Fleet) -> None:
     slots = AdapterSlots(fleet.graph, fleet.adapters)
     fleet.check(slots, ["a"])
     for feeds in ({}, {"x": X[:1], "adapter_ids": np.ones(1, np.int64)}):
         with pytest.raises(InputRefused, match="takes x, and the run has"):
             slots.run(feeds, ["a"])
+    with pytest.raises(InputRefused, match="x has 6 rows, and there are adapters for 1"):
+        slots.run({"x": X}, ["a"])
+    assert np.array_equal(slots.run({"x": X.astype(">f4")}, ["a"] * 6)["y"], slots.run({"x": X}, ["a"] * 6)["y"])
 
 
 def test_a_graph_without_slots_is_refused(tmp_path: Path) -> None:

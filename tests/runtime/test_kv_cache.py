@@ -51,8 +51,9 @@ def proven(path: Path, base: model.Model) -> Proof:
     return prove(with_cache(OnnxRunner(path)), PyTorchReferences(base, [an_adapter()]))
 
 
-def test_each_run_gets_the_cache_of_the_previous_run(sums: model.Model, tmp_path: Path) -> None:
-    runner = with_cache(OnnxRunner(a_graph(tmp_path / "m.onnx", sums)))
+@pytest.mark.parametrize("batch", ["[batch", "[2"])
+def test_each_run_gets_the_cache_of_the_previous_run(batch: str, sums: model.Model, tmp_path: Path) -> None:
+    runner = with_cache(OnnxRunner(a_graph(tmp_path / "m.onnx", sums, ("[batch", batch))))
     assert isinstance(runner, CacheRunner)
     ids = np.arange(14).reshape(2, 7) % WORDS
     mask = np.array([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])

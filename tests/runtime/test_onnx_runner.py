@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lora_export.errors import EnvironmentLacking, RuntimeRefused
+from lora_export.isolation.limits import MIB, memory_for
 from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
 from lora_export.runtime.ort_session import InMemoryGraph
 
@@ -102,6 +103,20 @@ def test_external_data_of_another_graph_is_read_from_its_folder(a_graph: Path, t
     runner = OnnxRunner(a_graph).with_graph(message, tmp_path / "weights")
     assert runner.run({"x": np.array([[1, 2]], np.float32)})["y"].tolist() == [[5, 10]]
     assert runner.path == a_graph
+
+
+@pytest.mark.parametrize(("name", "inside"), [("data", 0), ("d" * 127, 0), ("d" * 200, 0), ("data", 65 * MIB)])
+def test_a_graph_may_take_memory_for_all_its_weights(name: str, inside: int, tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(A_MATMUL)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(inside, np.int8), "more"))
+    (weight,) = model.graph.initializer[:1]
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.eye(2, dtype=np.float32), "w"))
+    (tmp_path / name).write_bytes(weight.raw_data + bytes(1000))
+    onnx.external_data_helper.set_external_data(weight, location=name, length=16)
+    weight.ClearField("raw_data")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    own = (tmp_path / "m.onnx").stat().st_size
+    assert OnnxRunner(tmp_path / "m.onnx")._memory == memory_for(own + 1016)
 
 
 def test_executed_nodes_are_those_after_fusion(tmp_path: Path) -> None:

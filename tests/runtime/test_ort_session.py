@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -59,6 +60,32 @@ def test_refused_graph_is_named(tmp_path: Path) -> None:
         open_session(tmp_path / "noise.onnx", "cpu", options())
     with pytest.raises(InputRefused, match=r"none\.onnx: No such file"):
         open_session(tmp_path / "none.onnx", "cpu", options())
+
+
+@pytest.mark.parametrize(
+    ("stored", "linked"),
+    [
+        ({"model.onnx": "v3/model.onnx", "model.onnx_data": "v3/model.onnx_data"}, ["model.onnx"]),
+        (
+            {"model.onnx": f"blobs/{'a' * 64}", "model.onnx_data": f"blobs/{'b' * 64}"},
+            ["model.onnx", "model.onnx_data"],
+        ),
+    ],
+    ids=["the newest version", "a Hugging Face cache"],
+)
+def test_a_link_to_a_graph_with_external_data(stored: dict[str, str], linked: list[str], tmp_path: Path) -> None:
+    graph = onnx.parser.parse_model(TEXT.replace("Neg (x) }", "Add (x, b) }"))
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(1, np.float32), "b"))
+    onnx.save(graph, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    for name, target in stored.items():
+        (tmp_path / target).parent.mkdir(exist_ok=True)
+        (tmp_path / name).rename(tmp_path / target)
+    folder = tmp_path / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    for name in linked:
+        (folder / name).symlink_to(Path("..", "..", stored[name]))
+    (y,) = open_session(folder / "model.onnx", "cpu", options()).run(None, {"x": np.zeros(2, np.float32)})
+    assert y.tolist() == [1, 1]
 
 
 def test_an_operator_that_onnx_lacks_in_bfloat16_has_a_way_out() -> None:

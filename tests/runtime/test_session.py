@@ -304,8 +304,10 @@ def test_feeds_larger_than_the_graph_was_made_for_are_refused(session: Session, 
 def test_feeds_may_be_ort_values_and_outputs_chosen(session: Session) -> None:
     value = onnxruntime.OrtValue.ortvalue_from_numpy(X)
     assert list(session.run({"x": value}, adapter="one", outputs=["y"])) == ["y"]
-    strided = np.repeat(X, 2, axis=1)[:, ::2]
-    assert np.array_equal(session.run({"x": strided}, adapter="one")["y"], expected(ONE))
+    for same in (np.repeat(X, 2, axis=1)[:, ::2], X.astype(">f4")):
+        assert np.array_equal(session.run({"x": same}, adapter="one")["y"], expected(ONE))
+    with pytest.raises(RuntimeRefused, match=r"Unexpected input data type. Actual: \(tensor\(bfloat16\)\)"):
+        session.run({"x": X.astype(ml_dtypes.bfloat16)})
 
 
 def test_threads_do_not_share_adapters(session: Session) -> None:

@@ -101,6 +101,11 @@ def test_unnamed_outputs_are_numbered() -> None:
     assert not runner.names_known
 
 
+def test_a_scalar_stays_a_scalar() -> None:
+    for dtype in (np.float32, np.int64, ml_dtypes.bfloat16):
+        assert torch_runners.to_tensor(np.asarray(3, dtype)).shape == ()
+
+
 def test_bf16_module_returns_bf16() -> None:
     module = nn.Linear(2, 1, bias=False).bfloat16()
     with torch.no_grad():

@@ -20,12 +20,18 @@ def refusal(path: Path) -> str:
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_arrays_are_read_as_they_were_saved(tmp_path, save):
-    arrays = {"x": np.arange(6).reshape(2, 3), "scalar": np.float32(2), "empty": np.zeros((0, 3))}
+    arrays = {
+        "x": np.arange(6).reshape(2, 3),
+        "scalar": np.float32(2),
+        "empty": np.zeros((0, 3)),
+        "swapped": np.arange(3, dtype=">f4"),
+    }
     save(tmp_path / "a.npz", **arrays)
     read = npz.read_arrays(tmp_path / "a.npz")
     assert {name: array.tolist() for name, array in read.items()} == {
         name: np.asarray(array).tolist() for name, array in arrays.items()
     }
+    assert all(array.dtype.isnative for array in read.values())
 
 
 def test_a_file_that_is_not_a_zip_file_is_refused(tmp_path):

@@ -146,6 +146,10 @@ def single_row() -> tuple[nn.Module, torch.Tensor]:
     return Spotter(), torch.randn(1, 4, 9)
 
 
+def no_rows() -> tuple[nn.Module, torch.Tensor]:
+    return Spotter(), torch.randn(0, 4, 9)
+
+
 def no_module() -> str:
     return "spotter"
 
@@ -171,6 +175,10 @@ def fixed_batch() -> tuple[nn.Module, torch.Tensor]:
 
 def failing() -> nn.Module:
     raise ValueError("no weights at hand")
+
+
+def quitting() -> None:
+    raise SystemExit(0)
 
 
 def wide() -> tuple[nn.Module, torch.Tensor]:

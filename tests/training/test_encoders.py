@@ -163,7 +163,8 @@ def test_the_assistants_turns_are_predicted(tokenizer: Any, template: str) -> No
     found = predicted(chat_tokens(tokenizer)(DIALOGUE))
     assert found == ["very", "a", "the", "GOOD", "FILM", "very", "a", "the", "BAD", "FILM"]
     tokenizer.chat_template = "{% for one in tools %}{{ one.name }} {% endfor %}" + template
-    assert predicted(chat_tokens(tokenizer)({**DIALOGUE, "tools": [{"name": "film"}]})) == ["film", *found]
+    for tools in ([{"name": "film"}], '[{"name": "film"}]'):
+        assert predicted(chat_tokens(tokenizer)({**DIALOGUE, "tools": tools})) == ["film", *found]
 
 
 def test_dialogues_without_a_place_for_each_turn_are_refused(tokenizer: Any) -> None:

@@ -130,7 +130,7 @@ def test_strings_of_a_csv_may_be_numbers(tmp_path: Path) -> None:
         ([{"messages": [{"role": ["user"], "content": "a"}]}], "line 1: message 1 has no `role` of assistant, system"),
         ([{"messages": [USER, {"role": "assistant", "content": None}]}], "message 2 has no text in `content`"),
         (
-            [{"messages": [USER], "tools": '[{"name": "a"}]'}],
+            [{"messages": [USER], "tools": '[{"name": "a"]'}],
             "line 1: `tools` is .*; it must be a list of descriptions",
         ),
         ([{"messages": [USER, {"role": "assistant", "content": "\ud800"}]}], "`content` contains half a surrogate"),

@@ -134,14 +134,6 @@ def test_the_aliases_of_tied_tensors_are_read(tmp_path):
     assert aliases == {"emb.weight": ("head.weight",), "b": ()}
 
 
-def test_a_link_to_a_folder_is_refused(sharded, tmp_path):
-    (tmp_path / "pooling").mkdir()
-    (sharded / "sub").mkdir()
-    (sharded / "sub" / "1_Pooling").symlink_to(tmp_path / "pooling")
-    with pytest.raises(InputRefused, match="1_Pooling is a link to a folder"):
-        list(open_checkpoint(sharded).other_files())
-
-
 def test_other_files_exclude_weights_and_hidden_files(sharded):
     for name in ("tokenizer.json", "1_Pooling/config.json", "LICENSE", "lora_export.json", ".git/config", ".hidden"):
         (sharded / name).parent.mkdir(exist_ok=True)

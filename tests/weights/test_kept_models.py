@@ -199,6 +199,25 @@ def test_groups_of_4_and_8_bits_load(tmp_path: Path) -> None:
         assert torch.equal(model(tokens).logits, plain(tokens).logits)
 
 
+def test_layers_fused_with_one_that_has_no_8_bits_are_floats(tmp_path: Path) -> None:
+    base, name = in_compressed_integers(tmp_path / "base"), "model.layers.1.self_attn.k_proj.weight_scale"
+    stored = load_file(base / "model.safetensors")
+    stored[name] = stored[name].half()
+    stored[name][0, 0] = 0.0003  # a 16th of it is below the normal numbers of fp16
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    adapter = adapter_on(tmp_path / "adapter", {"layers.0.mlp.down_proj": 8e-4, "layers.1.self_attn.q_proj": 8e-4})
+    result = lora_export.merge(base, [adapter], tmp_path / "merged", keep_quantised=True)
+    assert result.report is not None
+    found = {layer.weight.removeprefix("model.layers."): (layer.stored, layer.why) for layer in result.report.layers}
+    assert found["0.mlp.down_proj.weight"][0] == "8-bit integers"
+    assert {part: found[f"1.self_attn.{part}_proj.weight"][0] for part in "qkv"} == {
+        "q": "bfloat16",
+        "k": "float16",
+        "v": "bfloat16",
+    }
+    assert found["1.self_attn.k_proj.weight"][1].endswith("q_proj.weight, and its scales are too small for 8 bits")
+
+
 def test_verify_shows_what_quantisation_costs(
     base: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,8 +57,13 @@ def test_other_files_are_those_of_unchanged_models(folder):
     (folder / ".cache").write_text("")
     (folder / "lora_export.json").write_text("{}")
     (folder / "vae" / "model.bin").write_bytes(b"weights")
+    (folder / "vae" / "lora_export.json").write_text("{}")  # what is merged in this model
     files = {path.as_posix() for path in open_pipeline(folder).other_files({"transformer", "text_encoder_2"})}
-    assert files == {"model_index.json", "text_encoder/config.json", "vae/config.json", "vae/model.bin"}
+    assert files == {
+        "model_index.json",
+        "text_encoder/config.json",
+        *(f"vae/{name}" for name in ("config.json", "lora_export.json", "model.bin")),
+    }
 
 
 def test_a_link_out_of_the_pipeline_is_refused(folder, tmp_path_factory):

@@ -23,7 +23,7 @@ from lora_export.graph.insert.adapter_strengths import StrengthInput, refused_st
 from lora_export.graph.insert.branches import Inserter, common_rescaling, dora_factors_by_weight
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.site import Site, common_dtype, find_readers
-from lora_export.graph.values import initializers
+from lora_export.graph.values import initializers, refuse_old_ir
 from lora_export.options.export import OnnxOptions
 from lora_export.plan import Layout, Plan
 from lora_export.provenance import CONTRACT_KEY
@@ -60,6 +60,7 @@ def insert_inputs(
     branch can be inserted, where the graph has an input of that name already, and for one in an IR version before 4.
     The graph is then partly changed and must not be used.
     """
+    refuse_old_ir(model)
     if CONTRACT_KEY in model.metadata_props:
         raise InputRefused("the graph has inputs for adapters already: start from the graph without them")
     digests, inserter = weight_digests(sites), Inserter(model)

@@ -281,7 +281,7 @@ def refuse_misplaced_data(model: ir.Model, path: Path, inline: set[ir.Value]) ->
 
 def moved_to(tensor: ir.ExternalTensor, path: Path) -> ir.ExternalTensor:
     """The same tensor in another file, at the same offset."""
-    return stored_at(tensor, path.name, tensor.offset, name=tensor.name, folder=path.parent)
+    return stored_at(tensor, path.name, tensor.offset, tensor.length, name=tensor.name, folder=path.parent)
 
 
 def _huggingface_blob(folder: Path, location: str) -> Path | None:

@@ -19,7 +19,7 @@ from email.message import Message
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 from urllib.error import HTTPError, URLError
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from lora_export.errors import Different, EnvironmentLacking, InputRefused, RuntimeRefused, WrongUsage
@@ -127,7 +127,7 @@ class Client:
         return self._parsed(answer.content[: int(stated)]), answer.content[int(stated) :]
 
     def _url(self, path: str) -> str:
-        return urljoin(f"{self.address}/", path)
+        return urljoin(f"{self.address}/", quote(path, safe="/%"))  # a name may have spaces
 
     def _json(self, request: Request) -> dict[str, Any]:
         return self._parsed(self._requested(request).content)

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.artifacts.files import MERGED_FILE
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import ADAPTER_IDS, ROW_INPUTS, row_inputs
-from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime, ort_value_of_array
+from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime, ort_value_of_array
 from lora_export.graph.cache_names import (
     BRANCH,
     CACHE_POSITION,
@@ -70,7 +70,7 @@ class Decoder:
         self.inner, self.has_slots = runner.inner, runner.inner.has_slots
         self.longest = runner.inner.longest
         self.adapters_per_row = runner.inner.adapters_per_row
-        self.session = runner.inner.session
+        self.session = _session_of(runner.inner)
         self.adapters: Session | None = None
         if CONTRACT_KEY in self.session.get_modelmeta().custom_metadata_map:
             self.adapters = Session(graph, provider=provider, session=self.session)
@@ -131,7 +131,8 @@ class DecoderRun:
         for tensor in self.decoder.cache:
             sizes = tensor.empty_sizes(self.batch)
             if tensor.grows:
-                empty = ort.OrtValue.ortvalue_from_shape_and_type(sizes, tensor.dtype, self.decoder.provider, 0)
+                kind = ONNX_TYPES[np.dtype(tensor.dtype).name]  # which onnxruntime knows bfloat16 by
+                empty = ort.OrtValue.ortvalue_from_shape_and_type(sizes, kind, self.decoder.provider, 0)
             else:  # whose numbers are read
                 empty = ort_value_of_array(ort, np.zeros(sizes, tensor.dtype))
             self.binding.bind_ortvalue_input(tensor.past, empty)
@@ -167,7 +168,7 @@ class DecoderRun:
             decoder.tokens: ids,
             MASK: mask,
             POSITION_IDS: positions,
-            CACHE_POSITION: positions[0],
+            CACHE_POSITION: np.arange(mask.shape[1] - ids.shape[1], mask.shape[1]),  # padding has one, too
             BRANCH: has_past,
             **({} if types is None else {TOKEN_TYPES: types}),
         }
@@ -185,6 +186,16 @@ class DecoderRun:
             binding.bind_ortvalue_input(tensor.past, value)
         last: NDArray[np.floating] = array_of_ort_value(logits)[:, -1]
         return last
+
+
+def _session_of(graph: OnnxRunner) -> Any:
+    """onnxruntime's session. Raises RuntimeRefused for a graph that only ONNX's reference evaluator runs."""
+    if not graph.is_onnxruntimes:
+        raise RuntimeRefused(
+            f"{graph.path} is in bfloat16, in which onnxruntime does not compute on the CPU. Generate on a GPU "
+            f"({named('provider', 'cuda')}), or export the model in float16 ({named('dtype', 'float16')})"
+        )
+    return graph.session
 
 
 def _slot_inputs(graph: OnnxRunner) -> dict[str, Any]:
@@ -222,8 +233,8 @@ class EncoderDecoder:
         self.takes_mask = MASK in self.graphs.encoder.axes
         # Graph -> the session that binds adapters, of graphs that take one
         self.sessions = {
-            graph: Session(graph.path, provider=provider, session=graph.session)
-            for graph in self.graphs.graphs
+            graph: Session(graph.path, provider=provider, session=session)
+            for graph, session in zip(self.graphs.graphs, map(_session_of, self.graphs.graphs), strict=True)
             if graph.lacks_adapter
         }
 

@@ -159,8 +159,11 @@ def _refuse_added(plan: Plan) -> None:
 
 
 def _stated_types(plan: Plan, base: GgufBase, types: Mapping[str, str]) -> dict[str, BlockType | None]:
-    """The types that the user chose, by weight; None: that of the base."""
-    changed = [name for name in base.tensors if name in plan.by_weight or name in plan.by_part]
+    """The types that the user chose, by weight; None: that of the base.
+
+    Norms and biases have none: llama.cpp reads them in the type that they have.
+    """
+    changed = [name for name, one in base.tensors.items() if len(one.shape) > 1 and plan.steps_on(name)]
     found: dict[str, BlockType | None] = {}
     unused = []
     for pattern, kind in types.items():
@@ -172,6 +175,12 @@ def _stated_types(plan: Plan, base: GgufBase, types: Mapping[str, str]) -> dict[
         raise InputRefused(
             f"{named('dtype_of', unused[0])} fits no weight that the adapters change. They change:", listed(changed)
         )
+    for name, stated in found.items():
+        if stated is not None and (width := base.tensors[name].shape[-1]) % stated.elements:
+            raise InputRefused(
+                f"{name} has rows of {width} elements, and {stated.name} has blocks of {stated.elements}: "
+                f"{named('dtype_of', {name: 'F16'})} stores it"
+            )
     return found
 
 

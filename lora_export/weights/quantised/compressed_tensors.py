@@ -150,6 +150,12 @@ def compressed_weights(parts: StoredParts, quantization: Mapping[str, Any], _: s
             f"{named('dequantize', True)} reads {', '.join(COMPRESSED_FORMATS)} of compressed-tensors, and this base "
             f"has {', '.join(sorted(unknown))}. Merge into the original float model"
         )
+    transforms = quantization.get("transform_config")
+    if isinstance(transforms, dict) and transforms.get("config_groups"):
+        raise InputRefused(
+            "the transform_config of this base rotates weights and the inputs of its layers, which a merge cannot "
+            "follow. Merge into the original float model"
+        )
     arguments = [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
     return {tensor.name: tensor for tensor in _found(parts, arguments)}
 

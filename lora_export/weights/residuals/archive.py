@@ -172,9 +172,9 @@ def write_residual(
     `merged` is the folder or file that `merge_checkpoint` wrote for this plan. `settings` are what made the plan, for
     the restoration. Memory is a few blocks, whatever the size of the model.
 
-    Raises InputRefused for adapters without a hash, where one is needed, and where the base changed meanwhile.
+    Raises InputRefused as `refuse_residual`, and where the base changed meanwhile.
     """
-    refuse_without_hash(plan)
+    refuse_residual(plan, base)
     files = {name: merged / name if base.is_folder else merged for name in base.shards}
     opened = {name: safetensors_file.open_file(file) for name, file in files.items()}
     shards = {}
@@ -213,8 +213,16 @@ def needs_adapters(plan: Plan) -> bool:
     return any(step.shift is not None or (step.terms and not step.depends_on_weight) for step in plan.steps)
 
 
-def refuse_without_hash(plan: Plan) -> None:
-    """Raise InputRefused for adapters that a restoration could not recognise: it needs the very same ones."""
+def refuse_residual(plan: Plan, base: Checkpoint) -> None:
+    """Raise InputRefused for a merge that cannot be undone.
+
+    A restoration needs the very same adapters, by their hashes. What the output lacks of the base's weights is in none.
+    """
+    if base.own_adapters:
+        raise InputRefused(
+            f"{named('keep_residual')} cannot restore the adapters in the weights of {base.path}, which the output "
+            "does not have. Keep the base itself"
+        )
     without = [adapter.name for adapter in plan.adapters if not adapter.sha256]
     if needs_adapters(plan) and without:
         raise InputRefused(f"{named('keep_residual')} needs adapters from files: {', '.join(without)} has no hash")

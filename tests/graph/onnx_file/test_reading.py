@@ -335,6 +335,17 @@ def cached(hub: Path) -> Path:
     return snapshot / "model.onnx"
 
 
+def test_a_wrong_length_in_a_hugging_face_cache_is_refused(tmp_path: Path) -> None:
+    link = cached(tmp_path)
+    graph = onnx.load(link, load_external_data=False)
+    for entry in (entry for tensor in graph.graph.initializer for entry in tensor.external_data):
+        if entry.key == "length":
+            entry.value = str(int(entry.value) // 2)
+    link.resolve().write_bytes(graph.SerializeToString())
+    with pytest.raises(InputRefused, match="bytes are recorded"):
+        load_graph(link)
+
+
 @pytest.mark.fault(41)
 def test_graph_in_hugging_face_cache_is_read_and_saved(tmp_path: Path) -> None:
     model = load_graph(cached(tmp_path))

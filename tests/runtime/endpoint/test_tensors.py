@@ -170,6 +170,7 @@ def test_another_answer_is_refused(output: Any, message: str) -> None:
         ({"inputs": []}, "/models/m", "have no `inputs` with names, types and shapes"),
         ({**METADATA, "outputs": [{"name": "y"}]}, "/models/m", "have no `outputs`"),
         (None, "/models/other", "answered 404: unknown model. Is other the name of a model there"),
+        (None, "/models/two words", "answered 404: unknown model. Is two words the name of a model there"),
         (None, "", r"names no model: give .*/v2/models/NAME, or its name by served_name="),
     ],
 )

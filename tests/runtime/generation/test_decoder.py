@@ -12,9 +12,11 @@ import torch
 import transformers as hf
 
 import lora_export as le
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.models.load import load_model
 from lora_export.runtime.generation.decoder import Decoder, EncoderDecoder
+from lora_export.runtime.kv_cache import with_cache
+from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
 from support import FACTORIES
 from support.decoders import WORDS, a_graph, a_graph_with_a_state
 from support.generators import small_encoder_decoder, sounds
@@ -53,6 +55,57 @@ def test_graph_with_a_state_takes_a_prompt_token_by_token(tmp_path: Path) -> Non
         assert last.tolist() == [[6], [15]]
         last = run.step(np.array([[7], [8]]), np.ones((2, 4), np.int64), np.zeros((2, 1), np.int64))
         assert last.tolist() == [[13], [23]]
+
+
+def test_the_number_of_a_position_counts_padding(tmp_path: Path) -> None:
+    rows = "  rows = Gather <axis = 0> (table, input_ids)"
+    placed = f"""{rows.replace("rows", "words")}
+  places = Cast <to = 1> (cache_position)
+  column = Unsqueeze (places, one)
+  rows = Add (words, column)"""
+    graph = onnx.load(a_graph(tmp_path / "m.onnx", load_model(f"{FACTORIES}:sums"), (rows, placed)))
+    graph.graph.input.append(onnx.helper.make_tensor_value_info("cache_position", onnx.TensorProto.INT64, ["tokens"]))
+    onnx.save(graph, tmp_path / "m.onnx")
+    ids, mask = np.array([[0, 0, 3], [1, 2, 3]]), np.array([[0, 0, 1], [1, 1, 1]])
+    last = Decoder(tmp_path / "m.onnx").start(2).step(ids, mask, token_positions(mask))
+    expected = with_cache(OnnxRunner(tmp_path / "m.onnx")).run({"input_ids": ids, "attention_mask": mask})["logits"]
+    np.testing.assert_allclose(last, expected[:, -1], rtol=1e-6)
+
+
+def with_a_narrow_cache(path: Path) -> Path:
+    """The graph with its cache in bfloat16; what it computes it computes as before."""
+    graph = onnx.load(path)
+    (past,) = (each for each in graph.graph.input if each.name.startswith("past_key_values"))
+    (present,) = (each for each in graph.graph.output if each.name.startswith("present"))
+    for value in (past, present):
+        value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    renamed = {past.name: "past", present.name: "present"}
+    for node in graph.graph.node:
+        node.input[:], node.output[:] = ([renamed.get(name, name) for name in own] for own in (node.input, node.output))
+    graph.graph.node.insert(0, onnx.helper.make_node("Cast", [past.name], ["past"], to=onnx.TensorProto.FLOAT))
+    graph.graph.node.append(onnx.helper.make_node("Cast", ["present"], [present.name], to=onnx.TensorProto.BFLOAT16))
+    onnx.save(graph, path)
+    return path
+
+
+def test_a_cache_in_bfloat16(sums: Path) -> None:
+    ids, ones, positions = np.array([[3, 5, 7]]), np.ones((1, 3), np.int64), np.arange(3)[None]
+    expected = Decoder(sums).start(1).step(ids, ones, positions)
+    run = Decoder(with_a_narrow_cache(sums)).start(1)
+    run.step(ids[:, :2], ones[:, :2], positions[:, :2])
+    np.testing.assert_allclose(run.step(ids[:, 2:], ones, positions[:, 2:]), expected, rtol=0.02)
+
+
+def test_a_graph_that_computes_in_bfloat16_is_refused_on_the_cpu(tmp_path: Path) -> None:
+    product = "logits = MatMul (flat, turned)"
+    narrow = "half = Cast <to = 16> (flat)  other = Cast <to = 16> (turned)  product = MatMul (half, other)"
+    graph = a_graph(
+        tmp_path / "m.onnx",
+        load_model(f"{FACTORIES}:sums"),
+        (product, f"{narrow}  logits = Cast <to = 1> (product)"),
+    )
+    with pytest.raises(RuntimeRefused, match=r'is in bfloat16, .* Generate on a GPU \(provider="cuda"\), or export'):
+        Decoder(with_a_narrow_cache(graph))
 
 
 def test_graph_without_a_cache_is_refused(tmp_path: Path) -> None:

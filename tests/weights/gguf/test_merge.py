@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lora_export
 from lora_export import formats, plan, provenance
@@ -27,6 +27,7 @@ from lora_export.weights.gguf.merge import merge_gguf
 from support.gguf_files import (
     HEADS,
     KEY_HEADS,
+    SIZES,
     Kind,
     calibration_of,
     llama,
@@ -227,9 +228,11 @@ def test_a_weight_that_would_lose_its_change_is_promoted(tmp_path: Path, kind: K
 
 def test_types_are_chosen_by_layer_or_tensor(tmp_path: Path) -> None:
     base, (adapter, _) = write_llama(tmp_path / "base.gguf", Kind.Q4_0), an_adapter(tmp_path / "a")
+    norm = peft_adapter(tmp_path / "norm", {}, {f"{LAYER}input_layernorm.weight": np.full(256, 2, np.float32)})
     types = {"*": "Q8_0", "blk.0.ffn_down.weight": "F32", "*.self_attn.o_proj": "BF16", f"{LAYER}self_attn.k_*": "keep"}
-    lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", dtype_of=types)
+    lora_export.merge(base, [adapter, norm], output=tmp_path / "out.gguf", dtype_of=types)
     found = types_of(tmp_path / "out.gguf")
+    assert found["blk.0.attn_norm.weight"] == "F32"  # llama.cpp has no norms in blocks
     assert [found[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_k", "attn_output", "ffn_down", "ffn_up")] == [
         *("Q8_0", "Q4_0", "BF16", "F32", "Q4_0")
     ]
@@ -361,6 +364,12 @@ def damage(path: Path, name: str) -> None:
     path.write_bytes(data)
 
 
+def narrow(folder: Path) -> None:
+    config = LlamaConfig(**SIZES | {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2})
+    write_llama(folder / "base.gguf", Kind.F16, model=LlamaForCausalLM(config))
+    peft_adapter(folder / "a", {f"{LAYER}self_attn.o_proj": (np.ones((1, 48)), np.ones((48, 1)))})
+
+
 def norm_of_gemma(folder: Path) -> None:
     """A base of one norm, and an adapter that replaces it."""
     writer = gguf.GGUFWriter(str(folder / "base.gguf"), "gemma2")
@@ -384,6 +393,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         lambda folder: an_adapter(folder / "a", alpha=WEAK),
         {"dtype_of": {"*": "keep"}},
         'Store them in a wider type (dtype_of={"*": "F32"}), or keep the adapter beside the model (convert(to="gguf"))',
+    ),
+    "rows that end in a block": (
+        narrow,
+        {"dtype_of": {"*": "Q8_0"}},
+        "o_proj.weight has rows of 48 elements, and Q8_0 has blocks of 32: dtype_of=",
     ),
     "damaged scales": (
         lambda folder: damage(folder / "base.gguf", "blk.0.ffn_down.weight"),

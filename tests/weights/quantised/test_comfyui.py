@@ -21,6 +21,7 @@ from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.quantised.comfyui_files import LAYERS_IN_HEADER
 from support.cli import call
 from support.diffusion import adapter_file, layout_of, original_shapes, random_pairs, transformer, unet
+from support.handmade import peft_adapter
 
 PREFIX = "model.diffusion_model."
 FLOAT8 = torch.float8_e4m3fn
@@ -106,6 +107,43 @@ def test_adapters_of_every_dialect_are_merged(model: str, form: str, tmp_path: P
         assert len(changed) == 1 and {layer.weight for layer in result.report.layers} in (changed, set())
         assert str(verify(out, base=base, adapters=[adapter])).startswith("same")
         assert str(verify(out, base=base, adapters=[adapter], weights=[0.8])).startswith("different")
+
+
+def test_change_of_a_part_with_dora_is_what_was_measured(tmp_path: Path) -> None:
+    weights = original_weights("Flux")
+    base, out, (name, _) = in_8_bits(weights, "plain", tmp_path / "base.safetensors"), tmp_path / "out", MODULES["Flux"]
+    save_file({key: weight.contiguous() for key, weight in weights.items()}, tmp_path / "floats.safetensors")
+    part = weights[f"{PREFIX}{name}.weight"].to(FLOAT8).float().numpy().astype(np.float64)
+    rows, columns = len(part) // 3, part.shape[1]
+    for module, own in (("to_q", part[:rows]), ("to_v", part[2 * rows :])):
+        layer = f"transformer.transformer_blocks.0.attn.{module}"
+        magnitude = {f"{layer}.lora_magnitude_vector": np.full(rows, 9, np.float32)}
+        pair = np.ones((1, columns)), np.full((rows, 1), 0.25)
+        dora = peft_adapter(tmp_path / module, {layer: pair}, magnitude, use_dora=True, modules_to_save=None)
+        floats = tmp_path / "floats.safetensors"
+        result = merge(base, [dora], out, dequantize=True, float_base=floats, overwrite=True)
+        assert result.report is not None
+        total = own + 0.25
+        expected = np.linalg.norm(9 * total / np.linalg.norm(total, axis=1, keepdims=True) - own)
+        changes = {loss.weight: loss.change for loss in result.report.quantisation if loss.change is not None}
+        assert changes == {f"{PREFIX}{name}.weight": pytest.approx(float(expected), rel=1e-5)}
+
+
+def test_layer_with_a_replaced_part_becomes_a_float(tmp_path: Path) -> None:
+    weights, name = original_weights("Flux"), f"{PREFIX}{MODULES['Flux'][0]}.weight"
+    base, (rows, columns) = in_8_bits(weights, "stated", tmp_path / "base.safetensors"), weights[name].shape
+    part, layer = rows // 3, "transformer.transformer_blocks.0.attn"
+    pair = {f"{layer}.to_k": (np.ones((1, columns)), np.full((part, 1), 0.25))}
+    own = {f"{layer}.to_q.weight": np.full((part, columns), 0.5, np.float32)}
+    adapter = peft_adapter(tmp_path / "adapter", pair, own)
+    result = merge(base, [adapter], tmp_path / "out", keep_quantised=True)
+    assert result.report is not None
+    assert [(one.weight, one.why) for one in result.report.layers] == [(name, "the adapter has values of its own")]
+    stored, after = load_file(base), load_file(tmp_path / "out.safetensors")[name]
+    before = (stored[name].float() * stored[name.removesuffix("weight") + "weight_scale"]).bfloat16()
+    assert torch.equal(after[:part], torch.full((part, columns), 0.5).bfloat16())
+    assert torch.equal(after[part : 2 * part], (before[part : 2 * part].float() + 0.25).bfloat16())
+    assert torch.equal(after[2 * part :], before[2 * part :])
 
 
 LAYERS = {f"{PREFIX}{name}": (3, 5) for name in ("a.weight", "b.weight", "c.weight")}  # of odd bytes

@@ -121,6 +121,14 @@ def test_parts_that_do_not_fit_are_refused(kind: str, change: Tensors, message: 
         found(stored | change, tmp_path / "m.safetensors").rows(slice(0, 1))
 
 
+def test_rotated_inputs_are_refused(tmp_path: Path) -> None:
+    stored, _, config = compressed(4, "group")
+    assert found(stored, tmp_path / "a.safetensors", config | {"transform_config": {"config_groups": {}}})
+    rotated = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
+    with pytest.raises(InputRefused, match="rotates weights and the inputs of its layers"):
+        found(stored, tmp_path / "a.safetensors", config | {"transform_config": {"config_groups": {"R4": rotated}}})
+
+
 def test_blocks_without_their_size_are_refused(tmp_path: Path) -> None:
     stored, _, config = compressed(8, "block", kind="float")
     with pytest.raises(InputRefused, match=r"the shape \[3, 3\] does not fit"):

@@ -14,7 +14,7 @@ from lora_export.lora import Adapter
 from lora_export.storage.hashes import file_hash
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint
-from lora_export.weights.residuals.archive import needs_adapters, open_residual, refuse_without_hash, write_residual
+from lora_export.weights.residuals.archive import needs_adapters, open_residual, refuse_residual, write_residual
 from support.handmade import base_file, peft_adapter
 
 W = np.arange(6).reshape(2, 3)
@@ -66,4 +66,4 @@ def test_adapters_are_needed_for_what_is_subtracted(parts: tuple[plan.Plan, Chec
     whole = Adapter("x", "peft", {}, replaced={"fc.weight": W.astype(np.float32)})
     replaced = plan.make([whole], base.specs)
     assert not needs_adapters(replaced)
-    refuse_without_hash(replaced)
+    refuse_residual(replaced, base)
