@@ -162,14 +162,14 @@ class GenerationSettings:
         `forced_decoder_ids`, as transformers takes them. Raises InputRefused for a language or a task without a token.
         """
         tasks, is_multilingual = self._table("task_to_id"), bool(self.languages)
-        asked, task = (self.value(name) if is_multilingual else None for name in ("language", "task"))
-        forced = {} if language or translate or asked or task else self._forced_tokens
+        stated, task = (self.value(name) if is_multilingual else None for name in ("language", "task"))
+        forced = {} if language or translate or stated or task else self._forced_tokens
         translate = translate or task == "translate" or forced.get(2, -1) == tasks.get("translate")
         if translate and "translate" not in tasks:
             raise InputRefused("the model has no token for translating: it only transcribes")
         tokens: list[int | None] = [self.start_token, *([] if is_multilingual else forced.values())]
         if is_multilingual:
-            chosen = language or asked
+            chosen = language or stated
             tokens.append(self.language_token(chosen) if isinstance(chosen, str) else forced.get(1))
             tokens += _tokens(tasks.get("translate" if translate else "transcribe"))
         return [*tokens, *(each for each in _tokens(self.value("no_timestamps_token_id")) if each != tokens[-1])]
