@@ -91,7 +91,8 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
             report, more = _with_quantisation(report, checkpoint, floats, steps, request)
             notes = (*notes, *more)
         residual_bytes = None if residual is None else _keep_residual(request, steps, checkpoint, folder, residual)
-    request.warn_of_rounding(report, _stricter_retention if request.keep_quantised else float32_remedy)
+    remedy = (lambda: f"{named('min_retention', 0.9)} makes them floats") if is_kept else float32_remedy
+    request.warn_of_rounding(report, remedy)
     return MergeResult(request.output, steps, report, notes, residual_bytes)
 
 
@@ -110,10 +111,6 @@ def calibration_inputs(
     if request.rounding == "nearest":
         inputs = {name: replace(one, is_fed_back=False) for name, one in inputs.items()}
     return inputs, {"calibration": file_sha256(request.calibration)}
-
-
-def _stricter_retention() -> str:
-    return f"{named('min_retention', 0.9)} makes them floats"
 
 
 def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged: Path, path: Path) -> int:
