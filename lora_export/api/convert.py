@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -136,7 +135,9 @@ def convert(options: ConvertOptions) -> ConvertResult:
         if not writer.SUFFIX:
             if to == "peft":
                 copy_head_config(adapter_paths(adapter), folder)
-            write_origin(folder, provenance.record([loaded], [weight], {}, (), _settings(options)))
+            of_lora = {"as": options.as_kind, "rank": options.rank, "min_kept": options.min_kept}
+            settings = {"to": to, "names": names, **(of_lora if options.as_kind else {})}
+            write_origin(folder, provenance.record([loaded], [weight], {}, (), settings))
     note_each(options.on_message, notes)
     return ConvertResult(target, len(loaded.pairs), len(loaded.pairs), "", notes, layers)
 
@@ -150,12 +151,6 @@ def _must_be_model(base: Path, adapter: AdapterSource) -> None:
     refuse_adapter_as_model(base, adapter)
     if not (is_pipeline(base) or (base / "config.json").is_file()):
         _ = open_artifact(base).headers
-
-
-def _settings(options: ConvertOptions) -> dict[str, Any]:
-    """What the record of an adapter's origin contains of the options."""
-    of_lora = {"as": options.as_kind, "rank": options.rank, "min_kept": options.min_kept} if options.as_kind else {}
-    return {"to": options.to, "names": options.names, **of_lora}
 
 
 def _with_config_beside(reading: ReadOptions, adapter: AdapterSource) -> ReadOptions:

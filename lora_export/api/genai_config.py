@@ -24,6 +24,8 @@ from lora_export.models.fused_operators import takes_shared_buffer
 # Any decoder with this layout of its cache, or one whose other layers keep the last inputs of a short convolution. The
 # names of single models change nothing for it.
 DECODER, WITH_CONVOLUTIONS = "decoder", "lfm2"
+LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")  # the last two: of MPT and BLOOM
+ANY_LENGTH = 1 << 17  # tokens, of a model that states no length: onnxruntime-genai takes none for 0
 LARGEST_BUFFER = 2 << 30  # bytes, of the keys and values of one text
 SEARCH_DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
@@ -47,7 +49,8 @@ def genai_config(
         return None
     ((heads, features),) = sizes
     text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or generation.max_length
+    stated = filter(None, (getattr(text, name, None) for name in LENGTHS))
+    longest = next(stated, generation.max_length)
     convolutions = [value for name, value in inputs.items() if name.startswith(f"{PAST_CONV}.")]
     layers = sum(name.endswith(".key") for name in inputs) + len(convolutions)
     dtypes = [value.dtype for name, value in inputs.items() if name.startswith(f"{PAST}.")]
@@ -62,7 +65,7 @@ def genai_config(
         "model": {
             "type": WITH_CONVOLUTIONS if convolutions else DECODER,
             "vocab_size": text.vocab_size,
-            "context_length": longest,
+            "context_length": longest or ANY_LENGTH,
             **tokens,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -85,7 +88,7 @@ def genai_config(
                 },
             },
         },
-        "search": {**search, "max_length": longest, "past_present_share_buffer": shares},
+        "search": {**search, "max_length": longest or ANY_LENGTH, "past_present_share_buffer": shares},
     }
 
 

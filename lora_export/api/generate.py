@@ -76,10 +76,10 @@ def generate(options: GenerateOptions) -> list[Generation]:
     most probable token; otherwise tokens are drawn, as `seed` determines, from the most probable ones whose
     probabilities add up to `top_p`. Tokens that generation_config.json forces, suppresses or penalises are so here.
     What else it asks for, such as beams, is a message. `language` ("en") is that of a multilingual speech model's
-    sounds, None to let the model tell; with `translate` it writes English. `starts` are the first tokens of the texts
-    of a model that reads images, one text or list of token ids for all or one for each: the task's token of a Donut.
-    They are no part of the result. `on_text` receives each piece of a text as
-    soon as it is known. `provider` is "cpu" or "cuda".
+    sounds, None for that of its configs, or to let the model tell; with `translate` it writes English. `starts` are the
+    first tokens of the texts of a model that reads images, one text or list of token ids for all or one for each: the
+    task's token of a Donut. They are no part of the result. `on_text` receives each piece of a text as soon as it is
+    known. `provider` is "cpu" or "cuda".
 
     Raises InputRefused for a folder without such graphs or tokenizer and for unknown adapters, WrongUsage for values
     out of range, EnvironmentLacking where the provider does not run, RuntimeRefused where onnxruntime refuses a run.
@@ -188,18 +188,15 @@ def _start_tokens(
     run: EncoderDecoderRun, settings: GenerationSettings, count: int, language: str | None, *, translate: bool
 ) -> list[list[int]]:
     """The tokens with which each text starts; a multilingual speech model chooses the language that is not stated."""
-    start, languages = settings.start_token, settings.languages
-    if not languages:
-        return [[start]] * count
-    if language is not None:
-        chosen = [settings.language_token(language)] * count
-    else:
-        first = np.full((count, 1), start, np.int64)
+    start = settings.speech_start(language, translate=translate)
+    chosen = [0] * count
+    if None in start:
+        first = np.full((count, 1), settings.start_token, np.int64)
         logits = run.step(first, np.ones_like(first), np.zeros_like(first))
         run.restart()
-        known = np.array(sorted(languages.values()))
+        known = np.array(sorted(settings.languages.values()))
         chosen = known[logits[:, known].argmax(axis=1)].tolist()
-    return [[start, token, *settings.speech_tokens(translate=translate)] for token in chosen]
+    return [[own if token is None else token for token in start] for own in chosen]
 
 
 def _tokenizer(folder: Path, *, needed: bool) -> Any:

@@ -17,7 +17,10 @@ BESIDE_GRAPH = (
     *MODEL_CONFIGS,
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "spiece.model", "preprocessor_config.json"),
-    "processor_config.json",
+    *("processor_config.json", "chat_template.json", "tekken.json", "normalizer.json", "sentencepiece.bpe.model"),
+    # Of Marian, FSMT, SpeechT5, ProphetNet, BARTpho and others, which have no tokenizer.json
+    *("source.spm", "target.spm", "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "spm_char.model"),
+    *("prophetnet.tokenizer", "dict.txt", "byte_maps.json", "emoji.json", "spm.model", "sentencepiece.model"),
 )
 
 

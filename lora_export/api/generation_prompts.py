@@ -18,6 +18,7 @@ from lora_export.models.processors import (
     open_extractor,
     pixels_of,
     read_sound,
+    refuse_longer,
     render_chat,
     tokenised,
 )
@@ -153,6 +154,8 @@ def encoder_inputs(
         sounds = [
             read_sound(each, rate) if isinstance(each, Path) else np.asarray(each, np.float32) for each in prompts
         ]
+        for each, sound in zip(prompts, sounds, strict=True):
+            refuse_longer(len(sound) / rate, extractor, str(each) if isinstance(each, Path) else "a sound")
         made = features_of(sounds, extractor)
         return {key: value for key, value in made.items() if key in (*model.takes, MASK)}
     if not arrays and name == PIXELS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,9 @@ class GenerationSettings:
         """The token of a language, such as "en", of a multilingual speech model. Raises InputRefused without one."""
         known = self.languages
         token = known.get(f"<|{language}|>", known.get(language))
+        if token is None and known:
+            whisper: Any = importlib.import_module("transformers.models.whisper.tokenization_whisper")
+            token = known.get(f"<|{whisper.TO_LANGUAGE_CODE.get(language.lower())}|>")  # of a name such as "german"
         if token is None:
             names = ", ".join(sorted(name.strip("<|>") for name in known)) or "none"
             raise InputRefused(f"the model has no token of the language {language!r}; it has: {names}")
@@ -151,15 +155,32 @@ class GenerationSettings:
         """Names of languages -> their tokens; none for a model of one language."""
         return self._table("lang_to_id")
 
-    def speech_tokens(self, *, translate: bool) -> list[int]:
-        """What follows the token of the language: the token of the task, and that of texts without timestamps.
+    def speech_start(self, language: str | None = None, *, translate: bool = False) -> list[int | None]:
+        """The tokens with which a text starts: of a speech model with language, task, and none for timestamps.
 
-        Raises InputRefused where the model cannot translate.
+        None is a language that the model is to tell. What is not stated here is what the configs ask for, older ones by
+        `forced_decoder_ids`, as transformers takes them. Raises InputRefused for a language or a task without a token.
         """
-        tasks, name = self._table("task_to_id"), "translate" if translate else "transcribe"
-        if translate and name not in tasks:
+        tasks, is_multilingual = self._table("task_to_id"), bool(self.languages)
+        stated, task = (self.value(name) if is_multilingual else None for name in ("language", "task"))
+        forced = {} if language or translate or stated or task else self._forced_tokens
+        translate = translate or task == "translate" or forced.get(2, -1) == tasks.get("translate")
+        if translate and "translate" not in tasks:
             raise InputRefused("the model has no token for translating: it only transcribes")
-        return [*([tasks[name]] if name in tasks else []), *_tokens(self.value("no_timestamps_token_id"))]
+        tokens: list[int | None] = [self.start_token, *([] if is_multilingual else forced.values())]
+        if is_multilingual:
+            chosen = language or stated
+            tokens.append(self.language_token(chosen) if isinstance(chosen, str) else forced.get(1))
+            tokens += _tokens(tasks.get("translate" if translate else "transcribe"))
+        return [*tokens, *(each for each in _tokens(self.value("no_timestamps_token_id")) if each != tokens[-1])]
+
+    @property
+    def _forced_tokens(self) -> dict[int, int]:
+        """The tokens behind the first one that configs of Whisper state, by their places. A language may be open."""
+        stated = self.value("forced_decoder_ids") if self.value("model_type") == "whisper" else None
+        entries = [each for each in stated if isinstance(each, list)] if isinstance(stated, list) else []
+        pairs = [each for each in entries if len(each) == 2 and isinstance(each[0], int)]
+        return {place: token for place, value in sorted(pairs, key=lambda each: each[0]) for token in _tokens(value)}
 
     def _table(self, name: str) -> dict[str, int]:
         table = self.value(name)

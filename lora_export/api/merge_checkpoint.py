@@ -15,6 +15,7 @@ from lora_export.callbacks import in_bytes, note_each
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
+from lora_export.storage import atomic_output
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
@@ -54,28 +55,30 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     notes = request.report_notes(steps, [*([why_alone] if why_alone else ()), *more])
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
-    calibration, of_calibration = calibration_inputs(request, steps, checkpoint)
-    settings = request.combined.settings | of_calibration
     layers: tuple[QuantisedLayer, ...] = ()
-    if request.keep_quantised:
-        from lora_export.weights.quantised_layers import keep_quantised  # few bases are
-
-        measuring = functools.partial(in_bytes, request.on_progress, "measuring")
-        checkpoint, layers = keep_quantised(
-            steps,
-            checkpoint,
-            request.min_retention,
-            rescale=request.rescale,
-            progress_of=measuring,
-            calibration=calibration,
-        )
-    size = output_size(steps, checkpoint, request.stored)
-    is_file = not checkpoint.is_folder
+    is_kept, is_file = request.keep_quantised, not checkpoint.is_folder
+    least = checkpoint.nbytes if is_kept else output_size(steps, checkpoint, request.stored)
     with (
         request.backend() as backend,
-        request.staged(size + companions, is_file=is_file) as folder,
+        request.staged(least + companions, is_file=is_file) as folder,
         request.staged_residual() as residual,
     ):
+        calibration, of_calibration = calibration_inputs(request, steps, checkpoint)
+        settings = request.combined.settings | of_calibration
+        if is_kept:
+            from lora_export.weights.quantised_layers import keep_quantised  # few bases are
+
+            checkpoint, layers = keep_quantised(
+                steps,
+                checkpoint,
+                request.min_retention,
+                rescale=request.rescale,
+                progress_of=functools.partial(in_bytes, request.on_progress, "measuring"),
+                calibration=calibration,
+            )
+        size = output_size(steps, checkpoint, request.stored)
+        if is_kept:
+            atomic_output.refuse_lack_of_space(folder, size + companions)
         begun = time.perf_counter()
         made = make_shards(request, steps, checkpoint, folder, settings, size) if is_shared else {}
         merge = merge_of(request, steps, checkpoint, backend, settings, calibration)
@@ -88,7 +91,8 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
             report, more = _with_quantisation(report, checkpoint, floats, steps, request)
             notes = (*notes, *more)
         residual_bytes = None if residual is None else _keep_residual(request, steps, checkpoint, folder, residual)
-    request.warn_of_rounding(report, _stricter_retention if request.keep_quantised else float32_remedy)
+    remedy = (lambda: f"{named('min_retention', 0.9)} makes them floats") if is_kept else float32_remedy
+    request.warn_of_rounding(report, remedy)
     return MergeResult(request.output, steps, report, notes, residual_bytes)
 
 
@@ -107,10 +111,6 @@ def calibration_inputs(
     if request.rounding == "nearest":
         inputs = {name: replace(one, is_fed_back=False) for name, one in inputs.items()}
     return inputs, {"calibration": file_sha256(request.calibration)}
-
-
-def _stricter_retention() -> str:
-    return f"{named('min_retention', 0.9)} makes them floats"
 
 
 def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged: Path, path: Path) -> int:

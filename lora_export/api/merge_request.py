@@ -15,7 +15,7 @@ from lora_export.lora import Adapter
 from lora_export.options.combining import AdapterSource, Combination
 from lora_export.options.merge import MergeOptions
 from lora_export.options.reading import ReadOptions
-from lora_export.options.spelling import command, named
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output
 from lora_export.weights.apply_step import Backend
@@ -25,11 +25,6 @@ from lora_export.weights.merge_report import MergeReport
 def float32_remedy() -> str:
     """What helps where rounding takes too much of a checkpoint's change."""
     return f"{named('dtype', 'float32')} keeps it"
-
-
-def nodes_remedy() -> str:
-    """What helps where rounding takes too much of a graph's change."""
-    return f"keep the adapter beside the weights ({command('onnx', 'MODEL.onnx', lora='nodes')})"
 
 
 @dataclass(frozen=True)

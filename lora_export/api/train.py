@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lora_export import formats, layers
-from lora_export.api.load import refuse_adapter_as_model
+from lora_export.api.load import load_adapters, refuse_adapter_as_model
 from lora_export.api.load_model import model_paths, refuse_no_source, refuse_pt2
 from lora_export.api.training_data import TrainingData, encoded_data, read_training_data
 from lora_export.api.training_output import (
@@ -46,6 +46,7 @@ from lora_export.models.four_bit_base import TrainedBase, require_bitsandbytes
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.options.declaring import narrowed, takes
+from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
 from lora_export.options.train import AdapterChoice, TrainingSettings, TrainOptions
 from lora_export.storage.hub_cache import locate
@@ -156,7 +157,7 @@ def train(options: TrainOptions) -> TrainResult:
         trainer = Trainer(model.module, data_in, held_out, settings, heads, options)
         new = requested_adapters(options, model, heads, seed=options.seed)
         _show_notes(options, model, new)
-        identity = _identity(options, settings, base, learnt, next(iter(new.values())), heads)
+        identity = _identity(options, settings, base, learnt, new, heads)
         checkpoints = None if options.is_comparison else Checkpoints(folder, identity)
         runs: list[TrainingRun] = []
         for rank, adapter in new.items():
@@ -279,18 +280,19 @@ def _identity(
     settings: TrainingSettings,
     base: _Base,
     learnt: TrainingData,
-    first: Adapter,
+    new: Mapping[int, Adapter],
     heads: tuple[str, ...],
 ) -> dict[str, object]:
     """What a training has to have in common with the one whose checkpoint it continues."""
     names = ("holdout", "max_length", "packing", "task", "quantize_base", "base_dtype")
+    rank, first = next(iter(new.items()))
     return {
         "base": base.sha256,
         "data": learnt.sha256,
         **settings.recorded,
         **{name: getattr(options, name) for name in names},
-        "rank": first.metadata["r"],
-        "alpha": first.metadata["lora_alpha"],
+        "rank": rank,
+        "alpha": first.metadata.get("lora_alpha"),  # which other formats than PEFT's do not have
         **options.identity,
         "targets": list(first.pairs),
         "heads": list(heads),
@@ -358,7 +360,7 @@ def _alphas_of_ranks(choice: AdapterChoice) -> dict[str, float]:
 def _continued(choice: AdapterChoice, loaded: Model, heads: Sequence[str]) -> Adapter:
     assert choice.continue_from is not None
     source = Path(choice.continue_from)
-    stored = formats.load(source)
+    (stored,) = load_adapters(source, reading=DEFAULTS.for_base(loaded.source if loaded.is_huggingface else None))
     if kind := stored.metadata.get("peft_type"):
         raise InputRefused(f"{source} is an adapter of the kind {kind}; only LoRA is trained further")
     (adapter,) = layers.respelled_for(loaded.module, [as_peft_computes(stored)])

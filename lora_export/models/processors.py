@@ -205,6 +205,14 @@ def _name(source: Path | bytes) -> str:
     return "the sound" if isinstance(source, bytes) else str(source)
 
 
+def refuse_longer(seconds: float, extractor: Any, sound: str = "the sound") -> None:
+    """Raise InputRefused for a sound that is longer than the model hears."""
+    most = getattr(extractor, "n_samples", None)  # of Whisper, which cuts what is longer
+    limit = most / extractor.sampling_rate if most else seconds
+    if seconds > limit:
+        raise InputRefused(f"{sound} takes {seconds:.1f} s, and the model hears {limit:g} s; cut it into parts")
+
+
 def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[str, NDArray[Any]]:
     """What an extractor makes of sounds (samples,), one row each.
 

@@ -258,7 +258,9 @@ class GenerateOptions(Options):
         kind="text",
         multiple=True,
     )
-    language: str | None = option(None, "Language of the sounds. Default: as the model hears it.", metavar="en")
+    language: str | None = option(
+        None, "Language of the sounds. Default: that of its configs, or as the model hears it.", metavar="en"
+    )
     translate: bool = option(False, "Let a speech model write English.")
     max_new_tokens: int = option(128, "Most new tokens.", at_least=1)
     temperature: float = option(0.0, "0 takes the most probable token. More draws a token.", at_least=0)

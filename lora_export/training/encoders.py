@@ -26,6 +26,7 @@ from lora_export.models.processors import (
     image_pixels,
     read_image,
     read_sound,
+    refuse_longer,
     render_chat,
     sound_header,
     tokenised,
@@ -314,20 +315,14 @@ class SoundReader:
     def samples(self, row: Row) -> NDArray[np.float32]:
         """(samples,), at the extractor's rate. Raises InputRefused for a sound that is longer than the model hears."""
         found = sound_in(self.records, row[AUDIO])
-        self._refuse_longer(sound_header(found).seconds)
+        refuse_longer(sound_header(found).seconds, self.extractor)
         return read_sound(found, self.extractor.sampling_rate)
 
     def check(self, row: Row) -> int:
         """How many samples a sound has at the extractor's rate, from its header. Raises InputRefused as `samples`."""
         header = sound_header(sound_in(self.records, row[AUDIO]))
-        self._refuse_longer(header.seconds)
+        refuse_longer(header.seconds, self.extractor)
         return header.samples_at(self.extractor.sampling_rate)
-
-    def _refuse_longer(self, seconds: float) -> None:
-        most = getattr(self.extractor, "n_samples", None)  # of Whisper, which cuts what is longer
-        limit = most / self.extractor.sampling_rate if most else seconds
-        if seconds > limit:
-            raise InputRefused(f"the sound takes {seconds:.1f} s, and the model hears {limit:g} s; cut it into parts")
 
     def inputs(self, sounds: Sequence[NDArray[np.float32]]) -> dict[str, torch.Tensor]:
         """What the model reads of these sounds, one row each."""

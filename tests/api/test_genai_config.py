@@ -6,10 +6,10 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from transformers import GenerationConfig, LlamaConfig
+from transformers import BloomConfig, GenerationConfig, LlamaConfig, MptConfig
 
 from lora_export.api import genai_config as genai_config_module
-from lora_export.api.genai_config import genai_config
+from lora_export.api.genai_config import ANY_LENGTH, genai_config
 
 CONFIG = LlamaConfig(vocab_size=60, hidden_size=32, num_attention_heads=4, max_position_embeddings=99)
 
@@ -38,6 +38,20 @@ def test_sizes_are_those_of_the_graph_and_the_config() -> None:
     assert [decoder[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_size", "hidden_size")] == [
         *(3, 2, 8, 32)
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (MptConfig(vocab_size=60, d_model=32, n_heads=4, max_seq_len=77), 77),
+        (BloomConfig(vocab_size=60, hidden_size=32, n_head=4, seq_length=55), 55),
+        (BloomConfig(vocab_size=60, hidden_size=32, n_head=4), ANY_LENGTH),
+    ],
+)
+def test_a_length_is_stated_for_every_model(config: Any, length: int) -> None:
+    """onnxruntime-genai reads no null, and refuses a length of 0."""
+    found = genai_config(a_graph((8,)), config, GenerationConfig(), "m.onnx")
+    assert found is not None and found["model"]["context_length"] == found["search"]["max_length"] == length
 
 
 def test_only_inputs_of_the_graph_are_named() -> None:

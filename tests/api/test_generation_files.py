@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import models
 
 import lora_export as le
-from lora_export.api.generation_files import shorten_genai_config
+from lora_export.api.generation_files import BESIDE_GRAPH, shorten_genai_config
 from lora_export.api.generation_settings import GenerationSettings
 from support.api import Recorder
 from support.folder_contents import folder_contents
@@ -49,6 +51,15 @@ def test_config_and_tokenizer_are_copied_and_name_the_graph(built: Path, tmp_pat
     assert (tmp_path / "served" / "tokenizer.json").read_text() == '{"version": "1.0"}'
     assert not (tmp_path / "served" / "notes.txt").exists()
     assert GenerationSettings(tmp_path / "served").rules.repetition_penalty == 1.3
+
+
+def test_the_files_of_every_tokenizer_of_generating_models_are_known() -> None:
+    of_encoders = {"bpe.codes", "entity_vocab.json", "word_pronunciation.json", "word_shape.json"}
+    found = set[str]()
+    for path in Path(models.__path__[0]).rglob("tokenization_*.py"):
+        table = re.search(r"VOCAB_FILES_NAMES\s*=\s*\{(.*?)\}", path.read_text(encoding="utf-8"), re.DOTALL)
+        found.update(re.findall(r':\s*"([^"]+)"', table[1]) if table else ())
+    assert len(found) > 20 and found - of_encoders <= set(BESIDE_GRAPH)
 
 
 def test_files_that_are_there_stay_and_a_note_names_them(built: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.runtime.generation.decoder import EncoderDecoder
 from support.generators import small_tokenizer
+from support.sounds import small_whisper, write_sound
 
 TEXTS: dict[str, Any] = {"takes": {"input_ids": (None, None)}, "takes_mask": True}
 SPEECH: dict[str, Any] = {"takes": {"input_features": (None, 8, 40)}, "takes_mask": False}
@@ -70,6 +71,13 @@ def test_sounds_go_through_the_extractor(tmp_path: Path) -> None:
     made = inputs(tmp_path, WAVES, [tmp_path / "a.wav", np.array([0.5, -0.5, 0.5])])
     assert made["input_values"].tolist() == [[0.25] * 5, [0.5, -0.5, 0.5, 0, 0]]
     assert made["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+
+
+def test_a_sound_that_whisper_would_cut_is_refused(tmp_path: Path) -> None:
+    folder = small_whisper(tmp_path / "whisper")
+    assert inputs(folder, SPEECH, [write_sound(tmp_path / "a.wav", seconds=1.0)])["input_features"].shape == (1, 8, 40)
+    with pytest.raises(InputRefused, match=r"b\.wav takes 1\.5 s, and the model hears 1 s; cut it into parts"):
+        inputs(folder, SPEECH, [write_sound(tmp_path / "b.wav", seconds=1.5)])
 
 
 def test_image_files_go_through_the_processor(tmp_path: Path) -> None:

@@ -8,11 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers as hf
 
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused
 from lora_export.runtime.generation.loop import NO_RULES, Sampling, TokenRules
 
+SMALL = {"vocab_size": 40, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2} | {
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 8,
+    "decoder_ffn_dim": 8,
+    "max_target_positions": 16,
+    "pad_token_id": 0,
+}
 SPEECH = {
     "lang_to_id": {"<|en|>": 11, "<|de|>": 12},
     "task_to_id": {"transcribe": 21, "translate": 22},
@@ -124,20 +132,42 @@ def test_decoder_starts_with_its_token(tmp_path: Path) -> None:
 
 
 def test_speech_starts_with_language_and_task(tmp_path: Path) -> None:
-    own = settings(tmp_path, generation=SPEECH)
-    assert own.language_token("de") == own.language_token("<|de|>") == 12
-    assert own.speech_tokens(translate=False) == [21, 30]
-    assert own.speech_tokens(translate=True) == [22, 30]
+    own = settings(tmp_path, generation=SPEECH | {"decoder_start_token_id": 1})
+    for name in ("de", "<|de|>", "German"):
+        assert own.speech_start(name) == [1, 12, 21, 30]
+    assert own.speech_start(translate=True) == [1, None, 22, 30]
     with pytest.raises(InputRefused, match="no token of the language 'fr'; it has: de, en"):
-        own.language_token("fr")
+        own.speech_start("fr")
+
+
+@pytest.mark.parametrize(
+    ("generation", "given"),
+    [
+        ({"forced_decoder_ids": [[1, 30]], "no_timestamps_token_id": 30}, {}),  # a model of English
+        ({"no_timestamps_token_id": 30}, {}),
+        ({}, {}),
+        (SPEECH | {"language": "german", "task": "transcribe"}, {}),  # a fine-tuned model
+        (SPEECH | {"language": "<|en|>", "task": "translate"}, {}),
+        (SPEECH | {"language": "en", "task": "translate"}, {"language": "de"}),
+        (SPEECH | {"forced_decoder_ids": [[1, 12], [2, 22], [3, 30]]}, {}),
+        (SPEECH | {"forced_decoder_ids": [[1, 12], [2, 22], [3, 30]]}, {"language": "en"}),
+        (SPEECH | {"forced_decoder_ids": [[1, 12], [2, 21]], "language": "en"}, {}),
+    ],
+)
+def test_speech_starts_as_the_configs_ask_for(generation: Any, given: Any, tmp_path: Path) -> None:
+    model = hf.WhisperForConditionalGeneration(hf.WhisperConfig(**SMALL))
+    config = hf.GenerationConfig(decoder_start_token_id=1, return_timestamps=False, **generation | given)
+    expected = model._retrieve_init_tokens(None, 1, config, model.config, 1, {})
+    own = settings(tmp_path, generation={"decoder_start_token_id": 1, **generation}, model={"model_type": "whisper"})
+    assert own.speech_start(**given) == expected[0].tolist()
 
 
 def test_speech_of_one_language_cannot_translate(tmp_path: Path) -> None:
-    own = settings(tmp_path, generation={})
+    own = settings(tmp_path, generation={"decoder_start_token_id": 1})
     assert own.languages == {}
-    assert own.speech_tokens(translate=False) == []
+    assert own.speech_start() == [1]
     with pytest.raises(InputRefused, match="no token for translating: it only transcribes"):
-        own.speech_tokens(translate=True)
+        own.speech_start(translate=True)
 
 
 @pytest.mark.parametrize("value", [10**30, -1, "a", [], {"a": 1}, 1e999, True])

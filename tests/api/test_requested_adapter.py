@@ -18,7 +18,7 @@ from lora_export.options.train import AdapterChoice
 from lora_export.training.order import ShuffledOrder
 from support.api import MODEL
 from support.peft_models import fill
-from support.small_models import small_model, words_tokenizer
+from support.small_models import small_adapter, small_model, words_tokenizer
 
 LINES = [f"very {'good' if n % 2 else 'bad'} film the {'a' if n % 3 else 'very'} film" for n in range(16)]
 
@@ -76,6 +76,20 @@ def test_what_peft_trained_is_continued_with_its_losses(texts: Path) -> None:
     ids = torch.arange(24).reshape(3, 8) % 9
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_any_format_is_continued(texts: Path) -> None:
+    """The names of kohya are those of a base without dots, and llama.cpp orders rows by its heads."""
+    small_adapter("llama", texts / "base", texts / "peft")
+    settings = {"batch_size": 4, "epochs": 1, "learning_rate": 1e-2, "holdout": 0.0}
+    losses = {}
+    for to, base in (("peft", None), ("kohya", None), ("mlx", None), ("gguf", texts / "base")):
+        given = texts / "peft" if to == "peft" else le.convert(texts / "peft", texts / to, to=to, base=base).output
+        result = le.train(texts / "base", texts / "data.jsonl", texts / f"{to} ad", continue_from=given, **settings)
+        losses[to] = result.history.losses
+    assert len(set(losses["peft"])) == 4
+    for own in losses.values():
+        assert own == pytest.approx(losses["peft"], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def generation_config(folder: Path) -> None:
     settings = GenerationSettings(folder)
     _ = settings.rules, settings.end_tokens, settings.padding, settings.not_done, settings.languages
     np.array([settings.padding, settings.vocabulary or 0, *settings.end_tokens], np.int64)
-    settings.speech_tokens(translate=False)
+    settings.speech_start()
     settings.first_tokens([1])
 
 
