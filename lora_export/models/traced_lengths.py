@@ -68,10 +68,11 @@ def _with_traced_texts(model: Model) -> Model:
 
 def _with_traced_sizes(model: Model) -> Model:
     """A model that is not of Hugging Face. Sizes at which it fails do not count: it computes nothing there."""
+    sizes_of_trace = [size for symbol, size in model.traced_sizes.items() if symbol in _symbols(model)]
+    if not sizes_of_trace or len({*sizes_of_trace}) < len(sizes_of_trace):  # PyTorch has one symbol for equal sizes
+        return model
     module, usual = type(model.module).__name__, model.checked_sizes({})
     traced, further, not_judged = Limits(), list[Sizes](), list[str]()
-    if len({*model.traced_sizes.values()}) < len(model.traced_sizes):  # PyTorch has one symbol for equal sizes
-        return model
     for symbol, (low, high) in _sizes_of_branches(model, model.axes).items():
         traced[symbol] = 0, None  # looked at
         if low > LEAST_OPEN and not _fails(model, {symbol: low - 1}):

@@ -68,7 +68,9 @@ def test_reports_of_verdicts_and_of_errors_are_replaced(tmp_path: Path, suffix: 
     error = {"schema": "lora-export/error/1", "error": "no", "exit": 3, "kind": "input", "command": ["lora-export"]}
     for _ in range(2):
         write_report(path, Proof(SAME, ON_CPU, ABOUT))
+        before = path.read_bytes()
         files.write_error_report(path, error)
+        assert path.read_bytes() != before
 
 
 def test_report_below_a_file_is_an_output_failure(tmp_path: Path) -> None:
