@@ -6,7 +6,8 @@ known by all that goes in: the module with its settings and code, the inputs, th
 parameters, it depends on shapes and kinds, not on numbers. A kept graph gets those of the module. Whatever cannot be
 pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept graph.
 
-What the package's `simplify` makes of a kept graph is kept beside it: that depends on no weight's numbers either.
+What the package's `simplify` makes of a kept graph is kept beside it, and so are the sizes at which a module's code
+branches: they depend on no weight's numbers either.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 import hashlib
 import importlib
 import io
+import json
 import pickle
 import sys
 from collections.abc import Callable, Iterable
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 from lora_export.graph.exporter_names import FOLDED_FROM
 from lora_export.models import export as package_export
+from lora_export.models import traced_lengths
 
 MOST_NUMBERS = 2_000_000  # of a model that is kept
 LIBRARIES = ("site-packages", sys.base_prefix)
@@ -214,6 +217,23 @@ def keeping_simplified(simplify: Callable[[ir.Model], None]) -> Callable[[ir.Mod
     return simplified
 
 
+def keeping_sizes(sizes_of_branches: Callable[..., Any]) -> Callable[..., Any]:
+    """`_sizes_of_branches`, which looks first among what was kept."""
+
+    @functools.wraps(sizes_of_branches)
+    def kept(model: Any, axes: Any) -> Any:
+        name = None if use.folder is None else key("sizes", (model.module, model.example_inputs(), axes), None)
+        if name is None:
+            return sizes_of_branches(model, axes)
+        place = use.folder / f"{name}.sizes"
+        with FileLock(place.with_suffix(".lock")):
+            if not place.exists():
+                place.write_text(json.dumps(sizes_of_branches(model, axes)))
+            return {symbol: tuple(bounds) for symbol, bounds in json.loads(place.read_text()).items()}
+
+    return kept
+
+
 @functools.cache
 def folder(config: pytest.Config) -> Path:
     """The folder of this run, for all workers."""
@@ -228,6 +248,7 @@ def install() -> None:
     """Exports of this process are kept from now on."""
     torch.onnx.export = keeping(torch.onnx.export, "model", 1)
     package_export.simplify = keeping_simplified(package_export.simplify)
+    traced_lengths._sizes_of_branches = keeping_sizes(traced_lengths._sizes_of_branches)
     with contextlib.suppress(ImportError):
         transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
         transformers.OnnxExporter.export = keeping(transformers.OnnxExporter.export, "program", 3)
