@@ -70,8 +70,4 @@ METADATA_FILE, SHARD_SUFFIX = ".metadata", ".distcp"
 
 def is_distributed_checkpoint(path: Path) -> bool:
     """Whether a folder has the metadata and a shard of such a checkpoint. Reads nothing."""
-    return (
-        path.is_dir()
-        and (path / METADATA_FILE).is_file()
-        and any(each.suffix == SHARD_SUFFIX for each in path.iterdir())
-    )
+    return (path / METADATA_FILE).is_file() and any(path.glob(f"*{SHARD_SUFFIX}"))

@@ -48,7 +48,7 @@ MOST_REUSED = 40  # tuples in the metadata that are used again: one in each othe
 
 def shards_of(folder: Path) -> list[Path]:
     """The files of all processes."""
-    return sorted(each for each in folder.iterdir() if each.suffix == SHARD_SUFFIX)
+    return sorted(folder.glob(f"*{SHARD_SUFFIX}"))
 
 
 def text_in_metadata(folder: Path) -> frozenset[str]:

@@ -76,8 +76,8 @@ def try_report_place(path: Path) -> None:
 
 def _kind_of(path: Path) -> ReportFile:
     kinds = report_files()
-    if path.suffix in kinds:
-        return kinds[path.suffix]
+    if kind := kinds.get(path.suffix):
+        return kind
     *others, last = (f"{suffix} ({kind.PURPOSE})" for suffix, kind in kinds.items())
     raise InputRefused(f"{path}: unknown report format. Name it {', '.join(others)} or {last}")
 
