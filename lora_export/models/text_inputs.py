@@ -63,7 +63,7 @@ def text_part(
     token_types = _token_types(text)
     positions = getattr(text, "max_2d_position_embeddings", 0) or 0
     has_fractions = not positions and bool(getattr(text, "dim_bbox", 0)) and "bbox" in takes
-    avoided = placeholders(module.config)
+    avoided = sorted(placeholders(module.config))
     specials = [token for token in _special_tokens(text, folder) if token not in avoided]
     padding = _token(text, "pad_token_id")
     ends = _summary_token(module, text)
@@ -72,7 +72,7 @@ def text_part(
         shape = (sizes["batch"], images.text_length(sizes) if images else sizes["sequence"])
         ids = torch.randint(0, words, shape, generator=generator)
         mask = padding_mask(shape, generator)
-        for token in avoided:
+        for token in avoided:  # from the least on: the next one may be one, too
             ids = torch.where(ids == token, (token + 1) % words, ids)
         ids = _with_special_tokens(ids, specials, generator)
         if padding is not None:
