@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,8 +292,10 @@ def _window(text: Any) -> int:
     by_layer = [each for each in (rope, *rope.values()) if isinstance(each, dict)] if isinstance(rope, dict) else []
     changing = [each for each in by_layer if each.get("rope_type") in CHANGING_ROPE]
     found = [length for each in changing if type(length := each.get("original_max_position_embeddings")) is int]
-    for name in WINDOWS:
-        value = getattr(text, name, None)
+    # A config whose layers differ refuses to return what is not the same in all of them (NeoMME).
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    for layer, name in itertools.product(layers, WINDOWS):
+        value = getattr(layer, name, None)
         found += [each for each in (value if isinstance(value, list | tuple) else [value]) if type(each) is int]
     return max(found, default=0)
 
