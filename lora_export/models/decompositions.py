@@ -337,10 +337,6 @@ NEW = frozenset(
 CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
 
 
-def _contiguous(node: Node) -> Exchange:
-    return Exchange(aten.clone.default, node.args[:1], CONTIGUOUS)
-
-
 def _dropout(node: Node) -> Exchange | None:
     return None if _arguments(node)["train"] else Exchange(aten.clone.default, node.args[:1])
 
@@ -525,7 +521,7 @@ def _as(other: Any) -> Callable[[Node], Exchange]:
 
 
 EXCHANGES: Mapping[Any, Callable[[Node], Exchange | None]] = {
-    aten.contiguous.default: _contiguous,
+    aten.contiguous.default: lambda node: Exchange(aten.clone.default, node.args[:1], CONTIGUOUS),
     aten.dropout.default: _dropout,
     aten.to.device: _to,
     aten.to.dtype: _to,

@@ -93,7 +93,7 @@ def from_diffusers(folder: Path, dtype: torch.dtype) -> Model:
     traced = {symbol: {**TRACED, **sides}[symbol] for symbol in symbols}
     axes = {each.name: {axis: size for axis, size in enumerate(each.shape) if isinstance(size, str)} for each in wanted}
     return Model(
-        str(folder), module, axes, _made_of(wanted), traced,
+        str(folder), module, axes, functools.partial(_made, wanted), traced,
         steps={symbol: step for symbol in SIDES if symbol in symbols},
         derive=functools.partial(_in_whole_steps, step),
         notes=tuple(notes_on_unread_tensors(module, loading["unexpected_keys"])),
@@ -105,15 +105,9 @@ def _in_whole_steps(step: int, sizes: Sizes) -> Sizes:
     return {symbol: -(-size // step) * step if symbol in SIDES else size for symbol, size in sizes.items()}
 
 
-def _made_of(wanted: tuple[Wanted, ...]) -> Callable[[Sizes, torch.Generator], ModelInputs]:
-    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
-        made: ModelInputs = {}
-        for each in wanted:
-            shape = tuple(sizes[size] if isinstance(size, str) else size for size in each.shape)
-            made[each.name] = each.draw(shape, generator=generator)
-        return made
-
-    return make
+def _made(wanted: tuple[Wanted, ...], sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+    shapes = [tuple(sizes[size] if isinstance(size, str) else size for size in each.shape) for each in wanted]
+    return {each.name: each.draw(shape, generator=generator) for each, shape in zip(wanted, shapes, strict=True)}
 
 
 def _flatten_arguments(module: Any, wanted: tuple[Wanted, ...]) -> None:

@@ -24,7 +24,7 @@ from lora_export.errors import InputRefused, first_line
 from lora_export.graph.cache_names import GRIDS, IMAGE_SIZES, PIXEL_MASK
 from lora_export.models.image_sizes import ROW_TOWER, best_resolutions, pixels_of_token
 from lora_export.models.model import Axes, ModelInputs, Sizes, in_dtype_of
-from lora_export.models.processors import PIXELS, PROCESSOR
+from lora_export.models.processors import PIXELS, PROCESSOR, PROCESSOR_FILE
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 
@@ -49,7 +49,8 @@ def image_shape(config: Any, folder: Path) -> tuple[tuple[int, int, int], str]:
     channels = next(filter(None, _fields(config, "num_channels")), CHANNELS)
     others = (getattr(config, name, None) for name in ("crop_size", "input_size"))  # the second is LayoutLMv3's
     stated = next(filter(None, (*_fields(config, "image_size"), *others)), None)
-    stated, source = (stated, "config.json") if stated else (_processor_size(folder), PROCESSOR)
+    file, fields = _image_processor(folder)
+    stated, source = (stated, "config.json") if stated else (_processor_size(fields), file)
     if stated is None:
         note = f"neither the config nor {PROCESSOR} names the size of an image: {USUAL_SIZE} x {USUAL_SIZE} is used"
         return (channels, USUAL_SIZE, USUAL_SIZE), note
@@ -90,10 +91,19 @@ def _fields(config: Any, field: str) -> Iterator[Any]:
         yield getattr(getattr(config, part, None), field, None)
 
 
-def _processor_size(folder: Path) -> Any:
+def _image_processor(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The file with a folder's image processor, and its fields; none where there is no such file.
+
+    transformers 5 saves it as a part of the whole processor, and reads that before the older file.
+    """
+    whole = folder / PROCESSOR_FILE
+    if whole.is_file() and isinstance(fields := json_files.read_json(whole).get("image_processor"), dict):
+        return PROCESSOR_FILE, fields
+    return PROCESSOR, json_files.read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+
+
+def _processor_size(fields: dict[str, Any]) -> Any:
     """The size to which the image processor crops or resizes; None where it is not recorded."""
-    path = folder / PROCESSOR
-    fields = json_files.read_json(path) if path.is_file() else {}
     crop = fields.get("crop_size") if fields.get("do_center_crop", True) else None
     size = crop or fields.get("size")
     if not isinstance(size, dict):
@@ -115,9 +125,8 @@ class PixelRange(NamedTuple):
 
 def pixel_range(folder: Path, channels: int) -> PixelRange:
     """The range that the folder's image processor gives, or that of usual processors where it has none."""
-    path = folder / PROCESSOR
-    fields = json_files.read_json(path) if path.is_file() else {}
-    found = _of_processor(fields, channels) if isinstance(fields, dict) and fields else None
+    _, fields = _image_processor(folder)
+    found = _of_processor(fields, channels) if fields else None
     if found is None:
         return PixelRange(*(torch.tensor([value]) for value in USUAL_RANGE))
     return found

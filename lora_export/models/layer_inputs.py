@@ -38,7 +38,9 @@ def collect_inputs(model: Model, weights: Collection[str], cases: Iterable[Calib
     Stores what has a place, and runs no more than that. Layers that no case reaches are left out, and so are weights of
     other modules. Raises RuntimeRefused where the model fails, and OutputFailed where temporary files have no place.
     """
-    named, prefix = with_loaded_names(model.module, {name: name for name in weights}), _prefix(model.module)
+    named = with_loaded_names(model.module, {name: name for name in weights})
+    # What the names of a model with a head have before those of the model without one, or the other way round.
+    prefix = f"{getattr(model.module, 'base_model_prefix', '')}.".lstrip(".")
     layers = {}
     for name, module in model.module.named_modules():
         own = f"{name}.weight"
@@ -57,12 +59,6 @@ def collect_inputs(model: Model, weights: Collection[str], cases: Iterable[Calib
             run.last = None
     found = {name: run.found[run.source[name]] for name in layers if name in run.source}
     return {name: each for name, each in found.items() if each.fitted.count and each.held_out.count}
-
-
-def _prefix(module: nn.Module) -> str:
-    """What the names of a model with a head have before those of the model without one, or the other way round."""
-    prefix = getattr(module, "base_model_prefix", "")
-    return f"{prefix}." if prefix else ""
 
 
 class _Run:

@@ -27,9 +27,8 @@ from lora_export.weights.weight_files import weight_files
 TOKENS, SENTENCE, MASK_INPUT = "token_embeddings", "sentence_embedding", "attention_mask"
 # What a name of the whole model has before the name of the transformer's tensor, since release 6 and until then.
 OUTER_NAMES = ("0.model.", "0.auto_model.")
-POOLER = (
-    "pooler."  # of BERT and its like: a layer on the first token, which no embedding of sentence-transformers reads
-)
+# Of BERT and its like: a layer on the first token, which no embedding of sentence-transformers reads
+POOLER = "pooler."
 # Encoder-decoders of which sentence-transformers loads the encoder alone
 ENCODERS = {
     "t5": "T5EncoderModel",
@@ -96,6 +95,7 @@ def as_embedder(transformer: Any, modules: Iterable[SentenceModule], dtype: torc
     if has_removable_pooler(transformer):
         transformer.pooler = None
     notes = []
+    modules = [module for module in modules if module.kind != "Dropout"]  # nothing, outside of training
     for module in modules:
         if module.kind not in BUILDERS:
             raise InputRefused(
@@ -280,18 +280,8 @@ class LayerNorm(_Applied):
         return result
 
 
-class Dropout(nn.Module):
-    """Nothing, outside of training."""
-
-    def __init__(self, _: SentenceModule):
-        super().__init__()
-
-    def forward(self, features: Features, _: Tensor) -> None:
-        pass
-
-
 BUILDERS: dict[str, Callable[[SentenceModule], nn.Module]] = {
-    cls.__name__: cls for cls in (Pooling, Normalize, Dense, LayerNorm, Dropout)
+    cls.__name__: cls for cls in (Pooling, Normalize, Dense, LayerNorm)
 }
 
 

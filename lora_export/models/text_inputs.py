@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ def text_part(
     token_types = _token_types(text)
     positions = getattr(text, "max_2d_position_embeddings", 0) or 0
     has_fractions = not positions and bool(getattr(text, "dim_bbox", 0)) and "bbox" in takes
-    avoided = placeholders(module.config)
+    avoided = sorted(placeholders(module.config))
     specials = [token for token in _special_tokens(text, folder) if token not in avoided]
     padding = _token(text, "pad_token_id")
     ends = _summary_token(module, text)
@@ -72,7 +73,7 @@ def text_part(
         shape = (sizes["batch"], images.text_length(sizes) if images else sizes["sequence"])
         ids = torch.randint(0, words, shape, generator=generator)
         mask = padding_mask(shape, generator)
-        for token in avoided:
+        for token in avoided:  # from the least on: the next one may be one, too
             ids = torch.where(ids == token, (token + 1) % words, ids)
         ids = _with_special_tokens(ids, specials, generator)
         if padding is not None:
@@ -291,8 +292,10 @@ def _window(text: Any) -> int:
     by_layer = [each for each in (rope, *rope.values()) if isinstance(each, dict)] if isinstance(rope, dict) else []
     changing = [each for each in by_layer if each.get("rope_type") in CHANGING_ROPE]
     found = [length for each in changing if type(length := each.get("original_max_position_embeddings")) is int]
-    for name in WINDOWS:
-        value = getattr(text, name, None)
+    # A config whose layers differ refuses to return what is not the same in all of them (NeoMME).
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    for layer, name in itertools.product(layers, WINDOWS):
+        value = getattr(layer, name, None)
         found += [each for each in (value if isinstance(value, list | tuple) else [value]) if type(each) is int]
     return max(found, default=0)
 

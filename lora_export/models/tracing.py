@@ -110,7 +110,9 @@ def same_state(module: nn.Module) -> Iterator[None]:
     each run would add them again, and collect its hidden states twice.
     """
     parts = list(module.modules()) if is_hugging_face(module) else []
-    before = [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]
+    before = [
+        {name: dict(value) if name in REGISTRIES else value for name, value in vars(part).items()} for part in parts
+    ]
     try:
         with _no_warnings() if parts else contextlib.nullcontext():  # they tell of such a choice, now in each run
             yield
@@ -126,10 +128,6 @@ def same_state(module: nn.Module) -> Iterator[None]:
                 if list(map(id, now.values())) != list(map(id, value.values())):
                     now.clear()
                     now.update(value)
-
-
-def _held(name: str, value: Any) -> Any:
-    return dict(value) if name in REGISTRIES else value
 
 
 def state_reader(module: nn.Module) -> Callable[[], bool]:

@@ -43,6 +43,16 @@ def test_the_size_is_the_configs_or_the_image_processors(
     assert shape(tmp_path, processor, **config) == (expected, "")
 
 
+def test_the_processor_of_transformers_5_comes_first(tmp_path: Path) -> None:
+    shape(tmp_path, {"size": 20, "do_rescale": True})
+    whole = {"image_processor": {"size": 24, "do_rescale": False}, "processor_class": "LlavaProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(whole))
+    assert image_shape(SimpleNamespace(), tmp_path) == ((3, 24, 24), "")
+    assert pixel_range(tmp_path, 3).high.tolist() == [255]
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "LlavaProcessor"}')  # of transformers 4
+    assert pixel_range(tmp_path, 3).high.tolist() == [1]
+
+
 def test_a_size_that_nothing_names_is_noted(tmp_path: Path) -> None:
     found, note = shape(tmp_path, num_channels=1)
     assert found == (1, 224, 224)

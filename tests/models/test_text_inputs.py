@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_export.models import text_inputs
 from lora_export.models.load import load_model
-from lora_export.models.text_inputs import LONG, PAST_WINDOW, padding_mask, placeholders
+from lora_export.models.text_inputs import LONG, PAST_WINDOW, padding_mask, placeholders, text_part
 from support.small_models import MODELS, TEXT, small_model
 
 
@@ -45,6 +45,17 @@ def test_a_classifier_of_an_encoder_decoder_gets_texts_with_one_end(tmp_path: Pa
     assert (inputs["input_ids"] == 2).sum(1).tolist() == [1] * 5
     with torch.no_grad():
         assert model.module(**inputs).logits.shape == (5, 3)
+
+
+@pytest.mark.parametrize(("image", "video"), [(2, 3), (3, 2)])
+def test_a_text_without_images_has_no_placeholder(tmp_path: Path, image: int, video: int) -> None:
+    """The token after the video's may be the image's, as in Muse Glimmer and LLaVA-NeXT-Video."""
+    config = SimpleNamespace(vocab_size=5, image_token_id=image, video_token_id=video)
+    config.get_text_config = lambda: config
+    part = text_part(SimpleNamespace(config=config), ["input_ids"], tmp_path)
+    assert part is not None
+    ids = part.make({"batch": 8, "sequence": 16}, torch.Generator().manual_seed(0))["input_ids"]
+    assert set(ids.unique().tolist()) == {0, 1, 2, 3, 4} - {image, video}
 
 
 def test_special_tokens_are_drawn_and_padding_holds_its_token(tmp_path: Path) -> None:
@@ -226,6 +237,12 @@ def test_the_decoder_of_prophetnet_looks_up_the_position_of_the_next_token() -> 
 def test_long_text_passes_the_sliding_window(window: int | None, length: int) -> None:
     found = lengths_of(mistral(window, max_position_embeddings=512))
     assert (found.long, found.not_judged) == ({"sequence": length}, "")
+
+
+def test_long_text_passes_the_longest_window_of_layers_that_differ() -> None:
+    windows = {0: {"sliding_window": 120}, 1: {"sliding_window": None}}
+    found = lengths_of(mistral(8, max_position_embeddings=512, per_layer_config=windows))
+    assert found.long == {"sequence": 120 + PAST_WINDOW}
 
 
 def test_window_too_long_for_a_mask_is_noted() -> None:

@@ -289,6 +289,11 @@ def _prepared(node: Node, layer: str, fixed: set[str], path: Path, last_reads: t
         raise InputRefused(f"{where}: {readable(node.target)} takes no graph as an argument")
     if unknown := [name for name, _ in node.inputs if found.names is not None and name not in found.names]:
         raise InputRefused(f"{where}: {readable(node.target)} has no argument {', '.join(unknown)[:80]}")
+    if _drops_numbers(node):
+        raise InputRefused(
+            f"{where}: {readable(node.target)} leaves out numbers at random: the program was exported in training "
+            "mode. Export it again after module.eval()"
+        )
     target = next(iter(node.inputs), None)
     if found.writes and target is not None and (written := set(values_in(target[1])) & fixed):
         raise InputRefused(
@@ -299,6 +304,11 @@ def _prepared(node: Node, layer: str, fixed: set[str], path: Path, last_reads: t
     # Pinning is for copies to a GPU.
     arguments = tuple((name, value) for name, value in node.inputs if name != "pin_memory")
     return PreparedNode(node, found, arguments, layer, layer_input, None, last_reads)
+
+
+def _drops_numbers(node: Node) -> bool:
+    is_dropout = "dropout" in operator_of(node) and argument_of(node, "train", None) is not False
+    return bool(argument_of(node, "p", 0) if is_dropout else argument_of(node, "dropout_p", 0))
 
 
 def _inlined(node: Node, path: Path, last_reads: tuple[str, ...]) -> PreparedNode:

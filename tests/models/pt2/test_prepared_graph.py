@@ -122,3 +122,27 @@ def test_random_weights_that_reach_an_output_are_refused(tmp_path: Path) -> None
     path = export(Remade(reads=True), {"x": noise(2, 4)}, tmp_path / "m.pt2")
     with pytest.raises(InputRefused, match=r"uniform_.default' is not among the operators"):
         program.load_program(path)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_active_dropout_is_refused(tmp_path: Path, p: float, decomposed: bool) -> None:
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.Dropout(p)), noise(2, 4)
+    exported = torch.export.export(module.train(), (x,))
+    path = tmp_path / "m.pt2"
+    torch.export.save(exported.run_decompositions() if decomposed else exported, path)
+    if p:
+        with pytest.raises(InputRefused, match="exported in training mode"):
+            program.load_program(path)
+    else:
+        assert torch.equal(program.load_program(path)(input=x), module(x))
+
+
+def test_active_dropout_of_attention_is_refused(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1)
+
+    path = export(Attention(), {"x": noise(2, 4, 8)}, tmp_path / "m.pt2")
+    with pytest.raises(InputRefused, match="exported in training mode"):
+        program.load_program(path)
