@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_export.artifacts.kind import is_arrays
 from lora_export.callbacks import OnMessage, ignore
-from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
+from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage, count
 from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token
 from lora_export.models.model import Model
 from lora_export.models.processors import open_extractor
@@ -44,7 +44,7 @@ from lora_export.training.order import RowNumbers, split_rows
 from lora_export.training.records.opening import IGNORED, LabelledArrays, open_records, read_labelled_arrays
 from lora_export.training.records.rows import Records, sha256_with_sounds
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
-from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts
+from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts, refuse_reading_ahead
 from lora_export.user_code import find_function
 from lora_export.weights.checkpoint import CONFIG
 from lora_export.weights.task_head import CLASS_ENDINGS, TaskHead, label_names
@@ -341,9 +341,20 @@ class _Encoders:
         file, pack = TokenFile(self.content.records, rows, tokenise), self.options.packing
         pad = tokenizer.pad_token_id
         made = causal_rows(file, max_length=most, cut=form is RowForm.TEXT, pack=pack, pad_token=pad)
+        if form is not RowForm.TEXT:
+            self._note_cut_texts(np.diff(file.ends), sum(map(len, made.bins)), most)
+        refuse_reading_ahead(module, made)
         if pack:
             refuse_mixed_texts(module, made)
         return made
+
+    def _note_cut_texts(self, lengths: NDArray[np.int64], left: int, most: int) -> None:
+        cut, lost = int((lengths > most).sum()), len(lengths) - left
+        if cut or lost:
+            self.options.on_message(
+                f"note: of {count(len(lengths), 'text')}, {cut} are cut ({named('max_length', most)}), and {lost} are "
+                "left out: nothing of what remains of them is predicted"
+            )
 
     def _masked(self, rows: RowNumbers, tokenizer: Any, most: int) -> MaskedRows:
         if self.options.packing:

@@ -25,7 +25,7 @@ from lora_export.options.spelling import named
 from lora_export.options.train import ComparedStrategy, TrainingSettings, TrainOptions
 from lora_export.training.batches import Data
 from lora_export.training.checkpoint import Checkpoints, EventLog, MemoryUse, StepRecord, TrainingHistory
-from lora_export.training.evaluation import Score, evaluate
+from lora_export.training.evaluation import Score, evaluate_as_trained
 from lora_export.training.loop import OnStep, fit
 from lora_export.training.processes import shard_base, take_from_first
 from lora_export.weights.checkpoint import open_checkpoint
@@ -165,9 +165,7 @@ class Trainer:
     def _score(self, module: nn.Module) -> Score | None:
         if self.held_out is None:
             return None
-        size = min(self.settings.batch_size, 64)  # a user's own batches are one row each
-        device, precision = self.options.device, self.settings.precision
-        return evaluate(module, self.held_out, batch_size=size, device=device, precision=precision)
+        return evaluate_as_trained(module, self.held_out, self.settings, self.options.device)
 
 
 def _never_called(module: nn.Module, names: Collection[str], *, alone: bool) -> list[str]:

@@ -22,7 +22,8 @@ from lora_export.training.records.rows import AUDIO, Records, Row, same_label, s
 HALF_A_CHARACTER = "`{}` contains half a surrogate pair, which is no character"
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 INT64 = 1 << 63  # the first number beyond
-INTEGER, DECIMAL = re.compile(r"0|-?[1-9][0-9]{0,17}"), re.compile(r"-?[0-9]+\.[0-9]+([eE][-+]?[0-9]+)?")
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+DECIMAL = re.compile(r"-?[0-9]+\.[0-9]+([eE][-+]?[0-9]+)?|-?[1-9]e[-+][0-9]{2,}")  # or 1e-05, as Python writes it
 
 
 class RowForm(StrEnum):

@@ -331,9 +331,10 @@ class SavedDataset(Records):
             if isinstance(feature, datasets.Audio):  # its bytes: `datasets` would need one more package to decode them
                 loaded = loaded.cast_column(name, datasets.Audio(decode=False))
         self._dataset = loaded
-        self._names = {
-            name: feature for name, feature in loaded.features.items() if isinstance(feature, datasets.ClassLabel)
-        }
+        kinds = {
+            name: getattr(feature, "feature", feature) for name, feature in loaded.features.items()
+        }  # or of a list
+        self._names = {name: kind for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
         hashes = (f"{file.relative_to(path)} {file_sha256(file)}\n" for file in regular_files(path))
         self.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -342,11 +343,13 @@ class SavedDataset(Records):
 
     def read(self, row: int) -> Row:
         values: dict[str, Any] = dict(self._dataset[row])
-        for name, feature in self._names.items():
-            if values[name] is not None:
-                if values[name] not in range(feature.num_classes):  # -1 where nobody gave a label
-                    raise InputRefused(
-                        f"`{name}` is {values[name]}, and its classes are 0 to {feature.num_classes - 1}"
-                    )
-                values[name] = feature.int2str(values[name])
+        for name, kind in self._names.items():
+            numbers = values[name] if isinstance(values[name], list) else [values[name]]
+            if outside := [
+                number for number in numbers if number is not None and number not in range(kind.num_classes)
+            ]:
+                what = f"`{name}` is {outside[0]}, and its classes are 0 to {kind.num_classes - 1}"
+                raise InputRefused(f"{self.path}, {self.where(row)}: {what}")  # -1 where nobody gave a label
+            found = [None if number is None else kind.int2str(number) for number in numbers]
+            values[name] = found if isinstance(values[name], list) else found[0]
         return values
