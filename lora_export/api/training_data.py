@@ -42,7 +42,7 @@ from lora_export.training.batches import (
 from lora_export.training.encoders import FrameEncoder, SoundReader, SpeechEncoder, TranscriptEncoder
 from lora_export.training.order import RowNumbers, split_rows
 from lora_export.training.records.opening import IGNORED, LabelledArrays, open_records, read_labelled_arrays
-from lora_export.training.records.rows import Records, sha256_with_sounds
+from lora_export.training.records.rows import AUDIO, IMAGE, Records, sha256_with_files
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
 from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts, refuse_reading_ahead
 from lora_export.user_code import find_function
@@ -152,7 +152,10 @@ def read_training_data(
     records = open_records(path, columns)
     form = form_of(records, RowForm(task) if task else None)
     checked = CheckedRows(records, survey(records, form))
-    return TrainingData(checked, sha256_with_sounds(records) if form is RowForm.SPEECH else records.sha256)
+    # The hash of a folder of images is that of its files already.
+    columns = {RowForm.SPEECH: AUDIO} | ({RowForm.IMAGE: IMAGE} if path.is_file() else {})
+    column = columns.get(form)
+    return TrainingData(checked, sha256_with_files(records, column) if column else records.sha256)
 
 
 def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tuple[Data, Data | None]:
@@ -246,7 +249,7 @@ class _Encoders:
         form, loaded, records = self.content.survey.form, self.loaded, self.content.records
         labels = encoders.LabelEncoder(self.content.survey.kind, self.content.survey.classes)
         if form is RowForm.IMAGE:
-            return EncodedRows(records, rows, encoders.ImageEncoder(load_image_processor(loaded), labels))
+            return EncodedRows(records, rows, encoders.ImageEncoder(records, load_image_processor(loaded), labels))
         tokenizer = load_tokenizer(loaded)
         if form is RowForm.SPEECH:
             return EncodedRows(records, rows, self._speech(tokenizer))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, count, listed
 from lora_export.options.spelling import named
-from lora_export.training.records.rows import AUDIO, Records, Row, same_label, sound_problem
+from lora_export.training.records.rows import AUDIO, IMAGE, Records, Row, file_problem, same_label
 
 HALF_A_CHARACTER = "`{}` contains half a surrogate pair, which is no character"
 ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -124,8 +124,8 @@ def _row_problem(records: Records, row: int, form: RowForm, labels: _Labels) -> 
         return str(error).removeprefix(f"{records.path}, ").removeprefix(f"{records.path}/")
     columns, problem_of = FORMS[form]
     problem = ", ".join(f"no `{name}`" for name in columns if name not in values) or problem_of(values)
-    if form is RowForm.SPEECH and not problem:
-        problem = sound_problem(records, values[AUDIO])
+    if not problem and (column := {RowForm.SPEECH: AUDIO, RowForm.IMAGE: IMAGE}.get(form)):
+        problem = file_problem(records, values[column], column)
     if problem:
         return f"{records.where(row)}: {problem}"
     if form in (RowForm.LABELLED, RowForm.IMAGE):
@@ -228,7 +228,7 @@ FORMS: Mapping[RowForm, tuple[tuple[str, ...], Callable[[Row], str]]] = {
     RowForm.COMPLETION: (("prompt", "completion"), _texts("prompt", "completion")),
     RowForm.TAGS: (("tokens", "tags"), _tagged),
     RowForm.SIMILARITY: (("sentence1", "sentence2", "score"), _compared),
-    RowForm.IMAGE: (("image", "label"), _label_problem),
+    RowForm.IMAGE: ((IMAGE, "label"), _label_problem),
     RowForm.SPEECH: ((AUDIO, "text"), _texts("text")),
     RowForm.LABELLED: (("text", "label"), _labelled),  # `text_pair` is optional
     RowForm.TEXT: (("text",), _texts("text")),

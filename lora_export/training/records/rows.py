@@ -69,22 +69,25 @@ def with_columns(records: Records, names: Mapping[str, str]) -> Records:
     return renamed
 
 
-# --- Sounds ---
+# --- Sounds and images ---
 
-AUDIO = "audio"  # the column
+AUDIO, IMAGE = "audio", "image"  # the columns
 
 
-def sound_in(records: Records, value: Any) -> Path | bytes:
-    """The file or the bytes of a sound: a path relative to the data, or the `bytes` or `path` of a `datasets` row.
+def file_in(records: Records, value: Any, column: str = AUDIO) -> Any:
+    """The file or the bytes of a sound or image: a path relative to the data, or a `datasets` row's `bytes` or `path`.
 
-    Raises InputRefused for a value of another kind.
+    A Path, and an image of Pillow, is returned as it is. Raises InputRefused for a value of another kind.
     """
+    if isinstance(value, Path) or (column == IMAGE and hasattr(value, "convert")):
+        return value
     if isinstance(value, Mapping):
         if isinstance(content := value.get("bytes"), bytes):
             return content
         value = value.get("path")
-    if not isinstance(value, str | Path) or not str(value).strip():
-        raise InputRefused(f"`{AUDIO}` is {value!r:.80}; it must be the path of a sound")
+    if not isinstance(value, str) or not value.strip():
+        what = "an image" if column == IMAGE else "a sound"
+        raise InputRefused(f"`{column}` is {value!r:.80}; it must be the path of {what}")
     home = records.path if records.path.is_dir() else records.path.parent
     return home / value
 
@@ -96,22 +99,22 @@ def same_label(number: int) -> str:
     return f"all {number} examples have the same label; there is nothing to learn"
 
 
-def sound_problem(records: Records, value: Any) -> str:
-    """What is wrong with the sound of a row, from its header alone; empty where nothing is."""
+def file_problem(records: Records, value: Any, column: str = AUDIO) -> str:
+    """What is wrong with the file of a row, from the header of a sound alone; empty where nothing is."""
     try:
-        found = sound_in(records, value)
+        found = file_in(records, value, column)
         if isinstance(found, Path) and not found.is_file():
             return f"there is no file {found}"
-        return "" if sound_header(found).samples else "the sound has no samples"
+        return "" if column == IMAGE or sound_header(found).samples else "the sound has no samples"
     except InputRefused as error:
         return str(error)
 
 
-def sha256_with_sounds(records: Records) -> str:
+def sha256_with_files(records: Records, column: str = AUDIO) -> str:
     """The hash of the rows and of all files that they name."""
     digest = hashlib.sha256(records.sha256.encode())
     for row in range(len(records)):
-        found = sound_in(records, records[row][AUDIO])
+        found = file_in(records, records[row][column], column)
         if isinstance(found, Path):
             digest.update(file_sha256(found).encode())
     return digest.hexdigest()
@@ -273,6 +276,19 @@ ARROW = ("pyarrow", "pyarrow.parquet")
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # a folder of `datasets` has one of them
 
 
+def _without_filled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without fields of null inside of its values: a table fills in those that other messages or tools have."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(map(found, value))
+        return (
+            {name: found(own) for name, own in value.items() if own is not None} if isinstance(value, dict) else value
+        )
+
+    return {name: found(value) for name, value in row.items()}
+
+
 class ParquetRows(Records):
     """The rows of a .parquet file.
 
@@ -307,7 +323,7 @@ class ParquetRows(Records):
         return int(self._table.num_rows)
 
     def read(self, row: int) -> Row:
-        return dict(self._table.slice(row, 1).to_pylist()[0])
+        return _without_filled(self._table.slice(row, 1).to_pylist()[0])
 
 
 class SavedDataset(Records):
@@ -342,7 +358,7 @@ class SavedDataset(Records):
         return len(self._dataset)
 
     def read(self, row: int) -> Row:
-        values: dict[str, Any] = dict(self._dataset[row])
+        values = _without_filled(self._dataset[row])
         for name, kind in self._names.items():
             numbers = values[name] if isinstance(values[name], list) else [values[name]]
             if outside := [

@@ -104,6 +104,9 @@ def test_parquet_rows_are_mapped_by_number(tmp_path: Path) -> None:
     assert len(rows) == 3 and rows.where(1) == "row 2"
     assert rows[1] == {"text": "two", "label": 0, "tags": []}
     assert rows[2] == {"text": "three", "label": None, "tags": ["b", "c"]}
+    tools = [{"name": "f", "takes": {"x": 1}}, {"name": "g", "takes": {"y": 2}}]  # a table fills in what others have
+    pyarrow.parquet.write_table(pyarrow.table({"tools": [tools]}), tmp_path / "b.parquet")
+    assert ParquetRows(tmp_path / "b.parquet")[0] == {"tools": tools}
 
 
 def test_the_unpacked_file_is_removed_with_its_reader(tmp_path: Path) -> None:
