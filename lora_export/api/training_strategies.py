@@ -130,12 +130,6 @@ class Trainer:
             layers.detach(self.module)
         return TrainingRun("lora", rank, count, history, self.settings, score, without, trained, changed)
 
-    def whole_model(self) -> TrainingRun:
-        """Train all weights of a copy, with a lower learning rate."""
-        settings = replace(self.settings, learning_rate=self.settings.learning_rate * FULL_RATE)
-        module = copy.deepcopy(self.module).requires_grad_(True)
-        return self._run("full", module, settings, "training all weights")
-
     def head_alone(self) -> TrainingRun:
         """Train the head on the frozen base, in a copy. Without a head, the base is measured as it is."""
         module = copy.deepcopy(self.module).requires_grad_(False)
@@ -144,8 +138,14 @@ class Trainer:
         return self._run("frozen", module, self.settings, "training the head alone")
 
     def compared(self, strategies: Iterable[ComparedStrategy]) -> list[TrainingRun]:
-        """Train by each of these, in their order."""
-        return [self.whole_model() if strategy == "full" else self.head_alone() for strategy in strategies]
+        """Train by each of these, in order: all weights of a copy with a lower learning rate, or the head alone."""
+        slower = replace(self.settings, learning_rate=self.settings.learning_rate * FULL_RATE)
+        return [
+            self._run("full", copy.deepcopy(self.module).requires_grad_(True), slower, "training all weights")
+            if strategy == "full"
+            else self.head_alone()
+            for strategy in strategies
+        ]
 
     def _run(self, strategy: str, module: nn.Module, settings: TrainingSettings, stage: str) -> TrainingRun:
         layers.widen_trained(module)

@@ -26,8 +26,8 @@ from lora_export.training.batches import (
     CrossEntropy,
     Data,
     batch_on_device,
-    batches_in_order,
     module_outputs,
+    refuse_other_labels,
     refuse_unknown_inputs,
     scores_of,
 )
@@ -64,13 +64,8 @@ class HeadLoss:
     def measured(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same, and, without gradients, how many labels have the highest score."""
         states, labels = scores_of(outputs), batch.labels
-        if states.shape[:-1] != labels.shape:
-            raise InputRefused(f"the model's scores are {tuple(states.shape[:-1])}, the labels {tuple(labels.shape)}")
+        refuse_other_labels(states, labels, self.head.out_features)
         counted = labels != IGNORED
-        if labels.numel() and labels.max() >= self.head.out_features:
-            raise InputRefused(
-                f"there is a label {int(labels.max())}, but the model scores {self.head.out_features} classes"
-            )
         weight = self.head.weight.to(states.dtype)
         bias = None if self.head.bias is None else self.head.bias.to(states.dtype)
         found: tuple[Tensor, Tensor] = _Total.apply(states[counted], labels[counted], weight, bias)  # type: ignore[no-untyped-call]
@@ -179,7 +174,8 @@ def evaluate(
     total, correct, count, has_accuracy = 0.0, 0, 0, True
     try:
         with torch.no_grad():
-            for whole in batches_in_order(data, batch_size, own_rows):
+            for start in range(0, len(own_rows), batch_size):
+                whole = data.batch(own_rows[start : start + batch_size])
                 for batch in [batch_on_device(whole, device)] if shares else parts.of(whole):
                     with autocast(device, precision), head.hidden_states() if head else contextlib.nullcontext():
                         outputs = module_outputs(module, batch.inputs)

@@ -64,7 +64,8 @@ class Survey:
 
     def __str__(self) -> str:
         classes = f" of {count(len(self.classes), 'class', 'classes')}" if self.classes else ""
-        return f"{count(self.count, 'example')}{classes} ({self.form})"
+        value = ", a value each" if self.kind is LabelKind.VALUE and self.form is RowForm.LABELLED else ""
+        return f"{count(self.count, 'example')}{classes} ({self.form}{value})"
 
 
 def form_of(records: Records, wanted: RowForm | None = None) -> RowForm:

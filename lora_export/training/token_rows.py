@@ -52,10 +52,8 @@ class TokenFile:
         with path.open("wb") as file:
             for row in rows:
                 number = int(row)
-                try:
+                with records.naming(number):
                     ids, trained = tokenise(records[number])
-                except InputRefused as error:
-                    raise InputRefused(f"{records.path}, {records.where(number)}: {error}") from error
                 tokens = np.asarray(ids, np.int32)
                 file.write(np.where(np.asarray(trained, bool), tokens, -1 - tokens).tobytes())
                 self.ends.append(self.ends[-1] + len(ids))

@@ -92,6 +92,7 @@ def test_strings_of_a_csv_may_be_numbers(tmp_path: Path) -> None:
     assert label_value("10", integers.classes) == 10 and label_value("10", ("10",)) == "10"
     assert csv(tmp_path, "1", "01").classes == ("01", "1")  # a name
     assert csv(tmp_path, "1", "0.5").kind is csv(tmp_path, "-1e-05", "0.5").kind is LabelKind.VALUE
+    assert str(csv(tmp_path, "1", "0.5")) == "2 examples (classification, a value each)"
     assert csv(tmp_path, "a", "0.5").classes == ("0.5", "a")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import hashlib
@@ -46,6 +47,14 @@ class Records(ABC):
     def where(self, row: int) -> str:
         """Where a row is in its file: `line 7`."""
         return f"row {row + 1}"
+
+    @contextlib.contextmanager
+    def naming(self, row: int) -> Iterator[None]:
+        """Put the place of a row before what a refusal says."""
+        try:
+            yield
+        except InputRefused as error:
+            raise InputRefused(f"{self.path}, {self.where(row)}: {error}") from error
 
     def __getitem__(self, row: int) -> Row:
         """One row, as it was read. A renamed column hides another one of its new name."""
@@ -276,17 +285,12 @@ ARROW = ("pyarrow", "pyarrow.parquet")
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # a folder of `datasets` has one of them
 
 
-def _without_filled(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without fields of null inside of its values: a table fills in those that other messages or tools have."""
-
-    def found(value: Any) -> Any:
-        if isinstance(value, list):
-            return list(map(found, value))
-        return (
-            {name: found(own) for name, own in value.items() if own is not None} if isinstance(value, dict) else value
-        )
-
-    return {name: found(value) for name, value in row.items()}
+def _without_filled(value: Any) -> Any:
+    """A value without fields of null: a table fills in those that other messages or tools have."""
+    if isinstance(value, list):
+        return list(map(_without_filled, value))
+    is_row = isinstance(value, dict)
+    return {name: _without_filled(own) for name, own in value.items() if own is not None} if is_row else value
 
 
 class ParquetRows(Records):
@@ -323,7 +327,7 @@ class ParquetRows(Records):
         return int(self._table.num_rows)
 
     def read(self, row: int) -> Row:
-        return _without_filled(self._table.slice(row, 1).to_pylist()[0])
+        return {name: _without_filled(value) for name, value in self._table.slice(row, 1).to_pylist()[0].items()}
 
 
 class SavedDataset(Records):
@@ -358,7 +362,7 @@ class SavedDataset(Records):
         return len(self._dataset)
 
     def read(self, row: int) -> Row:
-        values = _without_filled(self._dataset[row])
+        values = {name: _without_filled(value) for name, value in self._dataset[row].items()}
         for name, kind in self._names.items():
             numbers = values[name] if isinstance(values[name], list) else [values[name]]
             if outside := [
