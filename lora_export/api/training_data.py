@@ -153,8 +153,8 @@ def read_training_data(
     form = form_of(records, RowForm(task) if task else None)
     checked = CheckedRows(records, survey(records, form))
     # The hash of a folder of images is that of its files already.
-    columns = {RowForm.SPEECH: AUDIO} | ({RowForm.IMAGE: IMAGE} if path.is_file() else {})
-    column = columns.get(form)
+    files = {RowForm.SPEECH: AUDIO} | ({RowForm.IMAGE: IMAGE} if path.is_file() else {})
+    column = files.get(form)
     return TrainingData(checked, sha256_with_files(records, column) if column else records.sha256)
 
 

@@ -179,14 +179,15 @@ def evaluate(
                 for batch in [batch_on_device(whole, device)] if shares else parts.of(whole):
                     with autocast(device, precision), head.hidden_states() if head else contextlib.nullcontext():
                         outputs = module_outputs(module, batch.inputs)
+                    right: Tensor | int | None
                     if head:
-                        value, right = map(Tensor.item, head.measured(outputs, batch))
+                        value, right = head.measured(outputs, batch)
                     else:
-                        value, right = float(data.loss.total(outputs, batch)), data.loss.correct(outputs, batch)
-                    total += value
+                        value, right = data.loss.total(outputs, batch), data.loss.correct(outputs, batch)
+                    total += float(value)
                     count += data.loss.count(batch.labels)
                     has_accuracy = has_accuracy and right is not None
-                    correct += right or 0
+                    correct += int(right or 0)
             # A process runs a base in shares as often as the first one, which has most batches.
             most = math.ceil(math.ceil(len(data) / world_size()) / batch_size) if shares else 0
             for _ in range(most - math.ceil(len(own_rows) / batch_size)):
