@@ -26,7 +26,7 @@ from lora_export.training.records.rows import Records
 MASKED_PART = 0.15  # of the tokens that a masked language model predicts (Devlin et al. 2019)
 REPLACED_BY_MASK, REPLACED_BY_ANY = 0.8, 0.1  # of these; the others stay as they are
 # Of the largest score: differences that no rounding in fp32 makes, in rows of another width and of the same one.
-MIXING, AHEAD = 1e-3, 1e-5
+MIXING, READING_AHEAD = 1e-3, 1e-5
 LEAST_READ = 8  # tokens that show whether a model reads ahead
 
 
@@ -184,7 +184,7 @@ def refuse_reading_ahead(module: nn.Module, data: CausalRows) -> None:
     except RuntimeRefused:  # the training itself then fails in words
         return
     widest = max(torch.finfo(each.dtype).eps for each in (scores, *module.parameters()) if each.is_floating_point())
-    if (scores - others).abs().max() > max(AHEAD, 4 * widest) * scores.abs().max():
+    if (scores - others).abs().max() > max(READING_AHEAD, 4 * widest) * scores.abs().max():
         raise InputRefused(
             f"{type(module).__name__} reads the tokens behind the one that it predicts from, so that it would learn to "
             "copy the next token. Texts train a model that reads in one direction, or one whose class ends with "
