@@ -137,7 +137,11 @@ def train(options: TrainOptions) -> TrainResult:
     """
     options = _prepared(options)
     output, on_message = place(options.output), options.on_message
-    learnt = _read_data(options)
+    learnt = read_training_data(options.data, columns=options.columns, task=options.task, on_message=on_message)
+    on_message(f"{options.data}: {learnt}")
+    learnt, note = learnt.for_base(options.model)
+    if note:
+        on_message(note)
     rows = {"batch_size": 1} if isinstance(learnt.content, ReadyBatches) else {}
     settings = narrowed(options, TrainingSettings, **rows)
     folder = _place_of_checkpoint(options)
@@ -207,17 +211,6 @@ def _prepared(options: TrainOptions) -> TrainOptions:
     refuse_adapter_as_model(model)
     refuse_no_source(model)
     return replace(options, model=model, continue_from=continued)
-
-
-def _read_data(options: TrainOptions) -> TrainingData:
-    """Read and check the data, for the base. Messages tell what is learnt."""
-    columns, task, on_message = options.columns, options.task, options.on_message
-    learnt = read_training_data(options.data, columns=columns, task=task, on_message=on_message)
-    options.on_message(f"{options.data}: {learnt}")
-    learnt, note = learnt.for_base(options.model)
-    if note:
-        options.on_message(note)
-    return learnt
 
 
 def _place_of_checkpoint(options: TrainOptions) -> Path:

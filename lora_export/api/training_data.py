@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_export.artifacts.kind import is_arrays
 from lora_export.callbacks import OnMessage, ignore
-from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
+from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage, count
 from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token
 from lora_export.models.model import Model
 from lora_export.models.processors import open_extractor
@@ -42,9 +42,9 @@ from lora_export.training.batches import (
 from lora_export.training.encoders import FrameEncoder, SoundReader, SpeechEncoder, TranscriptEncoder
 from lora_export.training.order import RowNumbers, split_rows
 from lora_export.training.records.opening import IGNORED, LabelledArrays, open_records, read_labelled_arrays
-from lora_export.training.records.rows import Records, sha256_with_sounds
+from lora_export.training.records.rows import AUDIO, IMAGE, Records, sha256_with_files
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
-from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts
+from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts, refuse_reading_ahead
 from lora_export.user_code import find_function
 from lora_export.weights.checkpoint import CONFIG
 from lora_export.weights.task_head import CLASS_ENDINGS, TaskHead, label_names
@@ -152,7 +152,10 @@ def read_training_data(
     records = open_records(path, columns)
     form = form_of(records, RowForm(task) if task else None)
     checked = CheckedRows(records, survey(records, form))
-    return TrainingData(checked, sha256_with_sounds(records) if form is RowForm.SPEECH else records.sha256)
+    # The hash of a folder of images is that of its files already.
+    files = {RowForm.SPEECH: AUDIO} | ({RowForm.IMAGE: IMAGE} if path.is_file() else {})
+    column = files.get(form)
+    return TrainingData(checked, sha256_with_files(records, column) if column else records.sha256)
 
 
 def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tuple[Data, Data | None]:
@@ -246,7 +249,7 @@ class _Encoders:
         form, loaded, records = self.content.survey.form, self.loaded, self.content.records
         labels = encoders.LabelEncoder(self.content.survey.kind, self.content.survey.classes)
         if form is RowForm.IMAGE:
-            return EncodedRows(records, rows, encoders.ImageEncoder(load_image_processor(loaded), labels))
+            return EncodedRows(records, rows, encoders.ImageEncoder(records, load_image_processor(loaded), labels))
         tokenizer = load_tokenizer(loaded)
         if form is RowForm.SPEECH:
             return EncodedRows(records, rows, self._speech(tokenizer))
@@ -341,9 +344,20 @@ class _Encoders:
         file, pack = TokenFile(self.content.records, rows, tokenise), self.options.packing
         pad = tokenizer.pad_token_id
         made = causal_rows(file, max_length=most, cut=form is RowForm.TEXT, pack=pack, pad_token=pad)
+        if form is not RowForm.TEXT:
+            self._note_cut_texts(np.diff(file.ends), sum(map(len, made.bins)), most)
+        refuse_reading_ahead(module, made)
         if pack:
             refuse_mixed_texts(module, made)
         return made
+
+    def _note_cut_texts(self, lengths: NDArray[np.int64], left: int, most: int) -> None:
+        cut, lost = int((lengths > most).sum()), len(lengths) - left
+        if cut or lost:
+            self.options.on_message(
+                f"note: of {count(len(lengths), 'text')}, {cut} are cut ({named('max_length', most)}), and {lost} are "
+                "left out: nothing of what remains of them is predicted"
+            )
 
     def _masked(self, rows: RowNumbers, tokenizer: Any, most: int) -> MaskedRows:
         if self.options.packing:

@@ -25,7 +25,7 @@ from lora_export.options.spelling import named
 from lora_export.options.train import ComparedStrategy, TrainingSettings, TrainOptions
 from lora_export.training.batches import Data
 from lora_export.training.checkpoint import Checkpoints, EventLog, MemoryUse, StepRecord, TrainingHistory
-from lora_export.training.evaluation import Score, evaluate
+from lora_export.training.evaluation import Score, evaluate_as_trained
 from lora_export.training.loop import OnStep, fit
 from lora_export.training.processes import shard_base, take_from_first
 from lora_export.weights.checkpoint import open_checkpoint
@@ -130,12 +130,6 @@ class Trainer:
             layers.detach(self.module)
         return TrainingRun("lora", rank, count, history, self.settings, score, without, trained, changed)
 
-    def whole_model(self) -> TrainingRun:
-        """Train all weights of a copy, with a lower learning rate."""
-        settings = replace(self.settings, learning_rate=self.settings.learning_rate * FULL_RATE)
-        module = copy.deepcopy(self.module).requires_grad_(True)
-        return self._run("full", module, settings, "training all weights")
-
     def head_alone(self) -> TrainingRun:
         """Train the head on the frozen base, in a copy. Without a head, the base is measured as it is."""
         module = copy.deepcopy(self.module).requires_grad_(False)
@@ -144,8 +138,14 @@ class Trainer:
         return self._run("frozen", module, self.settings, "training the head alone")
 
     def compared(self, strategies: Iterable[ComparedStrategy]) -> list[TrainingRun]:
-        """Train by each of these, in their order."""
-        return [self.whole_model() if strategy == "full" else self.head_alone() for strategy in strategies]
+        """Train by each of these, in order: all weights of a copy with a lower learning rate, or the head alone."""
+        slower = replace(self.settings, learning_rate=self.settings.learning_rate * FULL_RATE)
+        return [
+            self._run("full", copy.deepcopy(self.module).requires_grad_(True), slower, "training all weights")
+            if strategy == "full"
+            else self.head_alone()
+            for strategy in strategies
+        ]
 
     def _run(self, strategy: str, module: nn.Module, settings: TrainingSettings, stage: str) -> TrainingRun:
         layers.widen_trained(module)
@@ -165,9 +165,7 @@ class Trainer:
     def _score(self, module: nn.Module) -> Score | None:
         if self.held_out is None:
             return None
-        size = min(self.settings.batch_size, 64)  # a user's own batches are one row each
-        device, precision = self.options.device, self.settings.precision
-        return evaluate(module, self.held_out, batch_size=size, device=device, precision=precision)
+        return evaluate_as_trained(module, self.held_out, self.settings, self.options.device)
 
 
 def _never_called(module: nn.Module, names: Collection[str], *, alone: bool) -> list[str]:

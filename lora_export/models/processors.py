@@ -93,15 +93,16 @@ def open_image_processor(folder: Path) -> Any:
     return open_processor("AutoImageProcessor", folder, needs="images need", failure=failure)
 
 
-def read_image(image: Path | Any) -> Any:
-    """An image file, or an image of Pillow, as Pillow's image in RGB.
+def read_image(image: Path | bytes | Any) -> Any:
+    """An image file, its bytes, or an image of Pillow, as Pillow's image in RGB.
 
     Raises InputRefused for a file that is no image, and EnvironmentLacking without Pillow.
     """
     pillow = optional_package("PIL.Image", "images need Pillow:", "data", "pillow")
-    if not isinstance(image, Path):
+    if not isinstance(image, Path | bytes):
         return image.convert("RGB")
-    with refusing_failures("no image that can be read"), pillow.open(image, formats=IMAGE_FORMATS) as opened:
+    source = io.BytesIO(image) if isinstance(image, bytes) else image
+    with refusing_failures("no image that can be read"), pillow.open(source, formats=IMAGE_FORMATS) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise InputRefused(f"{opened.width:,} x {opened.height:,} pixels; at most {MAX_PIXELS:,} are decoded")
         return opened.convert("RGB")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -60,15 +60,7 @@ class CrossEntropy:
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
         scores, labels = scores_of(outputs), batch.labels
-        if scores.shape[:-1] != labels.shape:
-            several = (
-                ". Whole numbers are one class for each row of scores. Several classes of an example are trained from "
-                "rows whose label is a list"
-            )
-            found = f"the model's scores are {tuple(scores.shape)}, the labels {tuple(labels.shape)}"
-            raise InputRefused(found + (several if scores.shape == labels.shape else ""))
-        if labels.numel() and labels.max() >= scores.shape[-1]:
-            raise InputRefused(f"there is a label {int(labels.max())}, but the model scores {scores.shape[-1]} classes")
+        refuse_other_labels(scores, labels, scores.shape[-1])
         counted = labels != IGNORED
         return F.cross_entropy(scores[counted].float(), labels[counted], reduction="sum")
 
@@ -78,6 +70,19 @@ class CrossEntropy:
     def correct(self, outputs: Any, batch: Batch) -> int | None:
         counted = batch.labels != IGNORED
         return int((scores_of(outputs).argmax(-1) == batch.labels)[counted].sum())
+
+
+def refuse_other_labels(scores: Tensor, labels: Tensor, classes: int) -> None:
+    """Raise InputRefused unless each row of scores, or of what becomes scores, has a label below `classes`."""
+    if scores.shape[:-1] != labels.shape:
+        several = (
+            ". Whole numbers are one class for each row of scores. Several classes of an example are trained from "
+            "rows whose label is a list"
+        )
+        found = f"the model's scores are {(*scores.shape[:-1], classes)}, the labels {tuple(labels.shape)}"
+        raise InputRefused(found + (several if scores.shape == labels.shape else ""))
+    if labels.numel() and labels.max() >= classes:
+        raise InputRefused(f"there is a label {int(labels.max())}, but the model scores {classes} classes")
 
 
 class _OfValues:
@@ -260,10 +265,8 @@ class EncodedRows:
     def encoded(self, row: int) -> Any:
         """One row, encoded. Raises InputRefused with its place."""
         number = int(self.rows[row])
-        try:
+        with self.records.naming(number):
             return self.encoder.encode(self.records[number])
-        except InputRefused as error:
-            raise InputRefused(f"{self.records.path}, {self.records.where(number)}: {error}") from error
 
     def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:  # noqa: ARG002 - nothing is random
         return self.encoder.collate([self.encoded(row) for row in rows])
@@ -282,13 +285,6 @@ class ReadyBatches:
     def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:  # noqa: ARG002 - nothing is random
         (row,) = rows
         return self.batches[row]
-
-
-def batches_in_order(data: Data, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
-    """All examples, or these rows, in batches and in their order."""
-    rows = range(len(data)) if rows is None else rows
-    for start in range(0, len(rows), batch_size):
-        yield data.batch(rows[start : start + batch_size])
 
 
 def batch_on_device(batch: Batch, device: torch.device | str) -> Batch:

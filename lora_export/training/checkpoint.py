@@ -298,22 +298,16 @@ class Checkpoints:
         return best
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if not self.exists:
-            raise InputRefused(
-                f"there is no checkpoint in {self.folder}, so that nothing can be continued ({named('resume', True)})"
-            )
-        with self._opened() as file:
+        try:
+            opened: Any = safetensors.safe_open(self.folder / TRAINING_STATE, framework="pt")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputRefused(f"{self.folder / TRAINING_STATE} is damaged: {error}") from error
+        with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != CHECKPOINT_FORMAT:
                 raise InputRefused(f"{self.folder / TRAINING_STATE} is no checkpoint of this version of lora-export")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         return tensors, json.loads(metadata["facts"])
-
-    def _opened(self) -> Any:
-        try:
-            return safetensors.safe_open(self.folder / TRAINING_STATE, framework="pt")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputRefused(f"{self.folder / TRAINING_STATE} is damaged: {error}") from error
 
     def _refuse_another(self, stored: Mapping[str, Any]) -> None:
         current = json.loads(json.dumps(dict(self.identity)))

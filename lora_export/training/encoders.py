@@ -42,7 +42,7 @@ from lora_export.training.batches import (
     SquaredError,
 )
 from lora_export.training.records.opening import IGNORED
-from lora_export.training.records.rows import AUDIO, Records, Row, sound_in
+from lora_export.training.records.rows import AUDIO, IMAGE, Records, Row, file_in
 from lora_export.training.row_forms import LabelKind, label_value, tools_of
 
 
@@ -153,8 +153,9 @@ class SimilarityEncoder(_Tokenised):
 
 @dataclass(frozen=True, eq=False)
 class ImageEncoder:
-    """`image`, a path or an image of Pillow, prepared as the model's own processor does, and `label`."""
+    """`image`, a file, bytes or an image of Pillow, prepared as the model's own processor does, and `label`."""
 
+    records: Records
     processor: Any  # transformers' image processor
     labels: LabelEncoder
 
@@ -163,7 +164,7 @@ class ImageEncoder:
         return self.labels.loss
 
     def encode(self, row: Row) -> tuple[torch.Tensor, Any]:
-        return image_pixels(self.processor, read_image(row["image"])), row["label"]
+        return image_pixels(self.processor, read_image(file_in(self.records, row[IMAGE], IMAGE))), row["label"]
 
     def collate(self, encoded: Sequence[Any]) -> Batch:
         pixels, labels = zip(*encoded, strict=True)
@@ -314,13 +315,13 @@ class SoundReader:
 
     def samples(self, row: Row) -> NDArray[np.float32]:
         """(samples,), at the extractor's rate. Raises InputRefused for a sound that is longer than the model hears."""
-        found = sound_in(self.records, row[AUDIO])
+        found = file_in(self.records, row[AUDIO])
         refuse_longer(sound_header(found).seconds, self.extractor)
         return read_sound(found, self.extractor.sampling_rate)
 
     def check(self, row: Row) -> int:
         """How many samples a sound has at the extractor's rate, from its header. Raises InputRefused as `samples`."""
-        header = sound_header(sound_in(self.records, row[AUDIO]))
+        header = sound_header(file_in(self.records, row[AUDIO]))
         refuse_longer(header.seconds, self.extractor)
         return header.samples_at(self.extractor.sampling_rate)
 

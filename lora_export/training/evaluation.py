@@ -20,14 +20,14 @@ from torch.autograd.function import once_differentiable
 
 from lora_export.errors import InputRefused
 from lora_export.layers.products import product
-from lora_export.options.train import Precision, TrainOptions
+from lora_export.options.train import Precision, TrainingSettings, TrainOptions
 from lora_export.training.batches import (
     Batch,
     CrossEntropy,
     Data,
     batch_on_device,
-    batches_in_order,
     module_outputs,
+    refuse_other_labels,
     refuse_unknown_inputs,
     scores_of,
 )
@@ -59,18 +59,17 @@ class HeadLoss:
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
         """The loss of hidden states (n, ..., width), summed over all labels that count, in fp32. As CrossEntropy."""
+        return self.measured(outputs, batch)[0]
+
+    def measured(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same, and, without gradients, how many labels have the highest score."""
         states, labels = scores_of(outputs), batch.labels
-        if states.shape[:-1] != labels.shape:
-            raise InputRefused(f"the model's scores are {tuple(states.shape[:-1])}, the labels {tuple(labels.shape)}")
+        refuse_other_labels(states, labels, self.head.out_features)
         counted = labels != IGNORED
-        if labels.numel() and labels.max() >= self.head.out_features:
-            raise InputRefused(
-                f"there is a label {int(labels.max())}, but the model scores {self.head.out_features} classes"
-            )
         weight = self.head.weight.to(states.dtype)
         bias = None if self.head.bias is None else self.head.bias.to(states.dtype)
-        total: Tensor = _Total.apply(states[counted], labels[counted], weight, bias)  # type: ignore[no-untyped-call]
-        return total
+        found: tuple[Tensor, Tensor] = _Total.apply(states[counted], labels[counted], weight, bias)  # type: ignore[no-untyped-call]
+        return found
 
 
 def head_loss(module: nn.Module, data: Data, device: torch.device, precision: Precision) -> HeadLoss | None:
@@ -97,16 +96,22 @@ def head_loss(module: nn.Module, data: Data, device: torch.device, precision: Pr
 
 
 class _Total(torch.autograd.Function):
-    """Σ (log Σ exp(scores) - score of the label), with the gradient of the hidden states computed beside it."""
+    """Σ (log Σ exp(scores) - score of the label), with the gradient of the hidden states computed beside it.
+
+    Where no gradient is wanted, also how many labels have the highest score.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, states: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         size = max(LEAST_ROWS_AT_ONCE, SCORES_AT_ONCE // weight.shape[0])
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=states.device)
+        right = torch.zeros((), dtype=torch.int64, device=states.device)
         for start in range(0, len(states), size):
             part = slice(start, start + size)
             scores, own = product(states[part], weight, bias).float(), labels[part, None]
+            if gradient is None:
+                right += (scores.argmax(-1, keepdim=True) == own).sum()
             scores.sub_(scores.amax(-1, keepdim=True))
             of_labels = scores.gather(-1, own)
             sums = scores.exp_().sum(-1, keepdim=True)
@@ -116,11 +121,12 @@ class _Total(torch.autograd.Function):
                 chances.scatter_add_(-1, own, chances.new_full(own.shape, -1.0))
                 gradient[part] = product(chances.to(weight.dtype), weight.T)
         ctx.save_for_backward(gradient)
-        return total
+        ctx.mark_non_differentiable(right)
+        return total, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> Any:
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient.mul_(scale.to(gradient.dtype)), None, None, None
 
@@ -136,6 +142,12 @@ class Score:
     def __str__(self) -> str:
         loss = f"loss {self.loss:.4g} on {self.count:,}"
         return loss if self.accuracy is None else f"accuracy {100 * self.accuracy:.1f} %, {loss}"
+
+
+def evaluate_as_trained(module: nn.Module, data: Data, settings: TrainingSettings, device: str | torch.device) -> Score:
+    """`evaluate` in the precision of a training, and in parts of the size of those that it computes at once."""
+    size = math.ceil(settings.batch_size / (settings.accumulate * world_size()))
+    return evaluate(module, data, batch_size=size, device=device, precision=settings.precision)
 
 
 def evaluate(
@@ -158,19 +170,24 @@ def evaluate(
     modes = {part: part.training for part in module.modules()}
     move(module, device)
     module.eval()
-    parts = TextParts(module, data.loss, device)
+    parts, head = TextParts(module, data.loss, device), head_loss(module, data, torch.device(device), precision)
     total, correct, count, has_accuracy = 0.0, 0, 0, True
     try:
         with torch.no_grad():
-            for whole in batches_in_order(data, batch_size, own_rows):
+            for start in range(0, len(own_rows), batch_size):
+                whole = data.batch(own_rows[start : start + batch_size])
                 for batch in [batch_on_device(whole, device)] if shares else parts.of(whole):
-                    with autocast(device, precision):
+                    with autocast(device, precision), head.hidden_states() if head else contextlib.nullcontext():
                         outputs = module_outputs(module, batch.inputs)
-                    total += float(data.loss.total(outputs, batch))
+                    right: Tensor | int | None
+                    if head:
+                        value, right = head.measured(outputs, batch)
+                    else:
+                        value, right = data.loss.total(outputs, batch), data.loss.correct(outputs, batch)
+                    total += float(value)
                     count += data.loss.count(batch.labels)
-                    right = data.loss.correct(outputs, batch)
                     has_accuracy = has_accuracy and right is not None
-                    correct += right or 0
+                    correct += int(right or 0)
             # A process runs a base in shares as often as the first one, which has most batches.
             most = math.ceil(math.ceil(len(data) / world_size()) / batch_size) if shares else 0
             for _ in range(most - math.ceil(len(own_rows) / batch_size)):

@@ -45,7 +45,7 @@ from lora_export.training.compiling import (
     fastest_products,
     memory_use,
 )
-from lora_export.training.evaluation import HeadLoss, evaluate, head_loss
+from lora_export.training.evaluation import HeadLoss, evaluate_as_trained, head_loss
 from lora_export.training.order import ShuffledOrder, learning_rate_factor, parts_of
 from lora_export.training.padding import TextParts
 from lora_export.training.processes import (
@@ -152,9 +152,11 @@ class _Run:
         if resume and self.checkpoints.exists:
             state = self.module, self.optimizer.optimizer, self.accelerator.scaler, self.history
             self.best = self.checkpoints.load(*state)
+            self._evaluate_after(len(self.history.steps))  # where the evaluation was interrupted
             if rank() == 0:  # a killed training may have recorded steps after its checkpoint
                 self.history.write(self.checkpoints.folder / METRICS)
-            self._evaluate_after(len(self.history.steps))  # where the evaluation was interrupted
+                if self.log is not None:
+                    self.log.write(self.history.latest)
         elif rank() == 0:
             self.checkpoints.begin()
 
@@ -274,14 +276,13 @@ class _Run:
         is_made = any(record.step == step for record in self.history.evaluations)
         if self.held_out is None or not self.settings.evaluates or not is_due or is_made:
             return
-        batch_size = 1 if self.settings.batch_size == 1 else 2 * self.settings.batch_size
-        device, precision = self.accelerator.device, self.settings.precision
-        score = evaluate(self.module, self.held_out, batch_size=batch_size, device=device, precision=precision)
+        score = evaluate_as_trained(self.module, self.held_out, self.settings, self.accelerator.device)
         if not math.isfinite(score.loss):
             raise self._divergence(f"the held-out loss is {score.loss} after", step)
-        self.history.evaluations.append(EvaluationRecord(step, score.loss, score.accuracy))
-        if self.history.best is self.history.evaluations[-1]:
-            self.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(self.module).items()}
+        with deferred_signals():  # a checkpoint must not see the one without the other
+            self.history.evaluations.append(EvaluationRecord(step, score.loss, score.accuracy))
+            if self.history.best is self.history.evaluations[-1]:
+                self.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(self.module).items()}
 
 
 def accelerator_for(device: Device, precision: Precision) -> Any:

@@ -22,10 +22,8 @@ def split_rows(groups: NDArray[np.int64], holdout: float, *, seed: int) -> tuple
     """The rows to train on and those held out, sorted: of each group the same part, drawn by the seed.
 
     `groups` has a number for each row, such as its class. `holdout` is the part to hold out, between 0 and 1. A group
-    always has a row to train on. Raises InputRefused for another `holdout`, and where nothing would be held out.
+    always has a row to train on. Raises InputRefused where nothing would be held out.
     """
-    if not 0 < holdout < 1:
-        raise InputRefused(f"the part to hold out is {holdout}; it must be between 0 and 1")
     rng = np.random.default_rng(seed)
     trained_on: list[RowNumbers] = []
     held_out: list[RowNumbers] = []

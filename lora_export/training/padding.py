@@ -81,13 +81,12 @@ def _is_alike(module: nn.Module, inputs: Mapping[str, Tensor], row: int, length:
     return expected.shape == found.shape and bool((expected - found).abs().max() <= most)
 
 
-def parts_with_less_padding(batch: Batch, loss: Loss, device: str, lengths: Sequence[int] | None = None) -> list[Batch]:
+def parts_with_less_padding(batch: Batch, loss: Loss, device: str, lengths: Sequence[int]) -> list[Batch]:
     """The rows of a batch in parts that are as wide as their longest text, the one of most tokens first.
 
     It is the batch itself where nothing is saved: without `attention_mask`, with padding in front, and for losses that
-    are no sum over rows. `lengths` are those of `text_lengths_of`, where they are known.
+    are no sum over rows. `lengths` are those of `text_lengths_of`.
     """
-    lengths = text_lengths_of(batch) if lengths is None else lengths
     if not lengths or not loss.rows_per_label:
         return [batch]
     count = len(lengths) // loss.rows_per_label

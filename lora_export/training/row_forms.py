@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, count, listed
 from lora_export.options.spelling import named
-from lora_export.training.records.rows import AUDIO, Records, Row, same_label, sound_problem
+from lora_export.training.records.rows import AUDIO, IMAGE, Records, Row, file_problem, same_label
 
 HALF_A_CHARACTER = "`{}` contains half a surrogate pair, which is no character"
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 INT64 = 1 << 63  # the first number beyond
-INTEGER, DECIMAL = re.compile(r"0|-?[1-9][0-9]{0,17}"), re.compile(r"-?[0-9]+\.[0-9]+([eE][-+]?[0-9]+)?")
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+DECIMAL = re.compile(r"-?[0-9]+\.[0-9]+([eE][-+]?[0-9]+)?|-?[1-9]e[-+][0-9]{2,}")  # or 1e-05, as Python writes it
 
 
 class RowForm(StrEnum):
@@ -63,7 +64,8 @@ class Survey:
 
     def __str__(self) -> str:
         classes = f" of {count(len(self.classes), 'class', 'classes')}" if self.classes else ""
-        return f"{count(self.count, 'example')}{classes} ({self.form})"
+        value = ", a value each" if self.kind is LabelKind.VALUE and self.form is RowForm.LABELLED else ""
+        return f"{count(self.count, 'example')}{classes} ({self.form}{value})"
 
 
 def form_of(records: Records, wanted: RowForm | None = None) -> RowForm:
@@ -123,8 +125,8 @@ def _row_problem(records: Records, row: int, form: RowForm, labels: _Labels) -> 
         return str(error).removeprefix(f"{records.path}, ").removeprefix(f"{records.path}/")
     columns, problem_of = FORMS[form]
     problem = ", ".join(f"no `{name}`" for name in columns if name not in values) or problem_of(values)
-    if form is RowForm.SPEECH and not problem:
-        problem = sound_problem(records, values[AUDIO])
+    if not problem and (column := {RowForm.SPEECH: AUDIO, RowForm.IMAGE: IMAGE}.get(form)):
+        problem = file_problem(records, values[column], column)
     if problem:
         return f"{records.where(row)}: {problem}"
     if form in (RowForm.LABELLED, RowForm.IMAGE):
@@ -227,7 +229,7 @@ FORMS: Mapping[RowForm, tuple[tuple[str, ...], Callable[[Row], str]]] = {
     RowForm.COMPLETION: (("prompt", "completion"), _texts("prompt", "completion")),
     RowForm.TAGS: (("tokens", "tags"), _tagged),
     RowForm.SIMILARITY: (("sentence1", "sentence2", "score"), _compared),
-    RowForm.IMAGE: (("image", "label"), _label_problem),
+    RowForm.IMAGE: ((IMAGE, "label"), _label_problem),
     RowForm.SPEECH: ((AUDIO, "text"), _texts("text")),
     RowForm.LABELLED: (("text", "label"), _labelled),  # `text_pair` is optional
     RowForm.TEXT: (("text",), _texts("text")),

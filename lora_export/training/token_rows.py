@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.options.spelling import named
 from lora_export.training.batches import Batch, CrossEntropy, module_outputs, scores_of
 from lora_export.training.encoders import Tokenise, padded_rows
@@ -25,7 +25,9 @@ from lora_export.training.records.rows import Records
 
 MASKED_PART = 0.15  # of the tokens that a masked language model predicts (Devlin et al. 2019)
 REPLACED_BY_MASK, REPLACED_BY_ANY = 0.8, 0.1  # of these; the others stay as they are
-MIXING = 1e-3  # of the largest score: a difference of packed texts that no rounding in fp32 makes
+# Of the largest score: differences that no rounding in fp32 makes, in rows of another width and of the same one.
+MIXING, READING_AHEAD = 1e-3, 1e-5
+LEAST_READ = 8  # tokens that show whether a model reads ahead
 
 
 class TextPiece(NamedTuple):
@@ -50,10 +52,8 @@ class TokenFile:
         with path.open("wb") as file:
             for row in rows:
                 number = int(row)
-                try:
+                with records.naming(number):
                     ids, trained = tokenise(records[number])
-                except InputRefused as error:
-                    raise InputRefused(f"{records.path}, {records.where(number)}: {error}") from error
                 tokens = np.asarray(ids, np.int32)
                 file.write(np.where(np.asarray(trained, bool), tokens, -1 - tokens).tobytes())
                 self.ends.append(self.ends[-1] + len(ids))
@@ -163,6 +163,33 @@ def causal_rows(file: TokenFile, *, max_length: int, cut: bool, pack: bool, pad_
     numbers = packed_rows(lengths, max_length) if pack else [[item] for item in range(len(pieces))]
     bins = [[pieces[item] for item in items] for items in numbers]
     return CausalRows(file, bins, pad_token, pack)
+
+
+def refuse_reading_ahead(module: nn.Module, data: CausalRows) -> None:
+    """Raise InputRefused where the model reads the token that it is to predict, as an encoder with such a head does.
+
+    Runs the model on the beginning of one text, and again with another last token.
+    """
+    piece = next((piece for row in data.bins for piece in row if piece.stop - piece.start > 1), None)
+    if piece is None:
+        return
+    short = piece._replace(stop=min(piece.stop, piece.start + LEAST_READ))
+    inputs = replace(data, bins=[[short]], is_packed=False).batch([0]).inputs
+    ids = inputs["input_ids"].clone()
+    ids[0, -1] = 0 if ids[0, -1] else 1
+    both = inputs, {**inputs, "input_ids": ids}
+    try:
+        with torch.no_grad():
+            scores, others = (scores_of(module_outputs(module, given))[0, :-1] for given in both)
+    except RuntimeRefused:  # the training itself then fails in words
+        return
+    widest = max(torch.finfo(each.dtype).eps for each in (scores, *module.parameters()) if each.is_floating_point())
+    if (scores - others).abs().max() > max(READING_AHEAD, 4 * widest) * scores.abs().max():
+        raise InputRefused(
+            f"{type(module).__name__} reads the tokens behind the one that it predicts from, so that it would learn to "
+            "copy the next token. Texts train a model that reads in one direction, or one whose class ends with "
+            "ForMaskedLM"
+        )
 
 
 def refuse_mixed_texts(module: nn.Module, data: CausalRows) -> None:

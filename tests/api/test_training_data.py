@@ -76,6 +76,34 @@ def test_a_model_without_a_head_continues_nothing(bases: dict[str, Path], tmp_pa
         encoded(MODEL, rows(tmp_path, *TEXTS))
 
 
+ENCODERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "BertLMHeadModel": (transformers.BertConfig, TEXT),
+    "XLMWithLMHeadModel": (transformers.XLMConfig, {"vocab_size": 60, "emb_dim": 16, "n_layers": 2, "n_heads": 2}),
+    "XLNetLMHeadModel": (transformers.XLNetConfig, {"vocab_size": 60, "d_model": 16, "n_layer": 2, "n_head": 2}),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_model_that_reads_the_next_token_is_refused(name: str, tmp_path: Path) -> None:
+    config, sizes = ENCODERS[name]
+    torch.manual_seed(0)
+    getattr(transformers, name)(config(**sizes)).save_pretrained(tmp_path / "base")
+    with pytest.raises(InputRefused, match=f"{name} reads the tokens behind the one that it predicts from"):
+        encoded(words_tokenizer(tmp_path / "base"), rows(tmp_path, *TEXTS))
+
+
+def test_texts_that_are_cut_or_left_out_are_a_note(bases: dict[str, Path], tmp_path: Path) -> None:
+    prompts = ("a", "a bad film", "very " * 20, "a very good film " * 4)
+    path, lines = rows(tmp_path, *({"prompt": prompt, "completion": "good"} for prompt in prompts)), []
+    assert len(encoded(bases["llama"], path, holdout=0, max_length=4, on_message=lines.append)[0]) == 2
+    assert [line for line in lines if "cut" in line] == [
+        "note: of 4 texts, 3 are cut (max_length=4), and 2 are left out: nothing of what remains of them is predicted"
+    ]
+    lines.clear()
+    encoded(bases["llama"], path, holdout=0, max_length=40, on_message=lines.append)
+    assert not lines
+
+
 def test_a_masked_model_needs_a_mask(bases: dict[str, Path], tmp_path: Path) -> None:
     import transformers as hf
 

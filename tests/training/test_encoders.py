@@ -28,6 +28,7 @@ from lora_export.training.encoders import (
     decoder_shift,
     text_tokens,
 )
+from lora_export.training.records.opening import ImagesByClass
 from lora_export.training.row_forms import LabelKind
 from support.small_models import MODELS, WORDS, words_tokenizer
 
@@ -103,23 +104,25 @@ def test_all_first_sentences_come_before_all_second_ones(tokenizer: Any) -> None
 
 def test_images_are_prepared_as_the_models_processor_does(tmp_path: Path) -> None:
     processor = ViTImageProcessorPil(size={"height": 4, "width": 4})
-    encoder = ImageEncoder(processor, LabelEncoder(LabelKind.CLASS, ("blue", "red")))
+    encoder = ImageEncoder(ImagesByClass(tmp_path, []), processor, LabelEncoder(LabelKind.CLASS, ("blue", "red")))
     Image.new("L", (9, 7), 128).save(tmp_path / "grey.png")
     Image.new("RGB", (5, 5), (255, 0, 0)).save(tmp_path / "red.png")
     rows = [
         {"image": tmp_path / "grey.png", "label": "blue"},
         {"image": Image.open(tmp_path / "red.png"), "label": "red"},
+        {"image": "red.png", "label": "red"},
+        {"image": {"bytes": (tmp_path / "red.png").read_bytes(), "path": "of elsewhere.png"}, "label": "red"},
     ]
     inputs, labels = encoder.collate([encoder.encode(row) for row in rows])
     pixels = inputs["pixel_values"]
-    assert pixels.shape == (2, 3, 4, 4) and labels.tolist() == [0, 1]
-    assert torch.allclose(pixels[1, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))  # (x / 255 - 0.5) / 0.5
+    assert pixels.shape == (4, 3, 4, 4) and labels.tolist() == [0, 1, 1, 1]
+    assert torch.allclose(pixels[1:, :, 0, 0], torch.tensor([[1.0, -1.0, -1.0]] * 3))  # (x / 255 - 0.5) / 0.5
     assert pixels[0].abs().max() < 0.01
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    encoder = ImageEncoder(None, LabelEncoder(LabelKind.CLASS, ("blue", "red")))
+    encoder = ImageEncoder(ImagesByClass(tmp_path, []), None, LabelEncoder(LabelKind.CLASS, ("blue", "red")))
     with pytest.raises(InputRefused, match=r"no image that can be read: cannot identify image file"):
         encoder.encode({"image": tmp_path / "a.png", "label": "red"})
 

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from lora_export.errors import InputRefused
+from lora_export.options.train import TrainingSettings
 from lora_export.training import evaluation as subject
 from lora_export.training.batches import ArrayData, Batch
-from lora_export.training.evaluation import HeadLoss, evaluate, head_loss
+from lora_export.training.evaluation import HeadLoss, evaluate, evaluate_as_trained, head_loss
 
 CPU = torch.device("cpu")
 
@@ -37,13 +38,16 @@ def test_loss_and_gradient_are_those_of_pytorch(bias: bool, monkeypatch: pytest.
     expected = F.cross_entropy(head(other).flatten(0, 1), labels.flatten(), reduction="sum")
     found = HeadLoss(head).total(one, Batch({}, labels))
     torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        own, right = HeadLoss(head).measured(states, Batch({}, labels))
+    assert torch.equal(own, found) and right == (head(states).argmax(-1) == labels).sum()
     (found / 7).backward()
     (expected / 7).backward()
     torch.testing.assert_close(one.grad, other.grad)
     assert one.grad is not None and one.grad.abs().max() > 0.01
     with pytest.raises(InputRefused, match="there is a label 11, but the model scores 11 classes"):
         HeadLoss(head).total(one, Batch({}, labels + 1))
-    with pytest.raises(InputRefused, match=r"scores are \(2, 4\), the labels \(2, 3\)"):
+    with pytest.raises(InputRefused, match=r"scores are \(2, 4, 11\), the labels \(2, 3\)"):
         HeadLoss(head).total(one, Batch({}, labels[:, :3]))
 
 
@@ -81,6 +85,19 @@ def test_models_that_change_their_scores_or_train_their_head_do_not() -> None:
     assert head_loss(trained, data_for(WORDS), CPU, "no") is None  # its head has gradients
     assert head_loss(trained.requires_grad_(False), data_for(WORDS.float()), CPU, "no") is None  # values, not words
     assert head_loss(nn.Linear(2, 2), data_for(WORDS), CPU, "no") is None
+
+
+def test_no_more_scores_are_computed_at_once_than_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(subject, "LEAST_ROWS_AT_ONCE", 2)
+    model, sizes = LlamaForCausalLM(LlamaConfig(**SIZES)).eval(), []
+    data = ArrayData({"input_ids": torch.arange(32).reshape(8, 4) % 11}, torch.arange(32).reshape(8, 4) % 7)
+    expected = evaluate(model, data)  # its head has gradients: all scores at once
+    model.requires_grad_(False)
+    model.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.logits.shape))
+    found = evaluate_as_trained(model, data, TrainingSettings(batch_size=6, accumulate=3), "cpu")
+    assert set(sizes[1:]) == {(2, 4, 8)}  # hidden states, after the example that shows what the model returns
+    assert (found.accuracy, found.count) == (expected.accuracy, 32) and found.loss == pytest.approx(expected.loss)
 
 
 def test_ignored_labels_do_not_count() -> None:

@@ -53,7 +53,7 @@ def adapted(seed: int = 0) -> nn.Module:
     return module
 
 
-OF_FIT = {"device", "held_out", "checkpoints", "resume", "on_step"}
+OF_FIT = {"device", "held_out", "checkpoints", "resume", "on_step", "log"}
 
 
 def fitted(module: nn.Module, data: Data | None = None, **options: Any) -> TrainingHistory:
@@ -375,6 +375,37 @@ def test_an_interruption_within_a_step_loses_that_step_alone(tmp_path: Path) -> 
         fitted(interrupted, epochs=2, checkpoints=checkpoints)
     history = fitted(adapted(), epochs=2, checkpoints=checkpoints, resume=True)
     assert history.losses == expected.losses
+
+
+def test_an_interrupted_evaluation_is_made_and_recorded_on_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, options = Checkpoints(tmp_path / "a.training", {}), {"held_out": noise(), "evaluate_every": 2}
+    expected = fitted(adapted(), **options, epochs=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "evaluate_as_trained", interrupted)
+        fitted(adapted(), **options, epochs=1, checkpoints=checkpoints)
+    log: Any = Log()
+    history = fitted(adapted(), **options, epochs=1, checkpoints=checkpoints, resume=True, log=log)
+    assert history.losses == expected.losses and history.evaluations == expected.evaluations
+    history.write(tmp_path / "all.jsonl")
+    assert (checkpoints.folder / "metrics.jsonl").read_text() == (tmp_path / "all.jsonl").read_text()
+    assert log.written == [*history.steps[1:2], history.evaluations[0], *history.steps[2:], history.evaluations[1]]
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+class Log:
+    def __init__(self) -> None:
+        self.written: list[Any] = []
+
+    def write(self, records: list[Any]) -> None:
+        self.written += records
+
+    def close(self) -> None:
+        pass
 
 
 def test_b_learns_faster_by_its_ratio() -> None:

@@ -59,17 +59,9 @@ def test_a_split_repeats_by_seed() -> None:
     assert first == again != other
 
 
-@pytest.mark.parametrize(
-    ("holdout", "message"),
-    [
-        (0.0, "between 0 and 1"),
-        (1.0, "between 0 and 1"),
-        (0.01, r"10 examples are too few to .* of each class.*holdout=0"),
-    ],
-)
-def test_a_holdout_that_leaves_nothing_is_refused(holdout: float, message: str) -> None:
-    with pytest.raises(InputRefused, match=message):
-        split_rows(groups(5, 5), holdout, seed=0)
+def test_a_holdout_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(InputRefused, match=r"10 examples are too few to .* of each class.*holdout=0"):
+        split_rows(groups(5, 5), 0.01, seed=0)
 
 
 def test_without_classes_no_class_is_named() -> None:

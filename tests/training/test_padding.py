@@ -26,11 +26,15 @@ from lora_export.options.train import TrainingSettings
 from lora_export.training import loop, padding
 from lora_export.training.batches import ArrayData, Batch, CosineError, CrossEntropy, Loss, OwnLoss, SquaredError
 from lora_export.training.evaluation import evaluate
-from lora_export.training.padding import TextParts, groups_by_length, parts_with_less_padding
+from lora_export.training.padding import TextParts, groups_by_length, parts_with_less_padding, text_lengths_of
 
 LENGTHS = (3, 40, 5, 38, 4, 17)
 WIDTH = 40
 SIZES = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "num_attention_heads": 2}
+
+
+def less_padded(batch: Batch, loss: Any, device: str) -> list[Batch]:
+    return parts_with_less_padding(batch, loss, device, text_lengths_of(batch))
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +119,7 @@ def test_the_parts_add_up_to_the_batch(case: str) -> None:
         found = torch.autograd.grad(total, parameters, allow_unused=True)
         return total, [gradient for gradient in found if gradient is not None]
 
-    parts = parts_with_less_padding(whole, loss, "cpu")
+    parts = less_padded(whole, loss, "cpu")
     sizes = [tuple(part.inputs["input_ids"].shape) for part in parts]
     assert len(parts) > 1 and sum(rows for rows, _ in sizes) == 6
     assert sum(rows * width for rows, width in sizes) < 0.85 * 6 * WIDTH
@@ -129,7 +133,7 @@ def test_the_parts_add_up_to_the_batch(case: str) -> None:
 
 def test_rows_of_one_label_stay_together() -> None:
     """The texts of label 1 are as long as the longer of them."""
-    parts = parts_with_less_padding(Batch(texts((3, 40, 5, 3, 4, 17)), torch.arange(3.0)), CosineError(), "cpu")
+    parts = less_padded(Batch(texts((3, 40, 5, 3, 4, 17)), torch.arange(3.0)), CosineError(), "cpu")
     found = {tuple(part.labels.tolist()): part.inputs["attention_mask"].sum(1).tolist() for part in parts}
     assert found == {(1,): [40, 4], (2,): [5, 17], (0,): [3, 3]}
 
@@ -137,7 +141,7 @@ def test_rows_of_one_label_stay_together() -> None:
 def test_labels_of_padding_that_count_are_kept() -> None:
     labels = torch.full((6, WIDTH), -100)
     labels[0, 30] = 1
-    parts = parts_with_less_padding(Batch(texts(), labels), CrossEntropy(), "cpu")
+    parts = less_padded(Batch(texts(), labels), CrossEntropy(), "cpu")
     assert len(parts) > 1 and sum(CrossEntropy().count(part.labels) for part in parts) == 1
 
 
@@ -156,7 +160,7 @@ WHOLE: dict[str, tuple[dict[str, Any], Loss]] = {
 def test_other_batches_stay_whole(case: str) -> None:
     inputs, loss = WHOLE[case]
     batch = Batch(inputs, torch.arange(6))
-    (only,) = parts_with_less_padding(batch, loss, "cpu")
+    (only,) = less_padded(batch, loss, "cpu")
     assert only is batch
 
 
@@ -164,12 +168,12 @@ def test_other_batches_stay_whole(case: str) -> None:
 def test_values_of_tokens_have_no_parts(shape: tuple[int, ...]) -> None:
     """Nothing in floats says which of them are of padding; perhaps they are classes, as many as tokens."""
     batch = Batch(texts(), torch.rand(shape))
-    assert parts_with_less_padding(batch, SquaredError(), "cpu") == [batch]
+    assert less_padded(batch, SquaredError(), "cpu") == [batch]
 
 
 def test_the_part_of_most_tokens_is_the_first() -> None:
     """The memory of activations is measured in it."""
-    parts = parts_with_less_padding(Batch(texts((40, 20, 20, 20, 20, 20)), classes()), CrossEntropy(), "cpu")
+    parts = less_padded(Batch(texts((40, 20, 20, 20, 20, 20)), classes()), CrossEntropy(), "cpu")
     assert [part.inputs["input_ids"].shape for part in parts] == [(5, 20), (1, 40)]
 
 
@@ -221,13 +225,13 @@ def test_a_model_that_cannot_be_copied_gets_whole_batches() -> None:
 
 def test_another_accelerator_is_taken_as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(texts(), classes())
-    assert parts_with_less_padding(batch, CrossEntropy(), "mps") == [batch]
+    assert less_padded(batch, CrossEntropy(), "mps") == [batch]
     monkeypatch.setitem(padding.PART_COST, "cuda", 4)
-    assert len(parts_with_less_padding(batch, CrossEntropy(), "mps")) > 1
+    assert len(less_padded(batch, CrossEntropy(), "mps")) > 1
 
 
 def test_rows_without_a_text_have_one_token() -> None:
-    parts = parts_with_less_padding(Batch(texts((0, 40, 0, 0, 0, 40)), classes()), CrossEntropy(), "cpu")
+    parts = less_padded(Batch(texts((0, 40, 0, 0, 0, 40)), classes()), CrossEntropy(), "cpu")
     assert [tuple(part.inputs["input_ids"].shape) for part in parts] == [(2, 40), (4, 1)]
 
 

@@ -41,7 +41,7 @@ GOOD = {
     RowForm.COMPLETION: {"prompt": "a", "completion": "b"},
     RowForm.TAGS: {"tokens": ["a", "b"], "tags": ["x", "y"]},
     RowForm.SIMILARITY: {"sentence1": "a", "sentence2": "b", "score": -1},
-    RowForm.IMAGE: {"image": "a", "label": ["x", "y"]},
+    RowForm.IMAGE: {"image": "a.jsonl", "label": ["x", "y"]},
     RowForm.SPEECH: {"audio": "a.wav", "text": "a"},
     RowForm.LABELLED: {"text": "a", "label": 0.5, "other": 1},
     RowForm.TEXT: {"text": "a", "tags": []},
@@ -91,7 +91,8 @@ def test_strings_of_a_csv_may_be_numbers(tmp_path: Path) -> None:
     assert (integers.classes, integers.groups.tolist()) == ((9, 10), [1, 0])
     assert label_value("10", integers.classes) == 10 and label_value("10", ("10",)) == "10"
     assert csv(tmp_path, "1", "01").classes == ("01", "1")  # a name
-    assert csv(tmp_path, "1", "0.5").kind is LabelKind.VALUE
+    assert csv(tmp_path, "1", "0.5").kind is csv(tmp_path, "-1e-05", "0.5").kind is LabelKind.VALUE
+    assert str(csv(tmp_path, "1", "0.5")) == "2 examples (classification, a value each)"
     assert csv(tmp_path, "a", "0.5").classes == ("0.5", "a")
 
 
@@ -136,6 +137,8 @@ def test_strings_of_a_csv_may_be_numbers(tmp_path: Path) -> None:
         ([{"messages": [USER, {"role": "assistant", "content": "\ud800"}]}], "`content` contains half a surrogate"),
         ([{"tokens": ["\udfff"], "tags": ["x"]}], "`tokens` contains half a surrogate"),
         ([{"messages": [USER]}], "line 1: no message of the assistant"),
+        ([{"image": "none.png", "label": "x"}], r"line 1: there is no file .*none\.png"),
+        ([{"image": 3, "label": "x"}], "line 1: `image` is 3; it must be the path of an image"),
     ],
 )
 def test_bad_rows_are_refused_with_their_line(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lora_export.training.token_rows import (
     causal_rows,
     packed_rows,
     refuse_mixed_texts,
+    refuse_reading_ahead,
 )
 from support.tiny_models import tiny_llama
 
@@ -110,6 +111,7 @@ def test_a_model_that_mixes_packed_texts_is_refused(tmp_path: Path) -> None:
             return scores
 
     data = causal(tmp_path, {"ids": [5, 6]}, {"ids": [1, 2, 3]}, length=5, pack=True)
+    refuse_reading_ahead(Mixing(), data)
     with pytest.raises(InputRefused, match="Mixing lets packed texts read each other"):
         refuse_mixed_texts(Mixing(), data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import hashlib
@@ -47,6 +48,14 @@ class Records(ABC):
         """Where a row is in its file: `line 7`."""
         return f"row {row + 1}"
 
+    @contextlib.contextmanager
+    def naming(self, row: int) -> Iterator[None]:
+        """Put the place of a row before what a refusal says."""
+        try:
+            yield
+        except InputRefused as error:
+            raise InputRefused(f"{self.path}, {self.where(row)}: {error}") from error
+
     def __getitem__(self, row: int) -> Row:
         """One row, as it was read. A renamed column hides another one of its new name."""
         values, sources = self.read(row), set(self.names.values())
@@ -69,22 +78,25 @@ def with_columns(records: Records, names: Mapping[str, str]) -> Records:
     return renamed
 
 
-# --- Sounds ---
+# --- Sounds and images ---
 
-AUDIO = "audio"  # the column
+AUDIO, IMAGE = "audio", "image"  # the columns
 
 
-def sound_in(records: Records, value: Any) -> Path | bytes:
-    """The file or the bytes of a sound: a path relative to the data, or the `bytes` or `path` of a `datasets` row.
+def file_in(records: Records, value: Any, column: str = AUDIO) -> Any:
+    """The file or the bytes of a sound or image: a path relative to the data, or a `datasets` row's `bytes` or `path`.
 
-    Raises InputRefused for a value of another kind.
+    A Path, and an image of Pillow, is returned as it is. Raises InputRefused for a value of another kind.
     """
+    if isinstance(value, Path) or (column == IMAGE and hasattr(value, "convert")):
+        return value
     if isinstance(value, Mapping):
         if isinstance(content := value.get("bytes"), bytes):
             return content
         value = value.get("path")
-    if not isinstance(value, str | Path) or not str(value).strip():
-        raise InputRefused(f"`{AUDIO}` is {value!r:.80}; it must be the path of a sound")
+    if not isinstance(value, str) or not value.strip():
+        what = "an image" if column == IMAGE else "a sound"
+        raise InputRefused(f"`{column}` is {value!r:.80}; it must be the path of {what}")
     home = records.path if records.path.is_dir() else records.path.parent
     return home / value
 
@@ -96,22 +108,22 @@ def same_label(number: int) -> str:
     return f"all {number} examples have the same label; there is nothing to learn"
 
 
-def sound_problem(records: Records, value: Any) -> str:
-    """What is wrong with the sound of a row, from its header alone; empty where nothing is."""
+def file_problem(records: Records, value: Any, column: str = AUDIO) -> str:
+    """What is wrong with the file of a row, from the header of a sound alone; empty where nothing is."""
     try:
-        found = sound_in(records, value)
+        found = file_in(records, value, column)
         if isinstance(found, Path) and not found.is_file():
             return f"there is no file {found}"
-        return "" if sound_header(found).samples else "the sound has no samples"
+        return "" if column == IMAGE or sound_header(found).samples else "the sound has no samples"
     except InputRefused as error:
         return str(error)
 
 
-def sha256_with_sounds(records: Records) -> str:
+def sha256_with_files(records: Records, column: str = AUDIO) -> str:
     """The hash of the rows and of all files that they name."""
     digest = hashlib.sha256(records.sha256.encode())
     for row in range(len(records)):
-        found = sound_in(records, records[row][AUDIO])
+        found = file_in(records, records[row][column], column)
         if isinstance(found, Path):
             digest.update(file_sha256(found).encode())
     return digest.hexdigest()
@@ -273,6 +285,14 @@ ARROW = ("pyarrow", "pyarrow.parquet")
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # a folder of `datasets` has one of them
 
 
+def _without_filled(value: Any) -> Any:
+    """A value without fields of null: a table fills in those that other messages or tools have."""
+    if isinstance(value, list):
+        return list(map(_without_filled, value))
+    is_row = isinstance(value, dict)
+    return {name: _without_filled(own) for name, own in value.items() if own is not None} if is_row else value
+
+
 class ParquetRows(Records):
     """The rows of a .parquet file.
 
@@ -307,7 +327,7 @@ class ParquetRows(Records):
         return int(self._table.num_rows)
 
     def read(self, row: int) -> Row:
-        return dict(self._table.slice(row, 1).to_pylist()[0])
+        return {name: _without_filled(value) for name, value in self._table.slice(row, 1).to_pylist()[0].items()}
 
 
 class SavedDataset(Records):
@@ -331,9 +351,10 @@ class SavedDataset(Records):
             if isinstance(feature, datasets.Audio):  # its bytes: `datasets` would need one more package to decode them
                 loaded = loaded.cast_column(name, datasets.Audio(decode=False))
         self._dataset = loaded
-        self._names = {
-            name: feature for name, feature in loaded.features.items() if isinstance(feature, datasets.ClassLabel)
-        }
+        kinds = {
+            name: getattr(feature, "feature", feature) for name, feature in loaded.features.items()
+        }  # or of a list
+        self._names = {name: kind for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
         hashes = (f"{file.relative_to(path)} {file_sha256(file)}\n" for file in regular_files(path))
         self.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -341,12 +362,14 @@ class SavedDataset(Records):
         return len(self._dataset)
 
     def read(self, row: int) -> Row:
-        values: dict[str, Any] = dict(self._dataset[row])
-        for name, feature in self._names.items():
-            if values[name] is not None:
-                if values[name] not in range(feature.num_classes):  # -1 where nobody gave a label
-                    raise InputRefused(
-                        f"`{name}` is {values[name]}, and its classes are 0 to {feature.num_classes - 1}"
-                    )
-                values[name] = feature.int2str(values[name])
+        values = {name: _without_filled(value) for name, value in self._dataset[row].items()}
+        for name, kind in self._names.items():
+            numbers = values[name] if isinstance(values[name], list) else [values[name]]
+            if outside := [
+                number for number in numbers if number is not None and number not in range(kind.num_classes)
+            ]:
+                what = f"`{name}` is {outside[0]}, and its classes are 0 to {kind.num_classes - 1}"
+                raise InputRefused(f"{self.path}, {self.where(row)}: {what}")  # -1 where nobody gave a label
+            found = [None if number is None else kind.int2str(number) for number in numbers]
+            values[name] = found if isinstance(values[name], list) else found[0]
         return values

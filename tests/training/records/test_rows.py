@@ -9,7 +9,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.training.records.opening import DescribedSounds
-from lora_export.training.records.rows import JsonLines, sha256_with_sounds, sound_in, sound_problem, with_columns
+from lora_export.training.records.rows import JsonLines, file_in, file_problem, sha256_with_files, with_columns
 from lora_export.training.row_forms import RowForm, form_of, survey
 from support.sounds import write_sound
 
@@ -40,15 +40,15 @@ def lines(folder: Path, *rows: dict[str, object]) -> JsonLines:
 
 def test_paths_are_relative_to_the_data(tmp_path: Path) -> None:
     records = lines(tmp_path, {"audio": "a.wav", "text": "one"})
-    assert sound_in(records, "sub/a.wav") == tmp_path / "sub/a.wav"
-    assert sound_in(records, {"path": "a.wav", "bytes": None}) == tmp_path / "a.wav"
-    assert sound_in(records, {"path": "a.wav", "bytes": b"RIFF"}) == b"RIFF"
-    assert sound_in(records, str(tmp_path / "b.wav")) == tmp_path / "b.wav"
+    assert file_in(records, "sub/a.wav") == tmp_path / "sub/a.wav"
+    assert file_in(records, {"path": "a.wav", "bytes": None}) == tmp_path / "a.wav"
+    assert file_in(records, {"path": "a.wav", "bytes": b"RIFF"}) == b"RIFF"
+    assert file_in(records, str(tmp_path / "b.wav")) == tmp_path / "b.wav"
     (tmp_path / "metadata.csv").write_text("file_name,text\nb.wav,two\n")
-    assert sound_in(DescribedSounds(tmp_path), "b.wav") == tmp_path / "b.wav"
+    assert file_in(DescribedSounds(tmp_path), "b.wav") == tmp_path / "b.wav"
     for wrong in (None, 3, "", {"path": None}):
         with pytest.raises(InputRefused, match=r"`audio` is .*; it must be the path of a"):
-            sound_in(records, wrong)
+            file_in(records, wrong)
 
 
 def test_every_row_is_checked_with_its_line(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_every_row_is_checked_with_its_line(tmp_path: Path) -> None:
     good = {"audio": "a.wav", "text": "one"}
     records = lines(tmp_path, good, {**good, "audio": "none.wav"}, {**good, "audio": "b.mp3"}, {**good, "text": " "},
                     {**good, "audio": 7}, {"text": "x"}, {**good, "audio": "short.wav"})  # fmt: skip
-    assert form_of(records) is RowForm.SPEECH and sound_problem(records, "a.wav") == ""
+    assert form_of(records) is RowForm.SPEECH and file_problem(records, "a.wav") == ""
     with pytest.raises(InputRefused) as caught:
         survey(records, RowForm.SPEECH)
     assert str(caught.value).splitlines()[1:] == [
@@ -70,13 +70,13 @@ def test_every_row_is_checked_with_its_line(tmp_path: Path) -> None:
         "  line 6: no `audio`",
         "  and 1 more",
     ]
-    assert sound_problem(records, "short.wav") == "the sound has no samples"
+    assert file_problem(records, "short.wav") == "the sound has no samples"
     assert str(survey(lines(tmp_path, good), RowForm.SPEECH)) == "1 example (automatic-speech-recognition)"
 
 
 def test_the_hash_is_that_of_the_sounds_too(tmp_path: Path) -> None:
     records = lines(tmp_path, {"audio": "a.wav", "text": "one"})
     write_sound(tmp_path / "a.wav")
-    before = sha256_with_sounds(records)
+    before = sha256_with_files(records)
     write_sound(tmp_path / "a.wav", seed=1)
-    assert before != sha256_with_sounds(records) and before != records.sha256
+    assert before != sha256_with_files(records) and before != records.sha256

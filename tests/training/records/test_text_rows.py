@@ -104,6 +104,9 @@ def test_parquet_rows_are_mapped_by_number(tmp_path: Path) -> None:
     assert len(rows) == 3 and rows.where(1) == "row 2"
     assert rows[1] == {"text": "two", "label": 0, "tags": []}
     assert rows[2] == {"text": "three", "label": None, "tags": ["b", "c"]}
+    tools = [{"name": "f", "takes": {"x": 1}}, {"name": "g", "takes": {"y": 2}}]  # a table fills in what others have
+    pyarrow.parquet.write_table(pyarrow.table({"tools": [tools]}), tmp_path / "b.parquet")
+    assert ParquetRows(tmp_path / "b.parquet")[0] == {"tools": tools}
 
 
 def test_the_unpacked_file_is_removed_with_its_reader(tmp_path: Path) -> None:
@@ -122,17 +125,20 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_saved_dataset_gives_names_of_classes(tmp_path: Path) -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    saved = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features)
-    datasets.Dataset.from_dict({"text": ["a"], "label": [-1]}, features).save_to_disk(tmp_path / "unlabelled")
+    classes = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": classes, "tags": datasets.List(classes)})
+    saved = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0], "tags": [[0, 1], []]}, features)
+    unlabelled = datasets.Dataset.from_dict({"text": ["a"], "label": [-1], "tags": [[]]}, features)
+    unlabelled.save_to_disk(tmp_path / "unlabelled")
     saved.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "splits")
     datasets.DatasetDict({"test": saved}).save_to_disk(tmp_path / "test_only")
     rows = SavedDataset(tmp_path / "one")
-    assert [rows[0], rows[1]] == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
+    first = {"text": "a", "label": "yes", "tags": ["no", "yes"]}
+    assert [rows[0], rows[1]] == [first, {"text": "b", "label": "no", "tags": []}]
     assert len(SavedDataset(tmp_path / "splits")) == 2
     assert len({rows.sha256, SavedDataset(tmp_path / "splits").sha256}) == 2
-    with pytest.raises(InputRefused, match="`label` is -1, and its classes are 0 to 1"):
+    with pytest.raises(InputRefused, match="unlabelled, row 1: `label` is -1, and its classes are 0 to 1"):
         SavedDataset(tmp_path / "unlabelled").read(0)
     with pytest.raises(InputRefused, match="no split `train`; give one of test as a folder"):
         SavedDataset(tmp_path / "test_only")
