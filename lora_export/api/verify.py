@@ -336,7 +336,9 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
             f"give {named('model')}, to judge what CANDIDATE computes, or {named('base')}, to judge its weights"
         )
     if model is None and (names := [named(name) for name in request.chosen_of(Judging)]):
-        raise WrongUsage(f"{' and '.join(names)}: with {named('base')} nothing is run. It belongs to {named('model')}")
+        raise WrongUsage(
+            f"{' and '.join(names)}: with {named('base')} nothing is run. How CANDIDATE is run is for {named('model')}"
+        )
     if model is None and is_graph:
         raise WrongUsage(
             f"{named('base')} alone judges checkpoints; what an .onnx computes is judged with {named('model')}"

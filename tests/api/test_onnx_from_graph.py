@@ -396,6 +396,7 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(tmp_path: Path, 
     ("words", "told"),
     [
         (("--provider", "cpu", "--timeout", "9", "--memory", "9"), "--timeout and --memory"),
+        (("--provider", "cuda"), "--provider"),  # which no machine without a GPU has
         (("--lora", "rows", "--timeout", "9", "--model", SPOTTER), "--model"),  # a run may measure shapes
     ],
 )
