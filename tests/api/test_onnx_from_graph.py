@@ -388,8 +388,9 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(tmp_path: Path, 
 
     assert verified("fr", "--dtype", "float16")[0] == 0
     assert verified("scaled", "--dtype", "float16")[0] == 4
-    assert call("verify", out, "--model", factory, "-a", tmp_path / "fr") == 8
-    assert "The candidate is in half precision: --dtype float16" in capsys.readouterr().err
+    for words in ((), ("--dtype", "bfloat16")):
+        assert call("verify", out, "--model", factory, "-a", tmp_path / "fr", *words) == 8
+        assert "The candidate is in half precision: --dtype float16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
