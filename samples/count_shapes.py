@@ -28,6 +28,7 @@ import lora_export as le
 from lora_export.options.train import TrainingSettings
 from lora_export.training.batches import ArrayData
 from lora_export.training.loop import fit
+from new_folder import new_folder
 
 SIDE, PATCH = 32, 8  # pixels
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -135,5 +136,5 @@ def main(folder: Path) -> Result:
 
 
 if __name__ == "__main__":
-    result = main(Path(sys.argv[1] if len(sys.argv) > 1 else "shapes-output"))
+    result = main(new_folder("shapes-output"))
     sys.exit(result.adapter <= result.head_alone)

@@ -15,7 +15,6 @@ import importlib.resources
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 import docstrings
 import lora_export as le
+from new_folder import new_folder
 
 TRAINING = {"rank": 8, "alpha": 16, "target": "all-linear", "epochs": 4, "batch_size": 16, "learning_rate": 2e-3}
 HELD_OUT = 5  # of so many texts, one is not trained on
@@ -224,4 +224,4 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "quantised-output"))
+    main(new_folder("quantised-output"))

@@ -27,6 +27,7 @@ from lora_export.options.train import TrainingSettings
 from lora_export.training.batches import ArrayData
 from lora_export.training.checkpoint import TrainingHistory
 from lora_export.training.loop import fit
+from new_folder import new_folder
 
 PACKAGES = [name for name in docstrings.PACKAGES if name != "encodings"]  # which is tables, not code
 TOKENS, CONTEXT = 1024, 64  # in the vocabulary, and in a row
@@ -126,5 +127,5 @@ def main(folder: Path) -> Result:
 
 
 if __name__ == "__main__":
-    result = main(Path(sys.argv[1] if len(sys.argv) > 1 else "gpt-output"))
+    result = main(new_folder("gpt-output"))
     sys.exit(result.loss >= result.loss_without)

@@ -8,7 +8,6 @@ FOLDER gets the adapters `rank-4` and `rank-16`, and the table that is printed a
 from __future__ import annotations
 
 import importlib.resources
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +17,7 @@ import docstrings
 import lora_export as le
 from lora_export.api.train import TrainResult
 from lora_export.report.training import TITLES, comparison_rows
+from new_folder import new_folder
 
 TRAINING = {"rank": [4, 16], "compare": ["full", "frozen"], "target": "query,value"}
 TRAINING |= {"epochs": 2, "batch_size": 16, "learning_rate": 5e-3, "max_length": 32}
@@ -41,4 +41,4 @@ def main(folder: Path) -> TrainResult:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "strategies-output"))
+    main(new_folder("strategies-output"))

@@ -46,7 +46,9 @@ def token_ids(
     empty prompt, for ids that the model does not have, and for a sound or an image.
     """
     if isinstance(prompt, Path | np.ndarray):
-        raise InputRefused("the model reads texts: a prompt is a text, or a list of token ids")
+        raise InputRefused(
+            "the model reads texts alone, no sounds and no images: a prompt is a text, or a list of token ids"
+        )
     if isinstance(prompt, str):
         if chat:
             messages = [{"role": "user", "content": prompt}]

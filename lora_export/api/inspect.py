@@ -143,8 +143,10 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         artifact.refuse_changed_weights()
     if options.checkpoint is not None and artifact.kind is not ArtifactKind.GRAPH:
         raise WrongUsage(f"{named('checkpoint')} names the weights of an .onnx file")
-    if options.check and (damaged := damage(path)):
-        raise InputRefused(f"{path} is not what was written:", listed(damaged))
+    if options.check:
+        if damaged := damage(path):
+            raise InputRefused(f"{path} is not what was written:", listed(damaged))
+        options.on_message(f"note: every file that the record of {path} names is what was written")
     is_model = artifact.kind.is_checkpoint and not options.reading.stored_adapter and task_adapters.recognises(path)
     if formats.recognised(own := formats.located(path)) and not is_model:
         adapter = formats.load(path, options=options.reading, activated=True)

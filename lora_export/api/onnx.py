@@ -67,9 +67,11 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     with no_adapter_as_model(model, options.adapters), stated_memory(options.memory):
         refuse_no_source(model, or_graph=True)
         request = checked_request(options, model)
-        require_provider(request.provider)
+        is_graph = names_kind(model, ArtifactKind.GRAPH)
+        if request.verify or _runs_without_proof(request, is_graph=is_graph):
+            require_provider(request.provider)
         # A graph needs no PyTorch: only what is used is imported, before there is an output to remove again.
-        if not names_kind(model, ArtifactKind.GRAPH):
+        if not is_graph:
             from lora_export.api.onnx_from_model import export_from_model
 
             with pytorch_turn():
@@ -170,17 +172,26 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
 def _note_without_proof(options: OnnxRequest, *, is_graph: bool) -> None:
     """Name the options of the proof, where there is none, and a provider that the proof would find lacking.
 
-    The shapes of a graph for rows may be measured by a run. An export may have no other example than `inputs`. Whether
-    there is a provider for bf16 is checked before a graph is quantised.
+    An export may have no other example than `inputs`.
     """
     unused = ["reference"] if is_graph else []
     if not (is_graph and options.by_row):
         unused += ["timeout", "memory", *(["inputs"] if is_graph else [])]
-        unused += [] if options.quantize and options.dtype == "bfloat16" else ["provider"]
+    if not _runs_without_proof(options, is_graph=is_graph):
+        unused += ["provider"]
     if names := [named(name) for name in unused if name in options.chosen()]:
         options.on_message(f"note: no effect without a proof ({named('verify', False)}): {' and '.join(names)}")
     if options.dtype == "bfloat16" and options.provider == "cpu":
         options.on_message("note: onnxruntime's CPU provider has no kernels for bfloat16: it does not load the graph")
+
+
+def _runs_without_proof(options: OnnxRequest, *, is_graph: bool) -> bool:
+    """Whether a provider counts without a proof.
+
+    The shapes of a graph for rows may be measured by a run, and whether there is a provider for bf16 is checked before
+    a graph is quantised.
+    """
+    return (is_graph and options.by_row) or (options.quantize is not None and options.dtype == "bfloat16")
 
 
 def _refuse_beside_parts(options: OnnxRequest) -> None:

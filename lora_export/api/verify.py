@@ -335,9 +335,9 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
         raise WrongUsage(
             f"give {named('model')}, to judge what CANDIDATE computes, or {named('base')}, to judge its weights"
         )
-    if model is None and request.chosen_of(Judging):
+    if model is None and (names := [named(name) for name in request.chosen_of(Judging)]):
         raise WrongUsage(
-            f"with {named('base')} nothing is run: options on how to run CANDIDATE belong to {named('model')}"
+            f"{' and '.join(names)}: with {named('base')} nothing is run. How CANDIDATE is run is for {named('model')}"
         )
     if model is None and is_graph:
         raise WrongUsage(

@@ -55,7 +55,7 @@ FAILURE_KINDS = {
 PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
 INSTALL_PYTORCH = "pip install torch onnxscript (`lora-export guide install`)"  # what the core lacks
 _PASSWORD = re.compile(r"://[^/\s]*@")  # of an address, which is refused, and would be shown by its refusal
-STDOUT = "lora_export.stdout"  # in the context's `meta`: the stream for the document of --json
+STDOUT = "lora_export.stdout"  # in the context's `meta`: the stream for the document of --json, and its descriptor
 NO_THREAD = "can't start new thread"  # Python's message where there is no memory for the stack of a thread
 
 
@@ -258,17 +258,45 @@ def show_failure(failure: Failure, invocation: Invocation) -> None:
 
 @contextlib.contextmanager
 def stdout_for_a_document() -> Iterator[None]:
-    """Leave stdout to `print_json` within the block. What else is printed, as by a model's own code, is on stderr."""
-    click.get_current_context().meta[STDOUT] = sys.stdout or io.StringIO()  # where it was closed
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    """Leave stdout to `print_json` within the block.
+
+    What else is printed, as by a model's own code or by a process that it starts, is on stderr.
+    """
+    meta = click.get_current_context().meta
+    with contextlib.suppress(OSError, AttributeError):  # it is closed
+        sys.stdout.flush()
+    with _stdout_to(2) as descriptor:
+        meta[STDOUT] = sys.stdout or io.StringIO(), descriptor  # where it was closed
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        finally:
+            del meta[STDOUT]
+
+
+@contextlib.contextmanager
+def _stdout_to(descriptor: int) -> Iterator[int]:
+    """Make descriptor 1 a copy of another within the block. Yields a copy of what it was; 1 where one is closed."""
+    try:
+        former = os.dup(1)
+        os.dup2(descriptor, 1)
+    except OSError:
+        yield 1
+        return
+    try:
+        yield former
+    finally:
+        os.dup2(former, 1)
+        os.close(former)
 
 
 def print_json(document: Any, indent: int | None = None) -> None:
     """Print the one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
     context = click.get_current_context(silent=True)
     text = json.dumps(document, allow_nan=False, indent=indent).replace("##[", "##\\u005b")
-    click.echo(text, file=context.meta.get(STDOUT) if context else None)
+    stream, descriptor = context.meta.get(STDOUT, (None, 1)) if context else (None, 1)
+    with _stdout_to(descriptor):
+        click.echo(text, file=stream)
 
 
 def print_message(line: str) -> None:

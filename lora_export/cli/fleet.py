@@ -53,5 +53,6 @@ def _show(document: dict[str, Any], *, is_plan: bool) -> None:
         print_table(to, table if every or len(table) <= SHOWN_ROWS else fleet.fleet_table(document, every=False))
         for job in document["jobs"]:
             if job["outcome"] not in (*fleet.RIGHT_OUTCOMES, "not run", "not done"):
-                print_line(to, fleet.problem_line(job))
+                for line in fleet.problem_lines(job, every=every):
+                    print_line(to, line)
     click.echo(fleet.headline_of_fleet(document))

@@ -24,7 +24,7 @@ from lora_export.fleet.steps import FleetJob
 from lora_export.fleet.worker import GRAPHS, JobBatch, JobRequest, perform
 from lora_export.options.fleet import FleetOptions
 from lora_export.options.spelling import is_command_line
-from lora_export.report.fleet import problem_line
+from lora_export.report.fleet import problem_lines
 from lora_export.runtime.memory import available_memory
 from lora_export.storage import atomic_output
 from lora_export.storage.artifact_kinds import ArtifactKind
@@ -185,7 +185,7 @@ class _Run:
         if record["outcome"] in GOOD:
             self.needs.learn(job, record["seconds"])
         else:
-            self.on_message(problem_line({**record, "adapter": job.adapter, "step": job.step}))
+            self.on_message(*problem_lines({**record, "adapter": job.adapter, "step": job.step}))
 
     def _report(self, left: int) -> None:
         """Report how many jobs are known, and the rate of this run."""

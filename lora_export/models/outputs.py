@@ -23,9 +23,13 @@ def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
     """The tensors in a module's outputs, by a mapping's own keys, or as `output_0`, `output_1` … in order.
 
     The names of nested tensors are joined with a dot. Values that are no tensors are left out. Raises
-    RuntimeRefused where no tensor is found.
+    RuntimeRefused where no tensor is found, and where two have one name.
     """
-    named = dict(_named(outputs))
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in _named(outputs):
+        if name in named:
+            raise RuntimeRefused(f"the model returns two outputs of the name {name}. Give each a name of its own")
+        named[name] = tensor
     if not named:
         raise RuntimeRefused(f"the model returned {type(outputs).__name__}, which contains no tensors")
     return named

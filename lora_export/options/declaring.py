@@ -85,7 +85,8 @@ class Only:
         if found in self.instead:
             return spelled(self.instead[found])
         first, *more = self.values
-        words = spelled(self.words) or " and ".join([named(self.other, first), *map(str, more)])
+        *others, last = [named(self.other, first), *map(str, more)]
+        words = spelled(self.words) or " and ".join(filter(None, [", ".join(others), last]))
         return f"{self.verb} {words}{f': {spelled(self.because)}' if self.because else ''}"
 
 

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -38,6 +38,8 @@ from lora_export.plan.types import TensorSpec
 if TYPE_CHECKING:
     from lora_export.names.architecture import ArchitectureRules
     from lora_export.names.diffusion_layouts import OtherLayout
+
+_Change = TypeVar("_Change")
 
 
 def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> SpelledAdapter:
@@ -105,8 +107,8 @@ def _refuse_two_answers(adapter: Adapter, one: Attempt, other: Attempt) -> None:
         if first != second:
             raise InputRefused(
                 f"the names of adapter {adapter.name} fit the base in two ways: {adapter.spelled(module)} is "
-                f"{', '.join(first)} by {one.meaning}, and {', '.join(second)} by {other.meaning}. Nothing was "
-                "written. Rename the adapter's modules as the base spells them, by "
+                f"{', '.join(first)} by {one.meaning}, and {', '.join(second)} by {other.meaning}. "
+                "Rename the adapter's modules as the base spells them, by "
                 f"{named('prefixes')} where a prefix is enough"
             )
 
@@ -273,21 +275,13 @@ class Respelling:
 
     def result(self) -> SpelledAdapter:
         attempt, adapter = self.attempt, self.adapter
-        pairs: dict[str, LoraPair] = {}
-        owners: dict[str, str] = {}
-        for module, pair in adapter.pairs.items():
-            for name, part in self._pairs(module, pair):
-                if name in pairs:
-                    self._refuse_second(name, owners[name], module)
-                pairs[name], owners[name] = part, module
+        pairs = self._each_once((module, self._pairs(module, pair)) for module, pair in adapter.pairs.items())
         biases = self._arrays({f"{module}.bias": change for module, change in adapter.biases.items()})
         added, replaced = self._arrays(adapter.added), self._arrays(adapter.replaced)
-        token_rows = {
-            name: rows
+        token_rows = self._each_once(
+            (tensor, [(name, rows) for name, place in self._tensor(tensor, ()) if self._is_whole(place, tensor)])
             for tensor, rows in adapter.token_rows.items()
-            for name, place in self._tensor(tensor, ())
-            if self._is_whole(place, tensor)
-        }
+        )
         spelled = replace(
             adapter,
             pairs=pairs,
@@ -309,11 +303,21 @@ class Respelling:
         )
 
     def _arrays(self, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        return {
-            name: place.of_array(value)
+        return self._each_once(
+            (tensor, [(name, place.of_array(value)) for name, place in self._tensor(tensor, value.shape)])
             for tensor, value in values.items()
-            for name, place in self._tensor(tensor, value.shape)
-        }
+        )
+
+    def _each_once(self, found: Iterable[tuple[str, Iterable[tuple[str, _Change]]]]) -> dict[str, _Change]:
+        """New name -> change, of what each module or tensor of the adapter becomes. Two of one name are a misfit."""
+        changes: dict[str, _Change] = {}
+        owners: dict[str, str] = {}
+        for owner, named_changes in found:
+            for name, change in named_changes:
+                if name in changes:
+                    self._refuse_second(name, owners[name], owner)
+                changes[name], owners[name] = change, owner
+        return changes
 
     def _pairs(self, module: str, pair: LoraPair) -> Iterable[tuple[str, LoraPair]]:
         tensor = self.attempt.tensor_of(module)

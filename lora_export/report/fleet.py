@@ -129,9 +129,10 @@ def write_fleet_report(path: Path, document: FleetDocument) -> None:
     replace_report(path, FLEET_REPORTS[path.suffix](document))
 
 
-def problem_line(job: Mapping[str, Any]) -> str:
-    """A job that is not right, in one line."""
-    return one_line(f"{job['adapter']}, {job['step']}: {outcome_and_message(job).partition(chr(10))[0]}")
+def problem_lines(job: Mapping[str, Any], *, every: bool = False) -> list[str]:
+    """A job that is not right, in one line; with `every`, and all lines of its message."""
+    lines = f"{job['adapter']}, {job['step']}: {outcome_and_message(job)}".split("\n")
+    return [one_line(line) for line in lines[: None if every else 1]]
 
 
 def outcome_and_message(job: Mapping[str, Any]) -> str:

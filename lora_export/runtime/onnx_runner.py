@@ -243,7 +243,8 @@ class OnnxRunner(AdaptersByInput):
         return any(value.type == "tensor(bfloat16)" for value in values)
 
     def _outputs(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
-        if not (self.is_onnxruntimes and self._has_bfloat16):
+        is_narrow = self._has_bfloat16 or any(array.dtype.name == "bfloat16" for array in inputs.values())
+        if not (self.is_onnxruntimes and is_narrow):
             outputs: list[NDArray[Any]] = self.session.run(names, inputs, self._run_options)
             return outputs
         ort = import_onnxruntime()

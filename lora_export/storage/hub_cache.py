@@ -147,6 +147,8 @@ def locate(source: str | Path, on_message: Callable[[str], None], download: bool
     text = str(source)
     if is_hub_address(source):
         return _at_address(text, on_message)
+    if Path(text).is_dir() and not os.access(text, os.R_OK | os.X_OK):
+        raise InputRefused(f"{one_line(text)}: Permission denied")
     path = newly_opened(source)
     match = WITH_REVISION.fullmatch(text)
     if match is None or os.path.lexists(text) or Path(text).suffix in FILES:

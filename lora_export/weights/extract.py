@@ -216,7 +216,9 @@ class _Extraction:
                 f"{named('exclude', 'NAME')} (a tensor, a module or a glob) leaves them out of the adapter",
             )
         if not self.pairs and not whole:
-            raise InputRefused(f"{self.tuned.path} has the weights of {self.base.path}: there is nothing to extract")
+            what = f"all that differs from {self.base.path} is excluded ({named('exclude')})"
+            what = what if self.excluded else f"it has the weights of {self.base.path}"
+            raise InputRefused(f"there is nothing to extract from {self.tuned.path}: {what}")
         adapter = Adapter(name, "extracted", self.pairs, replaced=whole, layouts=self.layouts, tied=self.tied)
         return Extracted(adapter, tuple(self.layers), tuple(whole), tuple(self.excluded))
 

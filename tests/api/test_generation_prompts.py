@@ -90,7 +90,7 @@ def test_image_files_go_through_the_processor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("encoder", "prompts", "message"),
     [
-        (TEXTS, [np.zeros((8, 40))], "the model reads texts: a prompt is a text, or a list of token ids"),
+        (TEXTS, [np.zeros((8, 40))], "the model reads texts alone, no sounds and no images: a prompt is a text"),
         (TEXTS, [Path("a.wav")], "the model reads texts"),
         (SPEECH, ["a.wav"], r"the model reads sounds: a prompt is the path of a sound, or an array"),
         (SPEECH, [[1, 2]], "the model reads sounds"),

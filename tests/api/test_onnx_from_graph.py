@@ -388,14 +388,16 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(tmp_path: Path, 
 
     assert verified("fr", "--dtype", "float16")[0] == 0
     assert verified("scaled", "--dtype", "float16")[0] == 4
-    assert call("verify", out, "--model", factory, "-a", tmp_path / "fr") == 8
-    assert "The candidate is in half precision: --dtype float16" in capsys.readouterr().err
+    for words in ((), ("--dtype", "bfloat16")):
+        assert call("verify", out, "--model", factory, "-a", tmp_path / "fr", *words) == 8
+        assert "The candidate is in half precision: --dtype float16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (("--provider", "cpu", "--timeout", "9", "--memory", "9"), "--timeout and --memory"),
+        (("--provider", "cuda"), "--provider"),  # which no machine without a GPU has
         (("--lora", "rows", "--timeout", "9", "--model", SPOTTER), "--model"),  # a run may measure shapes
     ],
 )

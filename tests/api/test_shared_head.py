@@ -124,5 +124,5 @@ def test_what_has_no_head_or_no_swap_is_refused(place: Path, tmp_path: Path) -> 
     peft_adapter(tmp_path / "fr", {"fc": ([[1, 2, 3]], [[1], [2]])})
     with pytest.raises(InputRefused, match="fr saves no tensor whole"):
         le.merge(tmp_path / "base.safetensors", tmp_path / "fr", tmp_path / "m.safetensors", only_head=True)
-    with pytest.raises(WrongUsage, match='ignore_head= is for lora="inputs" and rows'):
+    with pytest.raises(WrongUsage, match='ignore_head= is for lora="inputs", rows and slots'):
         le.export_onnx(SPOTTER, tmp_path / "m.onnx", adapters=place / "fr", ignore_head=True)

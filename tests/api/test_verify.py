@@ -30,9 +30,9 @@ def test_a_right_graph_is_the_same(place: Path, tmp_path: Path, capsys: pytest.C
     ("options", "message"),
     [
         ({}, "give model="),
-        ({"base": "b", "input_seed": 1}, "with base= nothing is run"),
+        ({"base": "b", "input_seed": 1}, "^input_seed=: with base= nothing is run"),
         ({"base": "b", "input_seed": 0}, "with base= nothing is run"),
-        ({"base": "b", "trace": True}, "with base= nothing is run"),
+        ({"base": "b", "trace": True, "atol": 1.0}, "^atol= and trace=: with base= nothing is run"),
         ({"base": "b"}, "base= alone judges checkpoints"),
         ({"model": MODEL, "base": "b.safetensors"}, r"base= beside model= is .* made from\. Leave base= out$"),
     ],

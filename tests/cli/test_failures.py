@@ -22,6 +22,7 @@ import lora_export.api.check
 import lora_export.api.merge
 import lora_export.api.verify
 from lora_export import cli, errors
+from lora_export.cli import failures
 from lora_export.cli.failures import Invocation, Terminated, failure_of
 from lora_export.models.load import load_model
 from lora_export.storage import atomic_output
@@ -112,6 +113,17 @@ def test_a_failure_is_the_one_json_document_on_stdout(place: Path, case: str, ca
     assert document["error"].partition("\n")[0] in message
     assert document["command"] == ["lora-export", *arguments, "--json"]
     assert not list(place.glob("out*"))
+
+
+def test_a_document_is_alone_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    with click.Context(click.Command("verify")), failures.stdout_for_a_document():
+        print("a model's own code")
+        subprocess.run([sys.executable, "-c", "print('a process of it')"], check=True)
+        failures.print_json({"outcome": "same"})
+        subprocess.run([sys.executable, "-c", "print('another')"], check=True)
+    told = capfd.readouterr()
+    assert told.out == '{"outcome": "same"}\n'
+    assert told.err.split("\n")[:3] == ["a model's own code", "a process of it", "another"]
 
 
 def test_misfits_and_figures_are_in_the_document(place: Path, capsys: Capture) -> None:

@@ -310,6 +310,7 @@ def test_a_merged_folder_is_checked_against_what_was_recorded(place, capsys, nam
     recorded = json.loads((place / "out/lora_export.json").read_text())
     assert list(recorded["base"]["model.safetensors"]) == [name]
     assert cli.run(["inspect", str(place / "out"), "--check"]) == 0
+    assert f"note: every file that the record of {place / 'out'} names is what was written" in capsys.readouterr().err
     with (place / "out/model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")

@@ -540,7 +540,7 @@ def test_a_rank_above_the_fixed_one_is_refused_with_both(
     code, found = answer(capsys, "onnx", place / "base.onnx", "-a", place / "fr", *words)
     assert code == 3 and "fr, head.weight: rank 4 > 3" in found["error"] and not list(tmp_path.iterdir())
     code, found = answer(capsys, "onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--max-rank", "4")
-    assert code == 2 and "--max-rank is for --lora inputs and rows" in found["error"]
+    assert code == 2 and "--max-rank is for --lora inputs, rows and slots" in found["error"]
 
 
 @pytest.mark.slow

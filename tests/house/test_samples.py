@@ -107,6 +107,17 @@ def test_the_demo_deletes_no_folder_of_others(tmp_path: Path, capsys: Capture) -
     assert (tmp_path / "thesis.tex").exists() and "not the folder of an earlier demo" in capsys.readouterr().out
 
 
+def test_a_sample_ends_where_its_folder_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from new_folder import new_folder
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["small_gpt.py"])
+    folder = new_folder("gpt-output")
+    folder.mkdir()
+    with pytest.raises(SystemExit, match=r"^gpt-output exists already\. Remove it, or .* python small_gpt.py FOLDER$"):
+        new_folder("gpt-output")
+
+
 def test_the_extra_of_the_demo_has_what_its_comparison_needs() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (own,) = (line for line in extras["demo"] if line.startswith("lora-export["))

@@ -41,6 +41,12 @@ def test_outputs_without_a_tensor_are_refused() -> None:
         named_outputs({"loss": None})
 
 
+@pytest.mark.parametrize("outputs", [{0: ONE, "0": TWO}, {"a": {"b": ONE}, "a.b": TWO}], ids=["keys", "nested"])
+def test_two_outputs_of_one_name_are_refused(outputs: object) -> None:
+    with pytest.raises(RuntimeRefused, match=r"two outputs of the name (0|a\.b)\. Give each"):
+        named_outputs(outputs)
+
+
 @dataclass
 class Scores:
     scores: Tensor

@@ -111,11 +111,17 @@ def test_a_change_of_another_size_is_refused_by_name():
         plan.make([holding(pairs={"double_blocks.0.img_attn.qkv": pair})], flux_specs(**QKV))
 
 
-def test_a_change_of_both_layouts_in_one_adapter_is_refused():
-    pairs = {"double_blocks.0.img_attn.qkv": LoraPair(a=np.ones((2, 3)), b=np.ones((12, 2)), scale=1)}
-    pairs |= {"transformer_blocks.0.attn.to_q": LoraPair(a=np.ones((2, 3)), b=np.ones((4, 2)), scale=1)}
-    with pytest.raises(MatchError, match=r"img_attn.qkv changes .*to_q too: one may repeat the other"):
-        plan.make([holding(pairs=pairs)], flux_specs(**QKV))
+@pytest.mark.parametrize("kind", ["pairs", "replaced", "biases"])
+def test_a_change_of_both_layouts_in_one_adapter_is_refused(kind):
+    names = {"double_blocks.0.img_attn.qkv": 12, "transformer_blocks.0.attn.to_q": 4}
+    changes = {
+        "pairs": {name: LoraPair(a=np.ones((2, 3)), b=np.ones((rows, 2)), scale=1) for name, rows in names.items()},
+        "replaced": {f"{name}.weight": np.ones((rows, 3), np.float32) for name, rows in names.items()},
+        "biases": {name: np.ones(rows, np.float32) for name, rows in names.items()},
+    }
+    specs = [*flux_specs(**QKV), *(plan.TensorSpec(f"{name}.bias", (4,), "float32") for name in QKV)]
+    with pytest.raises(MatchError, match=r"img_attn.qkv.* changes .*to_q.* too: one may repeat the other"):
+        plan.make([holding(**{kind: changes[kind]})], specs)
 
 
 def scales_of(count: int, *, of_inputs: bool) -> LoraPair:

@@ -50,8 +50,9 @@ def test_the_table_has_a_row_for_each_adapter() -> None:
 
 
 def test_a_line_has_the_outcome_once() -> None:
-    assert fleet.problem_line(DOCUMENT["jobs"][3]) == "fr, verify: different: why"
-    assert fleet.problem_line(DOCUMENT["jobs"][8]) == "no, merge: failed"
+    assert fleet.problem_lines(DOCUMENT["jobs"][3]) == ["fr, verify: different: why"]
+    assert fleet.problem_lines(DOCUMENT["jobs"][3], every=True) == ["fr, verify: different: why", "and more"]
+    assert fleet.problem_lines(DOCUMENT["jobs"][8]) == ["no, merge: failed"]
 
 
 def test_junit_has_a_case_for_each_adapter_and_step(tmp_path: Path) -> None:

@@ -82,6 +82,13 @@ def test_a_folder_of_that_name_comes_first(cache: Path) -> None:
     assert locate("org/small", print) == Path("org/small")
 
 
+def test_a_folder_without_permission_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == "locked" and mode & os.R_OK))  # root reads all
+    with pytest.raises(InputRefused, match=r"^locked: Permission denied$"):
+        locate("locked", print)
+
+
 def test_without_huggingface_hub_the_name_is_refused_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputRefused, match="hf download org/small"):

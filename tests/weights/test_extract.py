@@ -145,8 +145,13 @@ def test_a_base_without_tensors_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_difference_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match="there is nothing to extract"):
+    with pytest.raises(InputRefused, match=r"nothing to extract from .*: it has the weights of"):
         extracted(tmp_path, OLD, OLD)
+
+
+def test_only_an_excluded_difference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"all that differs from .* is excluded \(exclude=\)"):
+        extracted(tmp_path, OLD, {**OLD, "a.fc.weight": EYE + UP}, exclude=["*"])
 
 
 def test_the_whole_module_of_a_changed_vector_is_saved(tmp_path: Path) -> None:

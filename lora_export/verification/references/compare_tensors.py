@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,7 @@ from lora_export.plan import FLOATS, Plan, Step, TensorSpec
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.verification import parity
 from lora_export.verification.parity import Array, Findings, Wide
-from lora_export.verification.references.expected_weight import ExpectedWeight, rounded_to
+from lora_export.verification.references.expected_weight import AlikeWeights, ExpectedWeight, rounded_to
 from lora_export.verification.references.folded_norms import BatchNorm
 
 AGREES = 0.75  # of a sample: more is the same tensor, of which a part may be wrong
@@ -114,9 +114,12 @@ class _Comparison:
         self.memory: dict[str, int] = {}
         for memory, weight in expected:
             self.expected[weight.spec.name], self.memory[weight.spec.name] = weight, memory
-        self.by_sizes: dict[tuple[int, ...], list[str]] = {}
-        for name, weight in self.expected.items():
-            self.by_sizes.setdefault(_sizes(weight.spec.shape), []).append(name)
+        by_sampling: dict[Hashable, list[ExpectedWeight]] = {}
+        for weight in self.expected.values():
+            by_sampling.setdefault(weight.sampling, []).append(weight)
+        self.by_sizes: dict[tuple[int, ...], list[AlikeWeights]] = {}
+        for weights in by_sampling.values():
+            self.by_sizes.setdefault(_sizes(weights[0].spec.shape), []).append(AlikeWeights(weights))
         self.compared = {self.memory[name] for name in elsewhere if name in self.memory}
         self.spellings = Spellings(self.expected)
         self.faults: list[str] = []
@@ -191,13 +194,14 @@ class _Comparison:
                 return
 
     def _equal_to(self, array: Array) -> tuple[ExpectedWeight, Array] | None:
-        names = self.by_sizes.get(_sizes(array.shape), [])
-        for name in sorted(names, key=self._is_compared):
-            weight = self.expected[name]
-            for view in _views(array, weight.spec.shape) if weight.is_distinct else ():
-                if weight.agreement(view) >= AGREES:
-                    return weight, view
-        return None
+        found = [
+            (weight, view)
+            for alike in self.by_sizes.get(_sizes(array.shape), [])
+            for view in _views(array, alike.weights[0].spec.shape)
+            for weight in alike.agreeing(view, AGREES)
+            if weight.is_distinct
+        ]
+        return min(found, key=lambda own: self._is_compared(own[0].spec.name), default=None)
 
     def _first_block(self, matrix: Array) -> tuple[ExpectedWeight, Array] | None:
         """The tensor of the model that the first rows of a matrix are, and these rows."""

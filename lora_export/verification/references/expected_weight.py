@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
@@ -77,16 +77,19 @@ class _Terms(NamedTuple):
     before: Wide
     bound: Wide
 
-    def are_near(self, after: Array, dtype: np.dtype[Any]) -> NDArray[np.bool_]:
-        """Which numbers of a candidate these may be, after roundings to `dtype`."""
-        kind = ml_dtypes.finfo(dtype)
+    def allowed(self, dtype: np.dtype[Any]) -> Wide:
+        """How far a candidate's number may be away, after roundings to `dtype`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            steps: Wide = NEAR_IN_STEPS * half_step(np.abs(self.value) + np.abs(self.before), dtype)
+            return steps + self.bound * max(1.0, float(ml_dtypes.finfo(dtype).eps) / 2 / FP32_ROUNDOFF)
+
+    def are_near(self, after: Array, dtype: np.dtype[Any], allowed: Wide | None = None) -> NDArray[np.bool_]:
+        """Which numbers of a candidate these may be, after roundings to `dtype`; `allowed` where it is known."""
         with np.errstate(over="ignore", invalid="ignore"):
             wide = after.astype(np.float64)
-            allowed = NEAR_IN_STEPS * half_step(np.abs(self.value) + np.abs(self.before), dtype)
-            allowed += self.bound * max(1.0, float(kind.eps) / 2 / FP32_ROUNDOFF)
-            near = np.abs(wide - self.value) <= allowed
+            near = np.abs(wide - self.value) <= (self.allowed(dtype) if allowed is None else allowed)
             near |= (wide == self.value) | (np.isnan(wide) & np.isnan(self.value))
-            near |= np.abs(self.value) > float(kind.max)  # an infinity, or the largest number
+            near |= np.abs(self.value) > float(ml_dtypes.finfo(dtype).max)  # an infinity, or the largest number
         return near
 
 
@@ -250,6 +253,41 @@ class ExpectedWeight:
         """The coarsest dtype to which the numbers of the model or of the candidate are rounded."""
         dtypes = [rounded_to(candidate), np.dtype(self.spec.dtype)]
         return max(dtypes, key=lambda dtype: float(ml_dtypes.finfo(dtype).eps))
+
+    @property
+    def sampling(self) -> Hashable:
+        """Tensors for which it is equal are sampled at the same places."""
+        parts = self if len(self.parts) > 1 or self.parts[0].spec.region is not None else None
+        return self.spec.shape, self.spec.dtype, bool(self.steps), parts
+
+
+class AlikeWeights:
+    """Tensors of one `sampling`, with all of which a candidate is compared at once."""
+
+    def __init__(self, weights: Sequence[ExpectedWeight]):
+        self.weights = weights
+        self._allowed: dict[np.dtype[Any], Wide] = {}
+
+    def agreeing(self, candidate: Array, least: float) -> Iterator[ExpectedWeight]:
+        """Those whose `agreement` with the candidate, of their shape, is at least `least`, in order."""
+        found, dtype = self.weights[0]._sampled(candidate), self.weights[0]._dtype(candidate)
+        if dtype not in self._allowed:
+            self._allowed[dtype] = self._terms.allowed(dtype)
+        counts = (self._terms.value != 0) | (found != 0)
+        near = self._terms.are_near(found, dtype, self._allowed[dtype]) & counts
+        agrees = near.sum(axis=1) >= least * np.maximum(1, counts.sum(axis=1))
+        yield from (self.weights[number] for number in np.unique(self._owners[agrees]))
+
+    @functools.cached_property
+    def _owners(self) -> NDArray[np.intp]:
+        """For each row of the samples, the number of its tensor."""
+        return np.repeat(np.arange(len(self.weights)), [len(weight.options) for weight in self.weights])
+
+    @functools.cached_property
+    def _terms(self) -> _Terms:
+        """The samples of all, (tensors and their forms, places)."""
+        samples = [weight._sample(form) for weight in self.weights for form in weight.options]
+        return _Terms(*(np.stack(each) for each in zip(*samples, strict=True)))
 
 
 def _cut(array: Array, region: StoredRegion) -> Array:

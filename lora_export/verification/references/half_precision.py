@@ -26,7 +26,7 @@ from lora_export.verification.inputs.model_inputs import HALVES
 
 TORCH_HALVES = frozenset({torch.float16, torch.bfloat16})
 HALF_TYPES = frozenset({"tensor(float16)", "tensor(bfloat16)"})
-EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
+EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32 or bfloat16
 
 
 def candidate_dtype(candidate: Runner) -> torch.dtype:

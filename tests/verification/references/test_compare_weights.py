@@ -33,8 +33,9 @@ from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
+from lora_export.verification.references import expected_weight
 from lora_export.verification.references.candidate_tensors import compare_tensors
-from lora_export.verification.references.compare_tensors import CandidateTensor
+from lora_export.verification.references.compare_tensors import CandidateTensor, compare_expected
 from lora_export.verification.references.expected_weight import ExpectedWeight, WrongNumbers
 
 Tensors = dict[str, NDArray[Any]]
@@ -397,3 +398,22 @@ def test_a_comparison_computes_with_one_thread_of_a_blas():
     with threadpool_limits(2, user_api="blas"):
         compare_tensors([CandidateTensor(name, OWN, array.shape, load)], MODULE, planned("lora"))
     assert threads and set(threads) == {1}
+
+
+def test_nameless_tensors_are_compared_with_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with each would take hours for the experts of a model."""
+    calls, are_near = [], expected_weight._Terms.are_near
+    monkeypatch.setattr(expected_weight._Terms, "are_near", lambda *given: calls.append(given) or are_near(*given))
+    rng = np.random.default_rng(0)
+    arrays = list(rng.normal(size=(50, 16, 16)).astype(np.float32))
+    specs = [TensorSpec(f"l{number}.weight", (16, 16), "float32", Layout.OUT_IN) for number in range(50)]
+    pair = LoraPair(a=rng.normal(size=(2, 16)), b=rng.normal(size=(16, 2)), scale=1)
+    steps = {7: (Step(specs[7], (Term("a", "l7", pair),)),)}
+    weights = [
+        (i, ExpectedWeight(specs[i], functools.partial(arrays.__getitem__, i), steps.get(i, ()))) for i in range(50)
+    ]
+    stored = [*arrays[:7], arrays[7] + pair.delta(), *arrays[8:], rng.normal(size=(16, 16)).astype(np.float32)]
+    tensors = [CandidateTensor("", None, (16, 16), stored[i].T.copy) for i in rng.permutation(51)]
+    found = compare_expected(tensors, weights)
+    assert found.notes[0].startswith("50 of the model's 50 tensors, 100 % of its numbers") and not found.faults
+    assert len(calls) < 20 * len(tensors)
