@@ -37,6 +37,7 @@ from support.generators import (
 )
 from support.slow import slow
 
+SMALL = "t5 of one layer"
 MERGED = ("qwen3", "gemma3", "gpt2", "lfm2")
 
 
@@ -325,7 +326,7 @@ def test_graphs_of_an_encoder_decoder_are_proven(name: str, tmp_path: Path) -> N
     assert le.verify(tmp_path / "served", base, adapters=adapter, weights=[0.5]).exit_code == 4
 
 
-@pytest.mark.parametrize("name", ["t5", slow("whisper"), slow("bart")])
+@pytest.mark.parametrize("name", [SMALL, slow("t5"), slow("whisper"), slow("bart")])
 def test_encoder_decoder_gives_the_tokens_of_transformers(name: str, served: Callable[[str], Path]) -> None:
     folder = served(name)
     prompts = sounds() if name == "whisper" else PROMPTS
@@ -397,7 +398,7 @@ def test_adapters_of_an_encoder_decoder_are_verified_by_their_files(
 def test_wishes_of_a_generation_config_that_are_not_done_are_named(
     served: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(served("t5") / "served", tmp_path / "served")
+    folder = shutil.copytree(served(SMALL) / "served", tmp_path / "served")
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_beams": 4}))
     said: list[str] = []
@@ -431,7 +432,7 @@ def test_encoder_decoder_is_verified_as_a_folder(served: Callable[[str], Path], 
 def test_what_encoder_decoders_do_not_have_is_refused(
     served: Callable[[str], Path], tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
-    folder = served("t5")
+    folder = served(SMALL)
     with pytest.raises(WrongUsage, match=message):
         le.export_onnx(folder / "base", tmp_path / "out", adapters=[folder / "fr"], with_cache=True, **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
@@ -579,7 +580,7 @@ def test_texts_beyond_what_a_graph_was_made_for_are_refused(swapped: Path, tmp_p
 
 
 def test_texts_beyond_what_an_encoder_was_made_for_are_refused(served: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = made_for(served("t5") / "served", '{"sequence": 9}', tmp_path / "made", GRAPH_FILES[0])
+    folder = made_for(served(SMALL) / "served", '{"sequence": 9}', tmp_path / "made", GRAPH_FILES[0])
     assert le.generate(folder, [[3] * 9], max_new_tokens=20)
     with pytest.raises(InputRefused, match="sizes of up to 9 in sequence, and this run has 10"):
         le.generate(folder, [[3] * 9, [4] * 10], max_new_tokens=2)

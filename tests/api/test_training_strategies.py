@@ -246,9 +246,10 @@ def test_the_head_of_every_classifier_of_transformers_has_a_known_name(task: str
     folder, text_of = Path(transformers.__file__).parent, dict[str, str]()
     names = getattr(modeling_auto, f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING_NAMES")
     modules = {model_type_to_module_name(model_type) for model_type in names}
-    for path in (folder / "modeling_layers.py", *(folder / f"models/{each}/modeling_{each}.py" for each in modules)):
-        parts = re.split(r"^class ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        text_of |= {part.partition("(")[0]: part for part in parts}
+    files = [path for each in modules for path in folder.glob(f"models/{each}/modeling_*.py")]
+    for path in (folder / "modeling_layers.py", *files):
+        parts = re.split(r"^class (\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        text_of |= dict(zip(parts[1::2], parts[2::2], strict=True))
     known = re.compile(rf"self\.({'|'.join(HEADS)}) = ")
 
     def is_known(name: str) -> bool:
