@@ -24,14 +24,10 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.load import from_module
 from lora_export.models.model import Model
-from lora_export.runtime.onnx_runner import OnnxRunner
 from support.api import Recorder
 from support.graphs import a_graph
 from support.graphs import an_adapter as pairs_of
-from support.small_graphs import DELTA, LINEAR, LINEAR_WEIGHT, PAIR
-
-X = np.float32([[1, 2, 3], [0, 1, 0]])
-FR = pairs_of({"m": PAIR}, name="fr", sha256="00" * 32)
+from support.small_graphs import LINEAR, PAIR
 
 
 class Tied(nn.Module):

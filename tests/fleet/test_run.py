@@ -262,8 +262,14 @@ MOVES = {"on the disk": (False, False), "in a store": (True, True), "from a stor
 
 @pytest.mark.parametrize(
     ("move", "kind"),
-    [("on the disk", "file"), ("in a store", "folder"), ("from a store", "file")]
-    + [slow("on the disk", "folder"), slow("in a store", "file"), slow("from a store", "folder")],
+    [
+        ("on the disk", "file"),
+        ("in a store", "folder"),
+        ("from a store", "file"),
+        slow("on the disk", "folder"),
+        slow("in a store", "file"),
+        slow("from a store", "folder"),
+    ],
 )
 def test_under_another_output_the_former_one_stays_and_nothing_is_own(
     move: str, kind: str, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
