@@ -7,14 +7,15 @@ import gc
 import importlib.abc
 import importlib.machinery
 import logging.handlers
+import math
 import os
 import signal
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
@@ -138,12 +139,33 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     freeze_what_was_imported()
     if "peft" in sys.modules:  # each saved adapter would get a page in Markdown, half the time of saving it
         sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
+    if "lora_export.api.training_output" in sys.modules:
+        draw_each_kind_once()
     if "lora_export.models.export" in sys.modules:
         keep_exports(item)
     if sys.platform == "linux" and "lora_export.runtime.torchscript.runner" in sys.modules:
         use_warm_children(item)
     if item.get_closest_marker("cuda") and why_no_cuda():
         pytest.skip(f"onnxruntime's CUDA provider does not run here: {why_no_cuda()}")
+
+
+@functools.cache
+def draw_each_kind_once() -> None:
+    """A plot of losses takes a third of the time of a small training. Those of as many kinds of lines are copies."""
+    from lora_export.api import training_output
+
+    draw, drawn = training_output.draw_losses, dict[object, bytes]()
+
+    def draw_or_copy(losses: Mapping[str, Sequence[float]], path: Path, **more: Any) -> None:
+        held_out = more.get("held_out") or {}
+        lines = [*losses.values(), [*held_out.values()]]
+        kind = (*losses, *((min(len(line), 2), all(map(math.isfinite, line))) for line in lines))
+        if kind not in drawn:
+            draw(losses, path, **more)
+            drawn[kind] = path.read_bytes()
+        path.write_bytes(drawn[kind])
+
+    training_output.draw_losses = draw_or_copy
 
 
 def keep_exports(item: pytest.Item) -> None:

@@ -107,7 +107,7 @@ class FleetRecords:
         if job.output is not None and names.isdisjoint(map(absolute, job.output_paths())):
             return {}
         hashes = record.get(HASHES, {})
-        paths = [path for path in {**known[0], **known[1]} if _exists(path)]
+        paths = [path for path in {**known[0], **known[1]} if os.path.lexists(path) or place(path).exists()]
         found = {path: self.identity_of(path, hashes.get(path, {})) for path in paths}
         is_uncertain = PUBLISHED in record or record.get("outcome") in (STARTED, None)  # a kill, or a former output
         for path, one in found.items():
@@ -320,10 +320,6 @@ def _is_other_file(path: Path) -> bool:
     except InputRefused:
         return True
     return False
-
-
-def _exists(path: str) -> bool:
-    return os.path.lexists(path) or place(path).exists()
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

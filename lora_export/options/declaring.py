@@ -353,12 +353,12 @@ def narrowed(options: Options, record: Callable[..., _R], **others: Any) -> _R:
     return record(**{name: getattr(options, name) for name in own} | others)
 
 
-def _once(function: Callable[[type[Options]], _T]) -> Callable[[type[Options]], _T]:
+def once_a_record(function: Callable[[type[Options]], _T]) -> Callable[[type[Options]], _T]:
     """A function that finds once for each class what it declares: records are made often."""
     return cast("Callable[[type[Options]], _T]", functools.cache(function))
 
 
-@_once
+@once_a_record
 def options_of(record: type[Options]) -> tuple[Declared, ...]:
     """The options of a record, without those of nested records: arguments first, then its own, then inherited ones."""
     classes = reversed(list(enumerate(record.__mro__)))
@@ -367,13 +367,13 @@ def options_of(record: type[Options]) -> tuple[Declared, ...]:
     return tuple(sorted(found, key=lambda one: (not isinstance(one.option, Positional), order[one.name])))
 
 
-@_once
+@once_a_record
 def nested_in(record: type[Options]) -> Mapping[str, Nested]:
     """The fields of a record that are records."""
     return {one.name: meaning for one, _, meaning, _ in _fields(record) if isinstance(meaning, Nested)}
 
 
-@_once
+@once_a_record
 def _types_of_nested(record: type[Options]) -> Mapping[str, tuple[type, ...]]:
     """The types of the fields of a record that are records. The record is the last one."""
     found = _fields(record)

@@ -21,6 +21,7 @@ from lora_export.options.declaring import (
     argument,
     means,
     nested_in,
+    once_a_record,
     option,
     options_of,
 )
@@ -59,7 +60,8 @@ TYPES: Mapping[OptionKind, tuple[tuple[type, ...], str]] = {
 }
 
 
-def keys_of(record: type[Options]) -> dict[str, tuple[str, Declared]]:
+@once_a_record
+def keys_of(record: type[Options]) -> Mapping[str, tuple[str, Declared]]:
     """Key -> the field of the nested record that has the option (empty: the record itself), and the option."""
     found = {_key(one): ("", one) for one in options_of(record) if not one.option.python_only}
     for name, nested in nested_in(record).items():

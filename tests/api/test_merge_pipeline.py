@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_export import merge
 from lora_export.api.merge_pipeline import parts_by_model
+from lora_export.api.merge_request import MergeResult
 from lora_export.errors import InputRefused, MatchError, OutputFailed, WrongUsage
 from lora_export.options.reading import ReadOptions
 from lora_export.storage.manifest import damage
@@ -56,15 +57,20 @@ def adapter(tmp_path_factory) -> Path:
     return adapter_file(path, pairs(), prefix="lora_", flattened=True, alpha=2)
 
 
+@pytest.fixture(scope="module")
+def whole(pipeline, adapter, tmp_path_factory) -> MergeResult:
+    """The merge of both models. No test changes it."""
+    return merge(pipeline, adapter, tmp_path_factory.mktemp("whole") / "out")
+
+
 def changed(folder: Path, base: Path, file: str) -> set[str]:
     new, old = load_file(folder / file), load_file(base / file)
     return {name for name in new if not np.array_equal(new[name], old[name])}
 
 
-def test_each_model_is_merged_as_diffusers_fuses_it(pipeline, adapter, tmp_path):
+def test_each_model_is_merged_as_diffusers_fuses_it(pipeline, adapter, whole):
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
-    result = merge(pipeline, adapter, tmp_path / "out")
     models = (
         type(model).from_pretrained(pipeline / folder)
         for model, folder in ((clip_text_model(), "text_encoder"), (unet(), "unet"))
@@ -74,28 +80,25 @@ def test_each_model_is_merged_as_diffusers_fuses_it(pipeline, adapter, tmp_path)
         DDIMScheduler(steps_offset=1, clip_sample=False),
     )
     text_encoder, denoiser = models
-    whole = StableDiffusionPipeline(
+    fused = StableDiffusionPipeline(
         vae, text_encoder, None, denoiser, scheduler, None, None, requires_safety_checker=False
     )
-    whole.load_lora_weights(adapter)
-    whole.fuse_lora()
-    whole.unload_lora_weights()
-    for file, model in ((UNET, whole.unet), (TEXT, whole.text_encoder)):
-        ours, theirs = load_file(tmp_path / "out" / file), arrays_of(model)
+    fused.load_lora_weights(adapter)
+    fused.fuse_lora()
+    fused.unload_lora_weights()
+    for file, model in ((UNET, fused.unet), (TEXT, fused.text_encoder)):
+        ours, theirs = load_file(whole.output / file), arrays_of(model)
         assert set(ours) == set(theirs)
         assert {name: np.abs(ours[name] - theirs[name]).max() for name in ours} == pytest.approx(
             dict.fromkeys(ours, 0), abs=2e-6
         )
-    assert len(changed(tmp_path / "out", pipeline, UNET)) + len(changed(tmp_path / "out", pipeline, TEXT)) == len(
-        pairs()
-    )
-    assert result.report is not None and len(result.report.results) == len(pairs())
-    assert {result.weight.partition("/")[0] for result in result.report.results} == {"unet", "text_encoder"}
+    assert len(changed(whole.output, pipeline, UNET)) + len(changed(whole.output, pipeline, TEXT)) == len(pairs())
+    assert whole.report is not None and len(whole.report.results) == len(pairs())
+    assert {result.weight.partition("/")[0] for result in whole.report.results} == {"unet", "text_encoder"}
 
 
-def test_the_rest_is_copied_and_everything_is_in_the_manifest(pipeline, adapter, tmp_path):
-    merge(pipeline, adapter, tmp_path / "out")
-    before, after = folder_contents(pipeline), folder_contents(tmp_path / "out")
+def test_the_rest_is_copied_and_everything_is_in_the_manifest(pipeline, whole):
+    before, after = folder_contents(pipeline), folder_contents(whole.output)
     same = {
         "model_index.json",
         "vae/model.safetensors",
@@ -105,15 +108,14 @@ def test_the_rest_is_copied_and_everything_is_in_the_manifest(pipeline, adapter,
     }
     assert {name for name in before if after[name] == before[name]} == same
     assert set(after) - set(before) == {"lora_export.json", "unet/lora_export.json", "text_encoder/lora_export.json"}
-    assert damage(tmp_path / "out") == [] == damage(tmp_path / "out" / "unet")
+    assert damage(whole.output) == [] == damage(whole.output / "unet")
     manifest = json.loads(after["lora_export.json"])
     assert (manifest["settings"]["models"], manifest["adapters"][0]["format"]) == (["text_encoder", "unet"], "kohya")
 
 
-def test_a_second_merge_of_the_adapter_is_refused(pipeline, adapter, tmp_path):
-    merge(pipeline, adapter, tmp_path / "out")
+def test_a_second_merge_of_the_adapter_is_refused(pipeline, adapter, whole, tmp_path):
     with pytest.raises(InputRefused, match="already contains the adapter kohya"):
-        merge(tmp_path / "out", adapter, tmp_path / "again")
+        merge(whole.output, adapter, tmp_path / "again")
     assert not (tmp_path / "again").exists()
     text, unet = (ReadOptions(component=name) for name in ("text_encoder", "unet"))
     merge(pipeline, adapter, tmp_path / "one", reading=text)
@@ -140,12 +142,11 @@ def test_a_dry_run_names_the_model_of_each_weight(pipeline, adapter, tmp_path):
     assert "  unet/mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight  [64 x 64 float32]" in str(result.plan)
 
 
-def test_strengths_multiply_the_changes_of_every_model(pipeline, adapter, tmp_path):
-    for strength in (1.0, -2.0):
-        merge(pipeline, adapter, tmp_path / f"{strength}", weights=[strength])
+def test_strengths_multiply_the_changes_of_every_model(pipeline, adapter, whole, tmp_path):
+    merge(pipeline, adapter, tmp_path / "other", weights=[-2.0])
     for file in (UNET, TEXT):
-        base, one, other = (load_file(folder / file) for folder in (pipeline, tmp_path / "1.0", tmp_path / "-2.0"))
-        for name in changed(tmp_path / "1.0", pipeline, file):
+        base, one, other = (load_file(folder / file) for folder in (pipeline, whole.output, tmp_path / "other"))
+        for name in changed(whole.output, pipeline, file):
             assert other[name] - base[name] == pytest.approx(-2 * (one[name] - base[name]), abs=2e-6)
 
 

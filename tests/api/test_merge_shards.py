@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -31,13 +32,14 @@ from support import stores
 from support.fleets import OF_SHARDS, faults_in
 from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
+from support.slow import slow
 
 if TYPE_CHECKING:
     from support.stores import Stored
 
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-RAY = pytest.param({"ray": "local", "jobs": 2}, id="ray", marks=pytest.mark.slow)
-ENGINES = [pytest.param({"jobs": 2}, id="processes"), RAY]
+PROCESSES: dict[str, Any] = {"jobs": 2}
+RAY: dict[str, Any] = {"jobs": 2, "ray": "local"}
 
 
 @pytest.fixture
@@ -56,11 +58,24 @@ def alone(place: Path, **options: Any) -> tuple[dict[str, bytes], Any]:
     return folder_contents(place / "alone"), replace(report, seconds=0)
 
 
+def in_this_process(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[ShardRequest], ShardRequest] = lambda one: one
+) -> None:
+    """Let requests reach the worker's function changed, without a process: only what can be pickled passes."""
+
+    def passed(value: Any) -> Any:
+        return pickle.loads(pickle.dumps(value))  # noqa: S301
+
+    monkeypatch.setattr(
+        merge_shards, "_outcomes", lambda _, shards: ((one, passed(write_shard(passed(change(one))))) for one in shards)
+    )
+
+
 def hidden(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [PROCESSES, slow(RAY)])
 def test_the_files_and_figures_are_those_of_one_process(place: Path, engine: dict[str, Any]) -> None:
     told: list[Any] = []
     options: dict[str, Any] = {"weights": [0.5], "dtype": "float32", "hashing": "sha256"}
@@ -73,8 +88,12 @@ def test_the_files_and_figures_are_those_of_one_process(place: Path, engine: dic
     assert told[-1].done == told[-1].total > 0
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_same_in_a_store_by_its_own_copy(place: Path, stored: Stored, engine: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("engine", "is_here"), [(PROCESSES, True), slow(PROCESSES, False), slow(RAY, False)])
+def test_the_same_in_a_store_by_its_own_copy(
+    place: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch, engine: dict[str, Any], is_here: bool
+) -> None:
+    if is_here:
+        in_this_process(monkeypatch)
     for name in ("base", "adapter"):
         stored.put(name, place / name)
     report = le.merge(str(stored / "base"), str(stored / "adapter"), str(stored / "out/m"), **engine).report
@@ -83,7 +102,10 @@ def test_the_same_in_a_store_by_its_own_copy(place: Path, stored: Stored, engine
     assert not [key for key in stored.objects("out/") if key.endswith(".begun")]
 
 
-def test_what_a_stopped_run_made_is_not_made_again(place: Path, stored: Stored) -> None:
+def test_what_a_stopped_run_made_is_not_made_again(
+    place: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
     address = str(stored / "out/m")
 
     def stop(_: Any) -> None:
@@ -140,7 +162,8 @@ def _is_alive(process: int) -> bool:
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-def test_an_error_of_a_worker_is_that_of_one_process(place: Path) -> None:
+def test_an_error_of_a_worker_is_that_of_one_process(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch)
     weights = np.full((96, 40), 3, np.float32)
     weights[5] = np.inf
     base_file(place / "base" / SHARDS[1], {"down.weight": weights}, metadata={"format": "pt"})
@@ -152,16 +175,9 @@ def test_an_error_of_a_worker_is_that_of_one_process(place: Path) -> None:
     assert not (place / "out").exists() and hidden(place) == []
 
 
-def in_this_process(monkeypatch: pytest.MonkeyPatch, change: Callable[[ShardRequest], ShardRequest]) -> None:
-    """Let requests reach the worker's function changed, without a process."""
-    monkeypatch.setattr(
-        merge_shards, "_outcomes", lambda _, shards: ((one, write_shard(change(one))) for one in shards)
-    )
-
-
 def test_a_worker_that_sees_something_else_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge_shards._planned.cache_clear()
-    in_this_process(monkeypatch, lambda one: one)
+    in_this_process(monkeypatch)
     read = merge_shards.read_adapters
 
     def other(*arguments: Any, **options: Any) -> Any:
@@ -264,7 +280,7 @@ def test_a_worker_that_was_taken_for_dead_changes_nothing(
 
 
 def test_the_time_is_that_of_the_workers_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_this_process(monkeypatch, lambda one: one)
+    in_this_process(monkeypatch)
     clock = iter([10.0, 17.0])  # before the first shard, after the manifest
     monkeypatch.setattr("lora_export.api.merge_checkpoint.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     report = le.merge("base", "adapter", "out", jobs=2).report
@@ -272,7 +288,7 @@ def test_the_time_is_that_of_the_workers_too(place: Path, monkeypatch: pytest.Mo
 
 
 def test_a_residual_is_kept_of_a_shared_merge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_this_process(monkeypatch, lambda one: one)
+    in_this_process(monkeypatch)
     le.merge("base", "adapter", "out", jobs=2, keep_residual="out.residual")
     le.unmerge("out", "adapter", "again", base_from="out.residual")
     restored = folder_contents(place / "again")

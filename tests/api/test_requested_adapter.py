@@ -16,7 +16,6 @@ from lora_export import formats
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.train import AdapterChoice
 from lora_export.training.order import ShuffledOrder
-from support.api import MODEL
 from support.peft_models import fill
 from support.small_models import small_adapter, small_model, words_tokenizer
 
@@ -211,10 +210,6 @@ def test_a_change_of_biases_is_not_continued(texts: Path) -> None:
     with pytest.raises(InputRefused, match=r"adds to vectors, which is not trained further: model\.layers\.0"):
         le.train(texts / "base", texts / "data.jsonl", texts / "ad", continue_from=texts / "theirs")
     assert not (texts / "ad").exists()
-
-
-def test_dropout_is_refused_where_a_weight_is_used_whole(data: Path, tmp_path: Path) -> None:
-    assert le.train(MODEL, data, tmp_path / "ad", rank=2, dropout=0.5, epochs=1).adapter.metadata["lora_dropout"] == 0.5
 
 
 def test_how_a_continued_adapter_was_read_is_reported(tmp_path: Path) -> None:

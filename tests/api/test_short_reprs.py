@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
 def merged(place: Path) -> object:
     return le.merge(place / "base.safetensors", place / "adapter", place / "again.safetensors", overwrite=True)
 
@@ -39,10 +41,12 @@ def planned(place: Path) -> object:
     return le.merge(place / "base.safetensors", place / "adapter", place / "no", dry_run=True)
 
 
-def proven(place: Path) -> object:
+@functools.cache
+def proven(place: Path) -> Any:
     return le.verify(place / "m.pt", MODEL, adapters=place / "adapter")
 
 
+@functools.cache
 def audited(place: Path) -> object:
     return le.verify(place / "merged.safetensors", base=place / "base.safetensors", adapters=place / "adapter")
 
@@ -61,7 +65,7 @@ def audited(place: Path) -> object:
         (merged, "plan=Plan(1 weight changed, 1 kept as it is), report=MergeReport(1 weight merged, "),
         (audited, "Verification(same: 2 of 2 tensors are as"),
         (proven, "Verification(same: error "),
-        (lambda place: le.verify(place / "m.pt", MODEL, adapters=place / "adapter").proof, "Proof(same: error "),
+        (lambda place: proven(place).proof, "Proof(same: error "),
     ],
 )
 def test_the_line_of_a_value_has_no_arrays(place: Path, value: Callable[[Path], object], parts: str) -> None:

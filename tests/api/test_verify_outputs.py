@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,7 +75,7 @@ def test_a_graph_of_bert_without_token_types_is_judged_with_zeros(tmp_path: Path
     [
         ("Stating", "same", "run on a toaster; the candidate gives no scores of all tokens"),
         ("cache_by_shape", "different", "changing the input rows changes PyTorch's outputs and not the candidate's"),
-        ("rounds", "different", "allowed is"),
+        slow("rounds", "different", "allowed is"),
     ],
 )
 def test_what_a_runner_returns_is_judged(runner: str, outcome: str, says: str, place: Path) -> None:
@@ -114,7 +115,7 @@ def merged_gguf(folder: Path, kind: Kind, **options: Any) -> tuple[Path, dict[st
 
 @pytest.mark.parametrize(
     ("kind", "least", "most"),
-    [(Kind.F32, 0, 1e-5), (Kind.F16, 1e-4, 0.01), (Kind.Q8_0, 0.03, 0.5), (Kind.Q4_K, 0.2, 0.8)],
+    [(Kind.F32, 0, 1e-5), slow(Kind.F16, 1e-4, 0.01), slow(Kind.Q8_0, 0.03, 0.5), (Kind.Q4_K, 0.2, 0.8)],
     ids=str,
 )
 def test_a_merged_gguf_file_runs_beside_its_base(kind: Kind, least: float, most: float, tmp_path: Path) -> None:
@@ -166,7 +167,8 @@ def test_outputs_of_a_library_are_compared_with_those_of_the_base_too() -> None:
     [
         slow("gguf_by_transformers", "same", "have 1 of the merged change"),
         slow("base_of_gguf", "undecided", "so the adapters are run at another strength, or not at all"),
-        ("half_of_gguf", "undecided", "have 0.5 of the merged change"),
+        slow("half_of_gguf", "undecided", "have 0.5 of the merged change"),
+        ("zeros", "undecided", "so the adapters are run at another strength, or not at all"),  # needs no transformers
     ],
 )
 def test_a_runner_runs_a_merged_gguf_file(
@@ -253,15 +255,19 @@ def test_calibrated_numbers_are_judged_beside_a_model(tmp_path: Path) -> None:
     assert le.verify(out, strict=True, calibration=tmp_path / "c.npz", **beside)
 
 
-def test_an_adapter_beside_a_gguf_file_does_not_disturb(tmp_path: Path) -> None:
-    out, beside = merged_gguf(tmp_path, Kind.F16)
-    other = beside["adapters"][0] / "out.gguf"  # transformers would read the base that the adapter names
-    other.write_bytes(out.read_bytes())
+def test_an_adapter_beside_a_gguf_file_does_not_disturb(
+    small_gguf: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, beside = small_gguf
+    other = shutil.copytree(beside["adapters"][0], tmp_path / "a") / "out.gguf"
+    other.write_bytes(out.read_bytes())  # transformers would read the base that the adapter names
     assert le.verify(other, **beside).about["quantisation_error"]["of_library"] < 1e-5
 
 
-def test_a_gguf_file_without_a_whole_config_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, beside = merged_gguf(tmp_path, Kind.F16)
+def test_a_gguf_file_without_a_whole_config_is_named(
+    small_gguf: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, beside = small_gguf
 
     def fails(*_: object, **__: object) -> None:
         raise InputRefused(f"{tmp_path / 'base'}: transformers cannot load it")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 import lora_export as le
@@ -36,6 +37,7 @@ from support.folder_contents import folder_contents
 from support.graphs import a_graph
 from support.handmade import peft_adapter
 from support.keys import a_key
+from support.slow import slow
 from support.small_graphs import GEMM, filled
 from support.stores import Stored
 
@@ -258,8 +260,17 @@ PUBLISHED = {"folder": (MERGE, "de/lora_export.json"), "file": (TO_KOHYA, "de.sa
 MOVES = {"on the disk": (False, False), "in a store": (True, True), "from a store": (True, False)}
 
 
-@pytest.mark.parametrize("kind", PUBLISHED)
-@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize(
+    ("move", "kind"),
+    [
+        ("on the disk", "file"),
+        ("in a store", "folder"),
+        ("from a store", "file"),
+        slow("on the disk", "folder"),
+        slow("in a store", "file"),
+        slow("from a store", "folder"),
+    ],
+)
 def test_under_another_output_the_former_one_stays_and_nothing_is_own(
     move: str, kind: str, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
 ) -> None:
@@ -288,8 +299,9 @@ def test_under_another_output_the_former_one_stays_and_nothing_is_own(
     assert outputs("first") == former and name in former
 
 
-@pytest.mark.parametrize("in_store", [False, True])
-@pytest.mark.parametrize("kind", PUBLISHED)
+@pytest.mark.parametrize(
+    ("kind", "in_store"), [("folder", True), ("file", False), slow("folder", False), slow("file", True)]
+)
 def test_a_former_output_that_is_named_again_is_own(
     kind: str, in_store: bool, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
 ) -> None:
@@ -325,14 +337,19 @@ def test_another_kind_of_output_replaces_nothing_of_others(place: Path, monkeypa
     assert use("peft").counts == {"done": 2} and run_here(monkeypatch)[1] == []
 
 
-def test_graphs_of_a_fleet_share_the_weights_of_their_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    up, large = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3), (2, 9000)))
+def with_weights_beside(place: Path, up: NDArray[np.float32], large: NDArray[np.float32]) -> None:
+    """A base `out/base.onnx`, whose large weight is in a file beside it."""
     body = """g (float[N,3] x) => (float[N,9000] y) <float[1,1] up.weight = {0}, float[1,1] large = {0}>
         { h = Gemm <transB = 1> (x, up.weight) y = MatMul(h, large) }"""
     (place / "out").mkdir()
     base = filled(body, **{"up.weight": up, "large": large})
     ir.save(base, place / "out" / "base.onnx", external_data="w.data", size_threshold_bytes=1000)
+
+
+def test_graphs_of_a_fleet_share_the_weights_of_their_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    up, large = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3), (2, 9000)))
+    with_weights_beside(place, up, large)
     share = 'share-with = "out/base.onnx"\n'
     steps = MERGE.replace("release/{adapter}", "out/m-{adapter}.onnx") + share + ONNX.replace("graphs/", "out/") + share
     (place / "fleet.toml").write_text(BASES.replace('"base"', '"out/base.onnx"') + steps)
@@ -350,12 +367,8 @@ def test_graphs_of_a_fleet_share_the_weights_of_their_base(place: Path, monkeypa
 def test_a_signed_file_is_made_again_with_its_signature(
     options: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (place / "out").mkdir()
     a_key(place, "own")
-    body = """g (float[N,3] x) => (float[N,9000] y) <float[1,1] up.weight = {0}, float[1,1] large = {0}>
-        { h = Gemm <transB = 1> (x, up.weight) y = MatMul(h, large) }"""
-    base = filled(body, **{"up.weight": np.ones((2, 3), np.float32), "large": np.ones((2, 9000), np.float32)})
-    ir.save(base, place / "out" / "base.onnx", external_data="w.data", size_threshold_bytes=1000)
+    with_weights_beside(place, np.ones((2, 3), np.float32), np.ones((2, 9000), np.float32))
     merge = MERGE.replace("release/{adapter}", "out/{adapter}.onnx") + 'sign = "own.pem"\n' + options
     (place / "fleet.toml").write_text(BASES.replace('"base"', '"out/base.onnx"') + merge)
     assert run_here(monkeypatch)[0].counts == {"done": 2}
@@ -390,12 +403,12 @@ def test_a_graph_in_a_store_is_made_once(place: Path, monkeypatch: pytest.Monkey
     assert run_here(monkeypatch)[0].counts == {"same": 1, "failed": 1} and stored.get("graphs/fr.onnx") == b"mine"
 
 
-class Killed(BaseException):
-    pass
+class KilledBeforeRecordError(BaseException):
+    """The end of a worker between an output and its record."""
 
 
-def killed(*_: object) -> None:
-    raise Killed
+def kill(*_: object) -> None:
+    raise KilledBeforeRecordError
 
 
 @pytest.mark.parametrize("is_foreign", [False, True])
@@ -405,9 +418,9 @@ def test_a_graph_that_a_killed_run_put_into_a_store_is_own(
     ir.save(a_graph(GEMM.replace("m.weight", "up.weight")), place / "base.onnx")
     step = ONNX.replace("graphs", str(stored / "graphs"))
     (place / "fleet.toml").write_text(BASES.replace('"base"', '"base.onnx"') + step)
-    with monkeypatch.context() as once, pytest.raises(Killed):
-        once.setattr("lora_export.fleet.worker._record_of", killed)
-        run_here(monkeypatch)
+    with monkeypatch.context() as killed, pytest.raises(KilledBeforeRecordError):
+        killed.setattr(worker, "_record_of", kill)
+        run_here(killed)
     assert [*stored.files("graphs")] == ["de.onnx"]
     if is_foreign:
         stored.put("graphs/de.onnx", b"mine")
@@ -487,14 +500,6 @@ def test_what_others_have_in_a_store_is_not_deleted(
     for name in foreign:
         stored.delete(f"release/{name}")
     assert run_here(monkeypatch)[0].counts == {"done": 2} and stored.files("release") != before
-
-
-class KilledBeforeRecordError(BaseException):
-    """The end of a worker between an output and its record."""
-
-
-def kill(*_: object) -> None:
-    raise KilledBeforeRecordError
 
 
 @pytest.mark.parametrize("in_store", [False, True])
@@ -599,7 +604,7 @@ def put_in_store(place: Path, stored: Stored, base: str) -> list[str]:
     return [job.replace("base", Path(base).stem, 1) for job in JOBS]
 
 
-@pytest.mark.parametrize("base", ["base", "base/model.safetensors"], ids=["folders", "files"])
+@pytest.mark.parametrize("base", ["base", slow("base/model.safetensors")], ids=["folders", "files"])
 def test_a_fleet_from_store_to_store(place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored, base: str) -> None:
     jobs = put_in_store(place, stored, base)
     status, ran = run_here(monkeypatch)

@@ -36,10 +36,6 @@ def test_screen_has_headline_figures_and_placement() -> None:
     assert text.endswith("142 of 142 compute nodes on CPUExecutionProvider\n")
 
 
-def test_headline_without_placement_has_no_nodes() -> None:
-    assert printed(print_verdict, Proof(SAME)).splitlines()[0].endswith("(limit 2 ×), 2 cases")
-
-
 def test_narrow_pipe_cuts_no_line_and_has_no_colour() -> None:
     text = printed(print_verdict, Proof(SAME, ON_CPU), width=10)
     assert "\x1b" not in text and "…" not in text
@@ -70,8 +66,6 @@ def test_nodes_on_another_provider_are_listed() -> None:
     assert "2 cases, CUDA 141/142 nodes\n" in text
     assert "141 of 142 compute nodes on CUDAExecutionProvider\n" in text
     assert text.endswith("  - /layer.141/MatMul (MatMul) on CPUExecutionProvider\n")
-    many = placement_lines(a_placement("CUDAExecutionProvider", elsewhere=9))
-    assert (len(many), many[-1]) == (7, "  - and 4 more")
 
 
 def test_names_are_neither_markup_nor_terminal_commands() -> None:

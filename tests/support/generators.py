@@ -106,6 +106,9 @@ ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
     "t5": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(**T5, initializer_factor=3.0, decoder_start_token_id=0, feed_forward_proj="gated-gelu")
     ),
+    "t5 of one layer": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(**T5 | {"num_layers": 1}, initializer_factor=3.0, decoder_start_token_id=0)
+    ),
     "bart": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(**BART_LIKE, max_position_embeddings=128, forced_eos_token_id=7)
     ),
