@@ -271,6 +271,7 @@ def _exported(name: str) -> ir.Model:
 # --- adapters -----------------------------------------------------------------------------------
 
 
+@functools.cache
 def adapter(name: str, kind: str = "whole", *, seed: int = 0) -> Adapter:
     """An adapter for a subject that changes its weights by some tenths.
 

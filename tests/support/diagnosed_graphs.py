@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,14 @@ def proven(made: Made, *adapters: Adapter, **options: Any) -> Proof:
         path = made.folder / "a.onnx_adapter"
         onnx_adapter.write(path, made.values, made.contract, sha256="00")
         made.runner = lambda runner: runner.with_adapter(path)
-    return prove(made.runner(OnnxRunner(made.folder / "graph.onnx")), PyTorchReferences(bert(), adapters), **options)
+    references = PyTorchReferences(bert(), adapters, cache=cache())
+    return prove(made.runner(OnnxRunner(made.folder / "graph.onnx")), references, **options)
+
+
+@functools.cache
+def cache() -> Path:
+    """A folder for the outputs of the references: faults of many graphs are judged by the same."""
+    return Path(tempfile.mkdtemp(prefix="diagnosed-"))
 
 
 def delta(module: str, adapter: Adapter | None = None) -> NDArray[np.float64]:

@@ -91,7 +91,7 @@ def test_adapter_beside_quantised_weights_is_same_and_distance_noted(
     verdict = verdict_of(path, wide, adapter_for_wide(4.0))
     assert verdict.same, str(verdict)
     (note,) = [note for note in verdict.notes if "quantised" in note]
-    weights = quantised_weights.find(path, wide)
+    weights = quantised_weights.find(open_graph(path), wide)
     assert set(weights) == {"up.weight", "down.weight"}
     for name, weight in weights.items():
         original = wide.module.state_dict()[name].double().numpy()
@@ -121,7 +121,7 @@ def test_weights_in_a_file_give_way_to_the_quantised_ones(wide: Model, graph: ir
     path = beside(exact(quantised(graph.clone()), 0), adapter_for_wide(4.0), tmp_path)
     model = in_file(wide, [])
     assert verdict_of(path, model, adapter_for_wide(4.0)).same
-    found = quantised_weights.find(path, model)
+    found = quantised_weights.find(open_graph(path), model)
     module = quantised_weights.with_dequantised_weights(model, found).module
     assert torch.equal(module.get_parameter("up.weight"), torch.from_numpy(found["up.weight"].values))
     assert isinstance(model.module.get_parameter("up.weight"), StoredParameter)
@@ -129,7 +129,7 @@ def test_weights_in_a_file_give_way_to_the_quantised_ones(wide: Model, graph: ir
 
 def test_graph_of_floats_is_compared_with_no_weight(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     read: list[str] = []
-    assert not quantised_weights.find(saved(graph.clone(), tmp_path), in_file(wide, read))
+    assert not quantised_weights.find(open_graph(saved(graph.clone(), tmp_path)), in_file(wide, read))
     assert not read
 
 
@@ -146,13 +146,13 @@ def test_quantised_graph_without_the_adapter_is_different(wide: Model, graph: ir
 
 
 def test_float_graph_has_no_dequantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
-    assert quantised_weights.find(saved(graph.clone(), tmp_path), wide) == {}
+    assert quantised_weights.find(open_graph(saved(graph.clone(), tmp_path)), wide) == {}
     assert quantised_weights.with_dequantised_weights(wide, {}) is wide
 
 
 def test_original_model_is_not_changed(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     before = copy.deepcopy(wide.module.state_dict())
-    weights = quantised_weights.find(saved(quantised(graph.clone()), tmp_path), wide)
+    weights = quantised_weights.find(open_graph(saved(quantised(graph.clone()), tmp_path)), wide)
     other = quantised_weights.with_dequantised_weights(wide, weights)
     assert all(torch.equal(before[name], value) for name, value in wide.module.state_dict().items())
     tensors = other.module.state_dict()
@@ -161,10 +161,10 @@ def test_original_model_is_not_changed(wide: Model, graph: ir.Model, tmp_path: P
 
 def test_weights_behind_one_that_the_model_lacks_are_found(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = saved(quantised(graph.clone()), tmp_path)
-    first, *others = quantised_weights.find(path, wide)
+    first, *others = quantised_weights.find(open_graph(path), wide)
     module = copy.deepcopy(wide.module)
     delattr(module, first.partition(".")[0])
-    assert others and list(quantised_weights.find(path, replace(wide, module=module))) == others
+    assert others and list(quantised_weights.find(open_graph(path), replace(wide, module=module))) == others
 
 
 def test_weights_of_another_model_are_different(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_promoted_layers_are_w_and_its_change(case: str, wide: Model, graph: ir.
     def unmerged(name: str, array: NDArray[Any]) -> NDArray[Any]:
         if "down.weight" not in name or operator == "MatMulNBits":
             return array
-        before = quantised_weights.find(base, wide)["down.weight"].values
+        before = quantised_weights.find(open_graph(base), wide)["down.weight"].values
         return before if before.shape == array.shape else before.T
 
     assert outcomes(path) == {parity.Outcome.SAME}
@@ -379,7 +379,7 @@ def test_merge_quantised_once_needs_no_origin(wide: Model, merged_before: Path) 
     path = merged_before
     verdict = verdict_of(path, wide, adapter_for_wide())
     assert verdict.same, str(verdict)
-    weights = quantised_weights.find(path, wide, plan.make([adapter_for_wide()], layers.specs(wide.module)))
+    weights = quantised_weights.find(open_graph(path), wide, plan.make([adapter_for_wide()], layers.specs(wide.module)))
     for name, weight in weights.items():
         assert weight.merge is not None and weight.merge.fraction == pytest.approx(1, abs=0.02)
         assert np.array_equal(weight.merge.base, wide.module.state_dict()[name].numpy())
@@ -478,7 +478,7 @@ def test_int8_rounding_follows_onnxruntimes_fusion(axis: int, block: int, tmp_pa
     runner = OnnxRunner(path)
     x = np.ones((2, 5, 40), np.float32)
     executed = functools.partial(runner.executed_nodes, lambda other: other.run({"x": x}))
-    weights = quantised_weights.find(path, turned, executed=executed)
+    weights = quantised_weights.find(open_graph(path), turned, executed=executed)
     assert weights["fc.weight"].activation_block == block
     verdict = prove(runner, PyTorchReferences(turned)).verdict
     assert verdict.same, str(verdict)
