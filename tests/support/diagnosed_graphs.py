@@ -25,6 +25,7 @@ from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export
 from lora_export.models.model import Model, Sizes
+from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
@@ -52,7 +53,7 @@ def bert() -> Model:
         for name, parameter in module.named_parameters():
             if name.endswith("bias"):
                 parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()))
-    return Model("bert", module, AXES["bert"], make, {"batch": 2, "sequence": 7})
+    return with_traced_lengths(Model("bert", module, AXES["bert"], make, {"batch": 2, "sequence": 7}))
 
 
 @functools.cache

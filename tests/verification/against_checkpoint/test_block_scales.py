@@ -14,7 +14,7 @@ from lora_export.weights.gguf.new_scales import on_best_scales
 from support.slow import slow
 
 COUNT = 200
-FEW = 20  # of the blocks, where not every bit is tried
+FEW = 10  # of the blocks, where not every bit is tried
 EVERY = pytest.mark.parametrize("codec", CODECS.values(), ids=lambda codec: codec.type.name)
 
 

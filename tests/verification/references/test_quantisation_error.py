@@ -23,6 +23,7 @@ from lora_export.graph.quantised_weights import Steps, unpack_bits
 from lora_export.models.export import to_onnx
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
+from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
@@ -45,7 +46,7 @@ Change = Callable[[NDArray[Any]], NDArray[Any]]
 
 @pytest.fixture(scope="module")
 def wide() -> Model:
-    return load_model(f"{FACTORIES}:wide")
+    return with_traced_lengths(load_model(f"{FACTORIES}:wide"))
 
 
 @pytest.fixture(scope="module")

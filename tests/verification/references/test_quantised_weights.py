@@ -26,6 +26,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import merge_graph
+from lora_export.graph.onnx_file import reading
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.site import Site
@@ -34,6 +35,7 @@ from lora_export.models.export import to_onnx
 from lora_export.models.load import from_module, load_model
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import StoredParameter
+from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
 from lora_export.verification.against_graph import GraphReferences
@@ -53,7 +55,7 @@ UNDIAGNOSED = pytest.mark.usefixtures("undiagnosed")
 
 @pytest.fixture(scope="module")
 def wide() -> Model:
-    return load_model(f"{FACTORIES}:wide")
+    return with_traced_lengths(load_model(f"{FACTORIES}:wide"))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,15 @@ def test_graph_of_floats_is_compared_with_no_weight(wide: Model, graph: ir.Model
     read: list[str] = []
     assert not quantised_weights.find(open_graph(saved(graph.clone(), tmp_path)), in_file(wide, read))
     assert not read
+
+
+def test_a_proof_parses_its_candidate_once(
+    wide: Model, graph: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(reading, "open_graph", lambda path: opened.append(path) or open_graph(path))
+    assert verdict_of(beside(graph.clone(), adapter_for_wide(4.0), tmp_path), wide, adapter_for_wide(4.0)).same
+    assert len(opened) == 1
 
 
 def test_gates_stay_tight_beside_quantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
