@@ -13,9 +13,10 @@ import os
 import platform
 import re
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,9 @@ from lora_export.runtime.runner import (
     within_memory,
 )
 from lora_export.version import __version__
+
+if TYPE_CHECKING:
+    from lora_export.graph.onnx_file.reading import GraphFile
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}
@@ -91,6 +95,16 @@ class OnnxRunner(AdaptersByInput):
         self.adapter_file: Path | None = None
         self._adapter: Any = None  # onnxruntime's LoraAdapter: it runs the base where this object is gone
         self._run_options = _run_options()
+        self._file: Callable[[], GraphFile | None] = lambda: None
+
+    def file(self) -> GraphFile:
+        """The graph's file, to be read and not changed. It is parsed once while a caller holds it."""
+        from lora_export.graph.onnx_file.reading import open_graph  # onnx is not needed to run a graph
+
+        if (file := self._file()) is None:
+            file = open_graph(self.path)
+            self._file = weakref.ref(file)
+        return file
 
     @property
     def session(self) -> Any:

@@ -48,6 +48,7 @@ HALF_CACHE_NOTE = (
     "larger error counts"
 )
 STEPS_TO_FIT = 8  # of a search for the strength that fits
+FITTED = 1e-6  # relative change of a factor in a step, after which no further one is made
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,26 +153,28 @@ class PreparedEndpoint(PreparedPyTorch):
         terms = [term for step in (changes.steps if changes else ()) for term in step.terms]
         if terms:
             with widened(self.weights.attached.module):
-                factor = self._fitted(case, terms[0])
-                outputs = {case.name: self._with_factor(case, factor)}
-            several = len({term.adapter for term in terms}) > 1
-            yield f"the server answers as if {describe_strength(factor, terms[0], several=several)}", outputs
+                factor, outputs = self._fitted(case, terms[0])
+            strength = describe_strength(factor, terms[0], several=len({term.adapter for term in terms}) > 1)
+            yield f"the server answers as if {strength}", {case.name: outputs}
 
-    def _fitted(self, case: parity.Case, term: Term) -> float:
+    def _fitted(self, case: parity.Case, term: Term) -> tuple[float, Arrays]:
         """The factor on all scales that comes closest: a known one, or found from the closest by Gauss and Newton."""
         known = {0.5, 1.0, *(value for value, _ in known_factors(term) if abs(value) <= 1 + term.pair.rank)}
-        distances = {factor: _distance(case, self._with_factor(case, factor)) for factor in known}
-        factor = min(distances, key=distances.__getitem__)
-        closest, least = factor, distances[factor]
+        runs = {factor: self._with_factor(case, factor) for factor in known}
+        factor = min(runs, key=lambda each: _distance(case, runs[each]))
+        closest = factor, (here := runs[factor])
         for _ in range(STEPS_TO_FIT):
-            here, beside = (_flat(self._with_factor(case, each)) for each in (factor, factor * 1.0001 + 1e-6))
-            slope = (beside - here) / (factor * 0.0001 + 1e-6)
-            factor += float(slope @ (_flat(case.candidate) - here) / (slope @ slope or 1.0))
+            beside = factor * 1.0001 + 1e-6
+            slope = (_flat(self._with_factor(case, beside)) - _flat(here)) / (beside - factor)
+            change = float(slope @ (_flat(case.candidate) - _flat(here)) / (slope @ slope or 1.0))
+            factor += change
             if not np.isfinite(factor) or abs(factor) > 100 * (1 + term.pair.rank):
                 break
-            distance = _distance(case, self._with_factor(case, factor))
-            if distance < least:
-                closest, least = factor, distance
+            here = self._with_factor(case, factor)
+            if _distance(case, here) < _distance(case, closest[1]):
+                closest = factor, here
+            if abs(change) <= FITTED * abs(factor):
+                break
         return closest
 
     def _with_factor(self, case: parity.Case, factor: float) -> Arrays:

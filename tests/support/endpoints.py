@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -75,6 +76,9 @@ def with_peft(base: Path, adapter: Path | None = None, *, factor: float = 1.0, *
             if isinstance(module, peft.tuners.lora.LoraLayer):
                 module.scaling = {name: scale * factor for name, scale in module.scaling.items()}
     return lambda ids: model(input_ids=ids).logits[0].float()
+
+
+_with_peft_once = functools.lru_cache(maxsize=4)(with_peft)
 
 
 class Folders(NamedTuple):
@@ -168,7 +172,7 @@ class Served(Server):
 def served(base: Path, adapter: Path | None, protocol: str = "prompt_logprobs", **wrong: Any) -> Served:
     """A right serving, unless something is wrong with it."""
     factor, options = wrong.pop("factor", 1.0), wrong.pop("options", {})
-    logits = wrong.pop("logits", None) or with_peft(base, adapter, factor=factor, **options)
+    logits = wrong.pop("logits", None) or _with_peft_once(base, adapter, factor=factor, **options)
     return Served(logits, hf.AutoTokenizer.from_pretrained(base), protocol, **wrong)
 
 

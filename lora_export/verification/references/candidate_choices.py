@@ -39,7 +39,7 @@ def choice_reader(candidate: Runner) -> ChoiceReader | None:
     if isinstance(candidate, ModuleRunner):
         return functools.partial(_of_module, candidate)
     graph = candidate.inner if isinstance(candidate, CacheRunner) else candidate
-    if isinstance(graph, OnnxRunner) and _choosing_nodes(load_graph(graph.path)):
+    if isinstance(graph, OnnxRunner) and _choosing_nodes(graph.file().model):
         return functools.partial(_of_graph, candidate, graph)
     return None
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lora_export import layers
-from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.site import NameSource
 from lora_export.layers.module_tensors import named_tensors, tensor_name
 from lora_export.models.pt2.program import Program
@@ -54,7 +53,7 @@ def candidate_tensors(candidate: Runner) -> Iterator[CandidateTensor]:
                 yield CandidateTensor(name.replace(UNMERGED, "."), NameSource.INITIALIZER, array.shape, load)
     for graph in graphs_of(candidate):
         if isinstance(graph.source, Path):
-            yield from tensors_of_graph(load_graph(graph.source))
+            yield from tensors_of_graph(graph.file().model)
 
 
 def _is_compared(tensor: torch.Tensor) -> bool:

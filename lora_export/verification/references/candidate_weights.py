@@ -54,9 +54,9 @@ def quantised_weights_of(
             runner.run(next(iter(inputs.values())))
 
         executed = functools.partial(whole.executed_nodes, run)
-        quantised = quantised_weights.find(whole.path, model, changes, origin, executed, skip=heads)
+        quantised = quantised_weights.find(whole.file(), model, changes, origin, executed, skip=heads)
     for graph in candidate.graphs if isinstance(candidate, SeveralGraphs) else ():
-        own = quantised_weights.find(graph.path, model, changes)
+        own = quantised_weights.find(graph.file(), model, changes)
         known = {name: weight.values for name, weight in own.items() if name in quantised}
         others = [name for name, values in known.items() if not np.array_equal(values, quantised[name].values)]
         if others:

@@ -21,7 +21,6 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import read_contract
 from lora_export.graph.content_match import Spellings
 from lora_export.graph.insert.adapter_names import dotted, module_of
-from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.site import NameSource
 from lora_export.graph.values import initializers
 from lora_export.plan import Plan, Step, TensorSpec
@@ -116,7 +115,7 @@ def _as_run(part: Runner, adapter: str, b: Array) -> Array:
 
 def _not_multiplied(graph: OnnxRunner) -> Iterator[str]:
     """The B of a graph whose products nothing multiplies: they contain the scale."""
-    for value in initializers(load_graph(graph.source)) if isinstance(graph.source, Path) else ():
+    for value in initializers(graph.file().model) if isinstance(graph.source, Path) else ():
         readers = (reader for node, _ in value.uses() for output in node.outputs for reader, _ in output.uses())
         if "lora_B" in str(value.name) and not any(reader.op_type == "Mul" for reader in readers):
             yield str(value.name)

@@ -144,7 +144,9 @@ class _Comparison:
         views = list(_views(tensor.load(), weight.spec.shape))[: 1 if tensor.source is None else 2]
         if not views or (tensor.source is None and tensor.shape != weight.spec.shape):
             return False
-        best = max(views, key=lambda view: (weight.agreement(view), weight.agreement(view, negated=True)))
+        best = views[0]
+        if len(views) > 1:
+            best = max(views, key=lambda view: (weight.agreement(view), weight.agreement(view, negated=True)))
         if tensor.source is not None and (before := self._before_a_norm(weight, best, views)) is not None:
             if before.ndim > 1:  # a bias that is the difference of larger numbers has lost its own last digits
                 self._compare(weight, before)
@@ -168,8 +170,9 @@ class _Comparison:
 
     def _before_a_norm(self, weight: ExpectedWeight, best: Array, views: list[Array]) -> Array | None:
         """The weight before a batch norm was folded into it; None where no norm explains its numbers better."""
-        least = weight.agreement(best)
-        if not self.norms or least == 1 or rounded_to(best).itemsize < 4:  # half precision has lost the last digits
+        if not self.norms or (least := weight.agreement(best)) == 1:
+            return None
+        if rounded_to(best).itemsize < 4:  # half precision has lost the last digits
             return None
         # The norm of a layer usually has a name like the layer's.
         for norm in sorted(self.norms, key=lambda each: -_equal_letters(each.variance, weight.spec.name)):

@@ -70,13 +70,16 @@ def further_peers(
     if weights.is_large:
         return
     seeds = [seed + number for number in range(DRAWS_OF_ROUNDING)]
+    moving = converted_copy(deployed().module, torch.Tensor.clone)
     for own in seeds:
         step("PyTorch, its weights moved by a rounding")
-        yield in_form(moved_module(deployed().module, own), MOVED_WEIGHTS)
+        move(moving, deployed().module, own)
+        yield in_form(moving, MOVED_WEIGHTS)
     for own in seeds:
         step("PyTorch, its weights and functions moved by a rounding")
+        move(moving, deployed().module, own)
         with MovedFunctions(own) as moved:
-            peer = in_form(moved_module(deployed().module, own), MOVED_FUNCTIONS)
+            peer = in_form(moving, MOVED_FUNCTIONS)
         if not moved.count:
             return
         yield peer._replace(farthest=FARTHEST_MOVED)
@@ -100,14 +103,12 @@ def merged_module(module: nn.Module, changes: Plan) -> nn.Module:
     return converted_copy(made, to_single)
 
 
-def moved_module(module: nn.Module, seed: int) -> nn.Module:
-    """A copy in which every finite fp32 parameter is moved to the next number, up or down."""
+def move(moved: nn.Module, module: nn.Module, seed: int) -> None:
+    """Set every finite fp32 parameter of a copy to the number next to that of the module, up or down."""
     generator = torch.Generator().manual_seed(seed)
-    moved = converted_copy(module, torch.Tensor.clone)
-    for parameter in moved.parameters():
-        if parameter.dtype is torch.float32:
-            parameter.data = _moved(parameter.data, generator)
-    return moved
+    for parameter, own in zip(moved.parameters(), module.parameters(), strict=True):
+        if own.dtype is torch.float32:
+            parameter.data = _moved(own.data, generator)
 
 
 class MovedFunctions(TorchDispatchMode):

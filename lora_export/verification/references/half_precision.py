@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.values import stored_dtype
 from lora_export.options.spelling import named
 from lora_export.runtime.kv_cache import graph_of
@@ -49,7 +48,7 @@ def is_half_inside(candidate: Runner) -> bool:
     graph = graph_of(candidate)
     if graph is None or any(output.type in HALF_TYPES for output in graph.session.get_outputs()):
         return False
-    model = open_graph(graph.path).model
+    model = graph.file().model
     if not any(stored_dtype(value) in HALVES for value in model.graph.initializers.values()):
         return False
     sites = find_sites(model)

@@ -75,6 +75,7 @@ def proof_weights(
     """
     specs = layers.specs(model.module)
     changes = plan.make(adapters, specs, strengths=strengths) if adapters else None
+    files = [graph.file() for graph in graphs_of(candidate)]  # all below read these
     quantised = quantised_weights_of(candidate, model, changes, origin, inputs, has_own_heads=has_own_heads)
     promoted = [name for name, weight in quantised.items() if weight.wrong is not None]
     found = Findings(tuple(quantised_weights.notes_on(quantised)))
@@ -98,6 +99,7 @@ def proof_weights(
     has_pairs = any(adapter.pairs for adapter in adapters)
     attached = AttachedModule(module, rounding, preferred, has_pairs=has_pairs)
     is_half = is_half_inside(candidate)
+    del files
     return ProofWeights(
         candidate, model, adapters, strengths, changes, quantised, base, attached, dtype, is_half, found
     )

@@ -30,7 +30,7 @@ from lora_export import layers
 from lora_export.errors import Different, InputRefused, Undecided, count
 from lora_export.graph.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.find_sites import Sites, find_sites
-from lora_export.graph.onnx_file.reading import open_graph
+from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.quantised_weights import MATMUL_NBITS, Steps
 from lora_export.graph.site import Site
 from lora_export.layers.module_tensors import dtype_name, named_tensors, tensor_registry
@@ -106,7 +106,7 @@ class QuantisedMerge:
 
 
 def find(
-    path: Path,
+    file: GraphFile,
     model: Model,
     changes: Plan | None = None,
     origin: Path | None = None,
@@ -131,10 +131,10 @@ def find(
         _refuse_unrelated(before, str(origin))
         if not before:
             raise InputRefused(
-                f"{origin} has no quantised weights of the model, so {path} was not made from it. Give the quantised "
-                "graph that the adapters were merged into"
+                f"{origin} has no quantised weights of the model, so {file.path} was not made from it. Give the "
+                "quantised graph that the adapters were merged into"
             )
-    graph = open_graph(path).model
+    graph = file.model
     may_fuse = any(
         node.op_type in QUANTISED_OPERATORS - {MATMUL_NBITS}
         for node in ir.traversal.RecursiveGraphIterator(graph.graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -30,9 +31,17 @@ CHANGES: dict[str, Callable[[Values, np.random.Generator], Values]] = {
 
 
 def based(codec: BlockCodec, count: int = COUNT) -> tuple[np.ndarray, Values]:
+    blocks = blocks_of(codec.type.name, count)
+    return blocks, codec.decode(blocks)
+
+
+@functools.cache
+def blocks_of(name: str, count: int) -> np.ndarray:
+    codec = CODECS[BY_NAME[name]]
     numbers = np.random.default_rng(0).standard_normal((count, codec.type.elements)).astype(np.float32)
     blocks = on_best_scales(codec, np.zeros((count, codec.type.nbytes), np.uint8), numbers)
-    return blocks, codec.decode(blocks)
+    blocks.flags.writeable = False
+    return blocks
 
 
 def squared(codec: BlockCodec, blocks: np.ndarray, values: Values) -> Values:

@@ -96,11 +96,7 @@ class Fault:
 MERGED: Mapping[str, tuple[str, Callable[[NDArray[Any]], NDArray[Any]], str]] = {
     "missing": (QUERY, lambda w: w - delta(QUERY), "its adapter is missing"),
     "half": (VALUE, lambda w: w - delta(VALUE) / 2, "has 0.5 times the correct strength (scale 3)"),
-    "not divided": (KEY, lambda w: w + 4 * delta(KEY), "as if alpha were not divided by the rank, 5"),
-    "left out": (DOWN, lambda w: w - delta(DOWN) * 2 / 3, "as if the scale, 3, were left out"),
-    "upside down": (UP, lambda w: w - delta(UP) * 8 / 9, "as if the scale were inverted, 0.333333 for 3"),
     "twice": (OUT, lambda w: w + delta(OUT), "as if it were added twice"),
-    "sign": (QUERY, lambda w: w - 2 * delta(QUERY), "has the wrong sign"),
     "neighbour's": (QUERY, lambda w: w - delta(QUERY) + delta(KEY), f"it has the adapter of {KEY}"),
     "transposed": (KEY, lambda w: w - delta(KEY) + delta(KEY).T, "its change, B A, is transposed"),
     "whole transposed": (VALUE, lambda w: w.T, "its weight is transposed"),
@@ -256,11 +252,10 @@ FAULTS = {
     "rows, scale": Fault(
         "rows", b_times(3, DOWN), DOWN, "as if the scale, 3, were applied twice", never="with adapter id"
     ),
-    **{
-        f"{mode}, {name}": Fault(mode, *fault)
-        for name, fault in {"mask": MASK, "norm": NORM, "activation": ACTIVATION}.items()
-        for mode in ("merged", "rows")
-    },
+    "merged, mask": Fault("merged", *MASK),
+    "merged, norm": Fault("merged", *NORM),
+    "rows, mask": Fault("rows", *MASK),
+    "rows, activation": Fault("rows", *ACTIVATION),
 }
 
 

@@ -38,7 +38,6 @@ from lora_export.verification.proof import prove
 from lora_export.verification.references.candidate_tensors import candidate_tensors
 from lora_export.verification.references.compare_pairs import compare_pairs
 from lora_export.verification.references.compare_tensors import CandidateTensor
-from lora_export.verification.references.proof_weights import proof_weights
 
 Arrays = dict[str, NDArray[Any]]
 Defect = Callable[[Arrays, str, str], None]  # changes A and B of these names
@@ -277,20 +276,3 @@ def test_an_adapter_beside_the_used_one_is_no_fault(routed: Model) -> None:
                for part, array in (("A", A), ("B", B))}  # fmt: skip
     faults, _ = compared(tensors, routed)
     assert not faults
-
-
-@pytest.mark.parametrize(("mode", "times"), [("merged", 1), ("nodes", 2)])
-def test_the_tensors_and_pairs_of_a_graph_are_read_once(
-    mode: str, times: int, routed: Model, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A graph with pairs is read again, for what multiplies them."""
-    candidate, read = write(base, tmp_path, mode) if mode == "nodes" else OnnxRunner(base), list[Path]()
-
-    def reading(path: Path) -> ir.Model:
-        read.append(path)
-        return load_graph(path)
-
-    for module in (candidate_tensors, compare_pairs):
-        monkeypatch.setitem(module.__globals__, "load_graph", reading)
-    proof_weights(candidate, routed, [ONE], None, {}, None, has_own_heads=False)
-    assert read == [candidate.path] * times
