@@ -270,7 +270,9 @@ UNUSED_FOR = {
         ),
         *("lora_export.weights.checkpoint", "lora_export.weights.merge.", "lora_export.weights.quantised."),
     ),
-    "base.safetensors": ("google.", "lora_export.graph", "onnx", "packaging", "random"),
+    "base.safetensors": (
+        *("accelerate", "email", "google.", "html", "lora_export.graph", "onnx", "packaging", "random", "socket"),
+    ),
 }
 
 

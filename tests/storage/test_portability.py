@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lora_export import cli
-from support import ROOT
+from support import ROOT, TESTS
 from support.folder_contents import folder_contents
 from support.handmade import base_file, graph_file, peft_adapter
-from support.other_systems import python_without_linux
 
 # These tests run a second time without Linux's calls, except those about such a call.
 STORAGE = (
@@ -46,6 +47,13 @@ for module in pkgutil.walk_packages(lora_export.__path__, "lora_export."):
         importlib.import_module(module.name)
 print("all was imported")
 """
+
+
+def python_without_linux(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder, without fcntl and the other calls that only Linux has (see `support/without_linux`)."""
+    paths = os.pathsep.join([str(TESTS / "support/without_linux"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    line, environment = [sys.executable, *map(str, arguments)], {**os.environ, "PYTHONPATH": paths}
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=folder, env=environment)
 
 
 @pytest.fixture(scope="module")
