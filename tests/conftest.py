@@ -24,6 +24,7 @@ from lora_export.runtime import environment
 from lora_export.runtime.environment_probes import CUDA
 
 if TYPE_CHECKING:
+    from support.page_inputs import PageInputs
     from support.programs import ProgramFiles
     from support.stores import Stored
 
@@ -215,6 +216,14 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> ProgramFiles:
 
 
 @pytest.fixture(scope="session")
+def page_inputs(tmp_path_factory: pytest.TempPathFactory) -> PageInputs:
+    """The files that README, guide and the examples in `--help` name."""
+    from support.page_inputs import PageInputs
+
+    return PageInputs(tmp_path_factory.mktemp("page-inputs"))
+
+
+@pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small program, for the tests of its file."""
     import torch
@@ -245,6 +254,17 @@ def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
 
     stores.use(monkeypatch, stores.endpoint())
     return stores.Stored()
+
+
+@pytest.fixture
+def small_parts(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploads in parts of `stores.PART` bytes, which S3 itself would refuse."""
+    from lora_export.storage import object_store
+    from support import stores
+
+    monkeypatch.setattr(object_store, "UPLOADED_PART", stores.PART)
+    if models := sys.modules.get("moto.s3.models"):
+        monkeypatch.setattr(models, "S3_UPLOAD_PART_MIN_SIZE", 1)
 
 
 @pytest.fixture

@@ -89,8 +89,8 @@ def _is_generated(descriptor: int) -> bool:
 def read_bytes(path: Path, most: int) -> bytes:
     """The bytes of a file. Raises InputRefused beyond `most` of them."""
     with open_regular(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        content = file.read(most + 1) if path.stat().st_size <= most else None  # at once, also of a sparse file
+    if content is None or len(content) > most:
         raise InputRefused(f"{path} has more than {most:,} bytes, which no such file needs")
     return content
 

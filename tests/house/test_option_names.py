@@ -30,13 +30,13 @@ def texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def flags(source: str) -> list[tuple[int, str]]:
-    found = texts(ast.parse(source)) if "--" in source else ()
+    found = texts(ast.parse(source)) if FLAG.search(source) else ()
     return [(line, text) for line, text in found if FLAG.search(text) and not OTHERS.search(text)]
 
 
 def named_options(source: str) -> set[str]:
     """The names that a module gives to `named`, and as keywords to `command`."""
-    if not re.search("named|command", source):
+    if not re.search(r"\b(named|command)\(", source):
         return set()
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     by_name = {node.func.id: [] for node in calls if isinstance(node.func, ast.Name)}

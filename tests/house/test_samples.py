@@ -390,14 +390,12 @@ def test_exercise_3_draws_the_curves_and_prints_the_costs(tmp_path: Path, capsys
 
 def test_exercise_3_prints_the_memory_that_training_takes() -> None:
     import rank_4_or_64
-    import small_task
 
-    base, examples, _ = small_task.load()
-    module, _ = small_task.adapted(base, rank=4)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))
+    module[0].requires_grad_(False)
+    parameters = list(module[1].parameters())
     optimizer = torch.optim.AdamW(parameters)
-    inputs, labels = examples.batch([0, 1])
-    nn.functional.cross_entropy(module(**inputs), labels).backward()
+    module(torch.ones(2, 8)).sum().backward()
     optimizer.step()
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     taken = sum(tensor.nbytes for tensor in (*parameters, *(parameter.grad for parameter in parameters), *moments))
@@ -959,10 +957,3 @@ def sentence_vectors(model: torch.nn.Module) -> Any:
         hidden = model(**words).last_hidden_state
     kept = words["attention_mask"][..., None]
     return torch.nn.functional.normalize((hidden * kept).sum(1) / kept.sum(1)).numpy()
-
-
-def test_the_graph_of_the_javascript_sample_needs_every_input(plain_inputs: Path) -> None:
-    session = le.Session(plain_inputs / "model.onnx").session
-    assert not session.get_overridable_initializers()
-    names = {value.name for value in session.get_inputs()}
-    assert {name for name in names if ".lora_A." in name} and "input_ids" in names

@@ -117,11 +117,12 @@ GRAPHS = [f"{name}.onnx" for name in ("ports", "output", "weight", "record")]
 BASES = [*GRAPHS, "base", "unknown", "class", "quantised", "indexed"]
 ADAPTERS = ["adapter", "evil", "targets", "patterns"]
 PROOF = ["--model", "f.py:plain", "-a", "adapter"]
+REPORTS = [word for suffix in ("xml", "html", "json") for word in ("--report", f"r.{suffix}")]
 COMMANDS = [
     *(["inspect", path, *more] for path in (*BASES, *ADAPTERS) for more in ([], ["--all"], ["--json"], ["--check"])),
     *(["merge", base, "adapter", "-o", "out", *more, "--dry-run"] for base in BASES for more in ([], ["-v"])),
     *(["merge", base, adapter, "-o", "out", "--overwrite"] for base in BASES for adapter in ADAPTERS),
-    *(["verify", path, *PROOF, *more] for path in GRAPHS for more in ([], ["-q"], ["-v"], ["--json"])),
+    *(["verify", path, *PROOF, *more] for path in GRAPHS for more in ([], ["-q"], ["-v", *REPORTS], ["--json"])),
     *(["verify", path, "--model", "f.py:named", "-a", "adapter"] for path in GRAPHS),
     *(["verify", path, "--base", "base", "-a", "adapter"] for path in ("base", "unknown", "indexed")),
     *(["verify", "record.onnx", "--model", path] for path in ("base", "unknown", "class", "quantised")),
@@ -146,12 +147,10 @@ COMMANDS = [
 ]
 
 
-PROOFS = ("verify", "onnx", "torchscript")
-
-
 def is_slow(command: list[str], on_github: bool) -> bool:
-    """Whether `make test-slow` runs it: a proof takes seconds, and GitHub's screen has all lines of the other one."""
-    return command[0] in PROOFS and (not on_github or (command[0] == "onnx" and "-v" in command))
+    """Whether `make test-slow` runs it: GitHub's screen has all lines of the other one, and -v those of less."""
+    is_less = command[0] == "verify" and command[2:] in (PROOF, [*PROOF, "-q"])
+    return not on_github or is_less or (command[0] == "onnx" and "-v" in command)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +188,11 @@ def test_no_name_forges_a_line_or_a_command(
         assert not (on_github and is_command(line)), line
     if "--json" in command:
         json.loads(out)
+    if REPORTS[-1] in command:
+        ElementTree.parse("r.xml")
+        json.loads(Path("r.json").read_text("utf-8"))
+        page = Path("r.html").read_text("utf-8")
+        assert "\x1b" not in page and "\u202e" not in page
     if (tmp_path / "summary.md").exists():
         assert not [line for line in lines_of((tmp_path / "summary.md").read_text("utf-8")) if not line.isprintable()]
 
@@ -202,18 +206,6 @@ def is_command(line: str) -> bool:
     """Whether GitHub's runner would run a line that is no annotation of this program."""
     ours = line.startswith(tuple(f"::{kind} title=" for kind in ("error", "notice")))
     return "##[" in line or (line.lstrip().startswith("::") and not ours)
-
-
-def test_no_name_breaks_a_report(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    reports = {suffix: tmp_path / f"r{suffix}" for suffix in (".xml", ".html", ".json")}
-    options = [word for path in reports.values() for word in ("--report", str(path))]
-    for path in GRAPHS:
-        call("verify", path, *PROOF, *options)
-        ElementTree.parse(reports[".xml"])
-        json.loads(reports[".json"].read_text("utf-8"))
-        page = reports[".html"].read_text("utf-8")
-        assert "\x1b" not in page and "\u202e" not in page
 
 
 def test_no_message_ends_its_annotation() -> None:

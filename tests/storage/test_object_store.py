@@ -14,7 +14,7 @@ import pytest
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.storage import object_store
 from lora_export.storage.atomic_output import stage_folder
-from lora_export.storage.object_store import UPLOADED_PART, Bucket, Fence, ObjectChanged
+from lora_export.storage.object_store import Bucket, Fence, ObjectChanged
 from lora_export.storage.store_path import StorePath, newly_opened, place
 
 pytest.importorskip("obstore", reason="obstore is not installed")
@@ -229,7 +229,8 @@ def test_a_range_that_is_cut_short_is_refused(monkeypatch: pytest.MonkeyPatch) -
             path.bucket.read(path.key, 0, 9)
 
 
-@pytest.mark.parametrize(("size", "requests"), [(10, 1), (UPLOADED_PART + 1, 4)])  # begin, two parts, complete
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(("size", "requests"), [(10, 1), (stores.PART + 1, 4)])  # begin, two parts, complete
 def test_the_version_of_what_was_put_is_not_requested(
     size: int, requests: int, stored: Stored, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from lora_export.errors import InputRefused, OutputFailed
 from lora_export.storage import store_output
 from lora_export.storage.atomic_output import stage_file, stage_folder
 from lora_export.storage.manifest import MANIFEST, damage, write_manifest
-from lora_export.storage.object_store import UPLOADED_PART, Bucket, Upload, bucket_of
+from lora_export.storage.object_store import Bucket, Upload, bucket_of
 from lora_export.storage.store_output import begun_at, written_by_worker
 from lora_export.storage.store_path import copy_in_store, newly_opened
 from support import stores
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from support.stores import Stored
 
 MARK = "out/.m.begun"
-PARTS = UPLOADED_PART // 4 + 1  # of texts of four bytes, which make an upload in parts
+PARTS = stores.PART // 4 + 1  # of texts of four bytes, which make an upload in parts
 
 
 def fill(stage: Path) -> None:
@@ -253,25 +254,44 @@ def test_a_run_that_slept_removes_nothing_of_the_next_one(stored: Stored, monkey
     assert sorted(stored.objects()) == files
 
 
-OTHER = """
-import sys
-from lora_export.storage import store_output
+# A process that makes the outputs of other runs, each in a copy of itself: when one has its files, and at its end.
+OTHERS = f"""
+import json, os, sys
+import obstore
+from lora_export.storage import object_store, store_output
 from lora_export.storage.atomic_output import stage_file, stage_folder
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.store_path import place
+object_store.UPLOADED_PART = {stores.PART}
 store_output._is_alive = lambda *_: False
-kind, target = sys.argv[1], place(sys.argv[2])
-with (stage_folder if kind == "folder" else stage_file)(target, inputs=[], streamed=True) as stage:
-    (stage / "b" if kind == "folder" else target).write_bytes(sys.argv[3].encode() * int(sys.argv[4]))
-    if kind == "folder":
-        store_output.begun_at(stage).add("b", "its recipe", {})
-    for name in sys.argv[5:]:
-        (stage / name).write_bytes(b"of the other")
-    print(flush=True)
-    sys.stdin.readline()
-    if kind == "folder":
-        write_manifest(stage, {"by": "the other"})
+def run(kind, address, content, small):
+    target = place(address)
+    with (stage_folder if kind == "folder" else stage_file)(target, inputs=[], streamed=True) as stage:
+        (stage / "b" if kind == "folder" else target).write_bytes(content.encode())
+        if kind == "folder":
+            store_output.begun_at(stage).add("b", "its recipe", {{}})
+        for name in small:
+            (stage / name).write_bytes(b"of the other")
+        print(flush=True)
+        sys.stdin.readline()
+        if kind == "folder":
+            write_manifest(stage, {{"by": "the other"}})
+for words in map(json.loads, sys.stdin):
+    if not os.fork():
+        run(*words)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
+
+
+@functools.cache
+def others() -> tuple[IO[str], IO[str]]:
+    """The streams of that process. It finds the store by the environment of the first test."""
+    process = subprocess.Popen([sys.executable, "-c", OTHERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin, process.stdout
+
+
 # where a run sleeps that has seen that it has the output, and before it changes this object; whether it streams
 FROZEN = {
     "manifest": ("folder", f"out/m/{MANIFEST}", True),
@@ -292,35 +312,41 @@ def frozen_run(
     is_awake_before: bool,
     begins: str = "",
     small: tuple[str, ...] = (),
-) -> Callable[[], int | None]:
+) -> Callable[[], int]:
     """Let this process freeze before it changes an object, once another one is there, until another run has its output.
 
     Returns what ends the other run, where that has not ended before, and gives its exit code.
     """
-    command = [sys.executable, "-c", OTHER, kind, str(stored / "out/m"), content, str(times), *small]
-    check, others = Bucket.refuse_fenced, list[subprocess.Popen[str]]()
+    check, codes, is_begun = Bucket.refuse_fenced, list[int](), False
+    requests, answers = others()
+
+    def end() -> None:
+        print(file=requests, flush=True)
+        codes.append(int(answers.readline()))
 
     def freeze(bucket: Bucket, key: str) -> None:
+        nonlocal is_begun
         check(bucket, key)
-        if key != frozen or others or (begins and begins not in stored.objects()):
+        if key != frozen or is_begun or (begins and begins not in stored.objects()):
             return
-        other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        others.append(other)
-        assert other.stdout is not None and other.stdout.readline() == "\n"
+        is_begun = True
+        print(json.dumps([kind, str(stored / "out/m"), content * times, small]), file=requests, flush=True)
+        assert answers.readline() == "\n"
         if not is_awake_before:
-            other.communicate("\n")
+            end()
         awake = time.time() + store_output.TRUSTED
         monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
 
-    def ended() -> int | None:
+    def ended() -> int:
         if is_awake_before:
-            others[0].communicate("\n")
-        return others[0].returncode
+            end()
+        return codes[0]
 
     monkeypatch.setattr(Bucket, "refuse_fenced", freeze)
     return ended
 
 
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize(
     ("content", "times", "streamed", "is_awake_before"),
     [  # with equal contents all four; of the rest as few as have each two values together
@@ -420,6 +446,7 @@ def test_what_another_run_put_in_place_of_a_late_file_stays(stored: Stored, monk
     assert stored.get(key) == b"new!"
 
 
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize(("content", "times"), [("late", PARTS), ("new!", PARTS), ("late", 1)])
 def test_a_worker_that_puts_its_file_too_late_replaces_none(
     content: str, times: int, stored: Stored, monkeypatch: pytest.MonkeyPatch

@@ -157,9 +157,10 @@ def test_a_copy_of_another_object_than_planned_is_refused(stored: Stored) -> Non
         copy_in_store(path, stored / "c")
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_blocks_in_any_order_become_the_object(stored: Stored) -> None:
-    content = np.random.default_rng(0).integers(0, 256, 13 << 20, np.uint8)  # more than one part of an upload
-    cuts = [0, 100, 5 << 20, 9 << 20, len(content)]
+    content = np.random.default_rng(0).integers(0, 256, 13 << 9, np.uint8)  # more than one part of an upload
+    cuts = [0, 100, 5 << 9, 9 << 9, len(content)]
     pieces = [slice(first, last) for first, last in itertools.pairwise(cuts)]
     with (stored / "big").open("xb") as file:
         for piece in (pieces[0], pieces[3], pieces[2], pieces[1]):
@@ -177,11 +178,12 @@ def test_memory_that_is_used_again_does_not_change_what_was_written(stored: Stor
     assert stored.get("big") == bytes(block.size) + bytes([1]) * block.size
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_an_error_leaves_neither_object_nor_upload(stored: Stored) -> None:
     if not stored.keeps_parts:
         pytest.skip("this store aborts no upload: it deletes the parts itself, after a week")
     with pytest.raises(ZeroDivisionError), (stored / "big").open("xb") as file:
-        file.write(bytes(13 << 20))
+        file.write(bytes(13 << 9))
         assert len(stored.uploads()) == 1
         raise ZeroDivisionError
     assert stored.objects() == {} and stored.uploads() == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -87,15 +86,16 @@ class Here:
         return ""
 
 
+def stay_here(monkeypatch: pytest.MonkeyPatch, engine: Here | None = None) -> Here:
+    """Let jobs run in this process."""
+    engine = engine or Here()
+    monkeypatch.setattr(run, "processes", lambda *_: contextlib.nullcontext(engine))
+    return engine
+
+
 def run_here(monkeypatch: pytest.MonkeyPatch, engine: Here | None = None) -> tuple[FleetStatus, list[str]]:
     """Run fleet.toml of the current folder in this process: its status, and the jobs that ran."""
-    engine = engine or Here()
-
-    @contextlib.contextmanager
-    def here(_: object, number: int) -> Iterator[Here]:
-        yield engine
-
-    monkeypatch.setattr(run, "processes", here)
+    engine = stay_here(monkeypatch, engine)
     status = le.run_fleet("run", "fleet.toml")
     assert isinstance(status, FleetStatus)
     return status, engine.ran

@@ -23,6 +23,7 @@ from support import genai
 from support.cli import call
 from support.diffusion import adapter_file, clip_text_model, linear_shapes, random_pairs, unet
 from support.exporters import a_llama, save_tokenizer
+from support.fleets import stay_here
 from support.graphs import quantised
 from support.peft_models import fill
 
@@ -244,7 +245,9 @@ def _fleet(inputs: PageInputs, path: Path) -> None:
         '[[steps]]\nstep = "verify --base"',
     ]
     path.write_text("\n".join(lines))
-    assert call("fleet", "run", path) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stay_here(patch)
+        assert call("fleet", "run", path) == 0
 
 
 MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {

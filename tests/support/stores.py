@@ -27,6 +27,7 @@ from support.handmade import base_file, peft_adapter
 from support.local_server import Silent, local_server
 
 SECRET = "wJalrXUtnFEMIbPxRfiCYEXAMPLEKEY"
+PART = 1 << 12  # bytes of `small_parts`
 _numbers = itertools.count()
 
 
