@@ -70,7 +70,7 @@ def test_both_options_are_what_peft_computes(llama, targets, tmp_path):
         slow("LlamaForCausalLM", {HEAD: [0, 5]}),
         ("LlamaForCausalLM", {TABLE: [0, 5], HEAD: [1, 2]}),
         ("BartForConditionalGeneration", {TABLE: [0, 5]}),  # of the encoder and of the decoder, which are not stored
-        slow("BartForConditionalGeneration", {"decoder.embed_tokens": [3]}),
+        ("BartForConditionalGeneration", {"decoder.embed_tokens": [3]}),
         ("BartForConditionalGeneration", {"shared": [0, 5], HEAD: [1, 2]}),  # PEFT ties none of the others
     ],
 )
