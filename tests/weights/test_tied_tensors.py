@@ -143,21 +143,22 @@ def test_rows_beside_their_saved_tables_are_what_peft_computes(is_tied, options,
 
 @pytest.mark.parametrize("targets", [(HEAD,), (TABLE,), (HEAD, TABLE)], ids="+".join)
 @pytest.mark.parametrize(
-    ("architecture", "is_stored_again"),
+    ("architecture", "factor"),
     [
-        ("LlamaForCausalLM", False),
-        ("PhiForCausalLM", True),  # its head has a bias
-        slow("LlamaForCausalLM", True),
-        slow("PhiForCausalLM", False),
+        ("LlamaForCausalLM", None),
+        ("LlamaForCausalLM", 2),
+        ("PhiForCausalLM", 1),  # its head has a bias
+        slow("LlamaForCausalLM", 1),
+        slow("PhiForCausalLM", None),
     ],
 )
-def test_a_table_saved_beside_a_pair_is_that_of_both_names(is_stored_again, targets, architecture, tmp_path):
-    """PEFT loads it into the one tensor of the model, as after words were added."""
+def test_a_table_saved_beside_a_pair_is_that_of_both_names(factor, targets, architecture, tmp_path):
+    """PEFT loads it into the one tensor of the model, as after words were added. The factor is that of a stored head."""
     model = tied_model(tmp_path / "base", architecture)
     model.trained(*targets).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     file = model.base / "model.safetensors"
     weights = {name: value * (2 if name == LLAMA_TABLE else 1) for name, value in load_file(file).items()}
-    again = {"lm_head.weight": weights[LLAMA_TABLE]} if is_stored_again else {}
+    again = {} if factor is None else {"lm_head.weight": weights[LLAMA_TABLE] * factor}
     save_file(weights | again, file, {"format": "pt"})
     attached = peft.PeftModel.from_pretrained(model.reloaded(model.base), tmp_path / "adapter")
     for tied, expected in (("untie", model.outputs(attached)), ("both", model.outputs(attached.merge_and_unload()))):
@@ -434,6 +435,16 @@ def test_rows_of_tied_tables_that_are_both_stored(architecture, indices, factor,
     assert json.loads((tmp_path / "out" / "config.json").read_text()).get("tie_word_embeddings") is remain_tied
     loaded = peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter)
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(loaded))
+
+
+def test_rows_beside_a_saved_head_are_those_of_the_table_alone(tmp_path):
+    """The base stores another head, which the adapter replaces: no row is lost."""
+    model = stored_twice(tmp_path / "base", "LlamaForCausalLM", 2, True)
+    options = {"trainable_token_indices": {TABLE: [0, 5]}, "modules_to_save": [HEAD]}
+    adapter = model.adapter(tmp_path / "adapter", "q_proj", **options)
+    le.merge(model.base, adapter, tmp_path / "out")
+    attached = peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter)
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(attached))
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def is_of(weight: str, tensor: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "kind", [Kind.Q4_K, Kind.F16, *map(slow, (Kind.Q4_0, Kind.Q5_1, Kind.Q6_K, Kind.MXFP4))], ids=str
+    "kind", [Kind.Q4_K, Kind.MXFP4, Kind.F16, *map(slow, (Kind.Q4_0, Kind.Q5_1, Kind.Q6_K))], ids=str
 )
 def test_calibrated_numbers_are_one_of_two_and_nearer_in_the_outputs(tmp_path: Path, kind: Kind) -> None:
     base, (adapter, changes) = write_llama(tmp_path / "base.gguf", kind, fields=runnable), an_adapter(tmp_path / "a")
