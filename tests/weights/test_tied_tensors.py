@@ -153,7 +153,7 @@ def test_rows_beside_their_saved_tables_are_what_peft_computes(is_tied, options,
     ],
 )
 def test_a_table_saved_beside_a_pair_is_that_of_both_names(factor, targets, architecture, tmp_path):
-    """PEFT loads it into the one tensor of the model, as after words were added. The factor is that of a stored head."""
+    """PEFT loads it into the one tensor of the model, as after words were added. The factor is a stored head's."""
     model = tied_model(tmp_path / "base", architecture)
     model.trained(*targets).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     file = model.base / "model.safetensors"
@@ -437,13 +437,13 @@ def test_rows_of_tied_tables_that_are_both_stored(architecture, indices, factor,
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(loaded))
 
 
-def test_rows_beside_a_saved_head_are_those_of_the_table_alone(tmp_path):
-    """The base stores another head, which the adapter replaces: no row is lost."""
+def test_rows_beside_a_saved_head_with_other_values_are_what_peft_computes(tmp_path):
+    """No row is lost: the adapter has the head's own values."""
     model = stored_twice(tmp_path / "base", "LlamaForCausalLM", 2, True)
-    options = {"trainable_token_indices": {TABLE: [0, 5]}, "modules_to_save": [HEAD]}
-    adapter = model.adapter(tmp_path / "adapter", "q_proj", **options)
-    le.merge(model.base, adapter, tmp_path / "out")
-    attached = peft.PeftModel.from_pretrained(model.reloaded(model.base), adapter)
+    trained = model.trained("q_proj", trainable_token_indices={TABLE: [0, 5]})
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    le.merge(model.base, tmp_path / "adapter", tmp_path / "out")
+    attached = peft.PeftModel.from_pretrained(model.reloaded(model.base), tmp_path / "adapter")
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(attached))
 
 
