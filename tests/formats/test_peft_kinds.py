@@ -19,7 +19,6 @@ from _pytest.mark import ParameterSet
 from peft.tuners.frod import model as peft_frod
 from safetensors.numpy import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
 import lora_export as le
@@ -32,6 +31,7 @@ from support import ROOT, tables
 from support.cli import answer, call
 from support.peft_kinds import CASES, LAYOUT, Layers, Trained, differences, graph_of, trained
 from support.peft_models import fill
+from support.tied import tied_model
 
 README = ROOT / "tests/README.md"
 TABLE = "kinds of PEFT's adapters"
@@ -190,24 +190,13 @@ def test_two_adapters_are_added(tmp_path, name):
 
 def test_rows_of_a_tied_table_are_one(tmp_path):
     """PEFT saves them under the name of the head, too, which the base does not store."""
-    config = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "vocab_size": 9,
-    }
-    base = LlamaForCausalLM(LlamaConfig(**config, tie_word_embeddings=True))
-    base.save_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(base, peft.TrainableTokensConfig(token_indices=[3, 5]))
+    base = tied_model(tmp_path / "base")
+    model = peft.get_peft_model(base.model, peft.TrainableTokensConfig(token_indices=[3, 5]))
     fill(model)
     model.save_pretrained(tmp_path / "adapter")
     assert len(load_file(tmp_path / "adapter/adapter_model.safetensors")) == 2
-    le.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    ours, theirs = (
-        LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(),
-        model.merge_and_unload().state_dict(),
-    )
+    le.merge(base.base, tmp_path / "adapter", tmp_path / "out")
+    ours, theirs = base.reloaded(tmp_path / "out").state_dict(), model.merge_and_unload().state_dict()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 

@@ -513,10 +513,7 @@ def test_a_conflict_of_adapters_is_not_one_of_ties(llama, tmp_path):
 
 def test_two_tables_that_change_apart_are_not_tied_again(llama, tmp_path):
     """A file may store both tables where the config ties them: transformers ties them if they are equal."""
-    base = tmp_path / "base"
-    llama.model.save_pretrained(base)
-    weights = load_file(base / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights[LLAMA_TABLE]}, base / "model.safetensors", metadata={"format": "pt"})
+    base = stored_twice(tmp_path / "base", "LlamaForCausalLM", 1, True).base
     adapter = llama.adapter(tmp_path / "adapter", HEAD)
     le.merge(base, adapter, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
@@ -540,10 +537,7 @@ def test_the_base_is_made_again_from_a_residual(llama, factor, saved, tied, tmp_
     "rows", [[{TABLE: [0, 5]}], [{TABLE: [0, 5], HEAD: [2]}], [{TABLE: [0, 5]}, {HEAD: [3]}]], ids=str
 )
 def test_two_tables_are_made_again_whatever_their_merged_values(llama, rows, tmp_path):
-    base = tmp_path / "base"
-    llama.model.save_pretrained(base)
-    weights = load_file(base / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights[LLAMA_TABLE]}, base / "model.safetensors", metadata={"format": "pt"})
+    base = stored_twice(tmp_path / "base", "LlamaForCausalLM", 1, True).base
     adapters = [
         llama.adapter(tmp_path / str(number), "q_proj", seed=number, trainable_token_indices=indices)
         for number, indices in enumerate(rows)
