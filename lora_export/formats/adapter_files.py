@@ -156,35 +156,38 @@ def _open_safetensors(path: Path) -> TensorFile | ShardedTensors:
 
 def _open_file(path: Path) -> TensorFile:
     try:
-        file = safetensors_file.open_file(path)
+        file = _header(path, _state_of(path))
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error
     return HeaderAlone(**vars(file)) if _by_headers.get() else file
 
 
+@functools.lru_cache(maxsize=4)  # every format looks at the names in a file before one of them reads it
+def _header(path: Path, _state: tuple[int, ...]) -> TensorFile:
+    return safetensors_file.open_file(path)
+
+
 def names_in(path: Path) -> frozenset[str]:
     """The names of a file's tensors, `unwrapped`; of a pickle other texts too. Reads headers alone, raises nothing."""
-    names: frozenset[str] = frozenset()
-    if is_safetensors(path):
-        try:
-            names = frozenset(_open_safetensors(path).entries)
-        except (InputRefused, OSError):
-            return names
-    elif is_pickle(path):
+    if is_pickle(path):
         from lora_export.storage import torch_pickle
 
-        names = torch_pickle.text_in_pickle(path)
-    return frozenset(map(unwrapped, names))
+        return frozenset(map(unwrapped, torch_pickle.text_in_pickle(path)))
+    file = _undamaged(path)
+    return frozenset() if file is None else frozenset(map(unwrapped, file.entries))
 
 
 def header_in(path: Path | None) -> Mapping[str, str]:
     """The metadata in the header of a `.safetensors` file; none of any other. Raises nothing."""
-    if path is None or not is_safetensors(path):
-        return {}
+    file = None if path is None else _undamaged(path)
+    return {} if file is None else file.metadata
+
+
+def _undamaged(path: Path) -> TensorFile | ShardedTensors | None:
     try:
-        return _open_safetensors(path).metadata
+        return _open_safetensors(path) if is_safetensors(path) else None
     except (InputRefused, OSError):
-        return {}
+        return None
 
 
 def unwrapped(name: str) -> str:

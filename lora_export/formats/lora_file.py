@@ -60,24 +60,25 @@ class OneFileFormat:
     module_of: Callable[[str], str | None]  # what a key has before its ending -> the module; None where it has no place
     flattened: bool = False  # `_` stands for the dots in the names
 
-    def _keys(self, path: Path) -> tuple[frozenset[str], SortedKeys, list[str]]:
+    def _keys(self, path: Path) -> tuple[SortedKeys, list[str]]:
         """The names in an adapter's file, sorted, and those of another format among them. Raises nothing."""
         weights = weights_of(path)
         names = frozenset() if weights is None else names_in(weights)
         if weights is not None and is_pickle(weights):  # which contains other texts, too
             names = frozenset(name for name in names if split_key(name) is not None)
-        keys = sort_keys(names, self.module_of)
-        return names, keys, sorted(key for key in keys.unknown if self.module_of(key) is None)
+        keys = sort_keys(names if has_pairs(names) else (), self.module_of)
+        return keys, sorted(key for key in keys.unknown if self.module_of(key) is None)
 
     def recognises(self, path: Path) -> bool:
         """Whether the keys of the file are those of an adapter, and every module has a place. Raises nothing."""
-        names, keys, foreign = self._keys(path)
-        return has_pairs(names) and len(keys.modules) > 0 and not foreign
+        keys, foreign = self._keys(path)
+        return len(keys.modules) > 0 and not foreign
 
     def foreign_keys(self, path: Path) -> list[str]:
         """The keys of other formats in a file with most keys in this one; none for other files. Raises nothing."""
-        names, keys, foreign = self._keys(path)
-        return foreign if has_pairs(names) and len(names) - len(keys.unknown) > len(foreign) else []
+        keys, foreign = self._keys(path)
+        known = len(keys.duplicates) + sum(map(len, keys.modules.values()))
+        return foreign if known > len(foreign) else []
 
     def read(
         self,

@@ -31,17 +31,14 @@ def notes_on_lost_layers(names: Collection[str], config: Mapping[str, Any]) -> t
             "leaves out their A and B, or does not load the adapter. lora-export merges and exports them as they were "
             "trained"
         )
-    renames = [RenameRule.of(rule, None, "") for rule in read_table().rules.get(model_type, ()) if _only_renames(rule)]
+    rules = read_table().rules.get(model_type, ())
+    renames = [RenameRule.of(rule, None, "") for rule in rules if not rule.get("operations") and not rule.get("kind")]
     if lost := [name for name in names if any(_gets_two_dots(name, rule) for rule in renames)]:
         notes.append(
             f"PEFT up to 0.21 looks for {count(len(lost), 'layer')}, such as {lost[0]}, under names with two dots, and "
             "leaves out their A and B. lora-export merges and exports them as they were trained"
         )
     return tuple(notes)
-
-
-def _only_renames(rule: Mapping[str, Any]) -> bool:
-    return not rule.get("operations") and not rule.get("kind")
 
 
 def _gets_two_dots(name: str, rule: RenameRule) -> bool:

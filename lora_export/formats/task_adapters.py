@@ -40,7 +40,7 @@ MODEL_WEIGHTS = "model.safetensors"
 def recognises(path: Path) -> bool:
     """Whether a model has stacked adapters. Reads headers alone."""
     weights = _weights(path)
-    return weights is not None and has_own_adapters(names_in(weights))
+    return weights is not None and any(map(STACKED_ADAPTER.fullmatch, names_in(weights)))
 
 
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
@@ -160,11 +160,6 @@ def refuse_other_parametrizations(names: Iterable[str], source: object) -> None:
     others = [n for n in names if PARAMETRIZED.fullmatch(n) and not any(each.fullmatch(n) for each in known)]
     if others:
         raise InputRefused(f"{source}: {len(others)} unknown tensors of parametrizations, such as {others[0]}")
-
-
-def has_own_adapters(names: Iterable[str]) -> bool:
-    """Whether some of these tensors are stacked adapters."""
-    return any(STACKED_ADAPTER.fullmatch(name) for name in names)
 
 
 def plain_name(name: str) -> str | None:

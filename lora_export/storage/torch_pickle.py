@@ -7,6 +7,7 @@ is refused: torch writes none, and a small one could fill the memory.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import pickletools
 import re
@@ -81,16 +82,16 @@ class PickledTensors:
 def text_in_pickle(path: Path) -> frozenset[str]:
     """Every text in the pickle of an archive of `torch.save`; none for another file. Unpickles and raises nothing."""
     try:
-        return frozenset(_texts(path))
+        return _texts(path, *input_files.file_states([path]))
     except (InputRefused, *FAILURES):
         return frozenset()
 
 
-def _texts(path: Path) -> Iterator[str]:
+@functools.lru_cache(maxsize=4)  # every format of adapters looks at them
+def _texts(path: Path, _state: tuple[int, ...]) -> frozenset[str]:
     with input_files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        for operation, argument in _operations(archive):
-            if operation in TEXT_OPCODES and isinstance(argument, str):
-                yield argument
+        operations = _operations(archive)
+        return frozenset(text for name, text in operations if name in TEXT_OPCODES and isinstance(text, str))
 
 
 def _operations(archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:

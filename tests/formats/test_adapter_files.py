@@ -27,6 +27,7 @@ from lora_export.formats.adapter_files import (
 )
 from lora_export.lora import LoraPair
 from lora_export.options.reading import DEFAULTS, ReadOptions
+from lora_export.storage import input_files
 from lora_export.storage.hashes import file_hash
 from support.handmade import peft_adapter
 
@@ -52,6 +53,17 @@ def test_names_of_both_kinds_are_found(files: tuple[Path, Path]) -> None:
     assert names_in(stored) == {"fc.lora_a"} <= names_in(pickled)
     stored.write_bytes(b"no tensors")
     assert names_in(stored) == names_in(stored.parent) == names_in(pickled.rename(pickled.with_suffix(".txt"))) == set()
+
+
+def test_names_are_read_once_until_the_file_changes(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, real = [], input_files.open_regular
+    monkeypatch.setattr(input_files, "open_regular", lambda path: opened.append(path) or real(path))
+    for path in files:
+        assert "fc.lora_a" in names_in(path) & names_in(path)
+    assert tuple(opened) == files
+    save_file({"other": np.ones(1, np.float32)}, files[0])
+    torch.save({"other": torch.ones(1)}, files[1])
+    assert "other" in names_in(files[0]) & names_in(files[1])
 
 
 def test_the_hash_is_that_of_the_files_in_order(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from support.diffusion import (
     folder_of,
     linear_shapes,
     merged_as_fused,
+    original_shapes,
     random_pairs,
     transformer,
     unet,
@@ -70,35 +71,24 @@ def test_a_unet_is_merged_as_diffusers_fuses_it(like_sdxl, tmp_path):
 @pytest.mark.parametrize("family", ["Flux 2", "Qwen-Image", "Z-Image", "Wan"])
 def test_a_transformer_is_merged_as_diffusers_fuses_it(family, tmp_path):
     model = transformer(family)
-    shapes = original_shapes(family)
+    shapes = trained_shapes(family)
     path = adapter_file(tmp_path / "a.safetensors", random_pairs(shapes), prefix="lora_unet_", flattened=True, alpha=4)
     changed = merged_as_fused(model, PIPELINES[family], path, "transformer", tmp_path, atol=5e-6)
     assert len(changed) >= len(shapes)
 
 
-def original_shapes(family: str) -> dict[str, tuple[int, ...]]:
+def trained_shapes(family: str) -> dict[str, tuple[int, ...]]:
     """The modules of a family, under the names that its trainers write, as far as diffusers reads them."""
     state = transformer(family).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     layout = next((each for each in other_layouts(state) if each.model == family), None)
-    if layout is None or family == "Z-Image":
-        names = {
-            name.removesuffix(".weight"): shape
-            for name, shape in shapes.items()
-            if name.endswith(".weight") and len(shape) == 2
-        }
-        return {name: shape for name, shape in names.items() if family != "Z-Image" or name.startswith("layers.")}
-    found = {}
-    for name, tensor in layout.tensors.items():
-        shape = (
-            shapes[tensor.stored]
-            if tensor.conversion is None
-            else tensor.conversion.assembled(shapes.__getitem__)[name].shape
-        )
-        if name.endswith(".weight") and len(shape) == 2:
-            found[name.removesuffix(".weight")] = shape
-    in_blocks = ("blocks.", "double_blocks.", "single_blocks.")
-    return {name: shape for name, shape in found.items() if name.startswith(in_blocks)}
+    blocks = ("",) if layout is None else ("blocks.", "double_blocks.", "single_blocks.")
+    if layout is not None and family != "Z-Image":
+        shapes = original_shapes(layout, shapes)
+    elif family == "Z-Image":
+        blocks = ("layers.",)
+    names = (name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2)
+    return {name.removesuffix(".weight"): shapes[name] for name in names if name.startswith(blocks)}
 
 
 def test_a_fused_projection_of_flux_is_split_into_its_modules(tmp_path):

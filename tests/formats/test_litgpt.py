@@ -103,7 +103,7 @@ def test_a_table_is_read(tmp_path: Path) -> None:
         ("a: [", "is not YAML"),
         ("- a", "is not a table of settings"),
         ("1: a", "is not a table of settings"),
-        ("a: " + "[" * 100_000, "is not YAML"),
+        ("a: " + "[" * 5000, "is not YAML"),
         ("a: 2001-99-99", "is not YAML"),
         ("a: " + "9" * 5000, "is not YAML"),
         ("a: !!python/object/apply:os.system ['touch ran']", "is not YAML"),

@@ -168,14 +168,24 @@ def written(writer: gguf.GGUFWriter, path: Path) -> Path:
     return path
 
 
+def tensors_of(path: Path) -> list[gguf.ReaderTensor]:
+    """The tensors of a file, read once: the package gguf takes long for its fields."""
+    status = path.stat()
+    return _read(path, status.st_ino, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, *_state: int) -> list[gguf.ReaderTensor]:
+    return gguf.GGUFReader(path).tensors
+
+
 def values_of(path: Path) -> dict[str, Array]:
     """All tensors as the package gguf reads them, in fp32."""
-    reader = gguf.GGUFReader(path)
     return {
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
-        for tensor in reader.tensors
+        for tensor in tensors_of(path)
     }
 
 
 def types_of(path: Path) -> dict[str, str]:
-    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    return {tensor.name: tensor.tensor_type.name for tensor in tensors_of(path)}

@@ -140,7 +140,7 @@ def numpy_alone() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("numpy_alone")
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(CASES)
 def test_a_merge_is_the_sum_by_hand(case: Case) -> None:
     rng = np.random.default_rng(case.seed)

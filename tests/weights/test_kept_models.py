@@ -29,6 +29,7 @@ from lora_export.api import verify_quantised
 from support.handmade import peft_adapter
 from support.quantised import LLAMA_SIZES, bits_of
 from support.quantised_weights import weights_in
+from support.slow import slow
 
 PROJECTIONS = ("self_attn.q_proj", "mlp.down_proj")
 
@@ -218,6 +219,7 @@ def test_layers_fused_with_one_that_has_no_8_bits_are_floats(tmp_path: Path) -> 
     assert found["1.self_attn.k_proj.weight"][1].endswith("q_proj.weight, and its scales are too small for 8 bits")
 
 
+@pytest.mark.parametrize("base", ["int8", "int4", slow("nf4"), slow("fp8")], indirect=True)
 def test_verify_shows_what_quantisation_costs(
     base: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
