@@ -246,7 +246,8 @@ def test_tokens_of_experts_have_the_adapters_of_their_rows(exported, tmp_path):
         assert verdict.outcome == "different", fault
 
 
-@pytest.mark.parametrize(("mode", "origin"), [("merged", None), ("nodes", None), ("merged", "old"), ("nodes", "new")])
+@pytest.mark.parametrize("origin", [None, "old", "new"])
+@pytest.mark.parametrize("mode", ["merged", "nodes"])
 def test_an_existing_graph_takes_experts(exported, tmp_path, mode, origin):
     base = None if origin is None else exported.paths[origin]
     output = tmp_path / "model.onnx"
