@@ -73,11 +73,11 @@ def further_peers(
     moving = converted_copy(deployed().module, torch.Tensor.clone)
     for own in seeds:
         step("PyTorch, its weights moved by a rounding")
-        move(moving, deployed().module, own)
+        move_weights(moving, deployed().module, own)
         yield in_form(moving, MOVED_WEIGHTS)
     for own in seeds:
         step("PyTorch, its weights and functions moved by a rounding")
-        move(moving, deployed().module, own)
+        move_weights(moving, deployed().module, own)
         with MovedFunctions(own) as moved:
             peer = in_form(moving, MOVED_FUNCTIONS)
         if not moved.count:
@@ -103,7 +103,7 @@ def merged_module(module: nn.Module, changes: Plan) -> nn.Module:
     return converted_copy(made, to_single)
 
 
-def move(moved: nn.Module, module: nn.Module, seed: int) -> None:
+def move_weights(moved: nn.Module, module: nn.Module, seed: int) -> None:
     """Set every finite fp32 parameter of a copy to the number next to that of the module, up or down."""
     generator = torch.Generator().manual_seed(seed)
     for parameter, own in zip(moved.parameters(), module.parameters(), strict=True):

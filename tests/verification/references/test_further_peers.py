@@ -17,7 +17,7 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import further_peers
-from lora_export.verification.references.further_peers import MOVED_FUNCTIONS, MovedFunctions, move
+from lora_export.verification.references.further_peers import MOVED_FUNCTIONS, MovedFunctions, move_weights
 from support.proofs import an_adapter
 
 
@@ -32,7 +32,7 @@ def test_moved_weights_are_the_neighbours_of_the_weights() -> None:
         layer.bias[:2] = torch.tensor([torch.inf, 0.0])
     before = layer.weight.detach().clone()
     moved = copy.deepcopy(layer)
-    move(moved, layer, seed=1)
+    move_weights(moved, layer, seed=1)
     assert torch.equal(layer.weight, before)
     up, down = neighbours(before)
     goes_up = moved.weight == up
@@ -41,9 +41,9 @@ def test_moved_weights_are_the_neighbours_of_the_weights() -> None:
     assert moved.bias[0] == torch.inf  # no number has it as a neighbour
     assert 0 < abs(moved.bias[1]) < 1e-44
     first = moved.weight.detach().clone()
-    move(moved, layer, seed=2)
+    move_weights(moved, layer, seed=2)
     assert not torch.equal(moved.weight, first)
-    move(moved, layer, seed=1)
+    move_weights(moved, layer, seed=1)
     assert torch.equal(moved.weight, first)
 
 
@@ -52,7 +52,7 @@ def test_moved_weights_stay_tied_and_integers_stay() -> None:
     module[1].weight = module[0].weight
     module.register_buffer("ids", torch.arange(3))
     moved = copy.deepcopy(module)
-    move(moved, module, seed=0)
+    move_weights(moved, module, seed=0)
     assert moved[1].weight is moved[0].weight
     assert torch.equal(moved.ids, module.ids)
 
