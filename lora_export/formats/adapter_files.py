@@ -156,15 +156,10 @@ def _open_safetensors(path: Path) -> TensorFile | ShardedTensors:
 
 def _open_file(path: Path) -> TensorFile:
     try:
-        file = _header(path, _state_of(path))
+        file = safetensors_file.open_file(path)
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error
     return HeaderAlone(**vars(file)) if _by_headers.get() else file
-
-
-@functools.lru_cache(maxsize=4)  # every format looks at the names in a file before one of them reads it
-def _header(path: Path, _state: tuple[int, ...]) -> TensorFile:
-    return safetensors_file.open_file(path)
 
 
 def names_in(path: Path) -> frozenset[str]:

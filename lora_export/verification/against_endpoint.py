@@ -48,7 +48,7 @@ HALF_CACHE_NOTE = (
     "larger error counts"
 )
 STEPS_TO_FIT = 8  # of a search for the strength that fits
-CONVERGED = 1e-6  # relative change of a factor in a step, after which no further one is made
+CLOSE_ENOUGH = 1e-6  # relative change of a factor in a step, after which no further one is made
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ class PreparedEndpoint(PreparedPyTorch):
             here = self._with_factor(case, factor)
             if _distance(case, here) < _distance(case, closest[1]):
                 closest = factor, here
-            if abs(change) <= CONVERGED * abs(factor):
+            if abs(change) <= CLOSE_ENOUGH * abs(factor):
                 break
         return closest
 

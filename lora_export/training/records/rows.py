@@ -50,7 +50,7 @@ class Records(ABC):
 
     @contextlib.contextmanager
     def naming(self, row: int) -> Iterator[None]:
-        """Put the place of a row before what a refusal says."""
+        """Put the place of a row before the text of a refusal."""
         try:
             yield
         except InputRefused as error:
