@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -47,6 +48,7 @@ from lora_export.weights.checkpoint import open_checkpoint
 from support import FACTORIES
 from support.graphs import quantised
 from support.handmade import peft_adapter
+from support.slow import slow
 from support.wide_model import adapter_for_wide
 
 DIFFERENT = parity.Outcome.DIFFERENT
@@ -215,7 +217,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "8 bits": {"bits": 8},
     "DequantizeLinear": {"as_pairs": True},
 }
-WRONG_MERGES = {
+WRONG_MERGES = {  # with the schemes of the quick tests
     "scale x 1.1": ("4 bits", "DequantizeLinear"),
     "missing in one": ("4 bits, zero points", "8 bits"),
     "one row of B lost": ("4 bits", "DequantizeLinear"),
@@ -237,7 +239,13 @@ def test_correct_requantised_merge_is_same(name: str, wide: Model, graph: ir.Mod
 
 
 @UNDIAGNOSED
-@pytest.mark.parametrize(("fault", "name"), [(fault, name) for fault, names in WRONG_MERGES.items() for name in names])
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        (fault, name) if name in quick else slow(fault, name)
+        for (fault, quick), name in itertools.product(WRONG_MERGES.items(), SCHEMES)
+    ],
+)
 def test_wrong_requantised_merge_is_different(
     fault: str, name: str, wide: Model, graph: ir.Model, tmp_path: Path
 ) -> None:
