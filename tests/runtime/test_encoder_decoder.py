@@ -32,7 +32,7 @@ class PlainGraph:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A T5 `base`, an adapter `all`, one of the `decoder` alone, and `served` with both by row, and in `slots`."""
     folder = tmp_path_factory.mktemp("t5")
-    base = small_encoder_decoder("t5", folder / "base")
+    base = small_encoder_decoder("t5 of one layer", folder / "base")
     encoder_decoder_adapter(base, folder / "all")
     encoder_decoder_adapter(base, folder / "decoder", seed=2, targets=r"decoder\..*\.(q|v)")
     adapters = [folder / "all", folder / "decoder"]
