@@ -44,7 +44,14 @@ from lora_export.training.order import RowNumbers, split_rows
 from lora_export.training.records.opening import IGNORED, LabelledArrays, open_records, read_labelled_arrays
 from lora_export.training.records.rows import AUDIO, IMAGE, Records, sha256_with_files
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
-from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts, refuse_reading_ahead
+from lora_export.training.token_rows import (
+    CausalRows,
+    MaskedRows,
+    TokenFile,
+    causal_rows,
+    refuse_mixed_texts,
+    refuse_reading_ahead,
+)
 from lora_export.user_code import find_function
 from lora_export.weights.checkpoint import CONFIG
 from lora_export.weights.task_head import CLASS_ENDINGS, TaskHead, label_names
@@ -182,6 +189,8 @@ def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tu
             made = [ReadyBatches([batches[row] for row in rows], loss) for rows in split]
         case CheckedRows():
             made = list(map(_Encoders(loaded, data.content, options).data, split))
+            if isinstance(made[0], CausalRows):
+                refuse_reading_ahead(loaded.module, made[0])
     return made[0], made[1] if len(made) > 1 else None
 
 
@@ -346,7 +355,6 @@ class _Encoders:
         made = causal_rows(file, max_length=most, cut=form is RowForm.TEXT, pack=pack, pad_token=pad)
         if form is not RowForm.TEXT:
             self._note_cut_texts(np.diff(file.ends), sum(map(len, made.bins)), most)
-        refuse_reading_ahead(module, made)
         if pack:
             refuse_mixed_texts(module, made)
         return made

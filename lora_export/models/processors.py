@@ -211,7 +211,7 @@ def refuse_longer(seconds: float, extractor: Any, sound: str = "the sound") -> N
     most = getattr(extractor, "n_samples", None)  # of Whisper, which cuts what is longer
     limit = most / extractor.sampling_rate if most else seconds
     if seconds > limit:
-        raise InputRefused(f"{sound} takes {seconds:.1f} s, and the model hears {limit:g} s; cut it into parts")
+        raise InputRefused(f"{sound} takes {seconds:.4g} s, and the model hears {limit:g} s; cut it into parts")
 
 
 def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[str, NDArray[Any]]:

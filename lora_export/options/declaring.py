@@ -190,6 +190,8 @@ class Declared:
         for name, entry in value.items():
             try:
                 found = self.option.read([f"{name}={entry_text(entry)}"])
+            except TypeError:  # of a list that is no list of flags
+                self._refuse(value, expected)
             except ValueError as error:
                 raise WrongUsage(f"{named(self.name)}: {error}") from error
             if list(found) != [name]:

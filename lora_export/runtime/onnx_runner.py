@@ -257,7 +257,7 @@ class OnnxRunner(AdaptersByInput):
         return any(value.type == "tensor(bfloat16)" for value in values)
 
     def _outputs(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
-        is_narrow = self._has_bfloat16 or any(array.dtype.name == "bfloat16" for array in inputs.values())
+        is_narrow = self._has_bfloat16 or any(np.asarray(value).dtype.name == "bfloat16" for value in inputs.values())
         if not (self.is_onnxruntimes and is_narrow):
             outputs: list[NDArray[Any]] = self.session.run(names, inputs, self._run_options)
             return outputs

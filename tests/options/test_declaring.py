@@ -110,6 +110,11 @@ def test_a_record_refuses_values_that_do_not_exist(wrong, message):
         MergeOptions(**{"base": "base", "adapters": ["a"], "output": "out"} | wrong)
 
 
+def test_flags_of_a_table_are_flags():
+    with pytest.raises(WrongUsage, match=r"enable_lora= is {'fc': \[True, None\]}; it must be a dict of NAME=1,0,1"):
+        ReadOptions(enable_lora={"fc": [True, None]})
+
+
 @pytest.mark.parametrize("seed", [-(2**63), 2**63])
 def test_a_seed_beyond_those_of_pytorch_is_refused(seed):
     torch.manual_seed(2**63 - 1)

@@ -30,7 +30,8 @@ def a_graph(tmp_path: Path) -> Path:
 
 def test_graph_runs_and_its_placement_is_recorded(a_graph: Path) -> None:
     runner = OnnxRunner(a_graph, "cpu")
-    assert runner.run({"x": np.array([[1, 2]], np.float32)})["y"].tolist() == [[2, 4]]
+    for value in (np.array([[1, 2]], np.float32), [[1.0, 2.0]]):  # onnxruntime takes lists, too
+        assert runner.run({"x": value})["y"].tolist() == [[2, 4]]
     assert runner.axes == {"x": (None, 2)}
     assert runner.placement.by_provider == {"CPUExecutionProvider": (("product", "MatMul"),)}
     assert runner.placement.compute_nodes == 1

@@ -164,7 +164,7 @@ def test_a_table_saved_beside_a_pair_is_that_of_both_names(factor, targets, arch
     for tied, expected in (("untie", model.outputs(attached)), ("both", model.outputs(attached.merge_and_unload()))):
         le.merge(model.base, tmp_path / "adapter", tmp_path / tied, tied=tied)
         assert is_near(model.outputs(model.reloaded(tmp_path / tied)), expected)
-    assert le.verify(tmp_path / "untie", model.base, adapters=tmp_path / "adapter", tied="untie")
+        assert le.verify(tmp_path / tied, model.base, adapters=tmp_path / "adapter", tied=tied)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_adapters_of_every_dialect_are_merged(model: str, form: str, tmp_path: P
         changed = {name for name in before if before[name].float().ne(after[name].float()).any()}
         assert len(changed) == 1 and {layer.weight for layer in result.report.layers} in (changed, set())
         assert str(verify(out, base=base, adapters=[adapter])).startswith("same")
-    assert str(verify(out, base=base, adapters=[adapter], weights=[0.8])).startswith("different")
+        assert str(verify(out, base=base, adapters=[adapter], weights=[0.8])).startswith("different")
 
 
 def test_change_of_a_part_with_dora_is_what_was_measured(tmp_path: Path) -> None:
