@@ -109,25 +109,20 @@ def same_state(module: nn.Module) -> Iterator[None]:
     of a long one, too. SegFormer adds hooks at its first run, and an attribute for that. Without the attribute alone,
     each run would add them again, and collect its hidden states twice.
     """
-    parts = list(module.modules()) if is_hugging_face(module) else []
-    before = [
-        {name: dict(value) if name in REGISTRIES else value for name, value in vars(part).items()} for part in parts
-    ]
+    parts = [vars(part) for part in module.modules()] if is_hugging_face(module) else []
+    before = [(dict(part), [(part[name], dict(part[name])) for name in REGISTRIES]) for part in parts]
     try:
         with _no_warnings() if parts else contextlib.nullcontext():  # they tell of such a choice, now in each run
             yield
     finally:
-        for part, attributes in zip(parts, before, strict=True):
-            for name in vars(part).keys() - attributes:
-                del vars(part)[name]
-            for name, value in attributes.items():
-                if name not in REGISTRIES:
-                    vars(part)[name] = value
-                    continue
-                now = vars(part)[name]
-                if list(map(id, now.values())) != list(map(id, value.values())):
-                    now.clear()
-                    now.update(value)
+        for part, (attributes, registries) in zip(parts, before, strict=True):
+            part.update(attributes)
+            for name in part.keys() - attributes if len(part) > len(attributes) else ():
+                del part[name]
+            for registry, entries in registries:
+                if list(map(id, registry.values())) != list(map(id, entries.values())):
+                    registry.clear()
+                    registry.update(entries)
 
 
 def state_reader(module: nn.Module) -> Callable[[], bool]:
