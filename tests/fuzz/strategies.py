@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fuzz.megatron_targets import LAYER, LINES
 from fuzz.targets import ADAPTER_TENSORS, GRAPH_TENSORS, KINDS, TASK_LINES
 
 Text = SearchStrategy[str]
+UNICODE = st.characters(exclude_categories=("Cs",))  # those of UTF-8, which hypothesis would find by encoding each
 
 # JSON as it is spelled: what Python's writer cannot say (twins, halves of surrogate pairs) is among it.
 ODD_VALUES = (
@@ -31,11 +33,12 @@ ODD_VALUES = (
 ODD_NAMES = ('""', r'"\ud800"', r'"\u001b[2J"', '"__metadata__"', '"a.b"', '"fc.weight"', '"quantization_config"')
 
 
+@functools.cache
 def json_text() -> Text:
-    """Any JSON, objects with odd and repeated names among it."""
-    names = st.sampled_from(ODD_NAMES) | st.text(max_size=8).map(json.dumps)
+    """Any JSON, objects with odd and repeated names among it. One object: hypothesis prepares each at its first use."""
+    names = st.sampled_from(ODD_NAMES) | st.text(UNICODE, max_size=8).map(json.dumps)
     return st.recursive(
-        st.sampled_from(ODD_VALUES) | st.integers().map(str) | st.text(max_size=8).map(json.dumps),
+        st.sampled_from(ODD_VALUES) | st.integers().map(str) | st.text(UNICODE, max_size=8).map(json.dumps),
         lambda inner: st.one_of(
             st.lists(inner, max_size=4).map(lambda items: f"[{', '.join(items)}]"),
             st.lists(st.tuples(names, inner), max_size=4).map(_object),
@@ -109,7 +112,8 @@ def keys() -> SearchStrategy[bytes]:
     parts = ("base_model.model.", "fc", ".lora_A", ".lora_B", ".a", ".weight", ".bias", ".base_layer", ".out_proj")
     odd = (".lora_embedding_A", ".modules_to_save", ".token_adapter", "lora_", ".", "\x1b[2J", "é", "\0", "x" * 3000)
     made = st.lists(st.sampled_from(parts + odd), max_size=7).map("".join)
-    key = st.sampled_from(list(ADAPTER_TENSORS)) | made | st.text(max_size=20).map(lambda text: text.replace("\n", ""))
+    free = st.text(UNICODE, max_size=20).map(lambda text: text.replace("\n", ""))
+    key = st.sampled_from(list(ADAPTER_TENSORS)) | made | free
     return st.lists(key, max_size=6).map(lambda lines: "\n".join(lines).encode("utf-8", "replace"))
 
 

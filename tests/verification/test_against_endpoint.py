@@ -123,11 +123,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another alpha": ({"factor": 1.37}, "the server answers as if its adapter has 1.37 times the correct strength"),
     "another tenant": ({"adapter": "other"}, "the server answers as the other tenant b (explains 100 %"),
-    "shuffled": (
-        {"values": lambda values: values[::-1]},
+    "one value wrong": (
+        {"values": lambda values: [*values[:-1], values[-1] - 0.01]},
         "neither the base, nor another strength of the adapter, nor b",
     ),
-    "one value wrong": ({"values": lambda values: [*values[:-1], values[-1] - 0.01]}, "neither the base"),
     "a beginning is added": ({"prompt": lambda ids: [0, *ids], "counts": False}, "puts the token of a beginning (BOS)"),
     "a beginning is added and counted": ({"prompt": lambda ids: [0, *ids]}, "it adds tokens, such as that of a begin"),
     "tokens are dropped": ({"prompt": lambda ids: ids[1:]}, "it drops tokens"),
@@ -173,7 +172,7 @@ WRONG_MODELS: dict[str, Callable[[Folders], Logits]] = {
 @pytest.mark.parametrize(
     ("fault", "protocol"),
     [
-        *((fault, "prompt_logprobs") for fault in WRONG_MODELS),
+        *((fault, "prompt_logprobs") for fault in WRONG_MODELS if fault != "a head is dropped"),
         *(slow(fault, "chat") for fault in ("a head is dropped", "the cache of another adapter")),
     ],
 )
@@ -245,7 +244,7 @@ def test_a_server_without_log_probabilities_is_undecided(folders: Folders) -> No
     assert result.exit_code == 5 and "it ignores the field, as `transformers serve` does" in str(result)
 
 
-@pytest.mark.parametrize(("decimals", "outcome"), [(5, "same"), (4, "same"), (1, "undecided"), (0, "undecided")])
+@pytest.mark.parametrize(("decimals", "outcome"), [(4, "same"), (0, "undecided")])
 def test_rounded_numbers_widen_the_limits(decimals: int, outcome: str, folders: Folders) -> None:
     rounded = served(folders.base, folders.adapter, values=lambda values: [round(value, decimals) for value in values])
     result = verified(folders, rounded)
