@@ -86,13 +86,14 @@ class PreparedEndpoint(PreparedPyTorch):
         note = f"the server gives its numbers with {decimals} decimals: PyTorch's were rounded so, too"
         return replace(expected, deployed=deployed, findings=expected.findings + parity.Findings((note,)))
 
-    def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
+    def further_peers(self, step: OnProofStep, cases: Sequence[str]) -> Iterator[FurtherPeer]:
         if self.weights.dtype == "float32" and cache_argument(type(self.deployed.module)):
             step("PyTorch, its cache in float16")
             module = shared_copy(self.deployed.module)
             setattr(module, HALF_CACHE, True)
-            yield peer_in_form(module, HALF_CACHE_NOTE, self.inputs.cases, self.settings.device)
-        yield from super().further_peers(step)
+            inputs = {name: self.inputs.cases[name] for name in cases}
+            yield peer_in_form(module, HALF_CACHE_NOTE, inputs, self.settings.device)
+        yield from super().further_peers(step, cases)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> parity.Findings:
         alike = (name for name, outputs in self.tenants.items() if _answers_as(cases, outputs, expected.dtype))

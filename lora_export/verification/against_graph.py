@@ -214,7 +214,7 @@ class PreparedGraphReferences(PreparedReferences):
             findings=parity.Findings(tuple(notes)) + outputs.findings + self.inputs.findings + self.weights,
         )
 
-    def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
+    def further_peers(self, step: OnProofStep, cases: Sequence[str]) -> Iterator[FurtherPeer]:
         """Run the peer with W + ΔW at each weight; none where the peer has no branches."""
         if not self.references.adapters or self.references.mode != "merged" or self.references.rounds_sums:
             return
@@ -222,7 +222,7 @@ class PreparedGraphReferences(PreparedReferences):
         model, _ = self._with_adapters(sum_at_weights)
         peer = open_graph_session(model, PEER, self.references.base.provider, timeout=self.references.base.timeout)
         del model
-        yield FurtherPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
+        yield FurtherPeer({name: peer.run(self.inputs.cases[name]) for name in cases}, MERGED_GRAPH)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> parity.Findings:
         """Run the base graph with W + ΔW in fp64, without single pairs, and judge what it returns."""

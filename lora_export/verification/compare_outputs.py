@@ -36,6 +36,18 @@ def differs_in_precision_alone(verdict: parity.Verdict) -> bool:
     return bool(failed) and failed <= PRECISION_GATES
 
 
+def different_by_themselves(verdict: parity.Verdict) -> set[str]:
+    """The cases in which an output is different whatever the peer's error in other cases is."""
+    return {
+        comparison.case
+        for comparison, figures in verdict.measured
+        for reason in comparison.reasons
+        if reason.outcome is parity.Outcome.DIFFERENT
+        and reason.gate in PRECISION_GATES
+        and math.prod(figures.shape) > parity.FEW_ELEMENTS
+    }
+
+
 def with_larger_peer_error(
     cases: Sequence[parity.Case], others: Sequence[parity.Case], *, farthest: float = math.inf
 ) -> list[parity.Case]:

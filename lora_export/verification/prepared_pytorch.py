@@ -165,10 +165,9 @@ class PreparedPyTorch(PreparedReferences):
         doubts = outputs_beyond_rounding(own, reference, unjudged, dtype)
         return unjudged, Findings(tuple(notes_on_padding(unjudged)), doubts=tuple(doubts))
 
-    def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
-        how = self.settings
-        cases, choices = self.inputs.cases, self._choices
-        return further_peers(self.weights, lambda: self.deployed, cases, how.device, how.seed, step, choices)
+    def further_peers(self, step: OnProofStep, cases: Sequence[str]) -> Iterator[FurtherPeer]:
+        how, inputs = self.settings, {name: self.inputs.cases[name] for name in cases}
+        return further_peers(self.weights, lambda: self.deployed, inputs, how.device, how.seed, step, self._choices)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> Findings:
         assert self._fp64 is not None

@@ -6,9 +6,8 @@ that takes adapters, without one, may also be judged by the bits of the graph th
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from lora_export.verification.candidate_outputs import (
 from lora_export.verification.compare_outputs import (
     aligned,
     bits_that_differ,
+    different_by_themselves,
     differs_in_precision_alone,
     error_of,
     named_as,
@@ -217,22 +217,36 @@ class _Trial:
     ) -> tuple[parity.Verdict, list[parity.Case]]:
         """The verdict and its cases by further peers where they are needed, and with each pair switched off."""
         if differs_in_precision_alone(verdict):
-            judge = functools.partial(self.judge, expected)
-            verdict, cases = _by_further_peers(verdict, cases, self.prepared.further_peers(self.step), judge)
+            verdict, cases = self.by_further_peers(expected, verdict, cases)
         if self.has_adapters and verdict.outcome is not parity.Outcome.DIFFERENT:
             self.step("single pairs")
             found = self.prepared.control_pairs([case for case in cases if case.candidate], expected)
             verdict = parity.with_findings(verdict, found, "pairs")
         return verdict, cases
 
+    def by_further_peers(
+        self, expected: ReferenceOutputs, verdict: parity.Verdict, cases: list[parity.Case]
+    ) -> tuple[parity.Verdict, list[parity.Case]]:
+        """The verdict and its cases by the largest error of the peers, once this is not `different`; else as before.
 
-def _by_further_peers(
-    verdict: parity.Verdict,
-    cases: list[parity.Case],
-    peers: Iterable[FurtherPeer],
-    judge: Callable[..., parity.Verdict],
-) -> tuple[parity.Verdict, list[parity.Case]]:
-    """The verdict and its cases by the largest error of the peers, once this is not `different`; else as before."""
+        The peers run on the smallest case that is different by itself first. Where it stays so, all of them do.
+        """
+        if len(cases) > 1 and (apart := different_by_themselves(verdict)):
+            one = min((case for case in cases if case.name in apart), key=lambda case: self.inputs.values(case.name))
+            by_peers = _by_each_peer([one], self.prepared.further_peers(self.step, [one.name]))
+            found = (parity.judge(measured, dtype=expected.dtype, gates_only=True) for measured, _ in by_peers)
+            if all(map(different_by_themselves, found)):
+                return verdict, cases
+        names = [case.name for case in cases]
+        for measured, note in _by_each_peer(cases, self.prepared.further_peers(self.step, names)):
+            judged = self.judge(expected, measured, note)
+            if judged.outcome is not parity.Outcome.DIFFERENT:
+                return judged, measured
+        return verdict, cases
+
+
+def _by_each_peer(cases: list[parity.Case], peers: Iterable[FurtherPeer]) -> Iterator[tuple[list[parity.Case], str]]:
+    """After each peer: the cases by the largest error of those so far, and the note for a verdict on them."""
     measured = usual = cases
     for peer in peers:
         others = [replace(case, deployed=peer.outputs[case.name]) for case in cases]
@@ -241,10 +255,7 @@ def _by_further_peers(
         else:
             others = with_larger_peer_error(usual, others, farthest=peer.farthest)
             measured = with_larger_peer_error(measured, others)
-        found = judge(measured, peer.note)
-        if found.outcome is not parity.Outcome.DIFFERENT:
-            return found, measured
-    return verdict, cases
+        yield measured, peer.note
 
 
 def _with_remedy(verdict: parity.Verdict, remedy: str) -> parity.Verdict:
@@ -266,7 +277,7 @@ def _to_diagnose(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: 
     having = [case for case in cases if case.candidate]
     wrong = {reason.case for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
     different = [case for case in having if case.name in wrong]
-    sizes = {case: sum(value.size for value in inputs.cases[case.name].values()) for case in different or having}
+    sizes = {case: inputs.values(case.name) for case in different or having}
     return min(sizes, key=lambda case: (sizes[case] < LEAST_DIAGNOSED, sizes[case]))
 
 

@@ -34,6 +34,10 @@ class Inputs:
         """Case -> input -> shape."""
         return {case: {name: array.shape for name, array in arrays.items()} for case, arrays in self.cases.items()}
 
+    def values(self, case: str) -> int:
+        """How many values the inputs of a case have."""
+        return sum(array.size for array in self.cases[case].values())
+
     @property
     def summaries(self) -> dict[str, str]:
         """Case -> names, dtypes and shapes, such as `input_ids int64 [2, 7]`."""

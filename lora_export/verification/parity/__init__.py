@@ -14,6 +14,7 @@ from lora_export.verification.parity.figures import is_float as is_float
 from lora_export.verification.parity.figures import rms as rms
 from lora_export.verification.parity.gates import CONTROL_SCALE as CONTROL_SCALE
 from lora_export.verification.parity.gates import CONTROLS as CONTROLS
+from lora_export.verification.parity.gates import FEW_ELEMENTS as FEW_ELEMENTS
 from lora_export.verification.parity.gates import allowance as allowance
 from lora_export.verification.parity.gates import ratio_limit as ratio_limit
 from lora_export.verification.parity.judging import DEPLOYED_DTYPES as DEPLOYED_DTYPES

@@ -88,8 +88,11 @@ class PreparedReferences(Protocol):
         """Run them with the candidate's choices where scores of a top-k operator tie; None where nothing changes."""
         return None
 
-    def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
-        """Run the deployed model in other forms whose error is as legitimate as its own. They run one by one."""
+    def further_peers(self, step: OnProofStep, cases: Sequence[str]) -> Iterator[FurtherPeer]:
+        """Run the deployed model on these cases in other forms, whose error is as legitimate as its own, one by one.
+
+        The outputs of a case do not depend on the other cases.
+        """
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> parity.Findings:
         """Switch off single pairs of the adapters, which `run` has run."""

@@ -78,11 +78,13 @@ def further_peers(
     for own in seeds:
         step("PyTorch, its weights and functions moved by a rounding")
         move_weights(moving, deployed().module, own)
-        with MovedFunctions(own) as moved:
-            peer = in_form(moving, MOVED_FUNCTIONS)
+        moved, outputs = MovedFunctions(own), dict[str, Arrays]()
+        for name, arrays in cases.items():
+            with moved:
+                outputs |= in_form(moving, MOVED_FUNCTIONS, cases={name: arrays}).outputs
         if not moved.count:
             return
-        yield peer._replace(farthest=FARTHEST_MOVED)
+        yield FurtherPeer(outputs, MOVED_FUNCTIONS, FARTHEST_MOVED)
 
 
 def peer_in_form(
@@ -114,12 +116,16 @@ def move_weights(moved: nn.Module, module: nn.Module, seed: int) -> None:
 class MovedFunctions(TorchDispatchMode):
     """While it is active, results of LIBRARY_FUNCTIONS in fp32 are moved to the next number; 0, 1 and -1 stay exact.
 
-    `count` is that of the results.
+    Each `with` moves as the first did. `count` is that of the results of all.
     """
 
     def __init__(self, seed: int):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.generator, self.count = torch.Generator().manual_seed(seed), 0
+        self.seed, self.generator, self.count = seed, torch.Generator(), 0
+
+    def __enter__(self) -> Any:
+        self.generator.manual_seed(self.seed)
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

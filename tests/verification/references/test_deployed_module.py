@@ -145,7 +145,7 @@ def test_peers_of_a_run_in_fp32_are_its_merge_and_moved_weights() -> None:
     references = PyTorchReferences(base, [adapter])
     candidate = folded(base, adapter)
     prepared = references.prepare(candidate, references.inputs(candidate))
-    peers = list(prepared.further_peers(lambda _: None))
+    peers = list(prepared.further_peers(lambda _: None, list(prepared.inputs.cases)))
     assert [peer.note for peer in peers] == [MERGED_MODULE, *[MOVED_WEIGHTS] * DRAWS_OF_ROUNDING]
     for name, arrays in prepared.inputs.cases.items():
         own = prepared.deployed.run(arrays)["output_0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -14,10 +15,18 @@ from lora_export.lora import Adapter
 from lora_export.models import model
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.candidate_outputs import OnProofStep
+from lora_export.verification.compare_outputs import same_bits
 from lora_export.verification.parity import Outcome
+from lora_export.verification.prepared_pytorch import PreparedPyTorch
 from lora_export.verification.proof import Proof, prove
-from lora_export.verification.references import further_peers
-from lora_export.verification.references.further_peers import MOVED_FUNCTIONS, MovedFunctions, move_weights
+from lora_export.verification.references import FurtherPeer, further_peers
+from lora_export.verification.references.further_peers import (
+    MOVED_FUNCTIONS,
+    MOVED_WEIGHTS,
+    MovedFunctions,
+    move_weights,
+)
 from support.proofs import an_adapter
 
 
@@ -101,8 +110,8 @@ class AtRows(nn.Module):
         return self.dense(self.table(rows).sum(0) + time[:, None] / 1000) * self.factor
 
 
-def judged(make: type[AtTime | AtRows] = AtTime, **other: float) -> Proof:
-    """The proof of a candidate that computes in another way."""
+def in_another_way(make: type[AtTime | AtRows] = AtTime, **other: float) -> tuple[ModuleRunner, PyTorchReferences]:
+    """A candidate that computes in another way, and its references."""
     torch.manual_seed(0)
     module = make().eval()
 
@@ -115,15 +124,39 @@ def judged(make: type[AtTime | AtRows] = AtTime, **other: float) -> Proof:
     candidate = make(**other).eval()
     candidate.load_state_dict(copy.deepcopy(module.state_dict()))
     layers.fold(candidate, plan.make([adapter], layers.specs(candidate)))
-    return prove(ModuleRunner(candidate), PyTorchReferences(base, [adapter]))
+    return ModuleRunner(candidate), PyTorchReferences(base, [adapter])
+
+
+def judged(make: type[AtTime | AtRows] = AtTime, **other: float) -> Proof:
+    return prove(*in_another_way(make, **other))
+
+
+def test_outputs_of_a_case_do_not_depend_on_other_cases() -> None:
+    candidate, references = in_another_way()
+    prepared = references.prepare(candidate, references.inputs(candidate))
+    *others, last = prepared.inputs.cases
+    together, alone = (list(prepared.further_peers(lambda _: None, names)) for names in ([*others, last], [last]))
+    assert len(together) == len(alone) and {peer.note for peer in alone} >= {MOVED_WEIGHTS, MOVED_FUNCTIONS}
+    for peer, own in zip(together, alone, strict=True):
+        assert same_bits(peer.outputs[last], own.outputs[last]) and peer.note == own.note
 
 
 def test_a_time_steps_angle_may_be_that_of_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the two is further from the right frequencies than twice PyTorch's own, whichever way that rounds."""
+    asked, further = list[int](), PreparedPyTorch.further_peers
+
+    def recorded(prepared: PreparedPyTorch, step: OnProofStep, cases: Sequence[str]) -> Iterator[FurtherPeer]:
+        asked.append(len(cases))
+        return further(prepared, step, cases)
+
+    monkeypatch.setattr(PreparedPyTorch, "further_peers", recorded)
     proofs = [judged(step=step) for step in (math.inf, -math.inf)]
     assert all(proof.verdict.same for proof in proofs), list(map(str, proofs))
     assert any(MOVED_FUNCTIONS in proof.verdict.notes for proof in proofs)
+    assert {*asked} == {1, len(proofs[0].cases)}
+    asked.clear()
     assert judged(period=2.0001).verdict.outcome is Outcome.DIFFERENT
+    assert asked == [1]  # a case that no peer excuses is enough
     monkeypatch.setattr(further_peers, "LIBRARY_FUNCTIONS", frozenset())
     assert Outcome.DIFFERENT in [judged(step=step).verdict.outcome for step in (math.inf, -math.inf)]
 
