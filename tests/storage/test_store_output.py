@@ -24,7 +24,7 @@ from lora_export.storage import store_output
 from lora_export.storage.atomic_output import stage_file, stage_folder
 from lora_export.storage.manifest import MANIFEST, damage, write_manifest
 from lora_export.storage.object_store import Bucket, Upload, bucket_of
-from lora_export.storage.store_output import begun_at, written_by_worker
+from lora_export.storage.store_output import Begun, begun_at, written_by_worker
 from lora_export.storage.store_path import copy_in_store, newly_opened
 from support import stores
 
@@ -497,21 +497,32 @@ def test_a_run_that_freezes_after_its_last_check_publishes_nothing(
         assert json.loads(stored.get(f"out/m/{MANIFEST}"))["by"] == "the other"
 
 
-def test_a_renewal_does_not_meet_the_end(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_renewal_comes_after_the_end(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_output, "RENEWED", 0.001)
-    raised: list[Any] = []
+    raised, renewals, renewing, write = list[Any](), set[threading.Thread](), threading.Event(), Begun._write
+
+    def watched(begun: Begun, *args: Any, **options: bool) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            renewals.add(threading.current_thread())
+            renewing.set()
+        write(begun, *args, **options)
+
     monkeypatch.setattr(threading, "excepthook", raised.append)
-    for number in range(20):
-        with stage_folder(stored / f"out/{number}", inputs=[], streamed=True) as stage:
-            fill(stage)
-    assert raised == [] and not [name for name in stored.objects() if name.endswith(".begun")]
+    monkeypatch.setattr(Begun, "_write", watched)
+    with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        assert renewing.wait(10)
+        fill(stage)
+    (renewal,) = renewals
+    renewal.join(10)
+    assert not renewal.is_alive() and raised == []
+    assert not [name for name in stored.objects() if name.endswith(".begun")]
 
 
 @pytest.mark.parametrize("error", [None, InputRefused("too little is left")])
 def test_a_run_that_freezes_leaves_the_object_of_the_next(
     error: InputRefused | None, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, of_the_other = store_output.Begun._write, begun(process=1, host="elsewhere")
+    write, of_the_other = Begun._write, begun(process=1, host="elsewhere")
 
     def freeze_after(itself: Any, mode: Any = None, *, is_ended: bool = False, **more: bool) -> None:
         write(itself, mode, is_ended=is_ended, **more)
@@ -520,7 +531,7 @@ def test_a_run_that_freezes_leaves_the_object_of_the_next(
             monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
             stored.put(MARK, of_the_other)
 
-    monkeypatch.setattr(store_output.Begun, "_write", freeze_after)
+    monkeypatch.setattr(Begun, "_write", freeze_after)
     refused = contextlib.nullcontext() if error is None else pytest.raises(InputRefused)
     with refused, stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
         fill(stage)
