@@ -229,10 +229,12 @@ class _Trial:
     ) -> tuple[parity.Verdict, list[parity.Case]]:
         """The verdict and its cases by the largest error of the peers, once this is not `different`; else as before.
 
-        The peers run on the smallest case that is different by itself first. Where it stays so, all of them do.
+        They run on the smallest case that is different by itself first. Where none excuses it, the verdict stands.
         """
-        if len(cases) > 1 and (apart := different_by_themselves(verdict)):
-            one = min((case for case in cases if case.name in apart), key=lambda case: self.inputs.values(case.name))
+        differing = different_by_themselves(verdict)
+        apart = [case for case in cases if case.name in differing]  # one that is run again may differ, too
+        if apart and len(cases) > 1:
+            one = min(apart, key=lambda case: self.inputs.values(case.name))
             by_peers = _by_each_peer([one], self.prepared.further_peers(self.step, [one.name]))
             found = (parity.judge(measured, dtype=expected.dtype, gates_only=True) for measured, _ in by_peers)
             if all(map(different_by_themselves, found)):
