@@ -42,6 +42,8 @@ def pytest_configure() -> None:
     # Each worker would rewrite all test files again, and each command compile the whole package.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
+    # A flush is half of a small output's time, and no power fails. Commands in processes of their own flush.
+    os.fsync = os.fstat  # type: ignore[assignment]
     # In a small model, few operators run twice with equal shapes: to keep their outputs takes more than it saves.
     os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
     tomllib.loads = functools.lru_cache(maxsize=4)(tomllib.loads)  # each command reads this folder's pyproject.toml
