@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -90,6 +91,7 @@ def distinct_outputs(module: nn.Module) -> Iterator[None]:
             known.add(id(tensor))
         return outputs
 
+    distinct.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # a stated one has `self`
     vars(module)["forward"] = distinct
     try:
         yield

@@ -18,6 +18,7 @@ import lora_export as le
 from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
 from support.diffusion import unet
+from support.slow import slow
 
 
 def dit() -> nn.Module:
@@ -113,11 +114,10 @@ def test_the_sides_of_an_image_can_be_halved(tmp_path: Path) -> None:
         assert sizes["height"] % 2 == sizes["width"] % 2 == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (dit, ["hidden_states", "timestep", "class_labels"]),
+        slow(dit, ["hidden_states", "timestep", "class_labels"]),
         (pixart, ["hidden_states", "encoder_hidden_states", "timestep"]),
     ],
 )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lora_export.errors import RuntimeRefused
 from lora_export.models import export, export_program
 from lora_export.models.load import from_module
-from lora_export.models.outputs import have_names, named_outputs, with_dictionaries
+from lora_export.models.outputs import distinct_outputs, have_names, named_outputs, with_dictionaries
+from lora_export.verification.module_copies import limit_outputs
 from support.graphs import run
 
 pytestmark = pytest.mark.exports
@@ -120,6 +121,15 @@ def test_an_output_with_the_name_of_another_value_is_refused(name: str, others: 
 def test_a_traced_module_returns_the_fields_by_name() -> None:
     script = export_program.to_torchscript(from_module(Net(), X).module, {"x": X})
     assert set(script(X)) == {"scores", "is_large"}
+
+
+def test_an_export_keeps_the_signature_that_a_method_states() -> None:
+    module = Net()
+    limit_outputs(module, ["scores"])
+    before = inspect.signature(module.forward)
+    with distinct_outputs(module):
+        assert inspect.signature(module.forward).parameters == before.parameters
+    assert list(before.parameters) == ["x", "scale"]
 
 
 def test_copies_return_dictionaries_and_keep_the_signature() -> None:
