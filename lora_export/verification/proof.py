@@ -244,7 +244,10 @@ class _Trial:
         return verdict, cases
 
     def is_excused(self, expected: ReferenceOutputs, case: parity.Case) -> bool:
-        """Whether a further peer has an error in this case beside which the candidate's is not different."""
+        """Whether a further peer has an error in this case beside which the candidate's is not different.
+
+        The peers are dropped at the end: those that run on all cases afterwards may take as much memory.
+        """
         by_peers = _by_each_peer([case], self.prepared.further_peers(self.step, [case.name]))
         found = (parity.judge(measured, dtype=expected.dtype, gates_only=True) for measured, _ in by_peers)
         return not all(map(different_by_themselves, found))
